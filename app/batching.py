@@ -1,0 +1,107 @@
+"""Dynamic batches: what has queued while the engine was busy is computed together.
+
+    run(images) -> queue -> [engine thread] -> logits
+
+A batch starts at once when the engine is idle; there is no timer, so a lone request never waits. The queue is bounded,
+work whose deadline has passed or whose client has gone is dropped before it is computed.
+"""
+
+import asyncio
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.engines import Engine
+from app.errors import Unavailable
+
+Images = NDArray[np.uint8]
+Logits = NDArray[np.float32]
+
+
+@dataclass(eq=False, slots=True)
+class _Work:
+    images: Images
+    result: asyncio.Future[Logits]
+    deadline: float | None  # of the event loop's clock
+
+
+class Batcher:
+    """Feeds one engine. Lives as long as somebody holds it; there is nothing to close.
+
+    Args:
+        engine: called with up to `max_batch` images, by one thread at a time.
+        max_batch: images computed together.
+        max_queue: images that may wait.
+    """
+
+    def __init__(self, engine: Engine, max_batch: int, max_queue: int):
+        self.engine = engine
+        self.max_batch = max_batch
+        self.max_queue = max_queue
+        self.queued = 0
+        """Images waiting."""
+        self._queue: deque[_Work] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=engine.name)
+        self._worker: asyncio.Task[None] | None = None
+
+    async def run(self, images: Images, timeout_s: float | None = None) -> Logits:
+        """Logits [N, classes] of uint8 images [N, 3, 32, 32].
+
+        Args:
+            images: at most `max_batch` of them.
+            timeout_s: how long the images may wait to be started.
+
+        Raises:
+            Unavailable: the queue is full, or the deadline passed.
+        """
+        if len(images) > self.max_batch:
+            raise ValueError(f"{len(images)} images at once, the limit is {self.max_batch}")
+        if self._queue and self.queued + len(images) > self.max_queue:
+            raise Unavailable(f"{self.queued} images are waiting already; try again later")
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout_s is None else loop.time() + timeout_s
+        work = _Work(images, loop.create_future(), deadline)
+        self._queue.append(work)
+        self.queued += len(images)
+        if self._worker is None:
+            self._worker = loop.create_task(self._drain())
+        return await work.result
+
+    async def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while batch := self._next_batch(loop.time()):
+                images = batch[0].images if len(batch) == 1 else np.concatenate([work.images for work in batch])
+                try:
+                    logits = await loop.run_in_executor(self._thread, self.engine, images)
+                except Exception as error:  # the engine's failure belongs to those who wait for it
+                    for work in batch:
+                        if not work.result.done():
+                            work.result.set_exception(error)
+                    continue
+                start = 0
+                for work in batch:
+                    stop = start + len(work.images)
+                    if not work.result.done():
+                        work.result.set_result(logits[start:stop])
+                    start = stop
+        finally:
+            self._worker = None
+
+    def _next_batch(self, now: float) -> list[_Work]:
+        batch: list[_Work] = []
+        room = self.max_batch
+        while self._queue and len(self._queue[0].images) <= room:
+            work = self._queue.popleft()
+            self.queued -= len(work.images)
+            if work.result.done():  # the client has gone
+                continue
+            if work.deadline is not None and now > work.deadline:
+                work.result.set_exception(Unavailable("the request waited longer than its deadline; try again later"))
+                continue
+            batch.append(work)
+            room -= len(work.images)
+        return batch

@@ -1,0 +1,205 @@
+"""Measuring a live model through the engine that also answers /predict.
+
+In: labelled images, of the data set or of a zip that a user sent.  Out: an `Evaluation`, at once or later.
+Chunks of images go through the model's queue like any request, so predictions are not held up.
+"""
+
+import asyncio
+import logging
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import BinaryIO, Literal
+from uuid import uuid4
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from app import images
+from app.errors import BadRequest, NotFound, Problem, TooLarge, Unavailable
+from app.pool import Model
+from app.settings import Settings
+from training import data
+from training.evaluate import evaluate
+from training.store import Evaluation
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 16  # images per turn in the model's queue
+_KEPT = 100  # finished evaluations that can still be asked for
+_MAX_RUNNING = 4
+
+
+class Labelled(BaseModel, arbitrary_types_allowed=True):
+    """Images to measure on: uint8 [N, 3, 32, 32], and class ids int64 [N]."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    split: str
+
+
+class EvaluationJob(BaseModel):
+    """One measurement, running or finished."""
+
+    id: str
+    state: Literal["running", "succeeded", "failed"] = "running"
+    model: str
+    version: int
+    engine: str
+    split: str | None = None
+    """test, train or zip."""
+    created: datetime
+    done: int = 0
+    """Images computed so far."""
+    result: Evaluation | None = None
+    error: str | None = None
+
+
+class Evaluations:
+    """The running evaluations and the latest finished ones."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._jobs: dict[str, EvaluationJob] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def stop(self) -> None:
+        for task in list(self._tasks.values()):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def start(self, model: Model, read: Callable[[], Labelled]) -> EvaluationJob:
+        """Measure a model; returns when it is done or after `evaluate_wait_s`, whichever comes first.
+
+        Args:
+            model: stays the same version to the end, whatever is promoted meanwhile.
+            read: gets the images; called in a thread.
+
+        Raises:
+            Unavailable: too many evaluations are running.
+            Problem: what `read` raised, if it did so in time.
+        """
+        if len(self._tasks) >= _MAX_RUNNING:
+            raise Unavailable(f"{len(self._tasks)} evaluations are running; try again later")
+        now = datetime.now(UTC)
+        job = EvaluationJob(
+            id=uuid4().hex[:12],
+            model=model.card.name,
+            version=model.card.version,
+            engine=model.batcher.engine.name,
+            created=now,
+        )
+        self._jobs[job.id] = job
+        while len(self._jobs) > _KEPT + _MAX_RUNNING:
+            oldest = next(key for key in self._jobs if key not in self._tasks)
+            del self._jobs[oldest]
+        task = self._tasks[job.id] = asyncio.create_task(self._measure(job, model, read))
+        task.add_done_callback(lambda _: self._tasks.pop(job.id))
+        done, _ = await asyncio.wait([task], timeout=self._settings.evaluate_wait_s)
+        if done and isinstance(error := task.exception(), Problem):
+            raise error
+        return job
+
+    def get(self, evaluation_id: str) -> EvaluationJob:
+        """One evaluation as it stands now.
+
+        Raises:
+            NotFound: no such evaluation, or it is long over.
+        """
+        if evaluation_id not in self._jobs:
+            raise NotFound(f"there is no evaluation {evaluation_id!r}; it may be too long ago")
+        return self._jobs[evaluation_id]
+
+    async def _measure(self, job: EvaluationJob, model: Model, read: Callable[[], Labelled]) -> None:
+        try:
+            labelled = await asyncio.to_thread(read)
+            job.split = labelled.split
+            chunk = min(_CHUNK, model.batcher.max_batch)
+            logits = []
+            for start in range(0, len(labelled.labels), chunk):
+                logits.append(await self._logits(model, labelled.images[start : start + chunk]))
+                job.done = start + len(logits[-1])
+            everything = torch.from_numpy(np.concatenate(logits))
+            job.result = await asyncio.to_thread(evaluate, everything, torch.from_numpy(labelled.labels))
+            job.state = "succeeded"
+        except Problem as error:
+            job.state, job.error = "failed", error.detail
+            raise
+        except Exception as error:
+            log.exception("evaluation %s failed", job.id)
+            job.state, job.error = "failed", f"{type(error).__name__}: {error}"
+
+    async def _logits(self, model: Model, chunk: NDArray[np.uint8]) -> NDArray[np.float32]:
+        while True:
+            try:
+                return await model.batcher.run(chunk)
+            except Unavailable:  # predictions go first
+                await asyncio.sleep(0.05)
+
+
+def read_split(settings: Settings, split: Literal["test", "train"], limit: int | None, classes: list[str]) -> Labelled:
+    """The first `limit` images of a split, in an order that mixes the classes.
+
+    Raises:
+        Unavailable: the data set is missing or damaged.
+        BadRequest: the model was trained for other classes.
+    """
+    try:
+        dataset = data.load(settings.data)
+    except data.DataError as error:
+        raise Unavailable(str(error)) from error
+    if list(dataset.classes) != classes:
+        raise BadRequest("the model was trained for other classes than the data set has")
+    part = dataset.test if split == "test" else dataset.train
+    order = np.random.default_rng(0).permutation(len(part))[:limit]
+    chosen = part[np.sort(order)]
+    return Labelled(images=chosen.images.transpose(0, 3, 1, 2), labels=chosen.labels, split=split)
+
+
+def read_zip(settings: Settings, file: BinaryIO, classes: list[str]) -> Labelled:
+    """The images of a zip whose folders are named by class.
+
+    Raises:
+        BadRequest: not a zip, no images, or a folder that is no class.
+        TooLarge: it unpacks to more than the limit.
+        Problem: an image that cannot be decoded.
+    """
+    ids = {_folder_name(label): number for number, label in enumerate(classes)}
+    pixels, labels = [], []
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = [entry for entry in archive.infolist() if not _ignored(entry)]
+            if sum(entry.file_size for entry in entries) > settings.max_archive_bytes:
+                raise TooLarge(f"the zip unpacks to more than {settings.max_archive_bytes:,} bytes")
+            for entry in entries:
+                folder = entry.filename.split("/")[-2] if "/" in entry.filename else ""
+                if _folder_name(folder) not in ids:
+                    raise BadRequest(f"{entry.filename}: the folder {folder!r} is not a class; GET /models names them")
+                if entry.file_size > settings.max_image_bytes:
+                    raise TooLarge(f"{entry.filename} is larger than {settings.max_image_bytes:,} bytes")
+                with archive.open(entry) as member:
+                    content = member.read(settings.max_image_bytes + 1)
+                try:
+                    pixels.append(images.decode(content, settings.max_image_bytes, settings.max_image_pixels))
+                except Problem as error:
+                    error.detail = f"{entry.filename}: {error.detail}"
+                    raise
+                labels.append(ids[_folder_name(folder)])
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+        raise BadRequest(f"the zip cannot be read: {error}") from None
+    if not pixels:
+        raise BadRequest("the zip has no images; put them into folders named by class, such as apple/1.png")
+    return Labelled(images=np.stack(pixels), labels=np.array(labels, np.int64), split="zip")
+
+
+def _ignored(entry: zipfile.ZipInfo) -> bool:
+    """Folders, and what macOS adds."""
+    return entry.is_dir() or entry.filename.startswith("__MACOSX/") or entry.filename.endswith(".DS_Store")
+
+
+def _folder_name(text: str) -> str:
+    return text.strip().lower().replace(" ", "_")

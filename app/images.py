@@ -1,0 +1,104 @@
+"""Untrusted bytes to the pixels a model takes.
+
+    bytes -> (size limit) -> header -> (format, pixel limit) -> decoded -> centre square, 32x32 -> RGB -> upright
+
+In: an encoded image.  Out: uint8 [3, 32, 32], or `UnsupportedImage`, `DamagedImage`, `TooLarge`.
+An image of exactly 32x32 is not resampled.
+"""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from app.errors import DamagedImage, TooLarge, UnsupportedImage
+
+SIZE = 32
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# What Pillow's decoders raise for damaged files. ValueError includes the struct-like errors of its plugins.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+)
+
+
+def decode(data: bytes, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
+    """The central square of an image, upright, over white, as 32x32 RGB.
+
+    Args:
+        data: a JPEG, PNG, WebP, GIF (first frame), BMP or TIFF file.
+        max_bytes: of the file.
+        max_pixels: width times height; checked before anything is decoded.
+
+    Returns:
+        uint8 [3, 32, 32].
+
+    Raises:
+        UnsupportedImage: the bytes are not an image of these formats.
+        DamagedImage: empty, truncated or otherwise undecodable.
+        TooLarge: over one of the limits.
+    """
+    if not data:
+        raise DamagedImage("the image is empty; send the bytes of a file")
+    if len(data) > max_bytes:
+        raise TooLarge(f"the image has {len(data):,} bytes, the limit is {max_bytes:,}; send a smaller one")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UnsupportedImage(f"the bytes are not an image; supported are {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooLarge(str(error)) from None
+    except _DECODE_ERRORS as error:
+        raise DamagedImage(f"the image's header is damaged: {error}") from error
+
+    width, height = image.size
+    if width * height > max_pixels:
+        raise TooLarge(f"the image has {width}x{height} pixels, the limit is {max_pixels:,}; send a smaller one")
+    try:
+        return np.asarray(_square(image), np.uint8).transpose(2, 0, 1).copy()
+    except _DECODE_ERRORS as error:
+        raise DamagedImage(f"the {image.format} image cannot be decoded: {error}") from error
+
+
+def _square(image: Image.Image) -> Image.Image:
+    if image.format == "JPEG":
+        # Decodes at the smallest DCT scale that still leaves twice the resolution needed.
+        image.draft(None, (2 * SIZE, 2 * SIZE))
+    ImageOps.exif_transpose(image, in_place=True)
+    image = _resamplable(image)
+    if image.size != (SIZE, SIZE):
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        box = (left, top, left + side, top + side)
+        image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)
+    if image.mode in ("RGBA", "LA"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _resamplable(image: Image.Image) -> Image.Image:
+    """The image in a mode of 8 bits per channel that can be interpolated, with its transparency if it has any."""
+    if image.mode in ("PA", "La", "RGBa") or "transparency" in image.info:
+        return image.convert("RGBA")
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image, np.uint16)
+        return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits per channel are not supported")
+    return image if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") else image.convert("RGB")

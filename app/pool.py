@@ -1,0 +1,152 @@
+"""The models in memory: the live version of each, hot-swapped when the store's pointer moves.
+
+In: the model store.  Out: `Model`s to predict with. A swap replaces a reference: requests that hold the old version
+finish on it, later ones get the new one, and the old one is freed with its last request.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from app import engines
+from app.batching import Batcher
+from app.errors import NotFound, Unavailable
+from app.settings import Settings
+from training.store import MODEL, ModelCard, Store, StoreError
+
+log = logging.getLogger(__name__)
+
+_MAX_OLD_VERSIONS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One version in memory, ready to compute."""
+
+    card: ModelCard
+    batcher: Batcher
+    loaded: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+class Pool:
+    """Live models by name, and a few other versions that requests asked for.
+
+    Args:
+        settings: device, batch and queue sizes, poll interval.
+        store: where models come from.
+    """
+
+    def __init__(self, settings: Settings, store: Store):
+        self.store = store
+        self.errors: dict[str, str] = {}
+        """Why the version that the store calls live is not served, by model."""
+        self._settings = settings
+        self._live: dict[str, Model] = {}
+        self._others: OrderedDict[tuple[str, int], Model] = OrderedDict()
+        self._lock = asyncio.Lock()
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Load every live model, then follow the store."""
+        await self.refresh()
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        if self._watcher:
+            self._watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watcher
+
+    @property
+    def ready(self) -> bool:
+        """Whether every live model of the store is loaded and warm, and there is one at all."""
+        return bool(self._live) and not self.errors
+
+    def live(self) -> dict[str, Model]:
+        """The live models by name."""
+        return dict(self._live)
+
+    async def get(self, name: str | None = None, version: int | None = None) -> Model:
+        """A model to predict with. A live one is returned without giving way to other tasks.
+
+        Args:
+            name: by default the configured model, or the most accurate live one.
+            version: by default the live one; another is loaded on demand.
+
+        Raises:
+            NotFound: no such model or version.
+            Unavailable: the model exists but cannot be served.
+        """
+        if name is None:
+            name = self._settings.default_model or self._most_accurate()
+        model = self._live.get(name)
+        if model and version in (None, model.card.version):
+            return model
+        if version is None:
+            raise self._missing(name)
+        return await self._other(name, version)
+
+    async def refresh(self) -> None:
+        """Load what the store calls live and is not in memory yet."""
+        async with self._lock:
+            names = await asyncio.to_thread(self.store.names)
+            for name in names:
+                try:
+                    version = self.store.live(name)
+                    current = self._live.get(name)
+                    if version is None or (current and current.card.version == version):
+                        self.errors.pop(name, None)
+                        continue
+                    self._live[name] = model = await asyncio.to_thread(self._load, name, version)
+                    self.errors.pop(name, None)
+                    log.info("%s version %d is live (%s)", name, version, model.batcher.engine.name)
+                except (StoreError, OSError, RuntimeError) as error:
+                    if self.errors.get(name) != str(error):
+                        log.error("%s: the live version cannot be loaded: %s", name, error)
+                    self.errors[name] = str(error)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.store_poll_s)
+            try:
+                await self.refresh()
+            except Exception:  # one failed look must not end the watching
+                log.exception("the model store cannot be read")
+
+    def _load(self, name: str, version: int) -> Model:
+        card = self.store.card(name, version)
+        folder = self.store.verify(card)
+        engine = engines.load(folder / MODEL, self._settings.device)
+        return Model(card, Batcher(engine, self._settings.max_batch, self._settings.max_queue))
+
+    async def _other(self, name: str, version: int) -> Model:
+        async with self._lock:
+            model = self._others.get((name, version))
+            if model is None:
+                try:
+                    self.store.folder(name, version)
+                except StoreError as error:
+                    raise NotFound(f"{error}; GET /models lists what there is") from None
+                try:
+                    model = await asyncio.to_thread(self._load, name, version)
+                except (StoreError, OSError, RuntimeError) as error:
+                    raise Unavailable(f"{name} version {version} cannot be loaded: {error}") from error
+                self._others[name, version] = model
+            self._others.move_to_end((name, version))
+            while len(self._others) > _MAX_OLD_VERSIONS:
+                self._others.popitem(last=False)
+            return model
+
+    def _most_accurate(self) -> str:
+        if not self._live:
+            raise Unavailable("no model is live; train one: curl -X POST /train, or python -m training train resnet")
+        return max(self._live, key=lambda name: self._live[name].card.test.top1)
+
+    def _missing(self, name: str) -> NotFound | Unavailable:
+        if name in self.errors:
+            return Unavailable(f"{name} cannot be served: {self.errors[name]}")
+        live = ", ".join(sorted(self._live)) or "none"
+        return NotFound(f"there is no live model {name!r}; live are: {live}")

@@ -1,0 +1,91 @@
+"""/evaluate: how accurate the live models are, as recorded and as measured now."""
+
+from functools import partial
+from http import HTTPStatus
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+
+from app.errors import BadRequest
+from app.evaluations import EvaluationJob, read_split, read_zip
+from app.services import FromApp
+from training.store import Evaluation
+
+router = APIRouter(prefix="/evaluate", tags=["evaluate"])
+
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "content": {
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
+            }
+        }
+    }
+}
+
+
+class Recorded(BaseModel):
+    """What a live model's card says."""
+
+    model: str
+    version: int
+    recipe: str
+    test: Evaluation
+
+
+@router.get("", summary="Recorded accuracy of every live model")
+async def recorded(services: FromApp) -> list[Recorded]:
+    """On the whole test set, measured once when the model was published."""
+    return [
+        Recorded(model=name, version=model.card.version, recipe=model.card.recipe["name"], test=model.card.test)
+        for name, model in sorted(services.pool.live().items())
+    ]
+
+
+@router.post(
+    "",
+    openapi_extra=_BODY,
+    responses={202: {"model": EvaluationJob, "description": "Still running; see Location."}},
+    summary="Measure a live model now",
+)
+async def evaluate(
+    request: Request,
+    response: Response,
+    services: FromApp,
+    model: Annotated[str | None, Query(description="By default the most accurate live model.")] = None,
+    version: Annotated[int | None, Query(ge=1, description="By default the live one.")] = None,
+    split: Annotated[Literal["test", "train"], Query(description="Of the data set; ignored for a zip.")] = "test",
+    limit: Annotated[int | None, Query(ge=1, description="Measure on this many images only.")] = None,
+) -> EvaluationJob:
+    """On the data set, or on a zip of images in folders named by class, sent as the multipart field `file`.
+
+    What takes longer than a few seconds goes on in the background: 202 and where to look.
+    """
+    chosen = await services.pool.get(model, version)
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        try:
+            async with request.form(max_files=1, max_fields=0) as form:
+                upload = form.get("file")
+                if not isinstance(upload, UploadFile):
+                    raise BadRequest("the form has no field 'file' with a zip: curl -F file=@photos.zip")
+                # The spooled file is closed with the form, so it is read before the measuring starts.
+                read = partial(read_zip, services.settings, upload.file, chosen.card.classes)
+                job = await services.evaluations.start(chosen, read)
+        except MultiPartException as error:
+            raise BadRequest(f"the multipart body cannot be read: {error.message}") from None
+    else:
+        job = await services.evaluations.start(
+            chosen, partial(read_split, services.settings, split, limit, chosen.card.classes)
+        )
+    if job.state == "running":
+        response.status_code = HTTPStatus.ACCEPTED
+        response.headers["Location"] = f"/evaluate/{job.id}"
+    return job
+
+
+@router.get("/{evaluation_id}", summary="A measurement that was started earlier")
+async def evaluation(evaluation_id: str, services: FromApp) -> EvaluationJob:
+    return services.evaluations.get(evaluation_id)

@@ -1,0 +1,85 @@
+"""/health and /metrics: what a load balancer, an orchestrator and a person want to know."""
+
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Literal, cast
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
+
+from app.metrics import Metrics
+from app.services import FromApp
+
+router = APIRouter(tags=["health"])
+
+
+class LiveModel(BaseModel):
+    """A model in memory."""
+
+    version: int
+    engine: str
+    test_top1: float
+    queued_images: int
+
+
+class Health(BaseModel):
+    """The state of the service."""
+
+    status: Literal["ready", "not ready"]
+    version: str
+    uptime_s: float
+    models: dict[str, LiveModel]
+    errors: dict[str, str]
+    """Models whose live version cannot be served."""
+    training: str | None
+    """The running training job."""
+
+
+class Status(BaseModel):
+    """Yes or no, for machines; the status code says the same."""
+
+    status: Literal["alive", "ready", "not ready"]
+
+
+@router.get("/health", summary="State of the service")
+async def health(request: Request, services: FromApp) -> Health:
+    """Always 200; /health/ready tells readiness by its status code."""
+    return Health(
+        status="ready" if services.pool.ready else "not ready",
+        version=request.app.version,
+        uptime_s=round((datetime.now(UTC) - services.started).total_seconds(), 1),
+        models={
+            name: LiveModel(
+                version=model.card.version,
+                engine=model.batcher.engine.name,
+                test_top1=model.card.test.top1,
+                queued_images=model.batcher.queued,
+            )
+            for name, model in sorted(services.pool.live().items())
+        },
+        errors=services.pool.errors,
+        training=services.jobs.running,
+    )
+
+
+@router.get("/health/live", summary="Is the process alive?")
+async def live() -> Status:
+    return Status(status="alive")
+
+
+@router.get(
+    "/health/ready",
+    responses={503: {"model": Status, "description": "Not every live model is loaded and warm."}},
+    summary="Can it take requests?",
+)
+async def ready(services: FromApp, response: Response) -> Status:
+    if services.pool.ready:
+        return Status(status="ready")
+    response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+    return Status(status="not ready")
+
+
+@router.get("/metrics", response_class=Response, summary="Metrics for Prometheus")
+async def metrics(request: Request) -> Response:
+    text = cast(Metrics, request.app.state.metrics).text()
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

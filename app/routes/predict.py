@@ -1,0 +1,140 @@
+"""POST /predict: images in, the most probable classes out."""
+
+import asyncio
+import time
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Query, Request
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+
+from app import images
+from app.errors import BadRequest, Problem, UnsupportedImage
+from app.services import FromApp, Services
+from training.store import ModelCard
+
+router = APIRouter(tags=["predict"])
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                }
+            },
+            "image/*": _BINARY,
+            "application/octet-stream": _BINARY,
+        },
+    }
+}
+
+
+class Class(BaseModel):
+    """One class and its probability."""
+
+    class_id: int
+    label: str
+    superclass: str
+    probability: float
+    """Calibrated."""
+
+
+class Prediction(BaseModel):
+    """The most probable classes of one image, best first."""
+
+    file: str | None
+    """Name under which the image was sent."""
+    classes: list[Class]
+
+
+class Predictions(BaseModel):
+    """Answers in the order of the images."""
+
+    model: str
+    version: int
+    milliseconds: float
+    """From the body's arrival to the answer."""
+    predictions: list[Prediction]
+
+
+@router.post("/predict", openapi_extra=_BODY, summary="Classify images")
+async def predict(
+    request: Request,
+    services: FromApp,
+    model: Annotated[str | None, Query(description="By default the most accurate live model.")] = None,
+    version: Annotated[int | None, Query(ge=1, description="By default the live one.")] = None,
+    top_k: Annotated[int, Query(ge=1, le=100, description="How many classes per image.")] = 5,
+) -> Predictions:
+    """Send images as multipart fields `file`, or one image as the raw body."""
+    files = await _files(request, services)
+    started = time.perf_counter()
+    pixels = await asyncio.to_thread(_decode, files, services)
+    # Between here and the queue nothing else runs, so a swap cannot slip in between.
+    chosen = await services.pool.get(model, version)
+    logits = await chosen.batcher.run(pixels, services.settings.deadline_s)
+    return Predictions(
+        model=chosen.card.name,
+        version=chosen.card.version,
+        milliseconds=round((time.perf_counter() - started) * 1000, 3),
+        predictions=[
+            Prediction(file=name, classes=top_classes(row, chosen.card, top_k))
+            for (name, _), row in zip(files, logits, strict=True)
+        ],
+    )
+
+
+def top_classes(logits: NDArray[np.float32], card: ModelCard, top_k: int) -> list[Class]:
+    """The `top_k` most probable classes of logits [classes], best first."""
+    shifted = np.exp((logits - logits.max()).astype(np.float64))
+    probabilities = shifted / shifted.sum()
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    return [
+        Class(
+            class_id=int(number),
+            label=card.classes[number],
+            superclass=card.superclasses[number],
+            probability=float(probabilities[number]),
+        )
+        for number in order
+    ]
+
+
+async def _files(request: Request, services: Services) -> list[tuple[str | None, bytes]]:
+    """Names and contents of the images sent."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    limit = min(services.settings.max_images, services.settings.max_batch)
+    if content_type == "multipart/form-data":
+        try:
+            async with request.form(max_files=limit, max_fields=8) as form:
+                uploads = [part for part in form.getlist("file") if isinstance(part, UploadFile)]
+                if not uploads:
+                    raise BadRequest("the form has no field 'file' with an image: curl -F file=@photo.jpg")
+                return [(upload.filename, await upload.read()) for upload in uploads]
+        except MultiPartException as error:
+            raise BadRequest(f"the multipart body cannot be read: {error.message}") from None
+    if content_type.startswith("image/") or content_type == "application/octet-stream":
+        return [(None, await request.body())]
+    raise UnsupportedImage(
+        f"the content type {content_type or '(none)'!r} is not supported; send multipart/form-data with a field "
+        "'file', or an image as the body with its image/* type"
+    )
+
+
+def _decode(files: list[tuple[str | None, bytes]], services: Services) -> NDArray[np.uint8]:
+    pixels = []
+    for name, content in files:
+        try:
+            pixels.append(images.decode(content, services.settings.max_image_bytes, services.settings.max_image_pixels))
+        except Problem as error:
+            if len(files) > 1:
+                error.detail = f"{name}: {error.detail}"
+            raise
+    return np.stack(pixels)

@@ -1,0 +1,192 @@
+"""The command line: `python -m training --help`."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from training import data, torchscript
+from training.evaluate import evaluate as measure
+from training.evaluate import predict
+from training.export import publish as publish_run
+from training.loop import TrainingError, default_device, to_device
+from training.loop import train as training_events
+from training.networks.transfer import WeightsError
+from training.progress import show
+from training.recipes import RECIPES, Recipe, RecipeError, recipe
+from training.run import Publication, Run, RunError
+from training.store import MODEL, Promotion, Store, StoreError
+
+console = Console()
+cli = typer.Typer(
+    help="Train, export and measure CIFAR-100 residual networks.", no_args_is_help=True, add_completion=False
+)
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Folder of cifar100.npz, or 'synthetic'.",
+        envvar="CIFAR100_DATA",
+        show_default=data.DEFAULT_FOLDER,
+    ),
+]
+Models = Annotated[Path, typer.Option(help="The model store.", envvar="CIFAR100_MODELS")]
+Promote = Annotated[Promotion, typer.Option(help="When the new version goes live.")]
+Notes = Annotated[str, typer.Option(help="Free text for the model card.")]
+
+
+@cli.command()
+def train(
+    name: Annotated[str, typer.Argument(metavar="RECIPE", help=f"One of {', '.join(RECIPES)}.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Changes to the recipe, such as epochs=3.")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE-TIME")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in the run folder.")] = False,
+    publish: Annotated[bool, typer.Option(help="Export the result into the model store.")] = True,
+    promote: Promote = "if-better",
+    notes: Notes = "",
+    data_source: Data = None,
+    models: Models = Path("models"),
+) -> None:
+    """Train a recipe and publish the result. Interrupted runs go on with --resume."""
+    with _errors_reported():
+        changes = _parse(overrides or [])
+        chosen = recipe(name, changes)
+        folder = Run(run or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        if resume:
+            chosen = _resumed(folder, chosen, changes)
+        dataset = data.load(data_source)
+        if chosen.validation_images >= len(dataset.train):
+            raise RecipeError(
+                f"validation_images={chosen.validation_images} leaves nothing of {len(dataset.train)} images"
+            )
+        if not resume:
+            folder.create(chosen)
+        # A supervisor's SIGTERM ends a run like Ctrl-C: what is checkpointed stays.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        device = default_device()
+        console.print(
+            f"{chosen.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}", highlight=False
+        )
+        try:
+            show(training_events(chosen, dataset, folder, device), console)
+        except KeyboardInterrupt:
+            done = len(folder.epochs())
+            console.print(f"stopped; {done} epochs are kept, go on with --run {folder.path} --resume", highlight=False)
+            raise typer.Exit(130) from None
+        if publish:
+            _report(publish_run(folder, dataset, Store(models), promote, notes))
+
+
+@cli.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    promote: Promote = "if-better",
+    notes: Notes = "",
+    data_source: Data = None,
+    models: Models = Path("models"),
+) -> None:
+    """Export a run's last checkpoint into the model store."""
+    with _errors_reported():
+        _report(publish_run(Run(run), data.load(data_source), Store(models), promote, notes))
+
+
+@cli.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="NAME for the live version, or NAME/VERSION.")],
+    split: Annotated[Literal["test", "train"], typer.Option(help="What to measure on.")] = "test",
+    data_source: Data = None,
+    models: Models = Path("models"),
+) -> None:
+    """Measure an exported TorchScript file on a whole split."""
+    with _errors_reported():
+        store = Store(models)
+        name, _, number = model.partition("/")
+        version = int(number) if number.isdigit() else store.live(name)
+        if version is None:
+            raise StoreError(f"{name} has no live version in {models}")
+        folder = store.verify(store.card(name, version))
+        images, labels = to_device(getattr(data.load(data_source), split), default_device())
+        started = time.perf_counter()
+        result = measure(predict(torchscript.load(folder / MODEL, images.device), images), labels.cpu())
+        seconds = time.perf_counter() - started
+        console.print(
+            f"{name}/{version} on {result.images} {split} images: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
+            f"loss {result.loss:.4f}, ECE {result.ece:.2%} ({result.images / seconds:.0f} images/s)",
+            highlight=False,
+        )
+
+
+@cli.command()
+def recipes() -> None:
+    """List the recipes and all fields that FIELD=VALUE can change."""
+    table = Table("field", *RECIPES, "meaning")
+    for field, info in Recipe.model_fields.items():
+        if field != "name":
+            values = (getattr(each, field) for each in RECIPES.values())
+            cells = (", ".join(value) if isinstance(value, tuple) else str(value) for value in values)
+            table.add_row(field, *cells, info.description or "")
+    console.print(table)
+
+
+def _parse(overrides: list[str]) -> dict[str, str]:
+    for override in overrides:
+        if "=" not in override:
+            raise RecipeError(f"{override!r} is not of the form FIELD=VALUE, such as epochs=3")
+    return dict(override.split("=", 1) for override in overrides)
+
+
+def _resumed(folder: Run, chosen: Recipe, changes: dict[str, str]) -> Recipe:
+    """The recipe a run was started with; only its number of epochs may be changed."""
+    started = folder.recipe()
+    if started.name != chosen.name:
+        raise RecipeError(f"{folder.path} holds a run of {started.name}, not of {chosen.name}")
+    for field in changes:
+        before, now = getattr(started, field), getattr(chosen, field)
+        if before != now and field != "epochs":
+            raise RecipeError(
+                f"{folder.path} was started with {field}={before}; a resumed run cannot change it to {now}"
+            )
+    return folder.extend(chosen.epochs) if "epochs" in changes and chosen.epochs != started.epochs else started
+
+
+def _report(published: Publication) -> None:
+    test = published.test
+    console.print(
+        f"published {published.model}/{published.version}: test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}, "
+        f"ECE {test.ece:.2%}; " + ("it is live" if published.live else "the live version stays"),
+        highlight=False,
+    )
+
+
+_REPORTED = (RecipeError, RunError, StoreError, WeightsError, TrainingError, data.DataError, torchscript.ExportError)
+
+
+@contextmanager
+def _errors_reported() -> Iterator[None]:
+    try:
+        yield
+    except (
+        RecipeError,
+        RunError,
+        StoreError,
+        WeightsError,
+        TrainingError,
+        data.DataError,
+        torchscript.ExportError,
+    ) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from None
+
+
+if __name__ == "__main__":
+    sys.exit(cli(prog_name="training"))

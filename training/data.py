@@ -1,0 +1,281 @@
+"""CIFAR-100 as arrays in memory.
+
+In: a folder with `cifar100.npz` (made from the official archive where it is missing), or "synthetic".
+Out: a `Dataset`: uint8 images [N, 32, 32, 3] and int64 labels [N] for train and test, and the class names.
+"""
+
+import hashlib
+import os
+import pickle
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+ARCHIVE = "cifar100.npz"
+DEFAULT_FOLDER = "~/.cache/cifar100"
+
+# Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images".
+SUPERCLASSES: dict[str, tuple[str, ...]] = {
+    "aquatic_mammals": ("beaver", "dolphin", "otter", "seal", "whale"),
+    "fish": ("aquarium_fish", "flatfish", "ray", "shark", "trout"),
+    "flowers": ("orchid", "poppy", "rose", "sunflower", "tulip"),
+    "food_containers": ("bottle", "bowl", "can", "cup", "plate"),
+    "fruit_and_vegetables": ("apple", "mushroom", "orange", "pear", "sweet_pepper"),
+    "household_electrical_devices": ("clock", "keyboard", "lamp", "telephone", "television"),
+    "household_furniture": ("bed", "chair", "couch", "table", "wardrobe"),
+    "insects": ("bee", "beetle", "butterfly", "caterpillar", "cockroach"),
+    "large_carnivores": ("bear", "leopard", "lion", "tiger", "wolf"),
+    "large_man-made_outdoor_things": ("bridge", "castle", "house", "road", "skyscraper"),
+    "large_natural_outdoor_scenes": ("cloud", "forest", "mountain", "plain", "sea"),
+    "large_omnivores_and_herbivores": ("camel", "cattle", "chimpanzee", "elephant", "kangaroo"),
+    "medium_mammals": ("fox", "porcupine", "possum", "raccoon", "skunk"),
+    "non-insect_invertebrates": ("crab", "lobster", "snail", "spider", "worm"),
+    "people": ("baby", "boy", "girl", "man", "woman"),
+    "reptiles": ("crocodile", "dinosaur", "lizard", "snake", "turtle"),
+    "small_mammals": ("hamster", "mouse", "rabbit", "shrew", "squirrel"),
+    "trees": ("maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"),
+    "vehicles_1": ("bicycle", "bus", "motorcycle", "pickup_truck", "train"),
+    "vehicles_2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
+}
+CLASSES = tuple(sorted(label for labels in SUPERCLASSES.values() for label in labels))
+_SUPERCLASS_OF = {label: superclass for superclass, labels in SUPERCLASSES.items() for label in labels}
+
+# One validation split for every recipe and seed: their results stay comparable and calibration sees no training image.
+_SPLIT_SEED = 0
+
+
+class DataError(ValueError):
+    """A data set that is missing or damaged, with the file, the fault and what to do."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and their labels.
+
+    Attributes:
+        images: uint8 [N, 32, 32, 3], RGB.
+        labels: int64 [N].
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: slice | NDArray[np.intp]) -> "Split":
+        return Split(self.images[rows], self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A train and a test split over the same classes.
+
+    Attributes:
+        classes: label of each class id.
+        superclasses: superclass of each class id.
+        fingerprint: sha256 over all images, labels and class names.
+    """
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    superclasses: tuple[str, ...]
+    fingerprint: str
+
+
+def load(source: str | None = None) -> Dataset:
+    """CIFAR-100 from `source`/cifar100.npz, or a synthetic set.
+
+    Args:
+        source: a folder; "synthetic" or "synthetic:N" (N training images per class); by default what the environment
+            variable CIFAR100_DATA says, then ~/.cache/cifar100. Where the folder has no cifar100.npz, torchvision
+            downloads the official archive (about 170 MB) and the file is written from it.
+
+    Raises:
+        DataError: the data set cannot be had, or the file is damaged.
+    """
+    source = source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER
+    name, _, count = source.partition(":")
+    if name == "synthetic":
+        if count and not (count.isdigit() and int(count) > 0):
+            raise DataError(f"synthetic:{count} must name a positive number of images per class, as in synthetic:20")
+        return synthetic(int(count or 20))
+    archive = Path(source).expanduser() / ARCHIVE
+    if not archive.exists():
+        _download(archive)
+    return _read(archive)
+
+
+def hold_out(split: Split, images: int) -> tuple[Split, Split]:
+    """Cut a validation split off a training split, stratified by class and the same on every call.
+
+    Args:
+        images: size of the validation split; the classes' shares differ by at most one image.
+
+    Returns:
+        The remaining training split and the validation split.
+    """
+    random = np.random.default_rng(_SPLIT_SEED)
+    order = random.permutation(len(split))
+    # Stable sort of a shuffled order: rank counts the images of the same class that come earlier in the shuffle.
+    by_class = order[np.argsort(split.labels[order], kind="stable")]
+    starts = np.searchsorted(split.labels[by_class], split.labels[by_class])
+    rank = np.arange(len(split)) - starts
+    chosen = np.zeros(len(split), bool)
+    chosen[by_class[np.argsort(rank, kind="stable")][:images]] = True
+    return split[np.flatnonzero(~chosen)], split[np.flatnonzero(chosen)]
+
+
+def _read(archive: Path) -> Dataset:
+    arrays: dict[str, NDArray[np.generic]] = {}
+    try:
+        with np.load(archive, allow_pickle=False) as file:
+            for key in ("x_train", "y_train", "x_test", "y_test", "classes"):
+                if key not in file:
+                    raise DataError(f"{archive} has no array {key!r}; delete the file to have it made again")
+                arrays[key] = file[key]
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise DataError(
+            f"{archive} is not a readable npz without pickled objects ({error}); delete the file to have it made again"
+        ) from error
+
+    classes = tuple(str(label) for label in arrays["classes"])
+    if classes != CLASSES:
+        raise DataError(f"{archive}: 'classes' is not the list of the 100 CIFAR-100 labels in alphabetical order")
+    splits: list[Split] = []
+    for part in ("train", "test"):
+        images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3) or not len(images):
+            raise DataError(
+                f"{archive}: 'x_{part}' is {images.dtype} {list(images.shape)}, expected uint8 [N, 32, 32, 3]"
+            )
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            raise DataError(
+                f"{archive}: 'y_{part}' is {labels.dtype} {list(labels.shape)}, expected integers [{len(images)}]"
+            )
+        if labels.min() < 0 or labels.max() >= len(CLASSES):
+            raise DataError(f"{archive}: 'y_{part}' holds class ids outside 0-{len(CLASSES) - 1}")
+        splits.append(Split(images.astype(np.uint8, copy=False), labels.astype(np.int64)))
+    train, test = splits
+    return _dataset(train, test, classes, tuple(_SUPERCLASS_OF[label] for label in classes))
+
+
+def _dataset(train: Split, test: Split, classes: tuple[str, ...], superclasses: tuple[str, ...]) -> Dataset:
+    digest = hashlib.sha256("\n".join(classes).encode())
+    for split in (train, test):
+        digest.update(np.ascontiguousarray(split.images).data)
+        digest.update(np.ascontiguousarray(split.labels).data)
+    return Dataset(train, test, classes, superclasses, digest.hexdigest())
+
+
+def _download(archive: Path) -> None:
+    # torchvision takes a second to import and only this path needs it.
+    from torchvision.datasets import CIFAR100
+
+    folder = archive.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = {part: CIFAR100(str(folder), train=part == "train", download=True) for part in ("train", "test")}
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise DataError(
+            f"CIFAR-100 is not in {folder} and could not be downloaded ({error}). Either run once with a network, or "
+            f"put {ARCHIVE} there (numpy arrays x_train, y_train, x_test, y_test, classes; uint8 NHWC) and name the "
+            "folder in CIFAR100_DATA."
+        ) from error
+    partial = archive.with_suffix(f".{os.getpid()}.partial.npz")
+    np.savez(
+        partial,
+        x_train=parts["train"].data,
+        y_train=np.asarray(parts["train"].targets, np.uint8),
+        x_test=parts["test"].data,
+        y_test=np.asarray(parts["test"].targets, np.uint8),
+        classes=np.array(parts["train"].classes),
+    )
+    partial.replace(archive)
+
+
+SHAPES = ("disc", "square", "diamond", "ring", "plus", "cross", "triangle", "bar", "pillar", "crescent")
+COLOURS = {
+    "red": (210, 40, 40),
+    "orange": (240, 140, 30),
+    "yellow": (235, 225, 60),
+    "green": (50, 160, 60),
+    "cyan": (50, 200, 210),
+    "blue": (50, 80, 210),
+    "purple": (130, 50, 170),
+    "pink": (240, 130, 190),
+    "white": (245, 245, 245),
+    "black": (15, 15, 15),
+}
+
+
+def synthetic(images_per_class: int, seed: int = 0) -> Dataset:
+    """A learnable stand-in for CIFAR-100: ten shapes in ten colours on cluttered grey backgrounds.
+
+    Position, size, shade and background vary from image to image. The test split has a quarter as many images.
+
+    Args:
+        images_per_class: of the training split.
+    """
+    random = np.random.default_rng(seed)
+    classes = tuple(f"{colour}_{shape}" for shape in SHAPES for colour in COLOURS)
+    superclasses = tuple(shape for shape in SHAPES for _ in COLOURS)
+    train = _draw(images_per_class, random)
+    test = _draw(max(1, images_per_class // 4), random)
+    return _dataset(train, test, classes, superclasses)
+
+
+def _draw(images_per_class: int, random: np.random.Generator) -> Split:
+    labels = np.tile(np.arange(len(SHAPES) * len(COLOURS)), images_per_class)
+    n = len(labels)
+    # Background: coarse grey clutter, enlarged without interpolation, plus a gradient.
+    clutter = random.uniform(60, 190, (n, 4, 4, 1)).repeat(8, axis=1).repeat(8, axis=2)
+    gradient = random.uniform(-40, 40, (n, 1, 1, 1)) * np.linspace(-1, 1, 32)[None, :, None, None]
+    pixels = np.broadcast_to(clutter + gradient, (n, 32, 32, 3)).copy()
+
+    centre = random.uniform(11, 20, (2, n, 1, 1))
+    radius = random.uniform(6, 11, (n, 1, 1))
+    axis = np.arange(32)
+    v = (axis[None, :, None] - centre[0]) / radius
+    u = (axis[None, None, :] - centre[1]) / radius
+    colour = np.array(list(COLOURS.values()))[labels % len(COLOURS)] * random.uniform(0.8, 1.1, (n, 1))
+    for shape, name in enumerate(SHAPES):
+        rows = labels // len(COLOURS) == shape
+        inside = _inside(name, u[rows], v[rows])[..., None]
+        pixels[rows] = np.where(inside, colour[rows, None, None, :], pixels[rows])
+    pixels += random.normal(0, 12, pixels.shape)
+    return Split(pixels.clip(0, 255).astype(np.uint8), labels.astype(np.int64))
+
+
+def _inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which points (u right, v down, in radii from the centre) a shape covers."""
+    r = np.hypot(u, v)
+    box = np.maximum(abs(u), abs(v)) < 1
+    match shape:
+        case "disc":
+            return r < 1
+        case "square":
+            return np.maximum(abs(u), abs(v)) < 0.85
+        case "diamond":
+            return abs(u) + abs(v) < 1.1
+        case "ring":
+            return (r < 1.05) & (r > 0.55)
+        case "plus":
+            return box & (np.minimum(abs(u), abs(v)) < 0.3)
+        case "cross":
+            return box & (abs(abs(u) - abs(v)) < 0.35)
+        case "triangle":
+            return (v < 0.8) & (2 * abs(u) - v < 0.9)
+        case "bar":
+            return (abs(u) < 1.1) & (abs(v) < 0.35)
+        case "pillar":
+            return (abs(u) < 0.35) & (abs(v) < 1.1)
+        case _:  # crescent
+            return (r < 1.05) & (np.hypot(u - 0.6, v) > 0.85)

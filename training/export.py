@@ -1,0 +1,104 @@
+"""From a finished run to a version in the model store: calibrate, export, measure, write the card, publish.
+
+In: a run folder with a checkpoint.  Out: `models/<name>/<version>/`, live if it is good enough.
+"""
+
+import importlib.metadata
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from training import torchscript
+from training.data import Dataset
+from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
+from training.loop import splits, to_device
+from training.networks import Classifier, build
+from training.recipes import Recipe
+from training.run import Publication, Run
+from training.store import MODEL, EpochSummary, ModelCard, Promotion, Store
+
+LIBRARIES = ("torch", "torchvision", "numpy")
+
+
+def publish(
+    run: Run, dataset: Dataset, store: Store, promotion: Promotion = "if-better", notes: str = ""
+) -> Publication:
+    """Export a run's last checkpoint, measure the exported file on the test set, and publish it.
+
+    Args:
+        run: at least one epoch must be finished.
+        dataset: what the run was trained on.
+        notes: free text for the card.
+
+    Raises:
+        RunError: the run has no checkpoint.
+        ExportError: the exported file does not compute what the network computes.
+    """
+    recipe = run.recipe()
+    classifier, epoch = restore(run, recipe, dataset)
+    if recipe.validation_images:
+        _, _, validation = splits(recipe, dataset)
+        images, labels = to_device(validation, torch.device("cpu"))
+        classifier.temperature.fill_(fit_temperature(predict(classifier, images), labels))
+    temperature = classifier.temperature.item()
+
+    with store.draft(recipe.model) as draft:
+        torchscript.save(classifier, draft / MODEL)
+        images, labels = to_device(dataset.test, torch.device("cpu"))
+        logits = predict(torchscript.load(draft / MODEL), images)
+        curve = [EpochSummary.model_validate(metrics) for metrics in run.epochs() if metrics["epoch"] <= epoch]
+        card = ModelCard(
+            name=recipe.model,
+            version=0,
+            created=datetime.now(UTC).replace(microsecond=0),
+            recipe=recipe.model_dump(),
+            classes=list(dataset.classes),
+            superclasses=list(dataset.superclasses),
+            parameters=sum(parameter.numel() for parameter in classifier.parameters()),
+            seed=recipe.seed,
+            data=dataset.fingerprint,
+            temperature=temperature,
+            test=evaluate(logits, labels),
+            test_ece_uncalibrated=expected_calibration_error(logits * temperature, labels),
+            curve=curve,
+            training_seconds=sum(point.seconds for point in curve),
+            device=_device_name(),
+            libraries={library: importlib.metadata.version(library) for library in LIBRARIES},
+            commit=_commit(),
+            notes=notes,
+            files={},
+        )
+        card = store.publish(draft, card)
+        published = Publication(
+            model=card.name, version=card.version, live=store.promote_if(card, promotion), test=card.test
+        )
+    run.record_publication(published)
+    return published
+
+
+def restore(run: Run, recipe: Recipe, dataset: Dataset) -> tuple[Classifier, int]:
+    """The classifier of a run's last checkpoint, on the CPU in evaluation mode, and the epoch it is from."""
+    state = run.load()
+    # The checkpoint overwrites every weight, so pretrained ones need not be fetched again.
+    blank = recipe.model_copy(update={"weights": "none", "reinitialise": ()})
+    classifier = build(blank, len(dataset.classes))
+    classifier.load_state_dict(state["classifier"])
+    return classifier.eval(), state["epoch"]
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

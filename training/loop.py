@@ -1,0 +1,245 @@
+"""The training loop: recipe and data set in, a checkpointed run folder out.
+
+Every epoch: draw batches on the device, forward, loss, backward, step; then evaluate, record metrics, checkpoint.
+Each epoch seeds its random generators from (seed, epoch), so a checkpoint needs no generator state and a resumed run
+gives the same weights as an uninterrupted one.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training import augment
+from training.data import Dataset, Split, hold_out
+from training.evaluate import evaluate, predict
+from training.networks import TransferResNet18, build
+from training.recipes import ALL_STAGES, Recipe
+from training.run import Run
+
+TICK_S = 5.0
+WARMUP = 0.25  # share of a one-cycle schedule in which the learning rate rises
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last checkpoint is good."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Progress within an epoch."""
+
+    epoch: int
+    """Counted from 1."""
+    epochs: int
+    step: int
+    """Steps done in this epoch."""
+    steps: int
+    """Steps of an epoch."""
+    loss: float
+    """Mean training loss since the epoch began."""
+    accuracy: float
+    """Training top-1 since the epoch began, 0-1."""
+    images_per_s: float
+    remaining_s: float
+    """Estimate for the rest of the run."""
+    event: str = "tick"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Result of an epoch."""
+
+    epoch: int
+    """Counted from 1."""
+    epochs: int
+    learning_rate: float
+    """At the end of the epoch."""
+    train_loss: float
+    train_accuracy: float
+    split: str
+    """What was evaluated: validation where the recipe holds images out, otherwise test (never used to choose)."""
+    loss: float
+    top1: float
+    top5: float
+    images_per_s: float
+    seconds: float
+    """Wall time of the epoch, its evaluation included."""
+    remaining_s: float
+    event: str = "epoch"
+
+
+def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> Iterator[Tick | Epoch]:
+    """Train, from the run's checkpoint if it has one; yields progress and the result of every epoch.
+
+    Raises:
+        TrainingError: the loss is no longer finite.
+        WeightsError: the recipe's pretrained weights cannot be used.
+    """
+    torch.manual_seed(recipe.seed)
+    classifier = build(recipe, len(dataset.classes)).to(device).to(memory_format=torch.channels_last)
+    network = classifier.network
+    optimizer = make_optimizer(recipe, classifier)
+    dtype = precision(recipe, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+    finished = 0
+    if run.checkpoint_file.exists():
+        state = run.load()
+        classifier.load_state_dict(state["classifier"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        finished = state["epoch"]
+    run.forget_after(finished)
+
+    split, eval_name, eval_split = splits(recipe, dataset)
+    images, labels = to_device(split, device)
+    eval_images, eval_labels = to_device(eval_split, device)
+    steps = math.ceil(len(split) / recipe.batch_size)
+
+    for epoch in range(finished + 1, recipe.total_epochs + 1):
+        if epoch == recipe.epochs + 1 and isinstance(network, TransferResNet18):
+            network.set_trainable(ALL_STAGES)
+        started = ticked = time.perf_counter()
+        seed = recipe.seed * 10_000 + epoch
+        torch.manual_seed(seed)
+        classifier.train()
+        loss_sum = torch.zeros((), device=device)
+        hits = torch.zeros((), device=device)
+        seen = 0
+        epoch_batches = augment.batches(images, labels, recipe, torch.Generator().manual_seed(seed))
+        for step, (batch, targets) in enumerate(epoch_batches, start=1):
+            rate = learning_rate(recipe, epoch - 1 + (step - 0.5) / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+                logits = classifier(batch)
+                loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            loss_sum += loss.detach() * len(targets)
+            hits += (logits.detach().argmax(1) == targets).sum()
+            seen += len(targets)
+            now = time.perf_counter()
+            if step == steps or now - ticked > TICK_S:
+                ticked = now
+                mean_loss = loss_sum.item() / seen
+                if not math.isfinite(mean_loss):
+                    raise TrainingError(_non_finite(epoch, step, rate, epoch - 1))
+                pace = (now - started) / step
+                tick = Tick(
+                    epoch=epoch,
+                    epochs=recipe.total_epochs,
+                    step=step,
+                    steps=steps,
+                    loss=mean_loss,
+                    accuracy=hits.item() / seen,
+                    images_per_s=seen / (now - started),
+                    remaining_s=pace * (steps * (recipe.total_epochs - epoch + 1) - step),
+                )
+                run.record(asdict(tick))
+                yield tick
+
+        classifier.eval()
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            result = evaluate(predict(classifier, eval_images), eval_labels.cpu())
+        if not math.isfinite(result.loss):
+            raise TrainingError(_non_finite(epoch, steps, rate, epoch - 1))
+        run.save(
+            {
+                "epoch": epoch,
+                "classifier": classifier.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
+        )
+        seconds = time.perf_counter() - started
+        outcome = Epoch(
+            epoch=epoch,
+            epochs=recipe.total_epochs,
+            learning_rate=rate,
+            train_loss=tick.loss,
+            train_accuracy=tick.accuracy,
+            split=eval_name,
+            loss=result.loss,
+            top1=result.top1,
+            top5=result.top5,
+            images_per_s=tick.images_per_s,
+            seconds=seconds,
+            remaining_s=seconds * (recipe.total_epochs - epoch),
+        )
+        run.record(asdict(outcome))
+        yield outcome
+
+
+def splits(recipe: Recipe, dataset: Dataset) -> tuple[Split, str, Split]:
+    """What a recipe trains on, and the name and images of what every epoch is evaluated on."""
+    if recipe.validation_images:
+        remaining, validation = hold_out(dataset.train, recipe.validation_images)
+        return remaining, "validation", validation
+    return dataset.train, "test", dataset.test
+
+
+def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
+    """uint8 images [N, 32, 32, 3] and int64 labels [N] as tensors on the device."""
+    return torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels).to(device)
+
+
+def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    """Over all parameters: those of frozen stages get no gradient and stay as they are."""
+    parameters = list(module.parameters())
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.momentum > 0,
+    )
+
+
+def learning_rate(recipe: Recipe, progress: float) -> float:
+    """The learning rate after `progress` epochs (a fraction within an epoch) of a run."""
+    if progress < recipe.epochs:
+        peak, done = recipe.learning_rate, progress / recipe.epochs
+    else:
+        peak, done = recipe.finetune_learning_rate, (progress - recipe.epochs) / recipe.finetune_epochs
+    match recipe.schedule:
+        case "constant":
+            return peak
+        case "cosine":
+            return peak * (1 + math.cos(math.pi * done)) / 2
+        case "one-cycle":
+            return peak * min(done / WARMUP, (1 - done) / (1 - WARMUP))
+
+
+def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The dtype of the activations; "auto" takes a half precision only where the device computes faster in it."""
+    if recipe.precision != "auto":
+        dtype: torch.dtype = getattr(torch, recipe.precision)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _non_finite(epoch: int, step: int, rate: float, last_good: int) -> str:
+    kept = f"the checkpoint of epoch {last_good} is kept" if last_good else "no epoch was finished"
+    return (
+        f"the loss is no longer finite (epoch {epoch}, step {step}, learning rate {rate:.3g}); {kept}. "
+        "Start again with a lower learning_rate or precision=float32."
+    )

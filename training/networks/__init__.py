@@ -1,0 +1,32 @@
+"""The networks a recipe can train; `build` makes the one it names."""
+
+from training.networks.classifier import Classifier
+from training.networks.resnet import ResNet, SharedResNet
+from training.networks.transfer import TransferResNet18
+from training.recipes import Recipe
+
+# Per-channel statistics of the training images, pixel values in 0-1.
+CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
+CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def build(recipe: Recipe, classes: int = 100) -> Classifier:
+    """The untrained classifier of a recipe, initialised from the global random generator.
+
+    Raises:
+        WeightsError: the recipe's pretrained weights cannot be used.
+    """
+    match recipe.network:
+        case "shared-resnet":
+            shared = SharedResNet(classes, recipe.width, recipe.dropout, recipe.batch_norm_statistics)
+            return Classifier(shared, CIFAR100_MEAN, CIFAR100_STD)
+        case "resnet":
+            return Classifier(ResNet(classes, recipe.width, recipe.dropout), CIFAR100_MEAN, CIFAR100_STD)
+        case "resnet18":
+            transfer = TransferResNet18(classes, recipe.weights, recipe.trainable, recipe.reinitialise)
+            return Classifier(transfer, IMAGENET_MEAN, IMAGENET_STD, recipe.image_size)
+
+
+__all__ = ["Classifier", "ResNet", "SharedResNet", "TransferResNet18", "build"]

@@ -1,0 +1,118 @@
+"""Part 2: torchvision's ResNet-18, pretrained on ImageNet, with a new fc layer and a choice of what trains.
+
+In: normalised float images [N, 3, S, S].  Out: logits [N, classes].
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet18_Weights, resnet18
+
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
+_STAGE_LAYERS = {"stem": ("conv1", "bn1")}
+
+
+class WeightsError(ValueError):
+    """Pretrained weights that cannot be used, with the reason and what to do."""
+
+
+class TransferResNet18(nn.Module):
+    """ResNet-18 of which only some stages train; the others keep their weights and stay in evaluation mode.
+
+    Args:
+        classes: number of logits; fc is always new.
+        weights: "none", "imagenet" (torchvision's IMAGENET1K_V1, downloaded) or the path of a state-dict file.
+        trainable: the stages that train, out of `STAGES`.
+        reinitialise: stages that start from random weights instead of the pretrained ones.
+
+    Raises:
+        WeightsError: see `load_weights`.
+    """
+
+    def __init__(self, classes: int, weights: str, trainable: Sequence[str], reinitialise: Sequence[str] = ()):
+        super().__init__()
+        self.backbone = resnet18()
+        fresh = {stage: [_copy(layer) for layer in self._layers(stage)] for stage in reinitialise}
+        load_weights(self.backbone, weights)
+        for stage, states in fresh.items():
+            for layer, state in zip(self._layers(stage), states, strict=True):
+                layer.load_state_dict(state)
+        self.backbone.fc = nn.Linear(self.backbone.fc.in_features, classes)
+        self.set_trainable(trainable)
+
+    def set_trainable(self, stages: Sequence[str]) -> None:
+        """Train exactly these stages from now on."""
+        self.trainable = tuple(stages)
+        for stage in STAGES:
+            for layer in self._layers(stage):
+                layer.requires_grad_(stage in stages)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for stage in STAGES:
+            for layer in self._layers(stage):
+                layer.train(mode and stage in self.trainable)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.backbone(x)
+        return logits
+
+    def _layers(self, stage: str) -> list[nn.Module]:
+        return [self.backbone.get_submodule(name) for name in _STAGE_LAYERS.get(stage, (stage,))]
+
+
+def load_weights(backbone: nn.Module, weights: str) -> None:
+    """Fill a torchvision ResNet-18 (1000 classes) with pretrained weights; float16 values are cast.
+
+    Args:
+        backbone: the network to fill in place.
+        weights: "none" (does nothing), "imagenet" or the path of a state-dict file.
+
+    Raises:
+        WeightsError: the download failed, or the file is missing, unreadable or lacks or exceeds the keys.
+    """
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        try:
+            state = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise WeightsError(
+                f"the ImageNet weights could not be downloaded ({error}); "
+                "give the path of a local state-dict file instead: weights=/path/to/resnet18.pth"
+            ) from error
+    else:
+        state = _read_state_dict(Path(weights))
+    expected = backbone.state_dict()
+    faults = [f"missing {key}" for key in expected if key not in state]
+    faults += [f"unexpected {key}" for key in state if key not in expected]
+    faults += [
+        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise WeightsError(f"{weights} is not a ResNet-18 state dict: {'; '.join(faults[:5])}{more}")
+    backbone.load_state_dict(state)
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise WeightsError(f"the weights file {path} does not exist")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many unrelated types for a damaged file
+        raise WeightsError(f"{path} cannot be read as a state dict: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} does not hold a state dict (a mapping from names to tensors)")
+    return state
+
+
+def _copy(layer: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in layer.state_dict().items()}

@@ -1,0 +1,52 @@
+"""Shows a training run: a live bar and a table row per epoch on a terminal, plain lines elsewhere."""
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from training.loop import Epoch, Tick
+
+
+def show(events: Iterable[Tick | Epoch], console: Console) -> None:
+    """Consume a run's events, that is: run it, and print them as they come."""
+    if not console.is_terminal:
+        for event in events:
+            print(_line(event), flush=True)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[measures]}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting", total=None, measures="")
+        for event in events:
+            if isinstance(event, Epoch):
+                bar.console.print(_line(event))
+                continue
+            bar.update(
+                task,
+                description=f"epoch {event.epoch}/{event.epochs}",
+                completed=event.step,
+                total=event.steps,
+                measures=_measures(event),
+            )
+
+
+def _line(event: Tick | Epoch) -> str:
+    if isinstance(event, Tick):
+        return f"epoch {event.epoch}/{event.epochs}  step {event.step}/{event.steps}  {_measures(event)}"
+    return (
+        f"epoch {event.epoch}/{event.epochs}  train loss {event.train_loss:.3f} accuracy {event.train_accuracy:.2%}  "
+        f"{event.split} loss {event.loss:.3f} top-1 {event.top1:.2%} top-5 {event.top5:.2%}  "
+        f"{event.images_per_s:.0f} images/s  {event.seconds:.0f} s  {_left(event.remaining_s)}"
+    )
+
+
+def _measures(tick: Tick) -> str:
+    return (
+        f"loss {tick.loss:.3f}  accuracy {tick.accuracy:.2%}  "
+        f"{tick.images_per_s:.0f} images/s  {_left(tick.remaining_s)}"
+    )
+
+
+def _left(seconds: float) -> str:
+    return f"{timedelta(seconds=round(seconds))} left"

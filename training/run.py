@@ -1,0 +1,142 @@
+"""A training run's folder: recipe.json, metrics.jsonl, checkpoint.pt, published.json.
+
+In: a recipe and, epoch by epoch, metrics and training state.  Out: the same, read back to resume, watch or export.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from training.recipes import Recipe, from_dict
+from training.store import Evaluation
+
+State = dict[str, Any]
+
+
+class Publication(BaseModel):
+    """What became of a run's export."""
+
+    model: str
+    version: int
+    live: bool
+    """Whether the new version was made live."""
+    test: Evaluation
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked."""
+
+
+class Run:
+    """One run's folder.
+
+    Args:
+        path: the folder; `create` makes it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe_file = path / "recipe.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoint_file = path / "checkpoint.pt"
+        self.publication_file = path / "published.json"
+
+    def create(self, recipe: Recipe) -> None:
+        """Start an empty run.
+
+        Raises:
+            RunError: the folder holds a run already.
+        """
+        if self.recipe_file.exists():
+            raise RunError(f"{self.path} holds a run already; give --resume to go on with it, or another folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(self.recipe_file, recipe.model_dump_json(indent=2) + "\n")
+
+    def recipe(self) -> Recipe:
+        """The recipe the run was started with.
+
+        Raises:
+            RunError: there is no run in this folder.
+        """
+        if not self.recipe_file.exists():
+            raise RunError(f"there is no run in {self.path}")
+        return from_dict(json.loads(self.recipe_file.read_text()))
+
+    def extend(self, epochs: int) -> Recipe:
+        """Give a run of a constant learning rate more epochs; what it has learnt so far stays valid.
+
+        Raises:
+            RunError: the recipe's schedule depends on the number of epochs, or they are fewer than before.
+        """
+        recipe = self.recipe()
+        if recipe.schedule != "constant" or recipe.finetune_epochs:
+            raise RunError(f"the schedule {recipe.schedule} depends on epochs={recipe.epochs}; start a new run instead")
+        if epochs < recipe.epochs:
+            raise RunError(f"the run was started for {recipe.epochs} epochs and cannot be shortened to {epochs}")
+        recipe = from_dict(recipe.model_dump() | {"epochs": epochs})
+        _write(self.recipe_file, recipe.model_dump_json(indent=2) + "\n")
+        return recipe
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Append one line of metrics."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """All complete lines of metrics, oldest first."""
+        if self.metrics_file.exists():
+            with self.metrics_file.open() as file:
+                yield from (json.loads(line) for line in file if line.endswith("\n"))
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """The metrics of every finished epoch."""
+        return [metrics for metrics in self.metrics() if metrics["event"] == "epoch"]
+
+    def forget_after(self, epoch: int) -> None:
+        """Drop the metrics of epochs later than `epoch`, which a resumed run will measure again."""
+        kept = [json.dumps(metrics) + "\n" for metrics in self.metrics() if metrics["epoch"] <= epoch]
+        _write(self.metrics_file, "".join(kept))
+
+    def save(self, state: State) -> None:
+        """Replace the checkpoint atomically: a crash leaves the previous one or this one, whole."""
+        import torch  # slow to import, and the service reads run folders without it
+
+        partial = self.checkpoint_file.with_suffix(".partial")
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.checkpoint_file)
+
+    def load(self) -> State:
+        """The last checkpoint, on the CPU.
+
+        Raises:
+            RunError: no epoch has been finished yet.
+        """
+        import torch
+
+        if not self.checkpoint_file.exists():
+            raise RunError(f"{self.path} has no checkpoint: no epoch has been finished yet")
+        state: State = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
+        return state
+
+    def record_publication(self, publication: Publication) -> None:
+        """Note which version of which model the run has become."""
+        _write(self.publication_file, publication.model_dump_json(indent=1) + "\n")
+
+    def publication(self) -> Publication | None:
+        """What the run has become in the model store, or None so far."""
+        if not self.publication_file.exists():
+            return None
+        return Publication.model_validate_json(self.publication_file.read_bytes())
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,266 @@
+"""The model store: versioned, immutable model folders and a live pointer for each model.
+
+    models/<name>/<version>/card.json   what the model is, how it was made, how good it is
+    models/<name>/<version>/model.pt    TorchScript; further files may stand beside it
+    models/<name>/live                  the number of the version that is served
+
+`training` publishes, `app` reads. A version appears by renaming a finished folder and the pointer changes by renaming
+a finished file, so a crash at any point leaves a readable store with the old version live.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+CARD = "card.json"
+MODEL = "model.pt"
+LIVE = "live"
+
+Promotion = Literal["if-better", "always", "never"]
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+
+class StoreError(ValueError):
+    """A model or version that does not exist or is damaged."""
+
+
+class Evaluation(BaseModel):
+    """Measures over one split. Rates are in 0-1."""
+
+    images: int
+    top1: float
+    top5: float
+    loss: float
+    """Mean cross-entropy in nats."""
+    ece: float
+    """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, arXiv:1706.04599)."""
+    per_class: list[float]
+    """Top-1 of each class; 0 where the split has no image of it."""
+
+
+class EpochSummary(BaseModel):
+    """One point of the training curve."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    split: str
+    loss: float
+    top1: float
+    top5: float
+    seconds: float
+
+
+class ModelCard(BaseModel):
+    """All that is known of one version of a model."""
+
+    name: str
+    version: int
+    created: datetime
+    recipe: dict[str, Any]
+    classes: list[str]
+    superclasses: list[str]
+    """Of each class, in the order of `classes`."""
+    parameters: int
+    seed: int
+    data: str
+    """Fingerprint of the data set: sha256 over its images, labels and class names."""
+    temperature: float
+    """Fitted on validation images; 1 where the recipe holds none out."""
+    test: Evaluation
+    """The exported file on the full test set, calibrated."""
+    test_ece_uncalibrated: float
+    curve: list[EpochSummary]
+    training_seconds: float
+    device: str
+    libraries: dict[str, str]
+    commit: str | None
+    """Git commit of the code that trained it, if known."""
+    notes: str = ""
+    files: dict[str, str]
+    """sha256 of every file beside the card."""
+
+
+class Store:
+    """A folder of models.
+
+    Args:
+        root: the folder; it need not exist before something is published.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def names(self) -> list[str]:
+        """All models that have at least one version."""
+        if not self.root.is_dir():
+            return []
+        return sorted(path.name for path in self.root.iterdir() if _NAME.fullmatch(path.name) and _versions(path))
+
+    def versions(self, name: str) -> list[int]:
+        """Versions of a model, oldest first; empty where there is no such model."""
+        return _versions(self._model(name))
+
+    def live(self, name: str) -> int | None:
+        """The version that is served, or None before the first promotion."""
+        try:
+            return int((self._model(name) / LIVE).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise StoreError(f"{self._model(name) / LIVE} does not hold a version number") from error
+
+    def folder(self, name: str, version: int) -> Path:
+        """The folder of a version.
+
+        Raises:
+            StoreError: there is no such version.
+        """
+        path = self._model(name) / str(version)
+        if not (path / CARD).is_file():
+            raise StoreError(f"there is no version {version} of {name}")
+        return path
+
+    def card(self, name: str, version: int) -> ModelCard:
+        """The card of a version.
+
+        Raises:
+            StoreError: there is no such version, or its card is unreadable.
+        """
+        path = self.folder(name, version) / CARD
+        try:
+            card = ModelCard.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise StoreError(f"{path} is damaged: {error}") from error
+        if (card.name, card.version) != (name, version):
+            raise StoreError(f"{path} is the card of {card.name} version {card.version}")
+        return card
+
+    def verify(self, card: ModelCard) -> Path:
+        """Check every file of a version against its card.
+
+        Returns:
+            The version's folder.
+
+        Raises:
+            StoreError: a file is missing or its sha256 differs.
+        """
+        folder = self.folder(card.name, card.version)
+        for file, expected in card.files.items():
+            path = folder / file
+            if Path(file).name != file or not path.is_file():
+                raise StoreError(f"{path} is missing")
+            if sha256(path) != expected:
+                raise StoreError(f"{path} is damaged: its sha256 is not the one in {CARD}")
+        return folder
+
+    @contextmanager
+    def draft(self, name: str) -> Iterator[Path]:
+        """A folder inside the store to prepare a version in; it is gone afterwards unless published."""
+        model = self._model(name)
+        model.mkdir(parents=True, exist_ok=True)
+        path = Path(tempfile.mkdtemp(prefix=".draft-", dir=model))
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def publish(self, draft: Path, card: ModelCard) -> ModelCard:
+        """Turn a draft into the next version of its model, atomically.
+
+        Args:
+            draft: the folder that `draft` gave, with all files but the card.
+            card: version and files are filled in here.
+
+        Returns:
+            The card as it was published.
+        """
+        model = self._model(card.name)
+        files = {path.name: sha256(path) for path in sorted(draft.iterdir()) if path.name != CARD}
+        while True:
+            version = max(_versions(model), default=0) + 1
+            card = card.model_copy(update={"version": version, "files": files})
+            (draft / CARD).write_text(card.model_dump_json(indent=1) + "\n")
+            for path in draft.iterdir():
+                _sync(path)
+            draft.chmod(0o755)  # mkdtemp makes private folders
+            _sync(draft)
+            try:
+                draft.rename(model / str(version))
+            except OSError:
+                if not (model / str(version)).exists():
+                    raise
+                continue  # somebody else published this number first
+            _sync(model)
+            return card
+
+    def promote(self, name: str, version: int) -> None:
+        """Make a version live.
+
+        Raises:
+            StoreError: there is no such version.
+        """
+        self.folder(name, version)
+        model = self._model(name)
+        partial = model / f".{LIVE}-{os.getpid()}-{threading.get_ident()}"
+        partial.write_text(f"{version}\n")
+        _sync(partial)
+        partial.replace(model / LIVE)
+        _sync(model)
+
+    def promote_if(self, card: ModelCard, promotion: Promotion) -> bool:
+        """Make a version live if the rule says so.
+
+        Args:
+            card: the version.
+            promotion: "always", "never", or "if-better": at least as accurate on the test set as the live version.
+                Accuracies on different data cannot be compared, so such a version is not promoted.
+
+        Returns:
+            Whether it was made live.
+        """
+        live = self.live(card.name)
+        if promotion == "if-better" and live is not None:
+            current = self.card(card.name, live)
+            better = card.data == current.data and card.test.top1 >= current.test.top1
+        else:
+            better = promotion != "never"
+        if better:
+            self.promote(card.name, card.version)
+        return better
+
+    def _model(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise StoreError(f"{name!r} is not a model name: lower-case letters, digits, - and _ only")
+        return self.root / name
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions(model: Path) -> list[int]:
+    if not model.is_dir():
+        return []
+    return sorted(int(path.name) for path in model.iterdir() if path.name.isdigit() and (path / CARD).is_file())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,91 @@
+"""The exported form of a classifier: TorchScript, uint8 [N, 3, 32, 32] in, float32 logits [N, classes] out.
+
+PyTorch has deprecated TorchScript in favour of torch.export. Everything that touches torch.jit is in this module, so
+that a successor replaces these few functions and nothing else.
+
+Run as a program, it computes the logits of a file in a process that knows nothing of the network's definition:
+`python -m training.torchscript MODEL IMAGES LOGITS`.
+"""
+
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# Rounding may differ between eager mode and the frozen graph; logits are of the order of 10.
+TOLERANCE = 1e-3
+
+
+class ExportError(RuntimeError):
+    """The exported file does not compute what the network computes."""
+
+
+def save(classifier: nn.Module, path: Path) -> None:
+    """Trace and freeze a classifier in evaluation mode, and check the written file in a fresh process.
+
+    Args:
+        classifier: uint8 [N, 3, 32, 32] to logits [N, classes], on the CPU.
+        path: the file to write.
+
+    Raises:
+        ExportError: the reloaded file's logits differ from eager mode's by more than `TOLERANCE`.
+    """
+    images = example_images(8)
+    with torch.inference_mode():
+        expected = classifier(images)
+    with torch.no_grad(), _deprecation_ignored():
+        traced = torch.jit.trace(classifier, (images,), check_trace=False)  # checked below, after a reload
+        # Convolutions keep their weights as trained (no folding), so the graph computes bit for bit what eager does.
+        frozen = torch.jit.freeze(traced, optimize_numerics=False)
+        torch.jit.save(frozen, str(path))
+    difference = (_logits_in_fresh_process(path, images) - expected).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise ExportError(
+            f"{path}: logits differ from eager mode by up to {difference:g}; at most {TOLERANCE} is rounding"
+        )
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
+    """The classifier in an exported file, in evaluation mode."""
+    with _deprecation_ignored():
+        module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)
+    return module
+
+
+def example_images(count: int) -> Tensor:
+    """Fixed uint8 images [count, 3, 32, 32] for tracing, parity checks and warm-up: smooth, not white noise."""
+    random = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, 3, 4, 4, generator=random)
+    smooth = nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear", align_corners=False)
+    return (smooth * 255).to(torch.uint8)
+
+
+def _logits_in_fresh_process(path: Path, images: Tensor) -> Tensor:
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, outputs = Path(folder, "images.pt"), Path(folder, "logits.pt")
+        torch.save(images, inputs)
+        command = [sys.executable, "-m", __name__, str(path), str(inputs), str(outputs)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise ExportError(f"{path} does not run in a fresh process:\n{done.stderr}")
+        logits: Tensor = torch.load(outputs, weights_only=True)
+    return logits
+
+
+@contextmanager
+def _deprecation_ignored() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
+        yield
+
+
+if __name__ == "__main__":
+    model, images_file, logits_file = sys.argv[1:]
+    with torch.inference_mode():
+        torch.save(load(Path(model))(torch.load(images_file, weights_only=True)), logits_file)
