@@ -50,7 +50,8 @@ class Recipe(BaseModel):
     crop_padding: int = Field(default=0, ge=0, le=16)
     """Shift each training image by up to this many pixels, filling by reflection."""
 
-    width: int = Field(default=32, ge=1, le=256)
+    # Multiples of 8 only: oneDNN's AVX2 convolutions crash on other channel counts in channels-last (torch 2.14.1).
+    width: int = Field(default=32, ge=8, le=256, multiple_of=8)
     """Channels of the first block (shared-resnet, resnet)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """After the stem (shared-resnet, resnet)."""
