@@ -1,6 +1,8 @@
 """Runs the service: `python -m app --help`."""
 
 import logging
+import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -22,6 +24,8 @@ def main(
     settings = settings.model_copy(
         update={"host": host or settings.host, "port": settings.port if port is None else port}
     )
+    # uvicorn drains on SIGTERM and then raises it again; a drained service has ended well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
         create_app(settings),
         host=settings.host,

@@ -2,9 +2,10 @@
 
 from http import HTTPStatus
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import TooLarge, problem
+from app.errors import problem
 from app.settings import MIB, Settings
 
 _OTHER_BYTES = MIB
@@ -29,10 +30,14 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         limit = self.limits.get(scope["path"], _OTHER_BYTES)
+        refusal = problem(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            f"the request body is larger than {limit:,} bytes",
+            {"Connection": "close"},
+        )
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
-            response = problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _detail(limit), {"Connection": "close"})
-            await response(scope, receive, send)
+            await refusal(scope, receive, send)
             return
 
         received = 0
@@ -42,11 +47,17 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
-                raise TooLarge(_detail(limit))
+                raise ClientDisconnect  # what a route already expects of a body that ends early
             return message
 
-        await self.app(scope, counted, send)
+        async def unless_refused(message: Message) -> None:
+            if received <= limit:
+                await send(message)
 
-
-def _detail(limit: int) -> str:
-    return f"the request body is larger than {limit:,} bytes"
+        try:
+            await self.app(scope, counted, unless_refused)
+        except ClientDisconnect:
+            if received <= limit:
+                raise
+        if received > limit:
+            await refusal(scope, receive, send)

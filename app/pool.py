@@ -129,7 +129,7 @@ class Pool:
                 try:
                     self.store.folder(name, version)
                 except StoreError as error:
-                    raise NotFound(f"{error}; GET /models lists what there is") from None
+                    raise NotFound(f"{error}; GET /models lists all") from None
                 try:
                     model = await asyncio.to_thread(self._load, name, version)
                 except (StoreError, OSError, RuntimeError) as error:
@@ -149,4 +149,4 @@ class Pool:
         if name in self.errors:
             return Unavailable(f"{name} cannot be served: {self.errors[name]}")
         live = ", ".join(sorted(self._live)) or "none"
-        return NotFound(f"there is no live model {name!r}; live are: {live}")
+        return NotFound(f"there is no live model {name!r}, live are: {live}; GET /models lists all")

@@ -1,5 +1,6 @@
 """/evaluate: how accurate the live models are, as recorded and as measured now."""
 
+import asyncio
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
@@ -7,7 +8,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
 
 from app.errors import BadRequest
 from app.evaluations import EvaluationJob, read_split, read_zip
@@ -66,16 +66,13 @@ async def evaluate(
     """
     chosen = await services.pool.get(model, version)
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        try:
-            async with request.form(max_files=1, max_fields=0) as form:
-                upload = form.get("file")
-                if not isinstance(upload, UploadFile):
-                    raise BadRequest("the form has no field 'file' with a zip: curl -F file=@photos.zip")
-                # The spooled file is closed with the form, so it is read before the measuring starts.
-                read = partial(read_zip, services.settings, upload.file, chosen.card.classes)
-                job = await services.evaluations.start(chosen, read)
-        except MultiPartException as error:
-            raise BadRequest(f"the multipart body cannot be read: {error.message}") from None
+        async with request.form(max_files=1, max_fields=0) as form:
+            upload = form.get("file")
+            if not isinstance(upload, UploadFile):
+                raise BadRequest("the form has no field 'file' with a zip: curl -F file=@photos.zip")
+            # Read here, as the file is gone with the form while the measuring may go on.
+            labelled = await asyncio.to_thread(read_zip, services.settings, upload.file, chosen.card.classes)
+        job = await services.evaluations.start(chosen, lambda: labelled)
     else:
         job = await services.evaluations.start(
             chosen, partial(read_split, services.settings, split, limit, chosen.card.classes)

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Query, Request
 from numpy.typing import NDArray
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
 
 from app import images
 from app.errors import BadRequest, Problem, UnsupportedImage
@@ -93,8 +92,8 @@ async def predict(
 
 def top_classes(logits: NDArray[np.float32], card: ModelCard, top_k: int) -> list[Class]:
     """The `top_k` most probable classes of logits [classes], best first."""
-    shifted = np.exp((logits - logits.max()).astype(np.float64))
-    probabilities = shifted / shifted.sum()
+    exponentials = np.exp(logits.astype(np.float64) - logits.max())
+    probabilities = exponentials / exponentials.sum()
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     return [
         Class(
@@ -112,14 +111,11 @@ async def _files(request: Request, services: Services) -> list[tuple[str | None,
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     limit = min(services.settings.max_images, services.settings.max_batch)
     if content_type == "multipart/form-data":
-        try:
-            async with request.form(max_files=limit, max_fields=8) as form:
-                uploads = [part for part in form.getlist("file") if isinstance(part, UploadFile)]
-                if not uploads:
-                    raise BadRequest("the form has no field 'file' with an image: curl -F file=@photo.jpg")
-                return [(upload.filename, await upload.read()) for upload in uploads]
-        except MultiPartException as error:
-            raise BadRequest(f"the multipart body cannot be read: {error.message}") from None
+        async with request.form(max_files=limit, max_fields=8) as form:
+            uploads = [part for part in form.getlist("file") if isinstance(part, UploadFile)]
+            if not uploads:
+                raise BadRequest("the form has no field 'file' with an image: curl -F file=@photo.jpg")
+            return [(upload.filename, await upload.read()) for upload in uploads]
     if content_type.startswith("image/") or content_type == "application/octet-stream":
         return [(None, await request.body())]
     raise UnsupportedImage(

@@ -1,0 +1,264 @@
+"""The HTTP interface, in process: what is accepted, what is refused, and in which form."""
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from app.main import create_app
+from app.routes.predict import Class, top_classes
+from app.settings import Settings
+from training import torchscript
+from training.data import Dataset
+from training.evaluate import evaluate, predict
+from training.store import Store
+
+
+@pytest.fixture
+def client(models: Path, tmp_path: Path) -> Iterator[TestClient]:
+    settings = Settings(
+        models=models, runs=tmp_path / "runs", data="synthetic:4", max_image_bytes=20_000, max_image_pixels=10_000
+    )
+    with TestClient(create_app(settings)) as client:
+        yield client
+
+
+@pytest.fixture
+def image(dataset: Dataset) -> bytes:
+    return png(dataset, 0)
+
+
+def png(dataset: Dataset, row: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(dataset.test.images[row]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def assert_problem(response: httpx.Response, status: int, words: str) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert body["status"] == status
+    assert body["title"]
+    assert words in body["detail"]
+
+
+def test_predict_equals_offline_evaluation_bit_for_bit(client: TestClient, models: Path, dataset: Dataset) -> None:
+    module = torchscript.load(models / "resnet" / "1" / "model.pt")
+    card = Store(models).card("resnet", 1)
+    for row in range(5):
+        answer = client.post("/predict", files={"file": png(dataset, row)}, params={"top_k": 100}).json()
+        with torch.inference_mode():
+            logits = module(torch.from_numpy(dataset.test.images[row]).permute(2, 0, 1)[None])[0]
+        classes = [Class.model_validate(each) for each in answer["predictions"][0]["classes"]]
+        assert classes == top_classes(logits.numpy(), card, top_k=100)
+        ranked = logits.argsort(descending=True, stable=True)
+        assert [each.class_id for each in classes] == ranked.tolist()
+        assert [each.label for each in classes] == [dataset.classes[i] for i in ranked]
+        assert [each.superclass for each in classes] == [dataset.superclasses[i] for i in ranked]
+        np.testing.assert_allclose([each.probability for each in classes], logits.double().softmax(0)[ranked])
+
+
+def test_five_classes_by_default_and_top_k_on_request(client: TestClient, image: bytes) -> None:
+    def count(**params: int) -> int:
+        answer = client.post("/predict", files={"file": image}, params=params).json()
+        return len(answer["predictions"][0]["classes"])
+
+    assert count() == 5
+    assert count(top_k=1) == 1
+    assert count(top_k=100) == 100
+    for top_k in (0, 101):
+        assert_problem(client.post("/predict", files={"file": image}, params={"top_k": top_k}), 422, "top_k")
+
+
+def test_a_raw_body_is_the_same_as_a_form(client: TestClient, image: bytes) -> None:
+    form = client.post("/predict", files={"file": image}).json()["predictions"][0]["classes"]
+    for content_type in ("image/png", "application/octet-stream"):
+        raw = client.post("/predict", content=image, headers={"content-type": content_type}).json()
+        assert raw["predictions"][0]["classes"] == form
+
+
+def test_several_images_are_answered_in_order(client: TestClient, dataset: Dataset) -> None:
+    images = [png(dataset, row) for row in range(3)]
+    files = [("file", (f"{number}.png", image)) for number, image in enumerate(images)]
+    together = client.post("/predict", files=files).json()["predictions"]
+    assert [each["file"] for each in together] == ["0.png", "1.png", "2.png"]
+    for image, prediction in zip(images, together, strict=True):
+        alone = client.post("/predict", files={"file": image}).json()["predictions"][0]
+        assert alone["classes"][0]["label"] == prediction["classes"][0]["label"]
+
+
+def test_bad_images_are_problems(client: TestClient, image: bytes) -> None:
+    def send(content: bytes) -> httpx.Response:
+        return client.post("/predict", content=content, headers={"content-type": "image/png"})
+
+    assert_problem(send(b""), 422, "empty")
+    assert_problem(send(b"hello"), 415, "not an image")
+    assert_problem(send(image[:-200]), 422, "cannot be decoded")
+    assert_problem(send(image + bytes(20_000)), 413, "20,000")
+    buffer = io.BytesIO()
+    Image.new("1", (101, 101)).save(buffer, "PNG")
+    assert_problem(send(buffer.getvalue()), 413, "101x101")
+
+
+def test_a_bad_image_among_several_is_named(client: TestClient, image: bytes) -> None:
+    files = [("file", ("good.png", image)), ("file", ("bad.png", b"hello"))]
+    assert_problem(client.post("/predict", files=files), 415, "bad.png")
+
+
+def test_other_bodies_are_problems(client: TestClient, image: bytes) -> None:
+    assert_problem(client.post("/predict", json={}), 415, "application/json")
+    assert_problem(client.post("/predict", files={"image": image}), 422, "no field 'file'")
+    multipart = {"content-type": "multipart/form-data"}
+    assert_problem(client.post("/predict", content=b"x", headers=multipart), 400, "boundary")
+    assert_problem(client.post("/train", content=bytes(2 << 20)), 413, "larger than")
+    assert_problem(client.post("/train", content=iter([bytes(1 << 20)] * 3)), 413, "larger than")
+    too_many = [("file", image)] * 33
+    assert_problem(client.post("/predict", files=too_many), 400, "Too many files")
+
+
+def test_unknown_models_and_versions_are_404(client: TestClient, image: bytes) -> None:
+    for params in ({"model": "vgg"}, {"model": "resnet", "version": 9}, {"model": "../secrets", "version": 1}):
+        assert_problem(client.post("/predict", files={"file": image}, params=params), 404, "GET /models")
+    assert_problem(client.get("/models/vgg"), 404, "resnet")
+    assert_problem(client.put("/models/resnet/live", json={"version": 9}), 404, "version 9")
+    assert_problem(client.get("/nowhere"), 404, "")
+    assert_problem(client.delete("/predict"), 405, "")
+
+
+def test_evaluate_tells_the_recorded_accuracy(client: TestClient, models: Path) -> None:
+    card = Store(models).card("resnet", 1)
+    answer = client.get("/evaluate").json()
+    assert [(each["model"], each["version"], each["test"]["top1"]) for each in answer] == [
+        ("resnet", 1, card.test.top1)
+    ]
+
+
+def test_evaluate_measures_through_the_engine(client: TestClient, models: Path, dataset: Dataset) -> None:
+    answer = client.post("/evaluate").json()
+    assert answer["state"] == "succeeded"
+    assert answer["result"]["top1"] == Store(models).card("resnet", 1).test.top1
+    train = client.post("/evaluate", params={"split": "train", "limit": 30}).json()
+    assert train["result"]["images"] == 30
+    assert client.get(f"/evaluate/{train['id']}").json() == train
+    assert_problem(client.get("/evaluate/none"), 404, "none")
+
+
+def test_evaluate_measures_a_zip_of_labelled_folders(client: TestClient, models: Path, dataset: Dataset) -> None:
+    rows = range(20)
+    labels = [dataset.classes[dataset.test.labels[row]] for row in rows]
+    names = [f"photos/{label.replace('_', ' ')}/{row}.png" for row, label in zip(rows, labels, strict=True)]
+    archive = zipped({name: png(dataset, row) for row, name in zip(rows, names, strict=True)})
+    answer = client.post("/evaluate", files={"file": archive}).json()
+    module = torchscript.load(models / "resnet" / "1" / "model.pt")
+    logits = predict(module, torch.from_numpy(dataset.test.images[:20]))
+    expected = evaluate(logits, torch.from_numpy(dataset.test.labels[:20]))
+    assert answer["result"]["images"] == 20
+    assert answer["result"]["top5"] == expected.top5
+    assert answer["result"]["loss"] == pytest.approx(expected.loss)
+
+
+def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:
+    def send(content: bytes) -> httpx.Response:
+        return client.post("/evaluate", files={"file": content})
+
+    assert_problem(send(b"hello"), 422, "zip cannot be read")
+    assert_problem(send(zipped({})), 422, "no images")
+    assert_problem(send(zipped({"sofa/1.png": image})), 422, "'sofa' is not a class")
+    assert_problem(send(zipped({"red_disc/1.zip": zipped({"red_disc/1.png": image})})), 415, "red_disc/1.zip")
+    assert_problem(send(zipped({"red_disc/1.png": bytes(30_000)})), 413, "red_disc/1.png")
+
+
+def test_bad_training_requests_are_refused_before_anything_starts(client: TestClient, tmp_path: Path) -> None:
+    for body, words in (
+        ({"recipe": "vgg"}, "choose one of"),
+        ({"recipe": "resnet", "overrides": {"epoch": 1}}, "did you mean epochs"),
+        ({"recipe": "resnet", "overrides": {"epochs": 0}}, "epochs"),
+        ({"recipe": "resnet18", "overrides": {"weights": "/etc/passwd"}}, "command line"),
+        ({"recipe": "resnet", "promote": "maybe"}, "promote"),
+        ({"recipe": "resnet", "folder": "x"}, "folder"),
+    ):
+        assert_problem(client.post("/train", json=body), 422, words)
+    assert client.get("/train").json() == []
+    assert not (tmp_path / "runs").exists()
+    for response in (client.get("/train/x"), client.delete("/train/x"), client.get("/train/x/events")):
+        assert_problem(response, 404, "no training job 'x'")
+
+
+def test_health_and_readiness(client: TestClient) -> None:
+    assert client.get("/health/live").json() == {"status": "alive"}
+    assert client.get("/health/ready").json() == {"status": "ready"}
+    health = client.get("/health").json()
+    assert health["status"] == "ready"
+    assert health["models"]["resnet"]["version"] == 1
+    assert health["models"]["resnet"]["engine"].startswith("torchscript")
+
+
+def test_without_models_the_service_is_alive_but_not_ready(tmp_path: Path, image: bytes) -> None:
+    with TestClient(create_app(Settings(models=tmp_path / "none"))) as client:
+        assert client.get("/health/live").status_code == 200
+        assert client.get("/health/ready").status_code == 503
+        assert client.get("/models").json() == []
+        assert_problem(client.post("/predict", files={"file": image}), 503, "no model is live")
+
+
+def test_a_damaged_version_never_goes_live(client: TestClient, models: Path, image: bytes) -> None:
+    card = json.loads((models / "resnet" / "1" / "card.json").read_text())
+    damaged = models / "resnet" / "2"
+    damaged.mkdir()
+    (damaged / "card.json").write_text(json.dumps(card | {"version": 2}))
+    (damaged / "model.pt").write_bytes(b"not the file of the card")
+    assert_problem(client.put("/models/resnet/live", json={"version": 2}), 503, "sha256")
+    assert client.get("/models/resnet").json()["live"] == 1
+    Store(models).promote("resnet", 2)  # by somebody else, past the service
+    (models / "resnet" / "live").touch()
+    assert client.put("/models/resnet/live", json={"version": 1}).json()["error"] is None
+    assert client.post("/predict", files={"file": image}).json()["version"] == 1
+
+
+def test_promotion_and_an_older_version_on_request(client: TestClient, models: Path, image: bytes) -> None:
+    store = Store(models)
+    with store.draft("resnet") as draft:
+        (draft / "model.pt").write_bytes((models / "resnet" / "1" / "model.pt").read_bytes())
+        store.publish(draft, store.card("resnet", 1))
+    assert client.get("/models").json() == [{"name": "resnet", "live": 1, "versions": [1, 2], "error": None}]
+    assert client.put("/models/resnet/live", json={"version": 2}).json()["live"] == 2
+    assert client.post("/predict", files={"file": image}).json()["version"] == 2
+    assert (
+        client.post("/predict", files={"file": image}, params={"model": "resnet", "version": 1}).json()["version"] == 1
+    )
+    assert [card["version"] for card in client.get("/models/resnet").json()["cards"]] == [1, 2]
+
+
+def test_metrics_count_requests(client: TestClient, image: bytes) -> None:
+    client.post("/predict", files={"file": image})
+    client.post("/predict", content=b"x")
+    text = client.get("/metrics").text
+    assert 'cifar100_requests_total{method="POST",route="/predict",status="200"} 1.0' in text
+    assert 'cifar100_requests_total{method="POST",route="/predict",status="415"} 1.0' in text
+    assert 'cifar100_live_version{model="resnet"} 1.0' in text
+
+
+def test_the_page_and_its_files_are_served(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    for file in ("/web/page.js", "/web/style.css"):
+        assert file in page.text
+        assert client.get(file).status_code == 200
+    assert client.get("/web/../main.py").status_code == 404

@@ -1,0 +1,131 @@
+"""The batcher with an engine whose pace the test controls."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from app.batching import Batcher
+from app.errors import Unavailable
+
+
+class SlowEngine:
+    """Answers with each image's first pixel; computes only when the test opens the gate."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.started = threading.Event()
+        self.gate = threading.Event()
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.batches.append(len(images))
+        self.started.set()
+        assert self.gate.wait(10)
+        if (images[:, 0, 0, 0] == 255).any():
+            raise RuntimeError("poisoned")
+        return images[:, :1, 0, 0].astype(np.float32)
+
+
+def pictures(*values: int) -> NDArray[np.uint8]:
+    return np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 3, 32, 32), np.uint8)
+
+
+async def busy(batcher: Batcher, engine: SlowEngine) -> "asyncio.Task[NDArray[np.float32]]":
+    """Occupy the engine until its gate opens."""
+    task = asyncio.create_task(batcher.run(pictures(0)))
+    await asyncio.to_thread(engine.started.wait, 10)
+    return task
+
+
+def test_a_lone_request_is_computed_at_once() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        engine.gate.set()
+        assert (await Batcher(engine, 8, 8).run(pictures(3, 4))).tolist() == [[3], [4]]
+        assert engine.batches == [2]
+
+    asyncio.run(scenario())
+
+
+def test_what_queues_while_the_engine_is_busy_is_computed_together() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, max_batch=8, max_queue=100)
+        first = await busy(batcher, engine)
+        others = [asyncio.create_task(batcher.run(pictures(*range(n, n + 3)))) for n in (1, 11, 21)]
+        await asyncio.sleep(0)
+        assert batcher.queued == 9
+        engine.gate.set()
+        await first
+        assert [(await other)[:, 0].tolist() for other in others] == [[1, 2, 3], [11, 12, 13], [21, 22, 23]]
+        assert engine.batches == [1, 6, 3]  # requests stay whole
+        assert batcher.queued == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_full_queue_refuses_at_once() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=4)
+        first = await busy(batcher, engine)
+        waiting = asyncio.create_task(batcher.run(pictures(1, 2, 3)))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="3 images are waiting"):
+            await batcher.run(pictures(4, 5))
+        engine.gate.set()
+        await asyncio.gather(first, waiting)
+
+    asyncio.run(scenario())
+
+
+def test_work_past_its_deadline_is_refused_and_not_computed() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=100)
+        first = await busy(batcher, engine)
+        late = asyncio.create_task(batcher.run(pictures(1), timeout_s=0.001))
+        patient = asyncio.create_task(batcher.run(pictures(2), timeout_s=60))
+        await asyncio.sleep(0.05)
+        engine.gate.set()
+        with pytest.raises(Unavailable, match="deadline"):
+            await late
+        assert (await patient).tolist() == [[2]]
+        await first
+        assert engine.batches == [1, 1]
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_request_costs_nothing() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=100)
+        first = await busy(batcher, engine)
+        gone = asyncio.create_task(batcher.run(pictures(1, 2)))
+        await asyncio.sleep(0)
+        gone.cancel()
+        stays = asyncio.create_task(batcher.run(pictures(3)))
+        await asyncio.sleep(0)
+        engine.gate.set()
+        assert (await stays).tolist() == [[3]]
+        await first
+        assert engine.batches == [1, 1]
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_failure_reaches_its_batch_only() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        engine.gate.set()
+        batcher = Batcher(engine, max_batch=4, max_queue=100)
+        with pytest.raises(RuntimeError, match="poisoned"):
+            await batcher.run(pictures(255))
+        assert (await batcher.run(pictures(7))).tolist() == [[7]]
+
+    asyncio.run(scenario())
