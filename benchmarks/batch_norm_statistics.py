@@ -1,0 +1,55 @@
+"""What one set of running statistics costs the shared-weight network.
+
+A block of `resnet-seed` applies one BatchNorm at several depths. This measures one trained run in evaluation mode with
+running statistics for every use, as it was trained, and with a single set, as a literal transcription keeps it. The
+weights are the same; the single set is gathered by passing training batches through the network in training mode.
+
+    python benchmarks/batch_norm_statistics.py runs/RUN
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from training import augment, data
+from training.evaluate import evaluate, predict
+from training.export import restore
+from training.loop import to_device
+from training.networks import Classifier, build
+from training.run import Run
+
+GATHERING_BATCHES = 200  # with momentum 0.1 the first ones are long forgotten
+
+
+def main(folder: str) -> None:
+    run = Run(Path(folder))
+    recipe = run.recipe()
+    dataset = data.load()
+    per_use, epoch = restore(run, recipe, dataset)
+    single = build(recipe.model_copy(update={"batch_norm_statistics": "shared"}), len(dataset.classes))
+    weights = {name: value for name, value in per_use.state_dict().items() if ".bn.running" not in name}
+    single.load_state_dict(weights, strict=False)
+
+    images, labels = to_device(dataset.train, torch.device("cpu"))
+    torch.manual_seed(0)
+    single.train()
+    batches = augment.batches(images, labels, recipe, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for (batch, _), _ in zip(batches, range(GATHERING_BATCHES), strict=False):
+            single(batch)
+
+    print(f"{recipe.name}, epoch {epoch}, 10,000 test images, evaluation mode")
+    print("| running statistics | top-1 | loss |\n| --- | --- | --- |")
+    for name, classifier in (("for every use", per_use), ("one set", single.eval())):
+        report(name, classifier, dataset)
+
+
+def report(name: str, classifier: Classifier, dataset: data.Dataset) -> None:
+    images, labels = to_device(dataset.test, torch.device("cpu"))
+    result = evaluate(predict(classifier, images), labels)
+    print(f"| {name} | {result.top1:.2%} | {result.loss:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,41 @@
+"""What may know what: the boundaries that DESIGN draws between the packages."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# The values, formats and measures that both sides share; never a network definition or the training loop.
+SHARED = {"data", "evaluate", "recipes", "run", "store", "torchscript"}
+
+
+def imported_modules(source: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def test_the_service_knows_models_only_by_their_exported_files() -> None:
+    for source in (ROOT / "app").rglob("*.py"):
+        for name in imported_modules(source):
+            if name.startswith("training."):
+                assert name.split(".")[1] in SHARED, f"{source} imports {name}"
+
+
+def test_training_does_not_know_the_service() -> None:
+    for source in (ROOT / "training").rglob("*.py"):
+        assert not any(name.split(".")[0] == "app" for name in imported_modules(source)), source
+
+
+def test_torch_jit_is_used_in_one_module_only() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("app", "training")
+        for path in (ROOT / package).rglob("*.py")
+        if "torch.jit." in path.read_text()
+    }
+    assert users == {"training/torchscript.py"}

@@ -1,0 +1,73 @@
+"""The models in `models/`: whole, described, and as accurate as their cards say.
+
+What needs CIFAR-100 itself runs where cifar100.npz is at hand (CIFAR100_DATA) and is skipped elsewhere.
+"""
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from app.main import create_app
+from app.routes.predict import Class, top_classes
+from app.settings import Settings
+from training import data, recipes, torchscript
+from training.evaluate import evaluate, predict
+from training.store import MODEL, Store
+
+MODELS = Path(__file__).parents[1] / "models"
+STORE = Store(MODELS)
+SHIPPED = [(name, version) for name in STORE.names() for version in STORE.versions(name)]
+
+REAL_DATA = Path(os.environ.get("CIFAR100_DATA", data.DEFAULT_FOLDER)).expanduser()
+needs_real_data = pytest.mark.skipif(not (REAL_DATA / data.ARCHIVE).exists(), reason="CIFAR-100 is not at hand")
+
+
+@pytest.fixture(scope="module")
+def cifar100() -> data.Dataset:
+    return data.load(str(REAL_DATA))
+
+
+def test_a_resnet_is_shipped_and_live() -> None:
+    assert STORE.live("resnet") in STORE.versions("resnet")
+
+
+@pytest.mark.parametrize(("name", "version"), SHIPPED)
+def test_files_match_their_card(name: str, version: int) -> None:
+    card = STORE.card(name, version)
+    folder = STORE.verify(card)
+    assert (folder / MODEL).stat().st_size < 25e6
+    assert tuple(card.classes) == data.CLASSES
+    assert recipes.from_dict(card.recipe).model == name
+    assert "/" not in str(card.recipe["weights"])  # no path of the machine that trained it
+    assert card.test.images == 10_000
+
+
+@needs_real_data
+@pytest.mark.parametrize(("name", "version"), SHIPPED)
+def test_accuracy_is_what_the_card_says(name: str, version: int, cifar100: data.Dataset) -> None:
+    card = STORE.card(name, version)
+    assert card.data == cifar100.fingerprint
+    tenth = cifar100.test[slice(None, None, 10)]
+    logits = predict(torchscript.load(STORE.folder(name, version) / MODEL), torch.from_numpy(tenth.images))
+    result = evaluate(logits, torch.from_numpy(tenth.labels))
+    assert result.top1 == pytest.approx(card.test.top1, abs=0.05)  # more than 3 standard errors of 1,000 images
+
+
+@needs_real_data
+def test_predict_on_test_images_equals_offline_evaluation(cifar100: data.Dataset, tmp_path: Path) -> None:
+    card = STORE.card("resnet", STORE.live("resnet") or 0)
+    module = torchscript.load(STORE.folder("resnet", card.version) / MODEL)
+    with TestClient(create_app(Settings(models=MODELS, runs=tmp_path))) as client:
+        for row in range(0, 10_000, 500):
+            buffer = io.BytesIO()
+            Image.fromarray(cifar100.test.images[row]).save(buffer, "PNG")
+            answer = client.post("/predict?model=resnet", files={"file": buffer.getvalue()}).json()
+            with torch.inference_mode():
+                logits = module(torch.from_numpy(cifar100.test.images[row]).permute(2, 0, 1)[None])[0].numpy()
+            classes = [Class.model_validate(each) for each in answer["predictions"][0]["classes"]]
+            assert classes == top_classes(logits, card, top_k=5)
