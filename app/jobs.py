@@ -200,12 +200,14 @@ class Jobs:
         self._child = (job.id, child)
         log.info("training job %s runs as process %d", job.id, child.pid)
         try:
-            code = await child.wait()
+            if not job.state.finished:  # it may have been cancelled while the process was being made
+                await child.wait()
         finally:  # also when the service stops
             self._child = None
             await _terminate(child)
-        if job.state.finished:  # cancelled
+        if job.state.finished or child.returncode is None:
             return
+        code = child.returncode
         job.published = Run(folder).publication()
         if code == 0:
             self._finish(job, State.SUCCEEDED)

@@ -100,7 +100,8 @@ class Pool:
                     if version is None or (current and current.card.version == version):
                         self.errors.pop(name, None)
                         continue
-                    self._live[name] = model = await asyncio.to_thread(self._load, name, version)
+                    loaded = self._others.pop((name, version), None)  # a request may have asked for it before
+                    self._live[name] = model = loaded or await asyncio.to_thread(self._load, name, version)
                     self.errors.pop(name, None)
                     log.info("%s version %d is live (%s)", name, version, model.batcher.engine.name)
                 except (StoreError, OSError, RuntimeError) as error:
