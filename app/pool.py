@@ -101,7 +101,8 @@ class Pool:
                         self.errors.pop(name, None)
                         continue
                     loaded = self._others.pop((name, version), None)  # a request may have asked for it before
-                    self._live[name] = model = loaded or await asyncio.to_thread(self._load, name, version)
+                    model = loaded or await asyncio.to_thread(self._load, name, version)
+                    self._live[name] = model
                     self.errors.pop(name, None)
                     log.info("%s version %d is live (%s)", name, version, model.batcher.engine.name)
                 except (StoreError, OSError, RuntimeError) as error:
