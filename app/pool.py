@@ -100,8 +100,9 @@ class Pool:
                     if version is None or (current and current.card.version == version):
                         self.errors.pop(name, None)
                         continue
-                    loaded = self._others.pop((name, version), None)  # a request may have asked for it before
-                    model = loaded or await asyncio.to_thread(self._load, name, version)
+                    model = self._others.pop((name, version), None)  # a request may have asked for it before
+                    if model is None:
+                        model = await asyncio.to_thread(self._load, name, version)
                     self._live[name] = model
                     self.errors.pop(name, None)
                     log.info("%s version %d is live (%s)", name, version, model.batcher.engine.name)
