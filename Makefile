@@ -21,13 +21,14 @@ check: .venv/installed-dev
 	$(BIN)/mypy
 
 .venv/installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable .
-	touch $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv; PyTorch is large, this takes a few minutes"
+	@$(BIN)/pip install --quiet --editable .
+	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet --editable '.[dev]'
-	touch $@
+	@$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info

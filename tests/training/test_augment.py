@@ -1,0 +1,88 @@
+"""Augmented batches against plain NumPy: which image, mirrored or not, shifted by how much."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.augment import batches
+from training.recipes import Recipe, recipe
+
+PLAIN = {"flip": False, "crop_padding": 0, "batch_size": 64}
+
+
+def chosen(**fields: Any) -> Recipe:
+    return recipe("resnet", PLAIN | fields)
+
+
+def noise(count: int) -> tuple[Tensor, Tensor]:
+    """Random images whose label is their row number."""
+    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return images, torch.arange(count)
+
+
+def epoch(count: int, recipe: Recipe, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """All images [N, 32, 32, 3] and labels of one epoch, in the order of their batches."""
+    drawn = list(batches(*noise(count), recipe, torch.Generator().manual_seed(seed)))
+    return (
+        torch.cat([batch for batch, _ in drawn]).permute(0, 2, 3, 1).numpy(),
+        torch.cat([labels for _, labels in drawn]).numpy(),
+    )
+
+
+def test_without_augmentation_an_epoch_is_a_permutation_of_the_data() -> None:
+    images, labels = epoch(200, chosen())
+    assert not np.array_equal(labels, np.arange(200))
+    np.testing.assert_array_equal(np.sort(labels), np.arange(200))
+    np.testing.assert_array_equal(images, noise(200)[0].numpy()[labels])
+
+
+def test_batches_are_full_but_for_the_last_and_in_channels_last_uint8() -> None:
+    drawn = [batch for batch, _ in batches(*noise(150), chosen(), torch.Generator())]
+    assert [tuple(batch.shape) for batch in drawn] == [(64, 3, 32, 32), (64, 3, 32, 32), (22, 3, 32, 32)]
+    assert all(batch.dtype is torch.uint8 for batch in drawn)
+    assert all(batch.is_contiguous(memory_format=torch.channels_last) for batch in drawn)
+
+
+def test_flip_mirrors_about_half_of_the_images_and_no_label() -> None:
+    images, labels = epoch(400, chosen(flip=True))
+    sources = noise(400)[0].numpy()[labels]
+    mirrored = (images == sources[:, :, ::-1]).all(axis=(1, 2, 3))
+    unchanged = (images == sources).all(axis=(1, 2, 3))
+    assert (mirrored ^ unchanged).all()
+    assert 160 < mirrored.sum() < 240  # four standard deviations
+
+
+@pytest.mark.parametrize(("padding", "flip", "count"), [(2, False, 400), (2, True, 400), (16, False, 30)])
+def test_crops_are_those_of_numpy_pad_with_reflection_and_all_shifts_occur(
+    padding: int, flip: bool, count: int
+) -> None:
+    images, labels = epoch(count, chosen(crop_padding=padding, flip=flip))
+    shifts: Counter[tuple[int, int]] = Counter()
+    for image, source in zip(images, noise(count)[0].numpy()[labels], strict=True):
+        matches = set()
+        for turned in (image, image[:, ::-1]) if flip else (image,):
+            padded = np.pad(source, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+            windows = sliding_window_view(padded, (32, 32), axis=(0, 1))
+            matches |= {tuple(place) for place in np.argwhere((windows == turned.transpose(2, 0, 1)).all((2, 3, 4)))}
+        assert len(matches) == 1
+        shifts.update(matches)
+    rows, columns = ({shift[axis] for shift in shifts} for axis in (0, 1))
+    if padding == 2:
+        assert len(shifts) == 25
+    else:
+        assert max(rows) - min(rows) > 25
+        assert max(columns) - min(columns) > 25
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_seed_others() -> None:
+    augmented = chosen(flip=True, crop_padding=4)
+    (images, labels), (same_images, same_labels) = epoch(100, augmented, seed=5), epoch(100, augmented, seed=5)
+    np.testing.assert_array_equal(images, same_images)
+    np.testing.assert_array_equal(labels, same_labels)
+    assert not np.array_equal(labels, epoch(100, augmented, seed=6)[1])
