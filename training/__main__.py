@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from training import data, torchscript
 from training.evaluate import evaluate as measure
@@ -24,7 +24,7 @@ from training.recipes import RECIPES, Recipe, RecipeError, recipe
 from training.run import Publication, Run, RunError
 from training.store import MODEL, Promotion, Store, StoreError
 
-console = Console()
+console = Console(markup=False)
 cli = typer.Typer(
     help="Train, export and measure CIFAR-100 residual networks.", no_args_is_help=True, add_completion=False
 )
@@ -110,8 +110,10 @@ def evaluate(
     """Measure an exported TorchScript file on a whole split."""
     with _errors_reported():
         store = Store(models)
-        name, _, number = model.partition("/")
-        version = int(number) if number.isdigit() else store.live(name)
+        name, slash, number = model.partition("/")
+        if slash and not number.isdecimal():
+            raise StoreError(f"{number!r} is not a version; give {name}/1, or {name} for the live one")
+        version = int(number) if slash else store.live(name)
         if version is None:
             raise StoreError(f"{name} has no live version in {models}")
         folder = store.verify(store.card(name, version))
@@ -129,12 +131,16 @@ def evaluate(
 @cli.command()
 def recipes() -> None:
     """List the recipes and all fields that FIELD=VALUE can change."""
-    table = Table("field", *RECIPES, "meaning")
+    table = Table(Column("field", no_wrap=True), Column("values", no_wrap=True), "meaning")
     for field, info in Recipe.model_fields.items():
         if field != "name":
-            values = (getattr(each, field) for each in RECIPES.values())
-            cells = (", ".join(value) if isinstance(value, tuple) else str(value) for value in values)
-            table.add_row(field, *cells, info.description or "")
+            values = {name: getattr(each, field) for name, each in RECIPES.items()}
+            texts = {
+                name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in values.items()
+            }
+            same = len(set(texts.values())) == 1
+            cell = texts["resnet"] if same else "\n".join(f"{name}: {text}" for name, text in texts.items())
+            table.add_row(field, cell or "(none)", info.description or "")
     console.print(table)
 
 
@@ -184,7 +190,7 @@ def _errors_reported() -> Iterator[None]:
         data.DataError,
         torchscript.ExportError,
     ) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from None
 
 

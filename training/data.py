@@ -7,12 +7,14 @@ Out: a `Dataset`: uint8 images [N, 32, 32, 3] and int64 labels [N] for train and
 import hashlib
 import os
 import pickle
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 ARCHIVE = "cifar100.npz"
@@ -46,6 +48,13 @@ _SUPERCLASS_OF = {label: superclass for superclass, labels in SUPERCLASSES.items
 
 # One validation split for every recipe and seed: their results stay comparable and calibration sees no training image.
 _SPLIT_SEED = 0
+
+
+# What numpy and zipfile raise for damaged files; TokenError comes from the parser of an array's header.
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, TypeError, KeyError, NotImplementedError, RuntimeError, SyntaxError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 class DataError(ValueError):
@@ -134,19 +143,19 @@ def hold_out(split: Split, images: int) -> tuple[Split, Split]:
 def _read(archive: Path) -> Dataset:
     arrays: dict[str, NDArray[np.generic]] = {}
     try:
-        with np.load(archive, allow_pickle=False) as file:
+        with archive.open("rb") as raw, NpzFile(raw, allow_pickle=False) as file:
             for key in ("x_train", "y_train", "x_test", "y_test", "classes"):
                 if key not in file:
                     raise DataError(f"{archive} has no array {key!r}; delete the file to have it made again")
                 arrays[key] = file[key]
     except DataError:
         raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"{archive} is not a readable npz without pickled objects ({error}); delete the file to have it made again"
         ) from error
 
-    classes = tuple(str(label) for label in arrays["classes"])
+    classes = tuple(str(label) for label in arrays["classes"].ravel())
     if classes != CLASSES:
         raise DataError(f"{archive}: 'classes' is not the list of the 100 CIFAR-100 labels in alphabetical order")
     splits: list[Split] = []

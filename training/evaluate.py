@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from training.store import Evaluation
 
 CALIBRATION_BINS = 15
+MIN_TEMPERATURE = 0.05  # faultless predictions would have none at all
 
 
 def predict(model: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 500) -> Tensor:
@@ -73,4 +74,4 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         return value
 
     optimizer.step(loss)
-    return log_temperature.exp().item()
+    return min(max(log_temperature.exp().item(), MIN_TEMPERATURE), 1 / MIN_TEMPERATURE)

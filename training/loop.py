@@ -102,7 +102,7 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
     steps = math.ceil(len(split) / recipe.batch_size)
 
     for epoch in range(finished + 1, recipe.total_epochs + 1):
-        if epoch == recipe.epochs + 1 and isinstance(network, TransferResNet18):
+        if epoch > recipe.epochs and isinstance(network, TransferResNet18):
             network.set_trainable(ALL_STAGES)
         started = ticked = time.perf_counter()
         seed = recipe.seed * 10_000 + epoch
@@ -152,14 +152,6 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
             result = evaluate(predict(classifier, eval_images), eval_labels.cpu())
         if not math.isfinite(result.loss):
             raise TrainingError(_non_finite(epoch, steps, rate, epoch - 1))
-        run.save(
-            {
-                "epoch": epoch,
-                "classifier": classifier.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-            }
-        )
         seconds = time.perf_counter() - started
         outcome = Epoch(
             epoch=epoch,
@@ -175,7 +167,16 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
             seconds=seconds,
             remaining_s=seconds * (recipe.total_epochs - epoch),
         )
+        # Recorded before it is saved: a crash in between repeats the epoch and its line is forgotten on resume.
         run.record(asdict(outcome))
+        run.save(
+            {
+                "epoch": epoch,
+                "classifier": classifier.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
+        )
         yield outcome
 
 

@@ -78,16 +78,11 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.network != "resnet18":
-            for field in ("image_size", "weights", "trainable", "reinitialise", "finetune_epochs"):
-                if getattr(self, field) != Recipe.model_fields[field].default:
-                    raise ValueError(f"{field} applies to network=resnet18 only, not to {self.network}")
-        elif not self.trainable:
-            raise ValueError("trainable names no stage, so nothing would be trained")
-        elif "fc" not in self.trainable:
+        for field, networks in _APPLIES_TO.items():
+            if self.network not in networks and getattr(self, field) != Recipe.model_fields[field].default:
+                raise ValueError(f"{field} applies to network={' or '.join(networks)}, not to {self.network}")
+        if "fc" not in self.trainable:
             raise ValueError("trainable must contain fc, which is always new")
-        if self.network != "shared-resnet" and self.batch_norm_statistics != "per-use":
-            raise ValueError("batch_norm_statistics applies to network=shared-resnet only")
         return self
 
     @property
@@ -99,6 +94,18 @@ class Recipe(BaseModel):
     def total_epochs(self) -> int:
         return self.epochs + self.finetune_epochs
 
+
+_APPLIES_TO = {
+    "width": ("shared-resnet", "resnet"),
+    "dropout": ("shared-resnet", "resnet"),
+    "batch_norm_statistics": ("shared-resnet",),
+    "image_size": ("resnet18",),
+    "weights": ("resnet18",),
+    "trainable": ("resnet18",),
+    "reinitialise": ("resnet18",),
+    "finetune_epochs": ("resnet18",),
+    "finetune_learning_rate": ("resnet18",),
+}
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe

@@ -189,7 +189,7 @@ class Store:
         model = self._model(card.name)
         files = {path.name: sha256(path) for path in sorted(draft.iterdir()) if path.name != CARD}
         while True:
-            version = max(_versions(model), default=0) + 1
+            version = max(_numbers(model), default=0) + 1
             card = card.model_copy(update={"version": version, "files": files})
             (draft / CARD).write_text(card.model_dump_json(indent=1) + "\n")
             for path in draft.iterdir():
@@ -255,7 +255,12 @@ def sha256(path: Path) -> str:
 def _versions(model: Path) -> list[int]:
     if not model.is_dir():
         return []
-    return sorted(int(path.name) for path in model.iterdir() if path.name.isdigit() and (path / CARD).is_file())
+    return [number for number in _numbers(model) if (model / str(number) / CARD).is_file()]
+
+
+def _numbers(model: Path) -> list[int]:
+    """Version numbers taken, whatever is in their folders."""
+    return sorted(int(path.name) for path in model.iterdir() if path.name.isdecimal())
 
 
 def _sync(path: Path) -> None:

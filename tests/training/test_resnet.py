@@ -81,7 +81,7 @@ def authors_network(layers: Layers, x: Tensor, statistics: Statistics) -> Tensor
 
 def residual_network(layers: Layers, x: Tensor) -> Tensor:
     x = F.relu(layers.bn("stem.1", layers.conv("stem.0", x)))
-    strides = [step for stride, repeats in zip(STRIDES, REPEATS, strict=True) for step in (stride, *[1] * (repeats - 1))]
+    strides = [1, 1, 2, 1, 1, 1, 2, 1, 1, 1, 2, 1]
     for unit, stride in enumerate(strides):
         name = f"blocks.{unit}"
         residual = F.relu(layers.bn(f"{name}.bn1", layers.conv(f"{name}.conv1", x, stride)))
@@ -146,9 +146,8 @@ def disagreement_of_evaluation_with_training(statistics: Statistics) -> float:
 
 
 def test_statistics_per_use_let_evaluation_agree_with_training_where_shared_ones_do_not() -> None:
-    print(disagreement_of_evaluation_with_training("per-use"), disagreement_of_evaluation_with_training("shared"))
     assert disagreement_of_evaluation_with_training("per-use") < 0.05
-    assert disagreement_of_evaluation_with_training("shared") > 0.2
+    assert disagreement_of_evaluation_with_training("shared") > 0.5
 
 
 def test_every_unit_owns_its_weights() -> None:

@@ -89,7 +89,8 @@ def load_weights(backbone: nn.Module, weights: str) -> None:
     else:
         state = _read_state_dict(Path(weights))
     expected = backbone.state_dict()
-    faults = [f"missing {key}" for key in expected if key not in state]
+    # Batch counters came with torch 0.4.1; torchvision's own file has none.
+    faults = [f"missing {key}" for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     faults += [f"unexpected {key}" for key in state if key not in expected]
     faults += [
         f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
@@ -99,7 +100,7 @@ def load_weights(backbone: nn.Module, weights: str) -> None:
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise WeightsError(f"{weights} is not a ResNet-18 state dict: {'; '.join(faults[:5])}{more}")
-    backbone.load_state_dict(state)
+    backbone.load_state_dict(state, strict=False)
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,157 @@
+"""The command line as people type it."""
+
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from training.__main__ import cli
+from training.recipes import RECIPES, Recipe
+from training.run import Run
+from training.store import Store
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """`train` takes over SIGTERM for its process, which here is ours."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def typed(*words: str, columns: int = 80) -> Result:
+    return CliRunner().invoke(cli, words, env={"COLUMNS": str(columns)})
+
+
+def said(result: Result) -> str:
+    """All output, with lines unwrapped."""
+    return " ".join(result.output.split())
+
+
+def test_train_publishes_and_evaluate_measures_the_same(tmp_path: Path) -> None:
+    models, run = tmp_path / "models", tmp_path / "run"
+    common = ("--data", "synthetic:1", "--models", str(models))
+    trained = typed("train", "resnet", "width=8", "epochs=1", "--run", str(run), "--notes", "a try", *common)
+    assert trained.exit_code == 0, trained.output
+    card = Store(models).card("resnet", 1)
+    assert (card.recipe["width"], card.recipe["epochs"], card.notes) == (8, 1, "a try")
+    assert "epoch 1/1" in trained.output
+    assert f"published resnet/1: test top-1 {card.test.top1:.2%}" in said(trained)
+    assert "it is live" in said(trained)
+
+    for name in ("resnet", "resnet/1"):
+        measured = typed("evaluate", name, *common)
+        assert measured.exit_code == 0, measured.output
+        assert f"resnet/1 on 100 test images: top-1 {card.test.top1:.2%}, top-5 {card.test.top5:.2%}" in said(measured)
+
+
+def test_evaluate_refuses_a_damaged_file(models: Path) -> None:
+    with (models / "resnet" / "1" / "model.pt").open("ab") as file:
+        file.write(b"\0")
+    result = typed("evaluate", "resnet", "--data", "synthetic:1", "--models", str(models))
+    assert result.exit_code == 1
+    assert "model.pt is damaged" in said(result)
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (("resnet", "epoch=3"), "did you mean epochs?"),
+        (("resnet", "epochs=0"), "epochs: Input should be greater than or equal to 1"),
+        (("resnet", "epochs"), "'epochs' is not of the form FIELD=VALUE"),
+        (("resnet50",), "there is no recipe 'resnet50'"),
+        (("resnet", "validation_images=100"), "validation_images=100 leaves nothing of 100 images"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_created(
+    words: tuple[str, ...], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = typed("train", *words, "--data", "synthetic:1")
+    assert result.exit_code == 2
+    assert fault in said(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "fault", "exit_code"),
+    [
+        (("resnet-seed",), "holds a run of resnet, not of resnet-seed", 2),
+        (("resnet", "width=16"), "was started with width=8; a resumed run cannot change it to 16", 2),
+        (("resnet", "epochs=5"), "the schedule one-cycle depends on epochs=1; start a new run instead", 1),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(words: tuple[str, ...], fault: str, exit_code: int, finished_run: Run) -> None:
+    before = finished_run.recipe_file.read_bytes(), finished_run.checkpoint_file.read_bytes()
+    result = typed("train", *words, "--resume", "--run", str(finished_run.path), "--data", "synthetic:4")
+    assert result.exit_code == exit_code
+    assert fault in said(result)
+    assert (finished_run.recipe_file.read_bytes(), finished_run.checkpoint_file.read_bytes()) == before
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(finished_run: Run) -> None:
+    result = typed("train", "resnet", "--run", str(finished_run.path), "--data", "synthetic:4")
+    assert result.exit_code == 1
+    assert "holds a run already; give --resume" in said(result)
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    result = typed("train", "resnet", "--resume", "--run", str(tmp_path / "none"), "--data", "synthetic:1")
+    assert result.exit_code == 1
+    assert "there is no run in" in said(result)
+
+
+def test_a_constant_run_is_extended_by_asking_for_more_epochs(tmp_path: Path) -> None:
+    words = ("train", "resnet-seed", "width=8", "--run", str(tmp_path), "--data", "synthetic:1", "--no-publish")
+    assert typed(*words, "epochs=1").exit_code == 0
+    resumed = typed(*words, "epochs=2", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "epoch 2/2" in resumed.output
+    assert "epoch 1/2" not in resumed.output
+    assert Run(tmp_path).load()["epoch"] == Run(tmp_path).recipe().epochs == 2
+
+
+def test_export_publishes_a_run_again_and_the_live_version_stays_if_told_to(finished_run: Run, models: Path) -> None:
+    words = ("export", str(finished_run.path), "--data", "synthetic:4", "--models", str(models))
+    publication = finished_run.publication_file.read_bytes()
+    result = typed(*words, "--promote", "never")
+    finished_run.publication_file.write_bytes(publication)
+    assert result.exit_code == 0, result.output
+    assert "published resnet/2" in said(result)
+    assert "the live version stays" in said(result)
+    assert (Store(models).versions("resnet"), Store(models).live("resnet")) == ([1, 2], 1)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        200,
+        pytest.param(80),
+    ],
+)
+def test_recipes_lists_all_recipes_and_all_fields(columns: int) -> None:
+    result = typed("recipes", columns=columns)
+    assert result.exit_code == 0
+    words = set(re.findall(r"[\w-]+", result.output))
+    assert set(RECIPES) <= words
+    assert set(Recipe.model_fields) - {"name"} <= words
+
+
+def test_a_model_without_a_live_version_is_an_error(tmp_path: Path) -> None:
+    result = typed("evaluate", "resnet", "--data", "synthetic:1", "--models", str(tmp_path))
+    assert result.exit_code == 1
+    assert "resnet has no live version" in said(result)
+
+
+def test_a_version_that_is_no_number_is_an_error(models: Path) -> None:
+    result = typed("evaluate", "resnet/newest", "--data", "synthetic:1", "--models", str(models))
+    assert result.exit_code == 1
+
+
+def test_an_error_names_a_path_with_brackets_in_full(tmp_path: Path) -> None:
+    result = typed("evaluate", "resnet", "--data", "synthetic:1", "--models", str(tmp_path / "[old]"))
+    assert "[old]" in result.output

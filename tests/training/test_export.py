@@ -1,0 +1,182 @@
+"""From a network to a published version: the file computes what the network computes, the card says what it is."""
+
+import hashlib
+import importlib.metadata
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training import torchscript
+from training.data import Dataset
+from training.evaluate import evaluate, expected_calibration_error, predict
+from training.export import publish, restore
+from training.networks import Classifier, build
+from training.recipes import from_dict, recipe
+from training.run import Run, RunError
+from training.store import Store
+from training.torchscript import ExportError
+
+
+def random_classifier(name: str, **overrides: Any) -> Classifier:
+    torch.manual_seed(0)
+    classifier = build(recipe(name, overrides))
+    for key, value in classifier.network.state_dict().items():
+        if key.endswith("running_mean"):
+            value.normal_(0, 0.1)
+        elif key.endswith("running_var"):
+            value.uniform_(0.5, 2.0)
+    return classifier.eval()
+
+
+def noise(count: int) -> Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+
+
+def assert_close_to(classifier: Classifier, exported: torch.jit.ScriptModule) -> None:
+    for count in (1, 7, 7, 7):  # the just-in-time compiler rewrites the graph within its first calls
+        images = noise(count)
+        with torch.inference_mode():
+            logits, expected = exported(images), classifier(images)
+        assert logits.dtype is torch.float32
+        assert logits.shape == (count, 100)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), [("resnet-seed", {"width": 8}), ("resnet18", {"weights": "none", "image_size": 64})]
+)
+def test_an_exported_file_computes_what_the_network_computes_temperature_and_upsampling_included(
+    name: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    classifier = random_classifier(name, **overrides)
+    images = noise(4)
+    with torch.inference_mode():
+        uncalibrated = classifier(images)
+        classifier.temperature.fill_(2.5)
+        torchscript.save(classifier, tmp_path / "model.pt")
+        exported = torchscript.load(tmp_path / "model.pt")
+        torch.testing.assert_close(exported(images), uncalibrated / 2.5, rtol=1e-5, atol=1e-5)
+    assert_close_to(classifier, exported)
+
+
+class Inconstant(nn.Module):
+    """Computes something else on its second call, which is the one that is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return self.calls * images.float().mean((2, 3))
+
+
+def test_a_file_that_disagrees_with_the_network_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"model\.pt: logits differ from eager mode by up to"):
+        torchscript.save(Inconstant().eval(), tmp_path / "model.pt")
+
+
+class Warns(nn.Module):
+    def __init__(self, category: type[Warning]) -> None:
+        super().__init__()
+        self.category = category
+
+    def forward(self, images: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            warnings.warn("anything else", self.category, stacklevel=1)
+        return images.float()
+
+
+@pytest.mark.parametrize("category", [FutureWarning, DeprecationWarning, UserWarning])
+def test_exporting_silences_no_other_warning_than_the_deprecation_of_torch_jit(
+    category: type[Warning], tmp_path: Path
+) -> None:
+    with pytest.raises(category, match="anything else"):
+        torchscript.save(Warns(category), tmp_path / "model.pt")
+
+
+def test_the_warnings_of_torch_jit_are_silenced_within_export_only(published_store: Path) -> None:
+    torchscript.load(published_store / "resnet" / "1" / "model.pt")
+    with pytest.warns(FutureWarning, match=r"torch\.jit\.load. is deprecated"):
+        torch.jit.load(str(published_store / "resnet" / "1" / "model.pt"))
+
+
+def test_the_published_file_computes_what_the_run_has_learnt(
+    published_store: Path, finished_run: Run, dataset: Dataset
+) -> None:
+    classifier, epoch = restore(finished_run, finished_run.recipe(), dataset)
+    assert epoch == 1
+    temperature = Store(published_store).card("resnet", 1).temperature
+    assert temperature != 1
+    classifier.temperature.fill_(temperature)
+    assert_close_to(classifier, torchscript.load(published_store / "resnet" / "1" / "model.pt"))
+
+
+def test_the_card_says_how_the_model_was_made_and_how_good_it_is(
+    published_store: Path, finished_run: Run, dataset: Dataset
+) -> None:
+    store = Store(published_store)
+    card = store.card("resnet", 1)
+    content = (published_store / "resnet" / "1" / "model.pt").read_bytes()
+    assert card.files == {"model.pt": hashlib.sha256(content).hexdigest()}
+    assert from_dict(card.recipe) == finished_run.recipe()
+    assert card.classes == list(dataset.classes)
+    assert card.superclasses == list(dataset.superclasses)
+    assert card.data == dataset.fingerprint
+    assert card.parameters == sum(each.numel() for each in build(finished_run.recipe()).parameters())
+    assert card.libraries["torch"] == importlib.metadata.version("torch")
+
+    exported = torchscript.load(published_store / "resnet" / "1" / "model.pt")
+    logits = predict(exported, torch.from_numpy(dataset.test.images))
+    labels = torch.from_numpy(dataset.test.labels)
+    assert card.test == evaluate(logits, labels)
+    assert card.test.images == 100
+    assert card.test_ece_uncalibrated == pytest.approx(expected_calibration_error(logits * card.temperature, labels))
+
+    (epoch,) = finished_run.epochs()
+    (point,) = card.curve
+    assert point.model_dump() == {field: epoch[field] for field in point.model_dump()}
+    assert card.training_seconds == epoch["seconds"]
+
+
+def test_a_run_notes_what_it_was_published_as(published_store: Path, finished_run: Run) -> None:
+    published = finished_run.publication()
+    assert published is not None
+    assert (published.model, published.version, published.live) == ("resnet", 1, True)
+    assert published.test == Store(published_store).card("resnet", 1).test
+
+
+def test_a_run_without_a_finished_epoch_is_not_published(dataset: Dataset, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.create(recipe("resnet"))
+    with pytest.raises(RunError, match="no epoch has been finished"):
+        publish(run, dataset, Store(tmp_path / "models"))
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_failed_export_leaves_nothing_in_the_store(dataset: Dataset, tmp_path: Path) -> None:
+    chosen = recipe("resnet", {"width": 8})
+    run = Run(tmp_path / "run")
+    run.create(chosen)
+    classifier = build(chosen)
+    for parameter in classifier.parameters():
+        parameter.data.fill_(float("nan"))
+    run.save({"epoch": 1, "classifier": classifier.state_dict()})
+    with pytest.raises(ExportError, match="by up to nan"):
+        publish(run, dataset, Store(tmp_path / "models"))
+    assert list((tmp_path / "models" / "resnet").iterdir()) == []
+    assert run.publication() is None
+
+
+def test_a_finished_run_needs_its_pretrained_weights_no_more(dataset: Dataset, tmp_path: Path) -> None:
+    trained = build(recipe("resnet18", {"weights": "none"}))
+    run = Run(tmp_path)
+    run.create(recipe("resnet18", {"weights": "/gone/resnet18.pth", "reinitialise": "layer4"}))
+    run.save({"epoch": 4, "classifier": trained.state_dict()})
+    classifier, epoch = restore(run, run.recipe(), dataset)
+    assert epoch == 4
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in classifier.state_dict().items())

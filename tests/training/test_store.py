@@ -1,0 +1,265 @@
+"""The model store: numbering, the live pointer, and what happens when several write or something breaks."""
+
+import shutil
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.store import Evaluation, ModelCard, Promotion, Store, StoreError
+
+ROOT = Path(__file__).parents[2]
+
+
+def card(top1: float = 0.5, **changes: Any) -> ModelCard:
+    evaluation = Evaluation(images=4, top1=top1, top5=1, loss=1, ece=0, per_class=[0.5, 0.5])
+    fields: dict[str, Any] = {
+        "name": "resnet",
+        "version": 0,
+        "created": datetime(2024, 1, 2, tzinfo=UTC),
+        "recipe": {},
+        "classes": ["cat", "dog"],
+        "superclasses": ["animal", "animal"],
+        "parameters": 3,
+        "seed": 0,
+        "data": "one data set",
+        "temperature": 1,
+        "test": evaluation,
+        "test_ece_uncalibrated": 0,
+        "curve": [],
+        "training_seconds": 1,
+        "device": "abacus",
+        "libraries": {},
+        "commit": None,
+        "files": {},
+    }
+    return ModelCard(**fields | changes)
+
+
+def published(store: Store, content: str = "weights", **changes: Any) -> ModelCard:
+    with store.draft("resnet") as draft:
+        (draft / "model.pt").write_text(content)
+        return store.publish(draft, card(**changes))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "models")
+
+
+def test_a_store_that_does_not_exist_yet_is_empty(store: Store) -> None:
+    assert store.names() == []
+    assert store.versions("resnet") == []
+    assert store.live("resnet") is None
+
+
+def test_versions_are_numbered_from_1(store: Store) -> None:
+    assert [published(store, f"weights {n}").version for n in range(1, 12)] == list(range(1, 12))
+    assert store.names() == ["resnet"]
+    assert store.versions("resnet") == list(range(1, 12))
+    assert (store.folder("resnet", 10) / "model.pt").read_text() == "weights 10"
+
+
+def test_a_published_card_is_read_back_as_it_was(store: Store) -> None:
+    original = published(store, top1=0.25, notes="für später")
+    assert store.card("resnet", 1) == original
+    assert store.verify(original) == store.root / "resnet" / "1"
+    assert original.test.top1 == 0.25
+
+
+def test_publishing_leaves_no_draft_behind_and_makes_nothing_live(store: Store) -> None:
+    published(store)
+    assert [path.name for path in (store.root / "resnet").iterdir()] == ["1"]
+    assert store.live("resnet") is None
+
+
+def test_a_draft_that_fails_leaves_nothing(store: Store) -> None:
+    def fail() -> None:
+        with store.draft("resnet") as draft:
+            (draft / "model.pt").write_text("half of the wei")
+            raise RuntimeError("out of power")
+
+    with pytest.raises(RuntimeError, match="out of power"):
+        fail()
+    assert list((store.root / "resnet").iterdir()) == []
+    assert store.names() == []
+
+
+def test_a_draft_of_a_killed_process_is_no_version(store: Store) -> None:
+    published(store)
+    shutil.copytree(store.root / "resnet" / "1", store.root / "resnet" / ".draft-abc")
+    assert store.versions("resnet") == [1]
+    assert published(store).version == 2
+
+
+PUBLISHER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, "tests/training")
+from test_store import published
+from training.store import Store
+
+root, writer = Path(sys.argv[1]), sys.argv[2]
+root.with_name(writer).touch()
+while not root.with_name("go").exists():
+    pass
+for n in range(15):
+    published(Store(root), f"{writer} {n}")
+"""
+
+
+def test_processes_that_publish_at_once_lose_and_overwrite_nothing(store: Store) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PUBLISHER, str(store.root), writer], cwd=ROOT) for writer in "ab"
+    ]
+    while not all(store.root.with_name(writer).exists() for writer in "ab"):
+        assert all(process.poll() is None for process in processes)
+    store.root.with_name("go").touch()
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert_all_there(store, [f"{writer} {n}" for writer in "ab" for n in range(15)])
+
+
+def test_threads_that_publish_and_promote_at_once_lose_and_overwrite_nothing(store: Store) -> None:
+    def publish(writer: int) -> None:
+        for n in range(5):
+            store.promote_if(published(store, f"{writer} {n}"), "always")
+
+    threads = [threading.Thread(target=publish, args=(writer,)) for writer in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_all_there(store, [f"{writer} {n}" for writer in range(4) for n in range(5)])
+    assert store.live("resnet") in store.versions("resnet")
+
+
+def assert_all_there(store: Store, contents: list[str]) -> None:
+    assert store.versions("resnet") == list(range(1, len(contents) + 1))
+    found = [store.verify(store.card("resnet", version)) / "model.pt" for version in store.versions("resnet")]
+    assert sorted(path.read_text() for path in found) == sorted(contents)
+    leftovers = {path.name for path in (store.root / "resnet").iterdir() if not path.name.isdigit()}
+    assert leftovers <= {"live"}
+
+
+@pytest.mark.timeout(30)
+def test_a_version_folder_without_a_card_does_not_stand_in_the_way(store: Store) -> None:
+    published(store)
+    (store.root / "resnet" / "1" / "card.json").unlink()
+    assert published(store).version == 2
+
+
+def test_promotion_goes_forward_and_back(store: Store) -> None:
+    for _ in range(2):
+        published(store)
+    for version in (1, 2, 1):
+        store.promote("resnet", version)
+        assert store.live("resnet") == version
+
+
+def test_a_version_that_does_not_exist_is_not_promoted(store: Store) -> None:
+    published(store)
+    store.promote("resnet", 1)
+    with pytest.raises(StoreError, match="no version 2 of resnet"):
+        store.promote("resnet", 2)
+    assert store.live("resnet") == 1
+
+
+@pytest.mark.parametrize(
+    ("promotion", "changes", "live"),
+    [
+        ("if-better", {"top1": 0.51}, True),
+        ("if-better", {"top1": 0.5}, True),
+        ("if-better", {"top1": 0.49}, False),
+        ("if-better", {"top1": 0.9, "data": "another data set"}, False),
+        ("always", {"top1": 0.1, "data": "another data set"}, True),
+        ("never", {"top1": 0.9}, False),
+    ],
+)
+def test_a_new_version_goes_live_if_the_rule_says_so(
+    promotion: Promotion, changes: dict[str, Any], live: bool, store: Store
+) -> None:
+    store.promote_if(published(store, top1=0.5), "always")
+    assert store.promote_if(published(store, **changes), promotion) is live
+    assert store.live("resnet") == (2 if live else 1)
+
+
+@pytest.mark.parametrize(("promotion", "live"), [("if-better", 1), ("always", 1), ("never", None)])
+def test_the_first_version_goes_live_unless_never(promotion: Promotion, live: int | None, store: Store) -> None:
+    store.promote_if(published(store, top1=0.0), promotion)
+    assert store.live("resnet") == live
+
+
+def test_one_changed_byte_is_found_and_the_file_named(store: Store) -> None:
+    original = published(store, "weights")
+    (store.root / "resnet" / "1" / "model.pt").write_text("weighty")
+    with pytest.raises(StoreError, match=r"resnet/1/model\.pt is damaged"):
+        store.verify(original)
+
+
+def test_a_missing_file_is_found_and_named(store: Store) -> None:
+    original = published(store)
+    (store.root / "resnet" / "1" / "model.pt").unlink()
+    with pytest.raises(StoreError, match=r"resnet/1/model\.pt is missing"):
+        store.verify(original)
+
+
+def test_a_card_cannot_point_outside_its_folder(store: Store) -> None:
+    original = published(store)
+    shutil.copytree(store.root / "resnet" / "1", store.root / "resnet" / "2")
+    outside = original.model_copy(update={"files": {"../2/model.pt": original.files["model.pt"]}})
+    with pytest.raises(StoreError, match="missing"):
+        store.verify(outside)
+
+
+def test_a_damaged_card_is_an_error_naming_it(store: Store) -> None:
+    published(store)
+    path = store.root / "resnet" / "1" / "card.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(StoreError, match=r"resnet/1/card\.json is damaged"):
+        store.card("resnet", 1)
+
+
+def test_the_card_of_another_version_is_refused(store: Store) -> None:
+    published(store)
+    shutil.copytree(store.root / "resnet" / "1", store.root / "resnet" / "2")
+    with pytest.raises(StoreError, match=r"2/card\.json is the card of resnet version 1"):
+        store.card("resnet", 2)
+
+
+def test_the_card_of_another_model_is_refused(store: Store) -> None:
+    published(store)
+    shutil.copytree(store.root / "resnet", store.root / "resnet18")
+    with pytest.raises(StoreError, match="is the card of resnet version 1"):
+        store.card("resnet18", 1)
+
+
+def test_a_damaged_live_pointer_is_an_error_naming_it(store: Store) -> None:
+    published(store)
+    (store.root / "resnet" / "live").write_text("latest")
+    with pytest.raises(StoreError, match="resnet/live does not hold a version number"):
+        store.live("resnet")
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "", "/etc", "a/b", "Resnet", ".hidden", "-x", "x\n", "a" * 65])
+def test_a_name_that_is_no_model_name_is_refused_everywhere(name: str, store: Store) -> None:
+    for call in (
+        lambda: store.versions(name),
+        lambda: store.live(name),
+        lambda: store.card(name, 1),
+        lambda: store.promote(name, 1),
+        lambda: store.draft(name).__enter__(),
+    ):
+        with pytest.raises(StoreError, match="is not a model name"):
+            call()
+    assert not store.root.exists()
+
+
+def test_folders_that_are_no_models_are_not_listed(store: Store) -> None:
+    published(store)
+    for name in (".git", "Notes", "empty"):
+        (store.root / name).mkdir()
+    assert store.names() == ["resnet"]
