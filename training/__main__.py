@@ -24,7 +24,7 @@ from training.recipes import RECIPES, Recipe, RecipeError, recipe
 from training.run import Publication, Run, RunError
 from training.store import MODEL, Promotion, Store, StoreError
 
-console = Console(markup=False)
+console = Console(markup=False, highlight=False, soft_wrap=True)
 cli = typer.Typer(
     help="Train, export and measure CIFAR-100 residual networks.", no_args_is_help=True, add_completion=False
 )
@@ -74,14 +74,12 @@ def train(
         # A supervisor's SIGTERM ends a run like Ctrl-C: what is checkpointed stays.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         device = default_device()
-        console.print(
-            f"{chosen.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}", highlight=False
-        )
+        console.print(f"{chosen.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}")
         try:
             show(training_events(chosen, dataset, folder, device), console)
         except KeyboardInterrupt:
             done = len(folder.epochs())
-            console.print(f"stopped; {done} epochs are kept, go on with --run {folder.path} --resume", highlight=False)
+            console.print(f"stopped; {done} epochs are kept, go on with --run {folder.path} --resume")
             raise typer.Exit(130) from None
         if publish:
             _report(publish_run(folder, dataset, Store(models), promote, notes))
@@ -123,8 +121,7 @@ def evaluate(
         seconds = time.perf_counter() - started
         console.print(
             f"{name}/{version} on {result.images} {split} images: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
-            f"loss {result.loss:.4f}, ECE {result.ece:.2%} ({result.images / seconds:.0f} images/s)",
-            highlight=False,
+            f"loss {result.loss:.4f}, ECE {result.ece:.2%} ({result.images / seconds:.0f} images/s)"
         )
 
 
@@ -169,8 +166,7 @@ def _report(published: Publication) -> None:
     test = published.test
     console.print(
         f"published {published.model}/{published.version}: test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}, "
-        f"ECE {test.ece:.2%}; " + ("it is live" if published.live else "the live version stays"),
-        highlight=False,
+        f"ECE {test.ece:.2%}; " + ("it is live" if published.live else "the live version stays")
     )
 
 
@@ -181,15 +177,7 @@ _REPORTED = (RecipeError, RunError, StoreError, WeightsError, TrainingError, dat
 def _errors_reported() -> Iterator[None]:
     try:
         yield
-    except (
-        RecipeError,
-        RunError,
-        StoreError,
-        WeightsError,
-        TrainingError,
-        data.DataError,
-        torchscript.ExportError,
-    ) as error:
+    except _REPORTED as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from None
 

@@ -111,7 +111,7 @@ def load(source: str | None = None) -> Dataset:
     source = source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER
     name, _, count = source.partition(":")
     if name == "synthetic":
-        if count and not (count.isdigit() and int(count) > 0):
+        if count and not (count.isdecimal() and int(count) > 0):
             raise DataError(f"synthetic:{count} must name a positive number of images per class, as in synthetic:20")
         return synthetic(int(count or 20))
     archive = Path(source).expanduser() / ARCHIVE
@@ -144,6 +144,9 @@ def _read(archive: Path) -> Dataset:
     arrays: dict[str, NDArray[np.generic]] = {}
     try:
         with archive.open("rb") as raw, NpzFile(raw, allow_pickle=False) as file:
+            # numpy reads no further than the arrays' sizes say, so it would not notice every wrong checksum.
+            if damaged := file.zip.testzip():
+                raise zipfile.BadZipFile(f"bad checksum of {damaged}")
             for key in ("x_train", "y_train", "x_test", "y_test", "classes"):
                 if key not in file:
                     raise DataError(f"{archive} has no array {key!r}; delete the file to have it made again")

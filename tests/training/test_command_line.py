@@ -126,13 +126,7 @@ def test_export_publishes_a_run_again_and_the_live_version_stays_if_told_to(fini
     assert (Store(models).versions("resnet"), Store(models).live("resnet")) == ([1, 2], 1)
 
 
-@pytest.mark.parametrize(
-    "columns",
-    [
-        200,
-        pytest.param(80),
-    ],
-)
+@pytest.mark.parametrize("columns", [200, 80])
 def test_recipes_lists_all_recipes_and_all_fields(columns: int) -> None:
     result = typed("recipes", columns=columns)
     assert result.exit_code == 0
