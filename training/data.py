@@ -143,10 +143,11 @@ def hold_out(split: Split, images: int) -> tuple[Split, Split]:
 def _read(archive: Path) -> Dataset:
     arrays: dict[str, NDArray[np.generic]] = {}
     try:
-        with archive.open("rb") as raw, NpzFile(raw, allow_pickle=False) as file:
-            # numpy reads no further than the arrays' sizes say, so it would not notice every wrong checksum.
-            if damaged := file.zip.testzip():
+        # numpy reads no further than the arrays' sizes say, so it would not notice every wrong checksum.
+        with zipfile.ZipFile(archive) as container:
+            if damaged := container.testzip():
                 raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        with archive.open("rb") as raw, NpzFile(raw, allow_pickle=False) as file:
             for key in ("x_train", "y_train", "x_test", "y_test", "classes"):
                 if key not in file:
                     raise DataError(f"{archive} has no array {key!r}; delete the file to have it made again")
