@@ -105,6 +105,7 @@ def test_a_running_job_is_cancelled_with_its_process(tmp_path: Path, models: Pat
         long = {**TINY, "epochs": 1000}
         first, second = (client.post("/train", json={"recipe": "resnet", "overrides": long}).json() for _ in range(2))
         wait_for(lambda: client.get(f"/train/{first['id']}").json()["history"], 60, log)
+        wait_for((runs / first["id"] / "checkpoint.pt").exists, 60, log)  # it is saved just after the epoch is recorded
         assert client.get("/health").json()["training"] == first["id"]
         assert client.delete(f"/train/{second['id']}").json()["state"] == "cancelled"  # while it is queued
         assert client.delete(f"/train/{first['id']}").json()["state"] == "cancelled"
