@@ -1,9 +1,10 @@
 """Every failure as application/problem+json (RFC 9457), and the one table from error to status code.
 
 bytes  --images.decode-->  pixels  --batching-->  logits  --routes-->  JSON
-       ImageError 415/422          Overloaded 503, DeadlineExceeded 503
-names  --pool, store-->  model                        UnknownModel 404, ModelUnavailable 503
-recipe --training.recipes-->  job                     RecipeError 422, QueueFull 503
+       UnsupportedImage 415        Unavailable 503
+       DamagedImage 422, TooLarge 413
+names  --pool, store-->  model     NotFound 404, Unavailable 503
+recipe --training.recipes-->  job  BadRequest 422, Unavailable 503
 """
 
 import logging
@@ -61,12 +62,6 @@ class NotFound(Problem):
     """No such model, version, job or evaluation."""
 
     status = HTTPStatus.NOT_FOUND
-
-
-class Conflict(Problem):
-    """Not possible in the present state."""
-
-    status = HTTPStatus.CONFLICT
 
 
 class Unavailable(Problem):

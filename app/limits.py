@@ -3,6 +3,7 @@
 from http import HTTPStatus
 
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import problem
@@ -30,14 +31,9 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         limit = self.limits.get(scope["path"], _OTHER_BYTES)
-        refusal = problem(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"the request body is larger than {limit:,} bytes",
-            {"Connection": "close"},
-        )
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
-            await refusal(scope, receive, send)
+            await _refusal(limit)(scope, receive, send)
             return
 
         received = 0
@@ -60,4 +56,12 @@ class BodyLimit:
             if received <= limit:
                 raise
         if received > limit:
-            await refusal(scope, receive, send)
+            await _refusal(limit)(scope, receive, send)
+
+
+def _refusal(limit: int) -> Response:
+    return problem(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        f"the request body is larger than {limit:,} bytes",
+        {"Connection": "close"},
+    )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 
 from training.recipes import Recipe, from_dict
@@ -103,8 +104,6 @@ class Run:
 
     def save(self, state: State) -> None:
         """Replace the checkpoint atomically: a crash leaves the previous one or this one, whole."""
-        import torch  # slow to import, and the service reads run folders without it
-
         partial = self.checkpoint_file.with_suffix(".partial")
         with partial.open("wb") as file:
             torch.save(state, file)
@@ -118,8 +117,6 @@ class Run:
         Raises:
             RunError: no epoch has been finished yet.
         """
-        import torch
-
         if not self.checkpoint_file.exists():
             raise RunError(f"{self.path} has no checkpoint: no epoch has been finished yet")
         state: State = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
