@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 
 from app.errors import BadRequest, NotFound, Unavailable
 from app.settings import Settings
-from training.recipes import Recipe, RecipeError, recipe
+from training.recipes import Recipe, RecipeError, as_text, recipe
 from training.run import Publication, Run
 from training.store import Promotion
 
@@ -220,7 +220,7 @@ class Jobs:
         wanted = self._recipes[job.id]
         return [
             *(sys.executable, "-m", "training", "train", wanted.name),
-            *(f"{field}={_text(getattr(wanted, field))}" for field in job.request.overrides),
+            *(f"{field}={as_text(getattr(wanted, field))}" for field in job.request.overrides),
             *("--run", str(self._folder(job.id))),
             *("--models", str(self._settings.models)),
             *("--promote", job.request.promote),
@@ -252,10 +252,6 @@ async def _terminate(child: Process) -> None:
             os.killpg(child.pid, sent)
         with suppress(TimeoutError):
             await asyncio.wait_for(child.wait(), _TERM_GRACE_S)
-
-
-def _text(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _reason(code: int, output: Path) -> str:

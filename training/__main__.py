@@ -20,7 +20,7 @@ from training.loop import TrainingError, default_device, to_device
 from training.loop import train as training_events
 from training.networks.transfer import WeightsError
 from training.progress import show
-from training.recipes import RECIPES, Recipe, RecipeError, recipe
+from training.recipes import RECIPES, Recipe, RecipeError, as_text, recipe
 from training.run import Publication, Run, RunError
 from training.store import MODEL, Promotion, Store, StoreError
 
@@ -131,10 +131,7 @@ def recipes() -> None:
     table = Table(Column("field", no_wrap=True), Column("values", no_wrap=True), "meaning")
     for field, info in Recipe.model_fields.items():
         if field != "name":
-            values = {name: getattr(each, field) for name, each in RECIPES.items()}
-            texts = {
-                name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in values.items()
-            }
+            texts = {name: as_text(getattr(each, field)) for name, each in RECIPES.items()}
             same = len(set(texts.values())) == 1
             cell = texts["resnet"] if same else "\n".join(f"{name}: {text}" for name, text in texts.items())
             table.add_row(field, cell or "(none)", info.description or "")

@@ -193,25 +193,27 @@ def _download(archive: Path) -> None:
     from torchvision.datasets import CIFAR100
 
     folder = archive.parent
+    partial = archive.with_suffix(f".{os.getpid()}.partial.npz")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         parts = {part: CIFAR100(str(folder), train=part == "train", download=True) for part in ("train", "test")}
+        np.savez(
+            partial,
+            x_train=parts["train"].data,
+            y_train=np.asarray(parts["train"].targets, np.uint8),
+            x_test=parts["test"].data,
+            y_test=np.asarray(parts["test"].targets, np.uint8),
+            classes=np.array(parts["train"].classes),
+        )
+        partial.replace(archive)
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise DataError(
-            f"CIFAR-100 is not in {folder} and could not be downloaded ({error}). Either run once with a network, or "
+            f"CIFAR-100 is not in {folder} and could not be put there ({error}). Either run once with a network, or "
             f"put {ARCHIVE} there (numpy arrays x_train, y_train, x_test, y_test, classes; uint8 NHWC) and name the "
             "folder in CIFAR100_DATA."
         ) from error
-    partial = archive.with_suffix(f".{os.getpid()}.partial.npz")
-    np.savez(
-        partial,
-        x_train=parts["train"].data,
-        y_train=np.asarray(parts["train"].targets, np.uint8),
-        x_test=parts["test"].data,
-        y_test=np.asarray(parts["test"].targets, np.uint8),
-        classes=np.array(parts["train"].classes),
-    )
-    partial.replace(archive)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 SHAPES = ("disc", "square", "diamond", "ring", "plus", "cross", "triangle", "bar", "pillar", "crescent")

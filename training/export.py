@@ -34,7 +34,7 @@ def publish(
         notes: free text for the card.
 
     Raises:
-        RunError: the run has no checkpoint.
+        RunError: the run has no checkpoint, or was trained on other data.
         ExportError: the exported file does not compute what the network computes.
     """
     recipe = run.recipe()
@@ -54,7 +54,8 @@ def publish(
             name=recipe.model,
             version=0,
             created=datetime.now(UTC).replace(microsecond=0),
-            recipe=recipe.model_dump(),
+            # Where the pretrained weights lay on this machine is nobody's business; which file it was is.
+            recipe=recipe.model_dump() | {"weights": Path(recipe.weights).name},
             classes=list(dataset.classes),
             superclasses=list(dataset.superclasses),
             parameters=sum(parameter.numel() for parameter in classifier.parameters()),
@@ -72,16 +73,15 @@ def publish(
             files={},
         )
         card = store.publish(draft, card)
-        published = Publication(
-            model=card.name, version=card.version, live=store.promote_if(card, promotion), test=card.test
-        )
+    live = store.promote_if(card, promotion)
+    published = Publication(model=card.name, version=card.version, live=live, test=card.test)
     run.record_publication(published)
     return published
 
 
 def restore(run: Run, recipe: Recipe, dataset: Dataset) -> tuple[Classifier, int]:
     """The classifier of a run's last checkpoint, on the CPU in evaluation mode, and the epoch it is from."""
-    state = run.load()
+    state = run.load(dataset.fingerprint)
     # The checkpoint overwrites every weight, so pretrained ones need not be fetched again.
     blank = recipe.model_copy(update={"weights": "none", "reinitialise": ()})
     classifier = build(blank, len(dataset.classes))

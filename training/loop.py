@@ -79,6 +79,7 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
     Raises:
         TrainingError: the loss is no longer finite.
         WeightsError: the recipe's pretrained weights cannot be used.
+        RunError: the run was started with other data.
     """
     torch.manual_seed(recipe.seed)
     classifier = build(recipe, len(dataset.classes)).to(device).to(memory_format=torch.channels_last)
@@ -89,7 +90,7 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
 
     finished = 0
     if run.checkpoint_file.exists():
-        state = run.load()
+        state = run.load(dataset.fingerprint)
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -172,6 +173,7 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
         run.save(
             {
                 "epoch": epoch,
+                "data": dataset.fingerprint,
                 "classifier": classifier.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),

@@ -183,6 +183,11 @@ def replace(base: Recipe, overrides: dict[str, Any]) -> Recipe:
     return from_dict(base.model_dump() | overrides)
 
 
+def as_text(value: Any) -> str:
+    """A field's value as the command line takes it."""
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
 def from_dict(values: dict[str, Any]) -> Recipe:
     """A recipe from all its fields, as `model_dump` gives them or JSON holds them.
 

@@ -111,15 +111,23 @@ class Run:
             os.fsync(file.fileno())
         partial.replace(self.checkpoint_file)
 
-    def load(self) -> State:
+    def load(self, fingerprint: str | None = None) -> State:
         """The last checkpoint, on the CPU.
 
+        Args:
+            fingerprint: of the data set at hand, to make sure that it is the one the run was trained on.
+
         Raises:
-            RunError: no epoch has been finished yet.
+            RunError: no epoch has been finished yet, or the run was trained on other data.
         """
         if not self.checkpoint_file.exists():
             raise RunError(f"{self.path} has no checkpoint: no epoch has been finished yet")
         state: State = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
+        if fingerprint and state["data"] != fingerprint:
+            raise RunError(
+                f"{self.path} was trained on other data (fingerprint {state['data'][:8]}, now {fingerprint[:8]}); "
+                "name the same data set, or start a new run"
+            )
         return state
 
     def record_publication(self, publication: Publication) -> None:

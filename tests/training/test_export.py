@@ -165,7 +165,7 @@ def test_a_failed_export_leaves_nothing_in_the_store(dataset: Dataset, tmp_path:
     classifier = build(chosen)
     for parameter in classifier.parameters():
         parameter.data.fill_(float("nan"))
-    run.save({"epoch": 1, "classifier": classifier.state_dict()})
+    run.save({"epoch": 1, "data": dataset.fingerprint, "classifier": classifier.state_dict()})
     with pytest.raises(ExportError, match="by up to nan"):
         publish(run, dataset, Store(tmp_path / "models"))
     assert list((tmp_path / "models" / "resnet").iterdir()) == []
@@ -176,7 +176,18 @@ def test_a_finished_run_needs_its_pretrained_weights_no_more(dataset: Dataset, t
     trained = build(recipe("resnet18", {"weights": "none"}))
     run = Run(tmp_path)
     run.create(recipe("resnet18", {"weights": "/gone/resnet18.pth", "reinitialise": "layer4"}))
-    run.save({"epoch": 4, "classifier": trained.state_dict()})
+    run.save({"epoch": 4, "data": dataset.fingerprint, "classifier": trained.state_dict()})
     classifier, epoch = restore(run, run.recipe(), dataset)
     assert epoch == 4
     assert all(torch.equal(value, trained.state_dict()[name]) for name, value in classifier.state_dict().items())
+
+
+def test_the_card_names_the_weights_file_but_not_where_it_lay(dataset: Dataset, tmp_path: Path) -> None:
+    chosen = recipe("resnet18", {"weights": "/home/somebody/resnet18.pth", "image_size": 32})
+    run = Run(tmp_path / "run")
+    run.create(chosen)
+    trained = build(chosen.model_copy(update={"weights": "none"}))
+    run.save({"epoch": 1, "data": dataset.fingerprint, "classifier": trained.state_dict()})
+    publish(run, dataset, Store(tmp_path / "models"))
+    assert Store(tmp_path / "models").card("resnet18", 1).recipe["weights"] == "resnet18.pth"
+    assert "somebody" not in (tmp_path / "models/resnet18/1/card.json").read_text()

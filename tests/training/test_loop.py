@@ -207,6 +207,15 @@ def test_a_run_of_constant_learning_rate_extended_by_an_epoch_equals_a_longer_ru
     assert measures(extended) == measures(whole)
 
 
+def test_a_run_does_not_go_on_with_other_data(tiny: Dataset, small: Dataset, tmp_path: Path) -> None:
+    run = started(tmp_path, recipe("resnet-seed", {"width": 8, "epochs": 1}))
+    finish(run, tiny)
+    run.extend(2)
+    with pytest.raises(RunError, match="trained on other data"):
+        finish(run, small)
+    assert run.load()["epoch"] == 1
+
+
 def test_a_run_whose_schedule_depends_on_its_length_cannot_be_extended(tmp_path: Path) -> None:
     run = started(tmp_path, recipe("resnet", {"epochs": 2}))
     with pytest.raises(RunError, match="schedule one-cycle depends on epochs=2"):

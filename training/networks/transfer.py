@@ -89,7 +89,7 @@ def load_weights(backbone: nn.Module, weights: str) -> None:
     else:
         state = _read_state_dict(Path(weights))
     expected = backbone.state_dict()
-    # Batch counters came with torch 0.4.1; torchvision's own file has none.
+    # Files from before torch 0.4.1 lack the batch counters, which evaluation never reads.
     faults = [f"missing {key}" for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     faults += [f"unexpected {key}" for key in state if key not in expected]
     faults += [
