@@ -1,6 +1,7 @@
 """What tests share: a small synthetic data set and a store with one tiny model, trained and published for real."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ from training.store import Store
 
 torch.set_num_threads(1)  # reproducible, and the machine may be small
 SYNTHETIC = "synthetic:4"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test leaves features of frozen stages in the home folder."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CIFAR100_FEATURES", str(tmp_path_factory.mktemp("features")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from training import data, torchscript
+from training import data, report, torchscript
 from training.evaluate import evaluate as measure
 from training.evaluate import predict
 from training.export import publish as publish_run
-from training.loop import TrainingError, default_device, to_device
+from training.loop import TrainingError, default_device, peak_memory, to_device
 from training.loop import train as training_events
 from training.networks.transfer import WeightsError
 from training.progress import show
@@ -76,13 +76,16 @@ def train(
         device = default_device()
         console.print(f"{chosen.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}")
         try:
-            show(training_events(chosen, dataset, folder, device), console)
+            events = training_events(chosen, dataset, folder, device)
+            show(report.log_scalars(events, folder.path / "tensorboard"), console)
         except KeyboardInterrupt:
             done = len(folder.epochs())
             console.print(f"stopped; {done} epochs are kept, go on with --run {folder.path} --resume")
             raise typer.Exit(130) from None
+        console.print(f"peak memory: {peak_memory(device)}")
         if publish:
             _report(publish_run(folder, dataset, Store(models), promote, notes))
+            _draw(folder, dataset)
 
 
 @cli.command()
@@ -95,7 +98,9 @@ def export(
 ) -> None:
     """Export a run's last checkpoint into the model store."""
     with _errors_reported():
-        _report(publish_run(Run(run), data.load(data_source), Store(models), promote, notes))
+        dataset = data.load(data_source)
+        _report(publish_run(Run(run), dataset, Store(models), promote, notes))
+        _draw(Run(run), dataset)
 
 
 @cli.command()
@@ -165,6 +170,11 @@ def _report(published: Publication) -> None:
         f"published {published.model}/{published.version}: test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}, "
         f"ECE {test.ece:.2%}; " + ("it is live" if published.live else "the live version stays")
     )
+
+
+def _draw(run: Run, dataset: data.Dataset) -> None:
+    files = report.draw(run, dataset)
+    console.print(f"pictures in {files[0].parent}: {', '.join(file.name for file in files)}")
 
 
 _REPORTED = (RecipeError, RunError, StoreError, WeightsError, TrainingError, data.DataError, torchscript.ExportError)

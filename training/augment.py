@@ -5,11 +5,43 @@ operation on the uint8 data set: no per-image Python, no worker processes, no in
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from training.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Everything random about one epoch's images.
+
+    Attributes:
+        order: int64 [N], a permutation: which source image comes at each place.
+        mirrored: bool [N], whether the image at each place is mirrored.
+        shifts: int64 [2, N], rows and columns by which it is shifted.
+    """
+
+    order: Tensor
+    mirrored: Tensor
+    shifts: Tensor
+
+
+def draw(count: int, recipe: Recipe, generator: torch.Generator) -> Draw:
+    """Draw one epoch of `count` images.
+
+    Args:
+        recipe: flip and crop padding.
+        generator: on the CPU, so that every device trains on the same batches.
+    """
+    order = torch.randperm(count, generator=generator)
+    shifts, mirrored = torch.zeros(2, count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
+    if recipe.crop_padding:
+        shifts = torch.randint(-recipe.crop_padding, recipe.crop_padding + 1, (2, count), generator=generator)
+    if recipe.flip:
+        mirrored = torch.rand(count, generator=generator) < 0.5
+    return Draw(order, mirrored, shifts)
 
 
 def batches(
@@ -21,37 +53,29 @@ def batches(
         images: uint8 [N, 32, 32, 3] on the device.
         labels: int64 [N] on the device.
         recipe: batch size, flip and crop padding.
-        generator: on the CPU, so that every device trains on the same batches; decides everything random here.
+        generator: see `draw`.
 
     Yields:
         uint8 images [B, 3, 32, 32] in channels-last memory format, and int64 labels [B].
     """
-    count = len(labels)
-    order = torch.randperm(count, generator=generator)
-    rows, columns = crops(count, recipe, generator)
-    order, rows, columns = (tensor.to(images.device) for tensor in (order, rows, columns))
-    for start in range(0, count, recipe.batch_size):
+    drawn = draw(len(labels), recipe, generator)
+    rows, columns = (source.to(images.device) for source in source_pixels(drawn))
+    order = drawn.order.to(images.device)
+    for start in range(0, len(labels), recipe.batch_size):
         batch = slice(start, start + recipe.batch_size)
         picked = order[batch]
         pixels = images[picked[:, None, None], rows[batch, :, None], columns[batch, None, :]]
         yield pixels.permute(0, 3, 1, 2), labels[picked]
 
 
-def crops(count: int, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Source rows and columns of `count` augmented images.
+def source_pixels(drawn: Draw) -> tuple[Tensor, Tensor]:
+    """Source rows and columns of augmented images.
 
     Returns:
-        int64 [count, 32] each: pixel (i, j) of an augmented image is pixel (rows[i], columns[j]) of its source.
+        int64 [N, 32] each: pixel (i, j) of an augmented image is pixel (rows[i], columns[j]) of its source.
     """
-    line = torch.arange(32).expand(count, 32)
-    rows, columns = line, line
-    if recipe.crop_padding:
-        shifts = torch.randint(-recipe.crop_padding, recipe.crop_padding + 1, (2, count, 1), generator=generator)
-        rows, columns = _reflect(line + shifts[0]), _reflect(line + shifts[1])
-    if recipe.flip:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    return rows, columns
+    rows, columns = (_reflect(torch.arange(32) + shift[:, None]) for shift in drawn.shifts)
+    return rows, torch.where(drawn.mirrored[:, None], columns.flip(1), columns)
 
 
 def _reflect(coordinates: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Measures a classifier: logits of a whole split in, accuracy, loss and calibration out."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,13 +49,38 @@ def evaluate(logits: Tensor, labels: Tensor) -> Evaluation:
     )
 
 
-def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins of confidence, weighted by bin size."""
+@dataclass(frozen=True)
+class CalibrationBins:
+    """Predictions in equal-width bins of confidence; a reliability diagram. 0 in empty bins.
+
+    Attributes:
+        images: float64 [bins], how many predictions fall into each.
+        confidence: float64 [bins], their mean confidence.
+        accuracy: float64 [bins], the share of them that is right.
+    """
+
+    images: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+
+def calibration_bins(logits: Tensor, labels: Tensor) -> CalibrationBins:
+    """The reliability of predictions: float logits [N, classes], int64 labels [N]."""
     confidence, predicted = logits.double().softmax(1).max(1)
     bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64)
-    gaps.index_add_(0, bins, (predicted == labels).double() - confidence)
-    return gaps.abs().sum().item() / len(labels)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins, values)
+
+    images = total(torch.ones_like(confidence))
+    filled = images.clamp(min=1)
+    return CalibrationBins(images, total(confidence) / filled, total((predicted == labels).double()) / filled)
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins of confidence, weighted by bin size."""
+    bins = calibration_bins(logits, labels)
+    return (bins.images * (bins.accuracy - bins.confidence).abs()).sum().item() / len(labels)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

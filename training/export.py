@@ -66,13 +66,14 @@ def publish(
             test_ece_uncalibrated=expected_calibration_error(logits * temperature, labels),
             curve=curve,
             training_seconds=sum(point.seconds for point in curve),
-            device=_device_name(),
+            device=device_name(),
             libraries={library: importlib.metadata.version(library) for library in LIBRARIES},
             commit=_commit(),
             notes=notes,
             files={},
         )
         card = store.publish(draft, card)
+    run.save_test_logits(logits, temperature)
     live = store.promote_if(card, promotion)
     published = Publication(model=card.name, version=card.version, live=live, test=card.test)
     run.record_publication(published)
@@ -89,7 +90,7 @@ def restore(run: Run, recipe: Recipe, dataset: Dataset) -> tuple[Classifier, int
     return classifier.eval(), state["epoch"]
 
 
-def _device_name() -> str:
+def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()

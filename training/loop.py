@@ -6,9 +6,12 @@ gives the same weights as an uninterrupted one.
 """
 
 import math
+import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from torch.nn import functional as F
 from training import augment
 from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
+from training.features import Features, Preparation, prepare
 from training.networks import TransferResNet18, build
 from training.recipes import ALL_STAGES, Recipe
 from training.run import Run
@@ -73,7 +77,25 @@ class Epoch:
     event: str = "epoch"
 
 
-def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> Iterator[Tick | Epoch]:
+Event = Preparation | Tick | Epoch
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a stage of training draws its batches from: the images themselves, or features of them.
+
+    Attributes:
+        batches: a seeded generator to one epoch of batches and labels.
+        evaluation: [M, H, W, C], what is evaluated after every epoch.
+        logits: a batch [B, C, H, W] to logits [B, classes].
+    """
+
+    batches: Callable[[torch.Generator], Iterator[tuple[Tensor, Tensor]]]
+    evaluation: Tensor
+    logits: Callable[[Tensor], Tensor]
+
+
+def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> Iterator[Event]:
     """Train, from the run's checkpoint if it has one; yields progress and the result of every epoch.
 
     Raises:
@@ -102,9 +124,20 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
     eval_images, eval_labels = to_device(eval_split, device)
     steps = math.ceil(len(split) / recipe.batch_size)
 
+    source = pixels = Source(partial(augment.batches, images, labels, recipe), eval_images, classifier)
+    if isinstance(network, TransferResNet18) and finished < recipe.epochs:
+        features = yield from recorded(prepare(recipe, classifier, images, eval_images, dtype), run)
+        if features:
+            source = Source(
+                partial(features.batches, labels, recipe),
+                features.evaluation,
+                lambda batch: network.head(batch.float()),
+            )
+
     for epoch in range(finished + 1, recipe.total_epochs + 1):
         if epoch > recipe.epochs and isinstance(network, TransferResNet18):
             network.set_trainable(ALL_STAGES)
+            source = pixels
         started = ticked = time.perf_counter()
         seed = recipe.seed * 10_000 + epoch
         torch.manual_seed(seed)
@@ -112,13 +145,12 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
         loss_sum = torch.zeros((), device=device)
         hits = torch.zeros((), device=device)
         seen = 0
-        epoch_batches = augment.batches(images, labels, recipe, torch.Generator().manual_seed(seed))
-        for step, (batch, targets) in enumerate(epoch_batches, start=1):
+        for step, (batch, targets) in enumerate(source.batches(torch.Generator().manual_seed(seed)), start=1):
             rate = learning_rate(recipe, epoch - 1 + (step - 0.5) / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                logits = classifier(batch)
+                logits = source.logits(batch)
                 loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -150,7 +182,7 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
 
         classifier.eval()
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            result = evaluate(predict(classifier, eval_images), eval_labels.cpu())
+            result = evaluate(predict(source.logits, source.evaluation), eval_labels.cpu())
         if not math.isfinite(result.loss):
             raise TrainingError(_non_finite(epoch, steps, rate, epoch - 1))
         seconds = time.perf_counter() - started
@@ -180,6 +212,20 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
             }
         )
         yield outcome
+
+
+def recorded(
+    preparing: Generator[Preparation, None, Features | None], run: Run
+) -> Generator[Preparation, None, Features | None]:
+    """The same, each step noted in the run's metrics."""
+    while True:
+        try:
+            progress = next(preparing)
+        except StopIteration as stop:
+            features: Features | None = stop.value
+            return features
+        run.record(asdict(progress))
+        yield progress
 
 
 def splits(recipe: Recipe, dataset: Dataset) -> tuple[Split, str, Split]:
@@ -238,6 +284,15 @@ def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that this process has held so far: of the machine, and of the GPU if it trains there."""
+    kibibyte = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in
+    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte / 2**30:.2f} GiB"
+    if device.type == "cuda":
+        text += f", {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
+    return text
 
 
 def _non_finite(epoch: int, step: int, rate: float, last_good: int) -> str:

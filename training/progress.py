@@ -6,10 +6,11 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from training.loop import Epoch, Tick
+from training.features import Preparation
+from training.loop import Epoch, Event, Tick
 
 
-def show(events: Iterable[Tick | Epoch], console: Console) -> None:
+def show(events: Iterable[Event], console: Console) -> None:
     """Consume a run's events, that is: run it, and print them as they come."""
     if not console.is_terminal:
         for event in events:
@@ -22,16 +23,18 @@ def show(events: Iterable[Tick | Epoch], console: Console) -> None:
             if isinstance(event, Epoch):
                 bar.console.print(_line(event))
                 continue
-            bar.update(
-                task,
-                description=f"epoch {event.epoch}/{event.epochs}",
-                completed=event.step,
-                total=event.steps,
-                measures=_measures(event),
-            )
+            if isinstance(event, Preparation):
+                if event.done in (0, event.images):
+                    bar.console.print(event.message)
+                description, completed, total = "frozen stages", event.done, event.images
+            else:
+                description, completed, total = f"epoch {event.epoch}/{event.epochs}", event.step, event.steps
+            bar.update(task, description=description, completed=completed, total=total, measures=_measures(event))
 
 
-def _line(event: Tick | Epoch) -> str:
+def _line(event: Event) -> str:
+    if isinstance(event, Preparation):
+        return f"{event.message}  image {event.done}/{event.images}  {_measures(event)}"
     if isinstance(event, Tick):
         return f"epoch {event.epoch}/{event.epochs}  step {event.step}/{event.steps}  {_measures(event)}"
     return (
@@ -41,11 +44,9 @@ def _line(event: Tick | Epoch) -> str:
     )
 
 
-def _measures(tick: Tick) -> str:
-    return (
-        f"loss {tick.loss:.3f}  accuracy {tick.accuracy:.2%}  "
-        f"{tick.images_per_s:.0f} images/s  {_left(tick.remaining_s)}"
-    )
+def _measures(event: Preparation | Tick) -> str:
+    pace = f"{event.images_per_s:.0f} images/s  {_left(event.remaining_s)}"
+    return pace if isinstance(event, Preparation) else f"loss {event.loss:.3f}  accuracy {event.accuracy:.2%}  {pace}"
 
 
 def _left(seconds: float) -> str:

@@ -66,6 +66,8 @@ class Recipe(BaseModel):
     """Stages that train (resnet18)."""
     reinitialise: Stages = ()
     """Stages that start from random weights instead of the pretrained ones (resnet18)."""
+    cache_features: bool = True
+    """Compute what the frozen stages make of every image once instead of in every epoch (resnet18)."""
     finetune_epochs: int = Field(default=0, ge=0, le=10_000)
     """A second stage of this many further epochs, in which every stage trains (resnet18)."""
     finetune_learning_rate: float = Field(default=1e-4, gt=0, le=100)
@@ -103,6 +105,7 @@ _APPLIES_TO = {
     "weights": ("resnet18",),
     "trainable": ("resnet18",),
     "reinitialise": ("resnet18",),
+    "cache_features": ("resnet18",),
     "finetune_epochs": ("resnet18",),
     "finetune_learning_rate": ("resnet18",),
 }

@@ -1,4 +1,4 @@
-"""A training run's folder: recipe.json, metrics.jsonl, checkpoint.pt, published.json.
+"""A training run's folder: recipe.json, metrics.jsonl, checkpoint.pt, test_logits.pt, published.json.
 
 In: a recipe and, epoch by epoch, metrics and training state.  Out: the same, read back to resume, watch or export.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 from training.recipes import Recipe, from_dict
 from training.store import Evaluation
@@ -44,6 +45,7 @@ class Run:
         self.recipe_file = path / "recipe.json"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
+        self.logits_file = path / "test_logits.pt"
         self.publication_file = path / "published.json"
 
     def create(self, recipe: Recipe) -> None:
@@ -129,6 +131,21 @@ class Run:
                 "name the same data set, or start a new run"
             )
         return state
+
+    def save_test_logits(self, logits: Tensor, temperature: float) -> None:
+        """Keep what the exported model makes of the test set: calibrated logits, float32 [N, classes]."""
+        torch.save({"logits": logits, "temperature": temperature}, self.logits_file)
+
+    def test_logits(self) -> tuple[Tensor, float]:
+        """Calibrated logits of the test set, and the temperature in them.
+
+        Raises:
+            RunError: the run has not been exported yet.
+        """
+        if not self.logits_file.exists():
+            raise RunError(f"{self.path} has not been exported yet; python -m training export {self.path} does it")
+        saved = torch.load(self.logits_file, weights_only=True)
+        return saved["logits"], saved["temperature"]
 
     def record_publication(self, publication: Publication) -> None:
         """Note which version of which model the run has become."""

@@ -4,6 +4,7 @@ In: normalised float images [N, 3, S, S].  Out: logits [N, classes].
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Self
 
@@ -35,10 +36,10 @@ class TransferResNet18(nn.Module):
     def __init__(self, classes: int, weights: str, trainable: Sequence[str], reinitialise: Sequence[str] = ()):
         super().__init__()
         self.backbone = resnet18()
-        fresh = {stage: [_copy(layer) for layer in self._layers(stage)] for stage in reinitialise}
+        fresh = {stage: [_copy(layer) for layer in self.layers(stage)] for stage in reinitialise}
         load_weights(self.backbone, weights)
         for stage, states in fresh.items():
-            for layer, state in zip(self._layers(stage), states, strict=True):
+            for layer, state in zip(self.layers(stage), states, strict=True):
                 layer.load_state_dict(state)
         self.backbone.fc = nn.Linear(self.backbone.fc.in_features, classes)
         self.set_trainable(trainable)
@@ -47,22 +48,50 @@ class TransferResNet18(nn.Module):
         """Train exactly these stages from now on."""
         self.trainable = tuple(stages)
         for stage in STAGES:
-            for layer in self._layers(stage):
+            for layer in self.layers(stage):
                 layer.requires_grad_(stage in stages)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         for stage in STAGES:
-            for layer in self._layers(stage):
+            for layer in self.layers(stage):
                 layer.train(mode and stage in self.trainable)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.backbone(x)
-        return logits
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The stages before the first one that trains: what they compute of an image never changes."""
+        return tuple(takewhile(lambda stage: stage not in self.trainable, STAGES))
 
-    def _layers(self, stage: str) -> list[nn.Module]:
+    def features(self, x: Tensor) -> Tensor:
+        """What the frozen stages make of normalised images [N, 3, S, S]: float [N, C, H, W]."""
+        for stage in self.frozen:
+            x = self._compute(stage, x)
+        return x
+
+    def head(self, features: Tensor) -> Tensor:
+        """Logits [N, classes] of what `features` gave."""
+        x = features
+        for stage in STAGES[len(self.frozen) :]:
+            x = self._compute(stage, x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+    def _compute(self, stage: str, x: Tensor) -> Tensor:
+        net = self.backbone
+        match stage:
+            case "stem":
+                x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+            case "fc":
+                x = net.fc(net.avgpool(x).flatten(1))
+            case layer:
+                x = net.get_submodule(layer)(x)
+        return x
+
+    def layers(self, stage: str) -> list[nn.Module]:
         return [self.backbone.get_submodule(name) for name in _STAGE_LAYERS.get(stage, (stage,))]
 
 

@@ -1,0 +1,166 @@
+"""Our training step against the plain loop that everyone writes, on the same network, batch and data.
+
+The plain loop: one Python object per image, PIL transforms, a DataLoader with a worker per core, float32, NCHW. Ours is
+`training.loop.train` itself, as `python -m training train` runs it. Every measurement is a process of its own, the
+variants take turns, and the table shows medians; it is written to benchmarks/results/.
+
+    python benchmarks/training.py [--network resnet|resnet18] [--batches 20] [--rounds 3] [--data FOLDER]
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision import transforms
+
+from training import data
+from training.data import Dataset, Split
+from training.export import device_name
+from training.loop import Epoch, default_device, make_optimizer, precision, train
+from training.networks import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEAN, IMAGENET_STD, build
+from training.recipes import Recipe, recipe
+from training.run import Run
+
+RESULTS = Path(__file__).parent / "results"
+VARIANTS = {"resnet": ("plain", "ours"), "resnet18": ("plain", "ours without cached features", "ours")}
+
+
+class Images(TorchDataset[tuple[Tensor, int]]):
+    """What torchvision.datasets.CIFAR100 is: an array, a PIL image for each item, a transform."""
+
+    def __init__(self, split: Split, transform: transforms.Compose):
+        self.split = split
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.split.images[index])), int(self.split.labels[index])
+
+
+def plain(chosen: Recipe, dataset: Dataset, device: torch.device) -> float:
+    """Images per second of the second epoch of the plain loop."""
+    small = chosen.network == "resnet"
+    augmentation: list[Any] = (
+        [transforms.RandomCrop(32, padding=4)] if small else [transforms.Resize(chosen.image_size)]
+    )
+    mean, std = (CIFAR100_MEAN, CIFAR100_STD) if small else (IMAGENET_MEAN, IMAGENET_STD)
+    transform = transforms.Compose(
+        [*augmentation, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    )
+    loader = DataLoader(
+        Images(dataset.train, transform),
+        chosen.batch_size,
+        shuffle=True,
+        num_workers=os.cpu_count() or 1,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )
+    network = build(chosen, len(dataset.classes)).network.to(device)
+    optimizer = make_optimizer(chosen, network)
+    network.train()
+    for _ in range(2):
+        started = time.perf_counter()
+        for images, labels in loader:
+            loss = F.cross_entropy(
+                network(images.to(device, non_blocking=True)), labels.to(device), label_smoothing=chosen.label_smoothing
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        loss.item()  # waits for a GPU
+    return len(dataset.train) / (time.perf_counter() - started)
+
+
+def ours(chosen: Recipe, dataset: Dataset, device: torch.device) -> float:
+    """Images per second of the second epoch of `training.loop.train`."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CIFAR100_FEATURES"] = folder
+        run = Run(Path(folder, "run"))
+        run.create(chosen)
+        epochs = [event for event in train(chosen, dataset, run, device) if isinstance(event, Epoch)]
+    return epochs[-1].images_per_s
+
+
+def measure(network: str, variant: str, batches: int, source: str | None) -> dict[str, float]:
+    """One measurement, in this process."""
+    chosen = recipe(
+        network, {"epochs": 2} | ({"weights": "none", "finetune_epochs": 0} if network == "resnet18" else {})
+    )
+    if "without" in variant:
+        chosen = chosen.model_copy(update={"cache_features": False})
+    whole = data.load(source)
+    dataset = Dataset(whole.train[: batches * chosen.batch_size], whole.test[:100], *_names(whole))
+    rate = (plain if variant == "plain" else ours)(chosen, dataset, default_device())
+    used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {"images_per_s": rate, "peak_gib": sum(used) / 2**20}
+
+
+def _names(dataset: Dataset) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    return dataset.classes, dataset.superclasses, dataset.fingerprint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=list(VARIANTS), action="append", help="default: both")
+    parser.add_argument("--batches", type=int, default=20, help="of an epoch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", help="folder of cifar100.npz, or synthetic:N")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)  # one measurement, printed as JSON
+    given = parser.parse_args()
+    if given.variant:
+        print(json.dumps(measure(given.network[0], given.variant, given.batches, given.data)))
+        return
+
+    device = default_device()
+    lines = [
+        f"{device_name()}; PyTorch {torch.__version__}; precision {precision(recipe('resnet'), device)}; "
+        f"{given.batches} batches of 128, second epoch; median of {given.rounds} rounds",
+        "",
+        "| network | loop | images/s | of the plain loop | peak memory, GiB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    print("\n".join(lines))
+    for network in given.network or VARIANTS:
+        rounds: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS[network]}
+        for _ in range(given.rounds):
+            for variant, measured in rounds.items():
+                measured.append(_in_its_own_process(network, variant, given))
+        rates = {variant: [each["images_per_s"] for each in measured] for variant, measured in rounds.items()}
+        for variant, measured in rounds.items():
+            ratio = statistics.median(
+                mine / theirs for mine, theirs in zip(rates[variant], rates["plain"], strict=True)
+            )
+            memory = statistics.median(each["peak_gib"] for each in measured)
+            rate = statistics.median(rates[variant])
+            lines.append(f"| {network} | {variant} | {rate:.0f} | {ratio:.2f} x | {memory:.2f} |")
+            print(lines[-1], flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "training.md").write_text("\n".join(lines) + "\n")
+
+
+def _in_its_own_process(network: str, variant: str, given: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, __file__, "--network", network, "--variant", variant, "--batches", str(given.batches)]
+    command += ["--data", given.data] if given.data else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+if __name__ == "__main__":
+    main()

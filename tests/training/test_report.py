@@ -1,0 +1,110 @@
+"""Pictures and TensorBoard events say what was measured."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from training import report
+from training.data import Dataset
+from training.loop import Epoch, Event
+from training.run import Run, RunError
+
+FOUR_CLASSES = ("animal", "animal", "plant", "plant")  # superclasses of classes 0-3
+
+
+def epoch(number: int, top1: float) -> Epoch:
+    return Epoch(
+        epoch=number, epochs=3, learning_rate=0.1, train_loss=2.0, train_accuracy=0.4, split="validation", loss=3.0,
+        top1=top1, top5=0.8, images_per_s=100.0, seconds=1.0, remaining_s=0.0
+    )  # fmt: skip
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(each.step, pytest.approx(each.value)) for each in events.Scalars(tag)]
+
+
+def test_tensorboard_shows_every_epoch_once_also_after_a_crash(tmp_path: Path) -> None:
+    def crashing() -> Iterator[Event]:
+        yield epoch(1, 0.1)
+        yield epoch(2, 0.2)
+        raise OSError
+
+    with pytest.raises(OSError):  # noqa: PT011
+        list(report.log_scalars(crashing(), tmp_path))
+    again: list[Event] = [epoch(2, 0.25), epoch(3, 0.3)]
+    assert list(report.log_scalars(again, tmp_path)) == again
+    assert scalars(tmp_path, "top-1/validation") == [(1, 0.1), (2, 0.25), (3, 0.3)]
+    assert scalars(tmp_path, "loss/train") == [(1, 2.0), (2, 2.0), (3, 2.0)]
+
+
+def test_the_pictures_of_a_published_run_are_in_its_folder(
+    finished_run: Run, published_store: Path, dataset: Dataset
+) -> None:
+    files = report.draw(finished_run, dataset)
+    assert [file.name for file in files] == [
+        "curves.png", "superclasses.png", "reliability.png", "classes.png", "mistakes.png"
+    ]  # fmt: skip
+    for file in files:
+        assert file.parent == finished_run.path / "pictures"
+        with Image.open(file) as picture:
+            assert min(picture.size) > 300
+            assert len(picture.convert("L").getcolors() or ()) > 10
+
+
+def test_a_run_that_was_not_exported_has_no_pictures(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="has not been exported yet"):
+        report.draw(Run(tmp_path), dataset)
+
+
+def confident(predictions: list[int], confidence: float = 0.9) -> torch.Tensor:
+    """Logits over four classes whose softmax gives `confidence` to each prediction."""
+    rest = (1 - confidence) / 3
+    return torch.full((len(predictions), 4), rest).scatter(1, torch.tensor(predictions)[:, None], confidence).log()
+
+
+def test_confusion_of_superclasses_is_in_percent_of_the_true_one() -> None:
+    labels = torch.tensor([0, 0, 1, 1, 2, 3])
+    logits = confident([0, 1, 0, 3, 2, 2])  # one animal of four is taken for a plant
+    (axes,) = report.superclass_confusion(logits, labels, FOUR_CLASSES).axes
+    assert axes.images[0].get_array().tolist() == [[75, 25], [0, 100]]
+    assert [text.get_text() for text in axes.texts] == ["75", "25", "100"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["animal", "plant"]
+
+
+def test_reliability_shows_the_accuracy_of_each_confidence_before_and_after_calibration() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    calibrated = confident([0, 0, 0, 0], 0.75)
+    before, after = report.reliability(calibrated, labels, temperature=2.0).axes
+    assert "ECE 0.00%" in after.get_title()
+    assert "ECE 0.00%" not in before.get_title()
+    heights = [bar.get_height() for bar in after.patches if bar.get_height()]
+    assert heights == [0.75]
+
+
+def test_classes_are_ordered_by_their_accuracy(dataset: Dataset) -> None:
+    labels = torch.from_numpy(dataset.test.labels)
+    predicted = torch.where(labels == 7, 8, labels)
+    axes = report.class_accuracy(torch.nn.functional.one_hot(predicted, 100).float(), labels, dataset).axes
+    names = [label.get_text() for each in axes for label in each.get_yticklabels()]
+    assert names[-1] == dataset.classes[7].replace("_", " ")
+    assert len(names) == 100
+    assert [bar.get_width() for bar in axes[-1].patches][-2:] == [100, 0]
+
+
+def test_the_sheet_of_mistakes_begins_with_the_most_confident_one(dataset: Dataset) -> None:
+    labels = torch.from_numpy(dataset.test.labels)
+    logits = 9.0 * torch.nn.functional.one_hot(labels, 100)
+    logits[5] = logits[5].roll(1) * 0.9
+    logits[3] = logits[3].roll(1)
+    sheet = report.mistakes(logits, labels, dataset).axes
+    true = dataset.classes[int(labels[3])].replace("_", " ")
+    assert sheet[0].get_title().endswith(f"is {true}")
+    assert (sheet[0].images[0].get_array() == dataset.test.images[3]).all()
+    assert (sheet[1].images[0].get_array() == dataset.test.images[5]).all()
+    assert sum(bool(each.images) for each in sheet) == 2

@@ -1,0 +1,183 @@
+"""What the frozen stages of a transfer network make of every image, computed once and kept in a file.
+
+Frozen stages give the same features in every epoch, so no epoch needs to compute them again. In: a classifier whose
+first stages do not train, and the images.  Out: float16 features, mapped into memory from a file in the cache folder
+(the environment variable CIFAR100_FEATURES, or ~/.cache/cifar100/features). A later run with the same frozen stages and
+images uses the file again; another one replaces it.
+"""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training.augment import draw
+from training.networks import Classifier, TransferResNet18
+from training.recipes import Recipe
+
+DEFAULT_FOLDER = "~/.cache/cifar100/features"
+BATCH_SIZE = 100
+TICK_S = 5.0
+SPARE_BYTES = 1 << 30  # stays free on the disk
+ABANDONED_S = 24 * 3600  # the age at which an unfinished file is taken for that of a killed run
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Progress of computing features; the first one comes before anything is written."""
+
+    message: str
+    """How large the file is and where it lies, or why there is none."""
+    done: int
+    """Images whose features are computed; a mirrored image counts as another one."""
+    images: int
+    images_per_s: float
+    remaining_s: float
+    """Estimate for the rest of the features, not of the run."""
+    epoch: int = 0
+    """Before the first one."""
+    event: str = "features"
+
+
+class Features:
+    """Features of a training split and of the split that is evaluated after every epoch.
+
+    Args:
+        values: float16 [views * train + M, H, W, C]: of the training images, of the same mirrored if there are two
+            views, and of the M images to evaluate.
+        train: number of training images.
+        views: 1, or 2 with mirrored images.
+    """
+
+    def __init__(self, values: Tensor, train: int, views: int):
+        self._train = values[: views * train]
+        self.evaluation = values[views * train :]
+
+    def batches(self, labels: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of the same batches that `augment.batches` draws.
+
+        Args:
+            labels: int64 [N] on the device that trains.
+
+        Yields:
+            float16 features [B, C, H, W] in channels-last memory format, and int64 labels [B].
+        """
+        drawn = draw(len(labels), recipe, generator)
+        rows = drawn.order + len(labels) * drawn.mirrored
+        for picked, row in zip(drawn.order.split(recipe.batch_size), rows.split(recipe.batch_size), strict=True):
+            batch = self._train.index_select(0, row.to(self._train.device)).to(labels.device)
+            yield batch.permute(0, 3, 1, 2), labels[picked.to(labels.device)]
+
+
+def prepare(
+    recipe: Recipe, classifier: Classifier, images: Tensor, evaluation: Tensor, dtype: torch.dtype
+) -> Generator[Preparation, None, Features | None]:
+    """Compute the features of a run, or find them in the cache; yields progress.
+
+    Args:
+        images: uint8 [N, 32, 32, 3], the training split on the classifier's device.
+        evaluation: uint8 [M, 32, 32, 3], the split that is evaluated after every epoch.
+        dtype: what the frozen stages compute in.
+
+    Returns:
+        None where the recipe cannot train on features (nothing is frozen, images are shifted, the recipe forbids it),
+        or where the disk has no room for them.
+    """
+    network = classifier.network
+    if not isinstance(network, TransferResNet18) or not network.frozen:
+        return None
+    if recipe.crop_padding or not recipe.cache_features:
+        return None
+    views = 2 if recipe.flip else 1
+    parts = (
+        [(images, False), (images, True), (evaluation, False)]
+        if recipe.flip
+        else [(images, False), (evaluation, False)]
+    )
+    total = sum(len(part) for part, _ in parts)
+
+    def compute(batch: Tensor, mirrored: bool) -> Tensor:
+        pixels = batch.flip(2) if mirrored else batch
+        with torch.inference_mode(), torch.autocast(images.device.type, dtype, enabled=dtype is not torch.float32):
+            return network.features(classifier.preprocess(pixels.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).half()
+
+    shape = (total, *compute(images[:1], False).shape[1:])
+    folder = Path(os.environ.get("CIFAR100_FEATURES", DEFAULT_FOLDER)).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{_key(recipe, classifier, network, parts, dtype)}.float16"
+    size = 2 * prod(shape)
+    what = f"{size / 1e9:.1f} GB of features of the frozen stages"
+    if file.exists():
+        yield Preparation(f"{what} are in {file}", total, total, 0.0, 0.0)
+        return Features(_map(file, shape, images.device), len(images), views)
+    _make_room(folder)
+    if size + SPARE_BYTES > shutil.disk_usage(folder).free:
+        yield Preparation(f"no room for {what} in {folder}: they are computed in every epoch", 0, 0, 0.0, 0.0)
+        return None
+
+    message = f"{what} go to {file}"
+    yield Preparation(message, 0, total, 0.0, 0.0)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    started = ticked = time.perf_counter()
+    done = 0
+    try:
+        with partial.open("wb") as output:
+            for part, mirrored in parts:
+                for batch in part.split(BATCH_SIZE):
+                    output.write(compute(batch, mirrored).cpu().contiguous().numpy().data)
+                    done += len(batch)
+                    now = time.perf_counter()
+                    if done == total or now - ticked > TICK_S:
+                        ticked = now
+                        pace = (now - started) / done
+                        yield Preparation(message, done, total, 1 / pace, pace * (total - done))
+            output.flush()
+            os.fsync(output.fileno())
+        partial.replace(file)
+    except OSError as error:
+        yield Preparation(f"{partial}: {error.strerror}: the features are computed in every epoch", 0, 0, 0.0, 0.0)
+        return None
+    finally:
+        partial.unlink(missing_ok=True)
+    return Features(_map(file, shape, images.device), len(images), views)
+
+
+def _map(file: Path, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A file of float16 values as a tensor: on a GPU if it has the room, mapped into memory otherwise."""
+    values = torch.from_file(str(file), shared=True, size=prod(shape), dtype=torch.float16).view(shape)
+    if device.type == "cuda" and 2 * values.nbytes < torch.cuda.mem_get_info(device)[0]:
+        return values.to(device)
+    return values
+
+
+def _make_room(folder: Path) -> None:
+    """Delete what other runs have left: one file of this size is enough."""
+    for file in folder.glob("*.float16"):
+        file.unlink(missing_ok=True)
+    for partial in folder.glob("*.partial"):
+        if time.time() - partial.stat().st_mtime > ABANDONED_S:
+            partial.unlink(missing_ok=True)
+
+
+def _key(
+    recipe: Recipe,
+    classifier: Classifier,
+    network: TransferResNet18,
+    parts: list[tuple[Tensor, bool]],
+    dtype: torch.dtype,
+) -> str:
+    """Changes with everything that the features depend on."""
+    digest = hashlib.sha256(f"{recipe.image_size} {dtype} {network.frozen}".encode())
+    weights = [
+        value for stage in network.frozen for layer in network.layers(stage) for value in layer.state_dict().values()
+    ]
+    for tensor in (classifier.mean, classifier.std, *weights, *(part for part, _ in parts)):
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,165 @@
+"""Pictures of a run, and its curves for TensorBoard.
+
+In: a run folder and the logits of its exported model on the test set.  Out: PNG files in RUN/pictures, TensorBoard
+events in RUN/tensorboard. The sheet of mistakes shows images of the data set; the other pictures only measures.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.data import Dataset
+from training.evaluate import CALIBRATION_BINS, calibration_bins, evaluate
+from training.loop import Epoch, Event
+from training.run import Run
+
+DPI = 110
+MISTAKES = (4, 8)  # rows and columns of the sheet
+
+
+def log_scalars(events: Iterable[Event], folder: Path) -> Iterator[Event]:
+    """Pass a run's events on, writing the measures of every epoch as TensorBoard scalars; epochs that are measured
+    again after a crash replace the earlier ones."""
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+    writer = None
+    for event in events:
+        if isinstance(event, Epoch):
+            writer = writer or SummaryWriter(str(folder), purge_step=event.epoch)
+            writer.add_scalar("loss/train", event.train_loss, event.epoch)
+            writer.add_scalar(f"loss/{event.split}", event.loss, event.epoch)
+            writer.add_scalar("top-1/train", event.train_accuracy, event.epoch)
+            writer.add_scalar(f"top-1/{event.split}", event.top1, event.epoch)
+            writer.add_scalar("top-5", event.top5, event.epoch)
+            writer.add_scalar("learning rate", event.learning_rate, event.epoch)
+            writer.add_scalar("images per second", event.images_per_s, event.epoch)
+            writer.flush()
+        yield event
+    if writer:
+        writer.close()
+
+
+def draw(run: Run, dataset: Dataset) -> list[Path]:
+    """Draw all pictures of a published run.
+
+    Returns:
+        The files: curves, superclasses, reliability, classes, mistakes.
+
+    Raises:
+        RunError: the run has not been exported yet.
+    """
+    logits, temperature = run.test_logits()
+    labels = torch.from_numpy(dataset.test.labels)
+    figures = {
+        "curves": curves(run),
+        "superclasses": superclass_confusion(logits, labels, dataset.superclasses),
+        "reliability": reliability(logits, labels, temperature),
+        "classes": class_accuracy(logits, labels, dataset),
+        "mistakes": mistakes(logits, labels, dataset),
+    }
+    folder = run.path / "pictures"
+    folder.mkdir(exist_ok=True)
+    files = []
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=DPI)
+        files.append(folder / f"{name}.png")
+    return files
+
+
+def curves(run: Run) -> Figure:
+    """Loss and top-1 accuracy of every epoch, on what was trained on and on what was evaluated."""
+    epochs = run.epochs()
+    figure = Figure((9, 3.6), layout="constrained")
+    numbers = [epoch["epoch"] for epoch in epochs]
+    pairs = (("loss", "train_loss", "loss"), ("top-1 accuracy, %", "train_accuracy", "top1"))
+    for axes, (title, train, evaluated) in zip(figure.subplots(1, 2), pairs, strict=True):
+        scale = 1 if train == "train_loss" else 100
+        for key, name in ((train, "train"), (evaluated, epochs[-1]["split"])):
+            axes.plot(numbers, [scale * epoch[key] for epoch in epochs], marker=".", label=name)
+        _label(axes, title, "epoch", "")
+        axes.legend(frameon=False)
+    return figure
+
+
+def superclass_confusion(logits: Tensor, labels: Tensor, superclasses: tuple[str, ...]) -> Figure:
+    """How often an image of one superclass (row) is taken for another (column), in % of the row."""
+    names = sorted(set(superclasses))
+    group = torch.tensor([names.index(superclass) for superclass in superclasses])
+    pairs = group[labels] * len(names) + group[logits.argmax(1)]
+    counts = torch.bincount(pairs, minlength=len(names) ** 2).view(len(names), len(names))
+    shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    figure = Figure((9, 8.4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+    ticks = [name.replace("_", " ") for name in names]
+    axes.set_xticks(range(len(names)), ticks, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(len(names)), ticks, fontsize=8)
+    for row, column in (shares >= 1).nonzero().tolist():
+        value = shares[row, column].item()
+        axes.text(
+            column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 50 else "black"
+        )
+    _label(axes, "superclasses: % of the images of a row taken for a column", "predicted", "true", grid=False)
+    return figure
+
+
+def reliability(logits: Tensor, labels: Tensor, temperature: float) -> Figure:
+    """Accuracy against confidence, before and after calibration (Guo et al. 2017, arXiv:1706.04599)."""
+    figure = Figure((8, 3.9), layout="constrained")
+    variants = (("uncalibrated", logits * temperature), (f"temperature {temperature:.2f}", logits))
+    for axes, (title, values) in zip(figure.subplots(1, 2, sharey=True), variants, strict=True):
+        bins = calibration_bins(values, labels)
+        axes.bar(bins.confidence.numpy(), bins.accuracy.numpy(), width=0.9 / CALIBRATION_BINS, color="tab:blue")
+        axes.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle="--")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        _label(axes, f"{title}: ECE {evaluate(values, labels).ece:.2%}", "confidence", "accuracy")
+    return figure
+
+
+def class_accuracy(logits: Tensor, labels: Tensor, dataset: Dataset) -> Figure:
+    """Top-1 accuracy of every class, from the best to the worst."""
+    shares = np.array(evaluate(logits, labels).per_class)
+    order = np.argsort(-shares, kind="stable")
+    figure = Figure((9, 9), layout="constrained")
+    columns = np.array_split(order, 2)
+    for axes, classes in zip(figure.subplots(1, 2, sharex=True), columns, strict=True):
+        axes.barh(range(len(classes)), 100 * shares[classes], color="tab:blue")
+        axes.set_yticks(range(len(classes)), [dataset.classes[each].replace("_", " ") for each in classes], fontsize=7)
+        axes.set_ylim(len(classes) - 0.5, -0.5)
+        axes.set_xlim(0, 100)
+        _label(axes, "", "top-1 accuracy, %", "")
+    return figure
+
+
+def mistakes(logits: Tensor, labels: Tensor, dataset: Dataset) -> Figure:
+    """The wrong answers given with the highest confidence."""
+    confidence, predicted = logits.softmax(1).max(1)
+    confidence[predicted == labels] = 0
+    rows, columns = MISTAKES
+    figure = Figure((1.5 * columns, 1.9 * rows), layout="constrained")
+    wrong = int((predicted != labels).sum())
+    worst = confidence.topk(min(rows * columns, wrong)).indices.tolist()
+    cells: NDArray[np.object_] = figure.subplots(rows, columns).ravel()
+    for axes in cells:
+        axes.set_axis_off()
+    for axes, image in zip(cells, worst, strict=False):
+        axes.imshow(dataset.test.images[image])
+        said, true = (dataset.classes[int(each[image])].replace("_", " ") for each in (predicted, labels))
+        axes.set_title(f"{said} {confidence[image].item():.0%}\nis {true}", fontsize=7)
+    return figure
+
+
+def _label(axes: Axes, title: str, x: str, y: str, grid: bool = True) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    if grid:
+        axes.grid(alpha=0.25)
