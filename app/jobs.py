@@ -1,49 +1,58 @@
-"""Training jobs: a queue, and one child process at a time that runs `python -m training train`.
+"""Training jobs: what was asked for, in which state it is, and how far it has come.
 
-In: a validated recipe.  Out: a run folder under `runs`, a published model, and a `Job` that says how far it is.
-The child is a process group of its own at low priority; the service reads its run folder and nothing else.
+In: a validated recipe.  Out: a row in the database that every server process and every later start sees. `app.runner`
+takes the jobs from here one at a time; the child process it starts writes a run folder, from which progress is read.
+
+    queued --> running --> succeeded
+                 |  ^----> failed, cancelled
+                 v  |
+              interrupted   (the server stopped, or the child crashed for the first time)
 """
 
 import asyncio
 import json
 import logging
-import os
-import signal
-import sys
-from asyncio.subprocess import DEVNULL, STDOUT, Process
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from pydantic import BaseModel, Field
+from sqlalchemy import Engine, func, select
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
+from app.database import DatabaseError, JobRow, connect
 from app.errors import BadRequest, NotFound, Unavailable
 from app.settings import Settings
-from training.recipes import Recipe, RecipeError, as_text, recipe
+from training.recipes import Recipe, RecipeError, from_dict, recipe
 from training.run import Publication, Run
 from training.store import Promotion
 
 log = logging.getLogger(__name__)
 
-_NICENESS = 10
-_TERM_GRACE_S = 4.0
+DATABASE = "jobs.sqlite"
 _EVENT_POLL_S = 0.3
+_MAX_CRASHES = 1  # a job is resumed once
 
 
 class State(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    """Waits to be resumed from its last checkpoint."""
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
     @property
     def finished(self) -> bool:
-        return self not in (State.QUEUED, State.RUNNING)
+        return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
+
+
+WAITING = (State.QUEUED, State.INTERRUPTED)
 
 
 class JobRequest(BaseModel, extra="forbid"):
@@ -57,113 +66,132 @@ class JobRequest(BaseModel, extra="forbid"):
     """When the result goes live."""
 
 
-class Job(BaseModel):
+class JobSummary(BaseModel, from_attributes=True):
     """One training job."""
 
     id: str
-    state: State = State.QUEUED
+    state: State
     request: JobRequest
     created: datetime
-    started: datetime | None = None
-    finished: datetime | None = None
+    started: datetime | None
+    finished: datetime | None
+    crashes: int
+    """How often its process has died and was resumed."""
+    error: str | None
+    published: Publication | None
+
+
+class Job(JobSummary):
+    """One training job and how far it has come."""
+
     epochs: int
     """Epochs asked for."""
     progress: dict[str, Any] | None = None
     """The latest line of metrics: epoch, step, loss, accuracy, images/s, remaining seconds."""
     history: list[dict[str, Any]] = Field(default_factory=list)
     """The metrics of every finished epoch."""
-    error: str | None = None
-    published: Publication | None = None
 
 
 class Jobs:
-    """The queue and the worker that empties it.
+    """The queue and the history of training jobs. Methods may be called from any thread.
 
     Args:
         settings: folders and limits.
-        on_published: called when a job has published a model.
     """
 
-    def __init__(self, settings: Settings, on_published: Callable[[], Awaitable[None]]):
+    def __init__(self, settings: Settings):
         self._settings = settings
-        self._on_published = on_published
-        self._jobs: dict[str, Job] = {}
-        self._recipes: dict[str, Recipe] = {}
-        self._queue: asyncio.Queue[str] = asyncio.Queue()
-        self._child: tuple[str, Process] | None = None
-        self._worker: asyncio.Task[None] | None = None
+        self._engine: Engine | None = None
 
-    async def start(self) -> None:
-        self._worker = asyncio.create_task(self._work())
+    def open(self) -> bool:
+        """Open the database.
 
-    async def stop(self) -> None:
-        """Stop the worker and its child; the child's run folder can be resumed by hand."""
-        if self._worker:
-            self._worker.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._worker
-
-    @property
-    def running(self) -> str | None:
-        """Id of the job that runs now."""
-        return self._child[0] if self._child else None
-
-    def submit(self, request: JobRequest) -> Job:
-        """Queue a job.
-
-        Raises:
-            BadRequest: unknown recipe or field, or an impossible value.
-            Unavailable: too many jobs are waiting.
+        Returns:
+            Whether that was possible; the service goes on without training where it was not.
         """
         try:
-            wanted = recipe(request.recipe, request.overrides)
-        except RecipeError as error:
-            raise BadRequest(f"{error}") from None
-        if wanted.weights not in ("none", "imagenet"):
-            raise BadRequest("weights must be none or imagenet here; files are for the command line")
-        if self._queue.qsize() >= self._settings.max_jobs:
-            raise Unavailable(f"{self._queue.qsize()} jobs are waiting already; try again later")
-        now = datetime.now(UTC)
-        job = Job(id=f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:8]}", request=request, created=now, epochs=wanted.total_epochs)
-        self._jobs[job.id] = job
-        self._recipes[job.id] = wanted
-        self._queue.put_nowait(job.id)
-        return job
+            self._settings.runs.mkdir(parents=True, exist_ok=True)
+            self._engine = connect(self._settings.runs / DATABASE)
+        except (OSError, OperationalError, DatabaseError) as error:
+            log.error("training is unavailable, %s cannot be used: %s", self._settings.runs, error)
+            return False
+        return True
 
-    def all(self) -> list[Job]:
-        """All jobs, newest first."""
-        return [self._with_progress(job) for job in reversed(self._jobs.values())]
+    def close(self) -> None:
+        if self._engine:
+            self._engine.dispose()
+
+    def submit(self, request: JobRequest, idempotency_key: str | None = None) -> Job:
+        """Queue a job, or find the one that was queued with the same key.
+
+        Raises:
+            BadRequest: unknown recipe or field, an impossible value or one above the limits, or a known key with
+                another request.
+            Unavailable: too many jobs are waiting, or the database cannot be used.
+        """
+        wanted = self._validated(request)
+        now = datetime.now(UTC)
+        row = JobRow(
+            id=f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:8]}",
+            idempotency_key=idempotency_key,
+            state=State.QUEUED,
+            request=request.model_dump(),
+            recipe=wanted.model_dump(),
+            created=now,
+            crashes=0,
+        )
+        with self._transaction() as session:
+            if idempotency_key:
+                known = session.scalar(select(JobRow).where(JobRow.idempotency_key == idempotency_key))
+                if known and known.request != row.request:
+                    raise BadRequest(f"Idempotency-Key {idempotency_key!r} was used for another request: {known.id}")
+                if known:
+                    return self._job(known)
+            waiting = session.scalar(select(func.count()).where(JobRow.state.in_(WAITING))) or 0
+            if waiting >= self._settings.max_jobs:
+                raise Unavailable(f"{waiting} jobs are waiting already; try again later")
+            session.add(row)
+        return self._job(row)
+
+    def newest(self, limit: int) -> list[JobSummary]:
+        """The latest jobs, newest first."""
+        with self._transaction() as session:
+            rows = session.scalars(select(JobRow).order_by(JobRow.sequence.desc()).limit(limit)).all()
+        return [JobSummary.model_validate(row) for row in rows]
 
     def get(self, job_id: str) -> Job:
         """One job as it stands now.
 
         Raises:
             NotFound: no such job.
+            Unavailable: the database cannot be used.
         """
-        if job_id not in self._jobs:
-            raise NotFound(f"there is no training job {job_id!r}; GET /train lists them")
-        return self._with_progress(self._jobs[job_id])
+        with self._transaction() as session:
+            return self._job(self._row(session, job_id))
 
-    async def cancel(self, job_id: str) -> Job:
-        """Cancel a job; a running child is stopped, by force if it does not listen. No effect on a finished job."""
-        job = self._jobs[self.get(job_id).id]
-        if not job.state.finished:
-            running = job.state is State.RUNNING
-            self._finish(job, State.CANCELLED)
-            if running and self._child and self._child[0] == job_id:
-                await _terminate(self._child[1])
+    def cancel(self, job_id: str) -> Job:
+        """Cancel a job; the runner stops its process if it has one. No effect on a finished job.
+
+        Raises: as for `get`.
+        """
+        with self._transaction() as session:
+            row = self._row(session, job_id)
+            if not State(row.state).finished:
+                _finish(row, State.CANCELLED)
         return self.get(job_id)
 
     async def events(self, job_id: str, after: int) -> AsyncIterator[tuple[int, dict[str, Any]]]:
         """A job's metrics as they come, numbered from 1; ends when the job has finished.
 
+        A resumed job measures its last epoch again: what it has sent of that epoch before is not sent twice.
+
         Args:
             after: number of the last event that is known already.
         """
-        run = Run(self._folder(self.get(job_id).id))
+        run = self.run(job_id)
         while True:
-            finished = self._jobs[job_id].state.finished
-            for number, metrics in enumerate(run.metrics(), start=1):
+            finished = (await asyncio.to_thread(self.state, job_id)).finished
+            for number, metrics in enumerate(await asyncio.to_thread(lambda: list(run.metrics())), start=1):
                 if number > after:
                     after = number
                     yield number, metrics
@@ -171,94 +199,111 @@ class Jobs:
                 return
             await asyncio.sleep(_EVENT_POLL_S)
 
-    async def _work(self) -> None:
-        while True:
-            job = self._jobs[await self._queue.get()]
-            if job.state is State.QUEUED:
-                try:
-                    await self._run(job)
-                except OSError as error:
-                    log.exception("training job %s could not be started", job.id)
-                    self._finish(job, State.FAILED, str(error))
+    def run(self, job_id: str) -> Run:
+        """The run folder of a job."""
+        return Run(self._settings.runs / job_id)
 
-    async def _run(self, job: Job) -> None:
-        job.state = State.RUNNING
-        job.started = datetime.now(UTC)
-        folder = self._folder(job.id)
-        folder.mkdir(parents=True)
-        environment = os.environ | ({"CIFAR100_DATA": self._settings.data} if self._settings.data else {})
-        with (folder / "output.log").open("wb") as output:
-            child = await asyncio.create_subprocess_exec(
-                *self._command(job),
-                stdin=DEVNULL,
-                stdout=output,
-                stderr=STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-        os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
-        self._child = (job.id, child)
-        log.info("training job %s runs as process %d", job.id, child.pid)
+    def state(self, job_id: str) -> State:
+        with self._transaction() as session:
+            return State(self._row(session, job_id).state)
+
+    def running(self) -> str | None:
+        """Id of the job that runs now; None also where the database cannot be used."""
         try:
-            if not job.state.finished:  # it may have been cancelled while the process was being made
-                await child.wait()
-        finally:  # also when the service stops
-            self._child = None
-            await _terminate(child)
-        if job.state.finished or child.returncode is None:
-            return
-        code = child.returncode
-        job.published = Run(folder).publication()
-        if code == 0:
-            self._finish(job, State.SUCCEEDED)
-            if job.published:
-                await self._on_published()
-        else:
-            self._finish(job, State.FAILED, _reason(code, folder / "output.log"))
+            with self._transaction() as session:
+                return session.scalar(select(JobRow.id).where(JobRow.state == State.RUNNING))
+        except Unavailable:
+            return None
 
-    def _command(self, job: Job) -> list[str]:
-        wanted = self._recipes[job.id]
-        return [
-            *(sys.executable, "-m", "training", "train", wanted.name),
-            *(f"{field}={as_text(getattr(wanted, field))}" for field in job.request.overrides),
-            *("--run", str(self._folder(job.id))),
-            *("--models", str(self._settings.models)),
-            *("--promote", job.request.promote),
-        ]
+    def claim(self) -> tuple[Job, Recipe] | None:
+        """The job to run now, which becomes running: one that a dead server has left running, or the oldest waiting.
 
-    def _finish(self, job: Job, state: State, error: str | None = None) -> None:
-        job.state = state
-        job.error = error
-        job.finished = datetime.now(UTC)
-        log.info("training job %s %s%s", job.id, state, f": {error}" if error else "")
+        Only the one runner may call this, see `app.runner`.
+        """
+        with self._transaction() as session:
+            row = session.scalar(select(JobRow).where(JobRow.state == State.RUNNING).order_by(JobRow.sequence).limit(1))
+            if row is None:
+                waiting = select(JobRow).where(JobRow.state.in_(WAITING)).order_by(JobRow.sequence).limit(1)
+                row = session.scalar(waiting)
+            if row is None:
+                return None
+            row.state = State.RUNNING
+            row.started = row.started or datetime.now(UTC)
+            return self._job(row), from_dict(row.recipe)
 
-    def _folder(self, job_id: str) -> Path:
-        return self._settings.runs / job_id
+    def succeed(self, job_id: str, published: Publication) -> None:
+        """Its model is published. A job that was cancelled too late stays cancelled but tells what it has published."""
+        with self._transaction() as session:
+            row = self._row(session, job_id)
+            row.published = published.model_dump()
+            if not State(row.state).finished:
+                _finish(row, State.SUCCEEDED)
 
-    def _with_progress(self, job: Job) -> Job:
-        if not job.started:
-            return job
-        metrics = list(Run(self._folder(job.id)).metrics())
-        history = [line for line in metrics if line["event"] == "epoch"]
-        return job.model_copy(update={"progress": metrics[-1] if metrics else None, "history": history})
+    def fail(self, job_id: str, error: str) -> None:
+        with self._transaction() as session:
+            row = self._row(session, job_id)
+            if not State(row.state).finished:
+                _finish(row, State.FAILED, error)
+
+    def interrupt(self, job_id: str, crash: str | None = None) -> None:
+        """To be resumed: the server stops, or the job's process has crashed; after a second crash it fails instead."""
+        with self._transaction() as session:
+            row = self._row(session, job_id)
+            if State(row.state).finished:
+                return
+            if crash and row.crashes >= _MAX_CRASHES:
+                _finish(row, State.FAILED, f"{crash}, again after it was resumed")
+            else:
+                row.state = State.INTERRUPTED
+                row.crashes += crash is not None
+                log.info("training job %s is interrupted: %s", row.id, crash or "the service stops")
+
+    def _validated(self, request: JobRequest) -> Recipe:
+        try:
+            wanted = recipe(request.recipe, request.overrides)
+        except RecipeError as error:
+            raise BadRequest(f"{error}") from None
+        if wanted.weights not in ("none", "imagenet"):
+            raise BadRequest("weights must be none or imagenet here; files are for the command line")
+        limits = {"total epochs": (wanted.total_epochs, self._settings.max_job_epochs)}
+        limits |= {"batch_size": (wanted.batch_size, self._settings.max_job_batch)}
+        limits |= {"width": (wanted.width, self._settings.max_job_width)}
+        for field, (value, limit) in limits.items():
+            if value > limit:
+                raise BadRequest(f"{field}={value} is more than this service trains: at most {limit}")
+        return wanted
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Session]:
+        if not self._engine:
+            raise Unavailable(f"training is unavailable: {self._settings.runs} cannot be used, see the server's log")
+        try:
+            with Session(self._engine, expire_on_commit=False) as session, session.begin():
+                yield session
+        except OperationalError as error:
+            raise Unavailable(f"the job database cannot be used: {error.orig}") from error
+
+    def _row(self, session: Session, job_id: str) -> JobRow:
+        row = session.scalar(select(JobRow).where(JobRow.id == job_id))
+        if row is None:
+            raise NotFound(f"there is no training job {job_id!r}; GET /train lists them")
+        return row
+
+    def _job(self, row: JobRow) -> Job:
+        metrics = list(self.run(row.id).metrics())
+        return Job(
+            **JobSummary.model_validate(row).model_dump(),
+            epochs=from_dict(row.recipe).total_epochs,
+            progress=metrics[-1] if metrics else None,
+            history=[line for line in metrics if line["event"] == "epoch"],
+        )
 
 
-async def _terminate(child: Process) -> None:
-    """End a child's whole process group: politely, then by force."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        if child.returncode is not None:
-            return
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, sent)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(child.wait(), _TERM_GRACE_S)
-
-
-def _reason(code: int, output: Path) -> str:
-    if code < 0:
-        return f"the training process was killed by {signal.Signals(-code).name}"
-    lines = output.read_text(errors="replace").strip().splitlines() or ["no output"]
-    return lines[-1].removeprefix("error: ")
+def _finish(row: JobRow, state: State, error: str | None = None) -> None:
+    row.state = state
+    row.error = error
+    row.finished = datetime.now(UTC)
+    log.info("training job %s %s%s", row.id, state, f": {error}" if error else "")
 
 
 def event_stream(number: int, metrics: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What the routes work with: one object, made at start-up, handed to them by FastAPI."""
 
+import asyncio
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, cast
@@ -9,6 +10,7 @@ from fastapi import Depends, Request
 from app.evaluations import Evaluations
 from app.jobs import Jobs
 from app.pool import Pool
+from app.runner import Runner
 from app.settings import Settings
 from training.store import Store
 
@@ -21,6 +23,7 @@ class Services:
     store: Store
     pool: Pool
     jobs: Jobs
+    runner: Runner
     evaluations: Evaluations
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
@@ -28,14 +31,17 @@ class Services:
     def create(cls, settings: Settings) -> "Services":
         store = Store(settings.models)
         pool = Pool(settings, store)
-        return cls(settings, store, pool, Jobs(settings, pool.refresh), Evaluations(settings))
+        jobs = Jobs(settings)
+        return cls(settings, store, pool, jobs, Runner(settings, jobs, pool.refresh), Evaluations(settings))
 
     async def start(self) -> None:
         await self.pool.start()
-        await self.jobs.start()
+        if await asyncio.to_thread(self.jobs.open):
+            self.runner.start()
 
     async def stop(self) -> None:
-        await self.jobs.stop()
+        await self.runner.stop()
+        self.jobs.close()
         await self.evaluations.stop()
         await self.pool.stop()
 

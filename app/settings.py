@@ -46,5 +46,12 @@ class Settings(BaseSettings):
     """How often the store is looked at for newly promoted versions."""
     evaluate_wait_s: float = Field(default=5.0, ge=0)
     """POST /evaluate answers with the result if it is ready within this time, with 202 otherwise."""
+
     max_jobs: int = Field(default=100, gt=0)
     """Training jobs waiting."""
+    max_job_epochs: int = Field(default=500, gt=0)
+    """Of both stages together."""
+    max_job_batch: int = Field(default=1024, gt=0)
+    max_job_width: int = Field(default=128, gt=0)
+    training_threads: int = Field(default=0, ge=0)
+    """Of a training process; 0 takes all processors but one, which is left to serving."""

@@ -1,5 +1,6 @@
 """The command line: `python -m training --help`."""
 
+import os
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from training.loop import train as training_events
 from training.networks.transfer import WeightsError
 from training.progress import show
 from training.recipes import RECIPES, Recipe, RecipeError, as_text, recipe
-from training.run import Publication, Run, RunError
+from training.run import Publication, Run, RunBusy, RunError
 from training.store import MODEL, Promotion, Store, StoreError
 
 console = Console(markup=False, highlight=False, soft_wrap=True)
@@ -62,30 +63,24 @@ def train(
         changes = _parse(overrides or [])
         chosen = recipe(name, changes)
         folder = Run(run or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
-        if resume:
-            chosen = _resumed(folder, chosen, changes)
         dataset = data.load(data_source)
         if chosen.validation_images >= len(dataset.train):
             raise RecipeError(
                 f"validation_images={chosen.validation_images} leaves nothing of {len(dataset.train)} images"
             )
         if not resume:
-            folder.create(chosen)
+            folder.path.mkdir(parents=True, exist_ok=True)
         # A supervisor's SIGTERM ends a run like Ctrl-C: what is checkpointed stays.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        device = default_device()
-        console.print(f"{chosen.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}")
-        try:
-            events = training_events(chosen, dataset, folder, device)
-            show(report.log_scalars(events, folder.path / "tensorboard"), console)
-        except KeyboardInterrupt:
-            done = len(folder.epochs())
-            console.print(f"stopped; {done} epochs are kept, go on with --run {folder.path} --resume")
-            raise typer.Exit(130) from None
-        console.print(f"peak memory: {peak_memory(device)}")
-        if publish:
-            _report(publish_run(folder, dataset, Store(models), promote, notes))
-            _draw(folder, dataset)
+        with folder.lock():
+            if resume:
+                chosen = _resumed(folder, chosen, changes)
+            else:
+                folder.create(chosen)
+            _train(folder, chosen, dataset)
+            if publish:
+                _report(publish_run(folder, dataset, Store(models), promote, notes))
+                _draw(folder, dataset)
 
 
 @cli.command()
@@ -164,6 +159,19 @@ def _resumed(folder: Run, chosen: Recipe, changes: dict[str, str]) -> Recipe:
     return folder.extend(chosen.epochs) if "epochs" in changes and chosen.epochs != started.epochs else started
 
 
+def _train(folder: Run, chosen: Recipe, dataset: data.Dataset) -> None:
+    device = default_device()
+    console.print(f"{chosen.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}")
+    try:
+        events = training_events(chosen, dataset, folder, device)
+        show(report.log_scalars(events, folder.path / "tensorboard"), console)
+    except KeyboardInterrupt:
+        done = len(folder.epochs())
+        console.print(f"stopped; {done} epochs are kept, go on with --run {folder.path} --resume")
+        raise typer.Exit(130) from None
+    console.print(f"peak memory: {peak_memory(device)}")
+
+
 def _report(published: Publication) -> None:
     test = published.test
     console.print(
@@ -180,13 +188,16 @@ def _draw(run: Run, dataset: data.Dataset) -> None:
 _REPORTED = (RecipeError, RunError, StoreError, WeightsError, TrainingError, data.DataError, torchscript.ExportError)
 
 
+_EXIT_CODES: dict[type[Exception], int] = {RecipeError: 2, RunBusy: os.EX_TEMPFAIL}
+
+
 @contextmanager
 def _errors_reported() -> Iterator[None]:
     try:
         yield
     except _REPORTED as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from None
+        raise typer.Exit(_EXIT_CODES.get(type(error), 1)) from None
 
 
 if __name__ == "__main__":

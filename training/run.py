@@ -3,11 +3,14 @@
 In: a recipe and, epoch by epoch, metrics and training state.  Out: the same, read back to resume, watch or export.
 """
 
+import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from pydantic import BaseModel
@@ -33,6 +36,10 @@ class RunError(ValueError):
     """A run folder that cannot be used as asked."""
 
 
+class RunBusy(RunError):
+    """Another process is working in the run folder."""
+
+
 class Run:
     """One run's folder.
 
@@ -42,11 +49,45 @@ class Run:
 
     def __init__(self, path: Path):
         self.path = path
+        self.lock_file = path / "lock"
         self.recipe_file = path / "recipe.json"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
         self.logits_file = path / "test_logits.pt"
         self.publication_file = path / "published.json"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out of the folder; the operating system releases it however this process ends.
+
+        Raises:
+            RunBusy: another process holds it.
+            RunError: there is no such folder.
+        """
+        if not self.path.is_dir():
+            raise RunError(f"there is no run in {self.path}")
+        with self.lock_file.open("a+") as file:
+            file.seek(0)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunBusy(f"process {_read_pid(file)} is working in {self.path}") from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def holder(self) -> int | None:
+        """The process that holds the lock, if one does."""
+        try:
+            with self.lock_file.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return _read_pid(file)
+        except FileNotFoundError:
+            pass
+        return None
 
     def create(self, recipe: Recipe) -> None:
         """Start an empty run.
@@ -156,6 +197,13 @@ class Run:
         if not self.publication_file.exists():
             return None
         return Publication.model_validate_json(self.publication_file.read_bytes())
+
+
+def _read_pid(file: TextIO) -> int:
+    while not (text := file.read()):  # its holder is just about to write it
+        time.sleep(0.01)
+        file.seek(0)
+    return int(text)
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """/health and /metrics: what a load balancer, an orchestrator and a person want to know."""
 
+import asyncio
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Literal, cast
@@ -58,7 +59,7 @@ async def health(request: Request, services: FromApp) -> Health:
             for name, model in sorted(services.pool.live().items())
         },
         errors=services.pool.errors,
-        training=services.jobs.running,
+        training=await asyncio.to_thread(services.jobs.running),
     )
 
 

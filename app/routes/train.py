@@ -4,40 +4,51 @@ from collections.abc import AsyncIterator
 from http import HTTPStatus
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import StreamingResponse
 
-from app.jobs import Job, JobRequest, event_stream
+from app.jobs import Job, JobRequest, JobSummary, event_stream
 from app.services import FromApp
 
 router = APIRouter(prefix="/train", tags=["train"])
 
+# Routes that are no coroutines run in threads: the database may have to wait for a disk.
+
 
 @router.post("", status_code=HTTPStatus.ACCEPTED, summary="Start training")
-async def submit(wanted: JobRequest, response: Response, services: FromApp) -> Job:
-    """Queues a job and answers at once. The result goes into the model store, and live if it is good enough."""
-    job = services.jobs.submit(wanted)
+def submit(
+    wanted: JobRequest,
+    response: Response,
+    services: FromApp,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> Job:
+    """Queues a job and answers at once. The result goes into the model store, and live if it is good enough.
+
+    A request that is sent again with the same `Idempotency-Key` gives the same job.
+    """
+    job = services.jobs.submit(wanted, idempotency_key)
     response.headers["Location"] = f"/train/{job.id}"
     return job
 
 
-@router.get("", summary="All jobs, newest first")
-async def jobs(services: FromApp) -> list[Job]:
-    return services.jobs.all()
+@router.get("", summary="The latest jobs, newest first")
+def jobs(services: FromApp, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[JobSummary]:
+    return services.jobs.newest(limit)
 
 
 @router.get("/{job_id}", summary="A job's state, progress and history")
-async def job(job_id: str, services: FromApp) -> Job:
+def job(job_id: str, services: FromApp) -> Job:
     return services.jobs.get(job_id)
 
 
 @router.delete("/{job_id}", summary="Cancel a job")
-async def cancel(job_id: str, services: FromApp) -> Job:
-    return await services.jobs.cancel(job_id)
+def cancel(job_id: str, services: FromApp) -> Job:
+    """The job is cancelled at once; its process, if it runs, ends within a few seconds."""
+    return services.jobs.cancel(job_id)
 
 
 @router.get("/{job_id}/events", response_class=StreamingResponse, summary="A job's progress as server-sent events")
-async def events(job_id: str, services: FromApp, last_event_id: Annotated[int, Header(ge=0)] = 0) -> StreamingResponse:
+def events(job_id: str, services: FromApp, last_event_id: Annotated[int, Header(ge=0)] = 0) -> StreamingResponse:
     """Every tick and epoch from the start, or after `Last-Event-ID`; ends with an event `end` that holds the job."""
     services.jobs.get(job_id)  # 404 before the stream begins
 

@@ -193,10 +193,14 @@ def test_bad_training_requests_are_refused_before_anything_starts(client: TestCl
         ({"recipe": "resnet18", "overrides": {"weights": "/etc/passwd"}}, "command line"),
         ({"recipe": "resnet", "promote": "maybe"}, "promote"),
         ({"recipe": "resnet", "folder": "x"}, "folder"),
+        ({"recipe": "resnet", "overrides": {"epochs": 501}}, "at most 500"),
+        ({"recipe": "resnet18", "overrides": {"epochs": 300, "finetune_epochs": 300}}, "total epochs=600"),
+        ({"recipe": "resnet", "overrides": {"batch_size": 4096}}, "at most 1024"),
+        ({"recipe": "resnet", "overrides": {"width": 256}}, "at most 128"),
     ):
         assert_problem(client.post("/train", json=body), 422, words)
     assert client.get("/train").json() == []
-    assert not (tmp_path / "runs").exists()
+    assert not [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
     for response in (client.get("/train/x"), client.delete("/train/x"), client.get("/train/x/events")):
         assert_problem(response, 404, "no training job 'x'")
 
@@ -211,7 +215,7 @@ def test_health_and_readiness(client: TestClient) -> None:
 
 
 def test_without_models_the_service_is_alive_but_not_ready(tmp_path: Path, image: bytes) -> None:
-    with TestClient(create_app(Settings(models=tmp_path / "none"))) as client:
+    with TestClient(create_app(Settings(models=tmp_path / "none", runs=tmp_path / "runs"))) as client:
         assert client.get("/health/live").status_code == 200
         assert client.get("/health/ready").status_code == 503
         assert client.get("/models").json() == []

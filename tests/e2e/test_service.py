@@ -1,60 +1,20 @@
 """The whole service as its users meet it: `python -m app` as a process, HTTP over a real socket."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from server import TINY, processes_of, service, wait_for
 
 from training.data import Dataset
 from training.store import Store
-
-TINY: dict[str, Any] = {"width": 8, "epochs": 1, "learning_rate": 0.05}
-
-
-@contextmanager
-def service(models: Path, runs: Path, log: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
-    """A server on a free port, ready to answer."""
-    environment = os.environ | {
-        "CIFAR100_MODELS": str(models),
-        "CIFAR100_RUNS": str(runs),
-        "CIFAR100_DATA": "synthetic:4",
-        "CIFAR100_STORE_POLL_S": "0.2",
-        "OMP_NUM_THREADS": "1",
-    }
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "app", "--port", "0"], env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-    try:
-        address = wait_for(lambda: re.search(r"running on (http://\S+)", log.read_text()), 60, log)
-        with httpx.Client(base_url=address[1], timeout=60) as client:
-            yield client, process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_for(condition: Any, timeout_s: float, log: Path) -> Any:
-    """The first true value of a condition."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"nothing happened within {timeout_s} s; the log is:\n{log.read_text()}")
 
 
 @pytest.fixture
@@ -96,39 +56,6 @@ def test_predict_evaluate_and_train_until_the_new_version_is_live(tmp_path: Path
         wait_for(lambda: client.get(second).json()["state"] == "succeeded", 60, log)
         assert client.get("/models").json()[0] == {"name": "resnet", "live": 2, "versions": [1, 2, 3], "error": None}
         assert [each["id"] for each in client.get("/train").json()] == [queued["id"], job["id"]]
-
-
-def test_a_running_job_is_cancelled_with_its_process(tmp_path: Path, models: Path) -> None:
-    log = tmp_path / "log"
-    runs = tmp_path / "runs"
-    with service(models, runs, log) as (client, _):
-        long = {**TINY, "epochs": 1000}
-        first, second = (client.post("/train", json={"recipe": "resnet", "overrides": long}).json() for _ in range(2))
-        wait_for(lambda: client.get(f"/train/{first['id']}").json()["history"], 60, log)
-        wait_for((runs / first["id"] / "checkpoint.pt").exists, 60, log)  # it is saved just after the epoch is recorded
-        assert client.get("/health").json()["training"] == first["id"]
-        assert client.delete(f"/train/{second['id']}").json()["state"] == "cancelled"  # while it is queued
-        assert client.delete(f"/train/{first['id']}").json()["state"] == "cancelled"
-        assert client.get("/health").json()["training"] is None
-        assert not processes_of(runs)
-        assert (runs / first["id"] / "checkpoint.pt").exists()
-        assert not (runs / second["id"]).exists()
-
-
-def test_a_failed_job_says_why(tmp_path: Path, models: Path) -> None:
-    log = tmp_path / "log"
-    with service(models, tmp_path / "runs", log) as (client, _):
-        impossible = {**TINY, "validation_images": 400}  # the data set has no more than that
-        job = client.post("/train", json={"recipe": "resnet", "overrides": impossible}).json()
-        failed = wait_for(lambda: finished(client, job["id"]), 60, log)
-        assert failed["state"] == "failed"
-        assert "validation_images=400" in failed["error"]
-
-        killed = client.post("/train", json={"recipe": "resnet", "overrides": {**TINY, "epochs": 1000}}).json()
-        wait_for(lambda: client.get(f"/train/{killed['id']}").json()["progress"], 60, log)
-        for process in processes_of(tmp_path / "runs"):
-            os.kill(process, signal.SIGKILL)
-        assert "SIGKILL" in wait_for(lambda: finished(client, killed["id"]), 60, log)["error"]
 
 
 def test_no_request_is_lost_while_versions_are_swapped_under_load(tmp_path: Path, models: Path, image: Path) -> None:
@@ -173,7 +100,7 @@ def test_sigterm_answers_what_was_accepted_and_stops_the_child(tmp_path: Path, m
     log = tmp_path / "log"
     runs = tmp_path / "runs"
     with service(models, runs, log) as (client, process):
-        job = client.post("/train", json={"recipe": "resnet", "overrides": {**TINY, "epochs": 1000}}).json()
+        job = client.post("/train", json={"recipe": "resnet", "overrides": {**TINY, "epochs": 500}}).json()
         wait_for(lambda: client.get(f"/train/{job['id']}").json()["history"], 60, log)
         big = tmp_path / "big.png"
         Image.fromarray(np.tile(dataset.test.images[0], (60, 60, 1))).save(big)
@@ -192,14 +119,3 @@ def test_sigterm_answers_what_was_accepted_and_stops_the_child(tmp_path: Path, m
         assert process.wait(30) == 0, log.read_text()
         assert statuses == [200]
         assert not processes_of(runs)
-
-
-def finished(client: httpx.Client, job_id: str) -> dict[str, Any] | None:
-    job: dict[str, Any] = client.get(f"/train/{job_id}").json()
-    return job if job["finished"] else None
-
-
-def processes_of(runs: Path) -> list[int]:
-    """Training processes that work below a folder."""
-    found = subprocess.run(["pgrep", "-f", f"training train .*{runs}"], capture_output=True, text=True, check=False)
-    return [int(line) for line in found.stdout.split()]

@@ -1,0 +1,201 @@
+"""Runs the queued training jobs, one at a time, each as a child process `python -m training train`.
+
+Of all server processes that share a runs folder only one runs jobs; another takes over when it ends, however it ends.
+The child is a process group of its own at low priority. It locks its run folder, so that a server which starts after a
+crash of the last one finds out whether the child still lives, waits for it or resumes the run, and nothing runs twice.
+"""
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import sys
+from asyncio.subprocess import DEVNULL, STDOUT
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from app.jobs import Job, Jobs, State
+from app.settings import Settings
+from training.recipes import RECIPES, Recipe, as_text
+from training.run import Run
+
+log = logging.getLogger(__name__)
+
+_NICENESS = 10
+_POLL_S = 0.3
+_TERM_GRACE_S = 3.0
+_LEASE_POLL_S = 2.0
+_OUTPUT = "output.log"
+_INTERRUPTED = 130  # how a training process ends that was told to stop by a signal
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "MemoryError", "OutOfMemoryError")
+
+
+class Runner:
+    """Takes jobs from the queue and sees them through.
+
+    Args:
+        settings: folders and threads.
+        jobs: the queue.
+        on_published: called when a job has published a model.
+    """
+
+    def __init__(self, settings: Settings, jobs: Jobs, on_published: Callable[[], Awaitable[None]]):
+        self._settings = settings
+        self._jobs = jobs
+        self._on_published = on_published
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._work())
+
+    async def stop(self) -> None:
+        """Stop the running child; its job goes on from the last checkpoint at the next start."""
+        if self._task:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _work(self) -> None:
+        async with _only_one(self._settings.runs / "runner.lock"):
+            while True:
+                try:
+                    claimed = await asyncio.to_thread(self._jobs.claim)
+                    if claimed:
+                        await self._see_through(*claimed)
+                    else:
+                        await asyncio.sleep(_POLL_S)
+                except Exception:  # one job, or a database that fails for a while, must not end the queue
+                    log.exception("the training queue had an error; it goes on")
+                    await asyncio.sleep(_LEASE_POLL_S)
+
+    async def _see_through(self, job: Job, recipe: Recipe) -> None:
+        """Run or rejoin a job until it has ended, and note how."""
+        run = self._jobs.run(job.id)
+        crash: str | None = None
+        try:
+            if holder := run.holder():
+                log.info("training job %s is still running as process %d", job.id, holder)
+                await self._watch(job, holder, lambda: run.holder() == holder)
+                crash = "the training process has died"
+            elif not run.publication():
+                killed = _killed_for_memory()
+                code = await self._child(job, recipe, run)
+                if code == os.EX_TEMPFAIL:  # somebody was faster; the job stays running and is claimed again
+                    return
+                if code > 0 and code != _INTERRUPTED and not run.publication():
+                    await asyncio.to_thread(self._jobs.fail, job.id, _last_line(run.path / _OUTPUT))
+                    return
+                crash = _death(code, _killed_for_memory() > killed)
+        except asyncio.CancelledError:
+            await asyncio.to_thread(self._jobs.interrupt, job.id)
+            raise
+        except OSError as error:
+            await asyncio.to_thread(self._jobs.fail, job.id, f"the training process could not be started: {error}")
+            return
+        if publication := run.publication():
+            await asyncio.to_thread(self._jobs.succeed, job.id, publication)
+            await self._on_published()
+        else:
+            await asyncio.to_thread(self._jobs.interrupt, job.id, crash)
+
+    async def _child(self, job: Job, recipe: Recipe, run: Run) -> int:
+        """Start a job's process and wait for it.
+
+        Returns:
+            Its exit status, negative for a signal.
+        """
+        run.path.mkdir(parents=True, exist_ok=True)
+        threads = str(self._settings.training_threads or max(1, (os.cpu_count() or 1) - 1))
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if self._settings.data:
+            environment["CIFAR100_DATA"] = self._settings.data
+        with (run.path / _OUTPUT).open("ab") as output:
+            child = await asyncio.create_subprocess_exec(
+                *self._command(job, recipe, run),
+                stdin=DEVNULL,
+                stdout=output,
+                stderr=STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        with suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
+        log.info("training job %s runs as process %d", job.id, child.pid)
+        await self._watch(job, child.pid, lambda: child.returncode is None)
+        return await child.wait()
+
+    async def _watch(self, job: Job, pid: int, alive: Callable[[], bool]) -> None:
+        """Wait for a process to end; end it if its job is cancelled, or this task is."""
+        try:
+            while alive():
+                await asyncio.sleep(_POLL_S)
+                if await asyncio.to_thread(self._jobs.state, job.id) is State.CANCELLED:
+                    break
+        finally:
+            await _terminate(pid, alive)
+
+    def _command(self, job: Job, recipe: Recipe, run: Run) -> list[str]:
+        command = [sys.executable, "-m", "training", "train", recipe.name]
+        if run.recipe_file.exists():
+            command.append("--resume")
+        else:
+            original = RECIPES[recipe.name]
+            changed = [field for field in Recipe.model_fields if getattr(recipe, field) != getattr(original, field)]
+            command += [f"{field}={as_text(getattr(recipe, field))}" for field in changed]
+        command += ["--run", str(run.path), "--models", str(self._settings.models), "--promote", job.request.promote]
+        return command
+
+
+@asynccontextmanager
+async def _only_one(lock: Path) -> AsyncIterator[None]:
+    """Wait until no other process is within; the operating system lets the next one in however this one ends."""
+    with lock.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(_LEASE_POLL_S)
+        yield
+
+
+async def _terminate(pid: int, alive: Callable[[], bool]) -> None:
+    """End a process group: politely, then by force."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        if not alive():
+            return
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, sent)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_TERM_GRACE_S):
+                while alive():  # noqa: ASYNC110  a process that is not our child announces nothing
+                    await asyncio.sleep(_POLL_S / 10)
+
+
+def _last_line(output: Path) -> str:
+    """What a process that ended with an error has said last."""
+    lines = output.read_text(errors="replace").strip().splitlines() or ["no output"]
+    line = lines[-1].removeprefix("error: ")
+    if any(sign in line for sign in _OUT_OF_MEMORY) and not line.startswith("out of memory"):
+        return f"out of memory: {line}"
+    return line
+
+
+def _death(code: int, for_memory: bool) -> str:
+    """Why a process has ended that did not say so itself."""
+    if code == -signal.SIGKILL and for_memory:
+        return "out of memory: the kernel has killed the training process"
+    if code < 0:
+        return f"the training process was killed by {signal.Signals(-code).name}"
+    return "the training process was told to stop" if code == _INTERRUPTED else f"it ended with {code} and no model"
+
+
+def _killed_for_memory() -> int:
+    """How many processes the kernel has killed for want of memory; 0 where it does not tell."""
+    try:
+        counters = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in counters if line.startswith("oom_kill ")), 0)

@@ -1,0 +1,170 @@
+"""The queue and history of training jobs: what the database keeps, and what it does when it cannot."""
+
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from app.errors import BadRequest, NotFound, Unavailable
+from app.jobs import Job, JobRequest, Jobs, State
+from app.main import create_app
+from app.settings import Settings
+from training.recipes import recipe
+from training.run import Publication
+from training.store import Store
+
+REQUEST = JobRequest(recipe="resnet", overrides={"epochs": 2})
+
+
+def opened(runs: Path, **settings: int) -> Jobs:
+    jobs = Jobs(Settings(runs=runs, **settings))
+    jobs.open()
+    return jobs
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Jobs:
+    return opened(tmp_path)
+
+
+def claimed(jobs: Jobs) -> Job:
+    found = jobs.claim()
+    assert found is not None
+    return found[0]
+
+
+@pytest.fixture
+def publication(published_store: Path) -> Publication:
+    return Publication(model="resnet", version=1, live=True, test=Store(published_store).card("resnet", 1).test)
+
+
+def test_jobs_run_in_the_order_they_came_and_an_interrupted_one_first(jobs: Jobs) -> None:
+    first, second = jobs.submit(REQUEST), jobs.submit(REQUEST)
+    assert claimed(jobs).id == first.id
+    jobs.interrupt(first.id)
+    assert jobs.state(first.id) is State.INTERRUPTED
+    assert claimed(jobs).id == first.id
+    jobs.fail(first.id, "no luck")
+    assert claimed(jobs).id == second.id
+    assert [job.id for job in jobs.newest(10)] == [second.id, first.id]
+    assert [job.id for job in jobs.newest(1)] == [second.id]
+
+
+def test_a_job_keeps_its_recipe_whatever_the_defaults_become(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs.submit(REQUEST)
+    monkeypatch.setattr("training.recipes.RECIPES", {})
+    found = jobs.claim()
+    assert found is not None
+    monkeypatch.undo()
+    assert found[1] == recipe("resnet", {"epochs": 2})
+
+
+def test_everything_is_still_known_after_a_restart(jobs: Jobs, publication: Publication, tmp_path: Path) -> None:
+    done, waiting = jobs.submit(REQUEST, "key"), jobs.submit(REQUEST)
+    claimed(jobs)
+    jobs.succeed(done.id, publication)
+    jobs.close()
+    again = opened(tmp_path)
+    job = again.get(done.id)
+    assert (job.state, job.published, job.request) == (State.SUCCEEDED, publication, REQUEST)
+    assert job.started is not None
+    assert job.finished is not None
+    assert job.created <= job.started <= job.finished
+    assert again.submit(REQUEST, "key").id == done.id
+    assert claimed(again).id == waiting.id
+
+
+def test_what_a_dead_server_left_running_is_claimed_first(jobs: Jobs, tmp_path: Path) -> None:
+    first, _ = jobs.submit(REQUEST), jobs.submit(REQUEST)
+    claimed(jobs)
+    assert jobs.running() == first.id
+    assert claimed(opened(tmp_path)).id == first.id
+
+
+def test_a_crash_is_forgiven_once_and_a_stop_always(jobs: Jobs) -> None:
+    job = jobs.submit(REQUEST)
+    for crash in (None, "killed", None):
+        claimed(jobs)
+        jobs.interrupt(job.id, crash)
+        assert jobs.state(job.id) is State.INTERRUPTED
+    claimed(jobs)
+    jobs.interrupt(job.id, "killed")
+    failed = jobs.get(job.id)
+    assert (failed.state, failed.error, failed.crashes) == (State.FAILED, "killed, again after it was resumed", 1)
+    assert jobs.claim() is None
+
+
+def test_a_finished_job_stays_as_it_is(jobs: Jobs, publication: Publication) -> None:
+    job = jobs.submit(REQUEST)
+    cancelled = jobs.cancel(job.id)
+    assert cancelled.state is State.CANCELLED
+    jobs.fail(job.id, "late")
+    jobs.interrupt(job.id, "late")
+    assert jobs.cancel(job.id) == cancelled
+    jobs.succeed(job.id, publication)  # it had published before it could be stopped
+    assert jobs.get(job.id) == cancelled.model_copy(update={"published": publication})
+    assert jobs.claim() is None
+
+
+def test_the_same_key_gives_the_same_job_and_with_another_request_an_error(jobs: Jobs) -> None:
+    job = jobs.submit(REQUEST, "key")
+    assert jobs.submit(REQUEST, "key") == job
+    with pytest.raises(BadRequest, match=job.id):
+        jobs.submit(JobRequest(recipe="resnet"), "key")
+    assert jobs.submit(REQUEST, "other").id != job.id
+    assert jobs.submit(REQUEST).id != jobs.submit(REQUEST).id
+
+
+def test_requests_with_one_key_at_the_same_time_give_one_job(tmp_path: Path) -> None:
+    """From several connections, as several server processes have them."""
+    found: list[str] = []
+    opened(tmp_path).close()
+
+    def submit() -> None:
+        found.append(opened(tmp_path).submit(REQUEST, "key").id)
+
+    threads = [threading.Thread(target=submit) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+
+
+def test_a_full_queue_refuses_and_a_cancelled_job_makes_room(tmp_path: Path) -> None:
+    jobs = opened(tmp_path, max_jobs=2)
+    first = jobs.submit(REQUEST)
+    jobs.submit(REQUEST, "key")
+    with pytest.raises(Unavailable, match="2 jobs are waiting"):
+        jobs.submit(REQUEST)
+    assert jobs.submit(REQUEST, "key")  # known already
+    jobs.cancel(first.id)
+    jobs.submit(REQUEST)
+
+
+@pytest.mark.parametrize("call", [Jobs.get, Jobs.cancel, Jobs.state])
+def test_an_unknown_job_is_not_found(jobs: Jobs, call: object) -> None:
+    with pytest.raises(NotFound, match=r"\.\./x"):
+        call(jobs, "../x")  # type: ignore[operator]
+
+
+def test_without_a_runs_folder_there_is_no_training_but_everything_else(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file, not a folder")
+    with TestClient(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+        assert client.get("/health").json()["training"] is None
+        assert client.get("/health/ready").status_code == 200
+        for answer in (client.post("/train", json={"recipe": "resnet"}), client.get("/train"), client.get("/train/x")):
+            assert answer.status_code == 503
+            assert "training is unavailable" in answer.json()["detail"]
+
+
+def test_the_database_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as connection:
+        connection.execute("PRAGMA user_version = 99")
+    jobs = opened(tmp_path)
+    with pytest.raises(Unavailable, match="training is unavailable"):
+        jobs.submit(REQUEST)

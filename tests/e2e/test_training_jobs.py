@@ -1,0 +1,153 @@
+"""Training jobs outlive what may befall them: crashes of their process and of the server, restarts, several servers."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from server import TINY, finished, processes_of, service, wait_for
+
+from training.store import Store
+
+LONG = {"recipe": "resnet", "overrides": {**TINY, "epochs": 500}}
+SHORT = {"recipe": "resnet", "overrides": {**TINY, "epochs": 8}, "promote": "always"}
+
+
+def submit(client: httpx.Client, request: dict[str, Any], **headers: str) -> str:
+    job_id: str = client.post("/train", json=request, headers=headers).raise_for_status().json()["id"]
+    return job_id
+
+
+def kill(processes: list[int]) -> None:
+    assert processes
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+
+
+def checkpointed(client: httpx.Client, job_id: str, runs: Path, log: Path) -> None:
+    """Wait until a job can be resumed. A checkpoint is saved just after its epoch is recorded."""
+    wait_for(lambda: client.get(f"/train/{job_id}").json()["history"], 60, log)
+    wait_for((runs / job_id / "checkpoint.pt").exists, 60, log)
+
+
+def assert_trained_once(client: httpx.Client, job_id: str, models: Path, log: Path) -> None:
+    """The job ends well, with every epoch once, and has published one version."""
+    job = wait_for(lambda: finished(client, job_id), 90, log)
+    assert job["state"] == "succeeded", log.read_text()
+    assert [epoch["epoch"] for epoch in job["history"]] == list(range(1, 9))
+    assert job["published"]["version"] == 2
+    assert Store(models).versions("resnet") == [1, 2]
+
+
+def test_jobs_are_cancelled_with_their_process(tmp_path: Path, models: Path) -> None:
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    with service(models, runs, log) as (client, _):
+        first, second, deaf = (submit(client, LONG) for _ in range(3))
+        checkpointed(client, first, runs, log)
+        assert client.get("/health").json()["training"] == first
+        assert client.delete(f"/train/{second}").json()["state"] == "cancelled"  # while it is queued
+        assert client.delete(f"/train/{first}").json()["state"] == "cancelled"
+        wait_for(lambda: not list(processes_of(runs / first)), 5, log)
+        assert (runs / first / "checkpoint.pt").exists()
+        assert not (runs / second).exists()
+
+        checkpointed(client, deaf, runs, log)
+        (process,) = processes_of(runs)
+        os.kill(process, signal.SIGSTOP)  # a stopped process does not hear SIGTERM
+        client.delete(f"/train/{deaf}").raise_for_status()
+        wait_for(lambda: not processes_of(runs), 5, log)
+        assert client.get("/health").json()["training"] is None
+        assert {job["state"] for job in client.get("/train").json()} == {"cancelled"}
+
+
+def test_a_failed_job_says_why(tmp_path: Path, models: Path) -> None:
+    log = tmp_path / "log"
+    with service(models, tmp_path / "runs", log) as (client, _):
+        # The data set has no more than that.
+        job_id = submit(client, {"recipe": "resnet", "overrides": {**TINY, "validation_images": 400}})
+        failed = wait_for(lambda: finished(client, job_id), 60, log)
+        assert failed["state"] == "failed"
+        assert "validation_images=400" in failed["error"]
+
+
+def test_a_job_whose_process_is_killed_is_resumed_once(tmp_path: Path, models: Path) -> None:
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    with service(models, runs, log) as (client, _):
+        lucky, unlucky = submit(client, SHORT), submit(client, LONG)
+        checkpointed(client, lucky, runs, log)
+        kill(processes_of(runs))
+        assert_trained_once(client, lucky, models, log)
+        assert client.get(f"/train/{lucky}").json()["crashes"] == 1
+
+        checkpointed(client, unlucky, runs, log)
+        kill(first := processes_of(runs))
+        wait_for(lambda: processes_of(runs) not in ([], first), 60, log)
+        kill(processes_of(runs))
+        job = wait_for(lambda: finished(client, unlucky), 60, log)
+        assert job["state"] == "failed"
+        assert job["error"] == "the training process was killed by SIGKILL, again after it was resumed"
+
+
+def test_a_job_survives_the_death_of_the_server(tmp_path: Path, models: Path) -> None:
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    with service(models, runs, log) as (client, server):
+        job_id = submit(client, SHORT)
+        checkpointed(client, job_id, runs, log)
+        (child,) = processes_of(runs)
+        server.kill()
+        server.wait()
+    os.kill(child, signal.SIGSTOP)  # so that it cannot end before the next start
+    with service(models, runs, tmp_path / "log2") as (client, server):
+        assert client.get(f"/train/{job_id}").json()["state"] == "running"
+        time.sleep(1)
+        assert processes_of(runs) == [child]  # it was not started a second time
+        server.kill()
+        server.wait()
+    kill([child])
+    with service(models, runs, tmp_path / "log3") as (client, _):  # both have died: resumed
+        assert_trained_once(client, job_id, models, tmp_path / "log3")
+        assert client.get("/train").json()[0]["crashes"] == 0
+
+
+def test_a_job_goes_on_after_the_server_was_stopped(tmp_path: Path, models: Path) -> None:
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    with service(models, runs, log) as (client, server):
+        job_id = submit(client, SHORT, **{"Idempotency-Key": "one"})
+        later = submit(client, LONG)
+        checkpointed(client, job_id, runs, log)
+        server.terminate()
+        assert server.wait(30) == 0, log.read_text()
+        assert not processes_of(runs)
+    log = tmp_path / "log2"
+    with service(models, runs, log) as (client, _):
+        assert submit(client, SHORT, **{"Idempotency-Key": "one"}) == job_id
+        other = client.post("/train", json=LONG, headers={"Idempotency-Key": "one"})
+        assert other.status_code == 422
+        assert job_id in other.json()["detail"]
+        assert [job["id"] for job in client.get("/train").json()] == [later, job_id]
+        assert_trained_once(client, job_id, models, log)
+        client.delete(f"/train/{later}").raise_for_status()
+
+
+def test_of_two_servers_one_runs_the_jobs_and_the_other_takes_over(tmp_path: Path, models: Path) -> None:
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    with (
+        service(models, runs, log) as (one, server),
+        service(models, runs, tmp_path / "log2") as (two, _),
+    ):
+        running, queued = submit(one, LONG), submit(two, LONG)
+        checkpointed(two, running, runs, log)
+        (child,) = processes_of(runs)
+        assert [job["state"] for job in two.get("/train").json()] == ["queued", "running"]
+        two.delete(f"/train/{running}").raise_for_status()  # the other one's child
+        wait_for(lambda: child not in processes_of(runs), 5, log)
+        wait_for(lambda: two.get(f"/train/{queued}").json()["history"], 60, log)
+        server.kill()
+        server.wait()
+        (child,) = processes_of(runs)
+        wait_for(lambda: "is still running as process" in (tmp_path / "log2").read_text(), 10, log)
+        two.delete(f"/train/{queued}").raise_for_status()
+        wait_for(lambda: not processes_of(runs), 5, log)
+        assert {job["state"] for job in two.get("/train").json()} == {"cancelled"}
