@@ -20,6 +20,7 @@ from app.jobs import Job, Jobs, State
 from app.settings import Settings
 from training.recipes import RECIPES, Recipe, as_text
 from training.run import Run
+from training.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,9 @@ class Runner:
             return
         if publication := run.publication():
             await asyncio.to_thread(self._jobs.succeed, job.id, publication)
+            if self._settings.keep_versions:
+                store = Store(self._settings.models)
+                await asyncio.to_thread(store.prune, publication.model, self._settings.keep_versions)
             await self._on_published()
         else:
             await asyncio.to_thread(self._jobs.interrupt, job.id, crash)

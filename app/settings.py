@@ -53,5 +53,7 @@ class Settings(BaseSettings):
     """Of both stages together."""
     max_job_batch: int = Field(default=1024, gt=0)
     max_job_width: int = Field(default=128, gt=0)
+    keep_versions: int | None = Field(default=None, gt=0)
+    """Versions of a model that stay when a job has published another one; the live one always stays. Default: all."""
     training_threads: int = Field(default=0, ge=0)
     """Of a training process; 0 takes all processors but one, which is left to serving."""

@@ -18,7 +18,7 @@ from training.loop import splits, to_device
 from training.networks import Classifier, build
 from training.recipes import Recipe
 from training.run import Publication, Run
-from training.store import MODEL, EpochSummary, ModelCard, Promotion, Store
+from training.store import MODEL, EpochSummary, ModelCard, Promotion, Store, sha256
 
 LIBRARIES = ("torch", "torchvision", "numpy")
 
@@ -38,6 +38,9 @@ def publish(
         ExportError: the exported file does not compute what the network computes.
     """
     recipe = run.recipe()
+    begun = run.announced_publication()
+    if begun and (card := store.find(recipe.model, begun)):  # the last attempt crashed just after publishing
+        return _conclude(run, store, card, promotion)
     classifier, epoch = restore(run, recipe, dataset)
     if recipe.validation_images:
         _, _, validation = splits(recipe, dataset)
@@ -72,8 +75,13 @@ def publish(
             notes=notes,
             files={},
         )
+        run.save_test_logits(logits, temperature)
+        run.announce_publication(sha256(draft / MODEL))
         card = store.publish(draft, card)
-    run.save_test_logits(logits, temperature)
+    return _conclude(run, store, card, promotion)
+
+
+def _conclude(run: Run, store: Store, card: ModelCard, promotion: Promotion) -> Publication:
     live = store.promote_if(card, promotion)
     published = Publication(model=card.name, version=card.version, live=live, test=card.test)
     run.record_publication(published)

@@ -54,6 +54,7 @@ class Run:
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
         self.logits_file = path / "test_logits.pt"
+        self.announcement_file = path / "publishing.sha256"
         self.publication_file = path / "published.json"
 
     @contextmanager
@@ -188,9 +189,18 @@ class Run:
         saved = torch.load(self.logits_file, weights_only=True)
         return saved["logits"], saved["temperature"]
 
+    def announce_publication(self, sha256: str) -> None:
+        """Note the checksum of the file that is about to be published, to find it in the store after a crash."""
+        _write(self.announcement_file, sha256 + "\n")
+
+    def announced_publication(self) -> str | None:
+        """The checksum of a file whose publication was begun but not recorded."""
+        return self.announcement_file.read_text().strip() if self.announcement_file.exists() else None
+
     def record_publication(self, publication: Publication) -> None:
         """Note which version of which model the run has become."""
         _write(self.publication_file, publication.model_dump_json(indent=1) + "\n")
+        self.announcement_file.unlink(missing_ok=True)
 
     def publication(self) -> Publication | None:
         """What the run has become in the model store, or None so far."""

@@ -8,12 +8,14 @@
 a finished file, so a crash at any point leaves a readable store with the old version live.
 """
 
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -28,6 +30,7 @@ LIVE = "live"
 
 Promotion = Literal["if-better", "always", "never"]
 
+_ABANDONED_S = 24 * 3600  # the age at which a draft is taken for that of a killed process
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -170,6 +173,9 @@ class Store:
         """A folder inside the store to prepare a version in; it is gone afterwards unless published."""
         model = self._model(name)
         model.mkdir(parents=True, exist_ok=True)
+        for path in model.glob(".draft-*"):  # of processes that were killed
+            if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(path, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=".draft-", dir=model))
         try:
             yield path
@@ -211,13 +217,15 @@ class Store:
         Raises:
             StoreError: there is no such version.
         """
-        self.folder(name, version)
         model = self._model(name)
-        partial = model / f".{LIVE}-{os.getpid()}-{threading.get_ident()}"
-        partial.write_text(f"{version}\n")
-        _sync(partial)
-        partial.replace(model / LIVE)
-        _sync(model)
+        self.folder(name, version)
+        with _locked(model):
+            self.folder(name, version)  # it may have been removed while this waited
+            partial = model / f".{LIVE}-{os.getpid()}-{threading.get_ident()}"
+            partial.write_text(f"{version}\n")
+            _sync(partial)
+            partial.replace(model / LIVE)
+            _sync(model)
 
     def promote_if(self, card: ModelCard, promotion: Promotion) -> bool:
         """Make a version live if the rule says so.
@@ -240,10 +248,48 @@ class Store:
             self.promote(card.name, card.version)
         return better
 
+    def find(self, name: str, file_sha256: str) -> ModelCard | None:
+        """The newest version that has a file of this checksum."""
+        for version in reversed(self.versions(name)):
+            try:
+                card = self.card(name, version)
+            except StoreError:  # damaged; not what is looked for
+                continue
+            if file_sha256 in card.files.values():
+                return card
+        return None
+
+    def prune(self, name: str, keep: int) -> list[int]:
+        """Remove all versions but the newest `keep`; the live one stays whatever its age.
+
+        Args:
+            keep: at least 1, so that no version number is ever given twice.
+
+        Returns:
+            The versions that are gone.
+        """
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least one version must stay")
+        model = self._model(name)
+        with _locked(model):
+            gone = [version for version in self.versions(name)[:-keep] if version != self.live(name)]
+            with tempfile.TemporaryDirectory(prefix=".draft-", dir=model) as trash:
+                for version in gone:
+                    (model / str(version)).rename(Path(trash, str(version)))
+        return gone
+
     def _model(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
             raise StoreError(f"{name!r} is not a model name: lower-case letters, digits, - and _ only")
         return self.root / name
+
+
+@contextmanager
+def _locked(model: Path) -> Iterator[None]:
+    """Keep other processes and threads from promoting and removing versions of a model."""
+    with (model / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from training.evaluate import evaluate, expected_calibration_error, predict
 from training.export import publish, restore
 from training.networks import Classifier, build
 from training.recipes import from_dict, recipe
-from training.run import Run, RunError
+from training.run import Publication, Run, RunError
 from training.store import Store
 from training.torchscript import ExportError
 
@@ -148,6 +149,25 @@ def test_a_run_notes_what_it_was_published_as(published_store: Path, finished_ru
     assert published is not None
     assert (published.model, published.version, published.live) == ("resnet", 1, True)
     assert published.test == Store(published_store).card("resnet", 1).test
+
+
+class CrashingAfterPublishing(Run):
+    def record_publication(self, publication: Publication) -> None:  # noqa: ARG002
+        raise KeyboardInterrupt
+
+
+def test_a_crash_after_publishing_does_not_publish_the_run_twice(
+    finished_run: Run, dataset: Dataset, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "models")
+    shutil.copytree(finished_run.path, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        publish(CrashingAfterPublishing(run.path), dataset, store)
+    published = publish(run, dataset, store)
+    assert (published.version, published.live) == (1, True)
+    assert run.publication() == published
+    assert publish(run, dataset, store).version == 2  # on request it is published again
 
 
 def test_a_run_without_a_finished_epoch_is_not_published(dataset: Dataset, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The model store: numbering, the live pointer, and what happens when several write or something breaks."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def assert_all_there(store: Store, contents: list[str]) -> None:
     found = [store.verify(store.card("resnet", version)) / "model.pt" for version in store.versions("resnet")]
     assert sorted(path.read_text() for path in found) == sorted(contents)
     leftovers = {path.name for path in (store.root / "resnet").iterdir() if not path.name.isdigit()}
-    assert leftovers <= {"live"}
+    assert leftovers <= {"live", ".lock"}
 
 
 @pytest.mark.timeout(30)
@@ -263,3 +264,63 @@ def test_folders_that_are_no_models_are_not_listed(store: Store) -> None:
     for name in (".git", "Notes", "empty"):
         (store.root / name).mkdir()
     assert store.names() == ["resnet"]
+
+
+@pytest.mark.parametrize(
+    ("live", "keep", "left"), [(5, 2, [4, 5]), (2, 2, [2, 4, 5]), (1, 1, [1, 5]), (5, 9, [1, 2, 3, 4, 5])]
+)
+def test_old_versions_are_removed_but_never_the_live_one(live: int, keep: int, left: list[int], store: Store) -> None:
+    for _ in range(5):
+        published(store)
+    store.promote("resnet", live)
+    gone = store.prune("resnet", keep)
+    assert store.versions("resnet") == left
+    assert gone == [version for version in range(1, 6) if version not in left]
+    assert not list((store.root / "resnet").glob(".draft-*"))
+    assert published(store).version == 6
+    with pytest.raises(ValueError, match="at least one"):
+        store.prune("resnet", 0)
+
+
+def test_removing_and_promoting_at_once_never_leaves_a_live_version_that_is_gone(store: Store) -> None:
+    refused: list[StoreError] = []
+
+    def promote() -> None:
+        for version in range(1, 31):
+            try:
+                store.promote("resnet", version)
+            except StoreError as error:
+                refused.append(error)
+            live = store.live("resnet")
+            assert live is not None
+            assert store.card("resnet", live)
+
+    for _ in range(30):
+        published(store)
+    store.promote("resnet", 30)
+    promoting = threading.Thread(target=promote)
+    promoting.start()
+    while promoting.is_alive():
+        store.prune("resnet", 1)
+    live = store.live("resnet")
+    assert live in store.versions("resnet")
+    assert not [error for error in refused if "there is no version" not in str(error)]
+
+
+def test_a_version_is_found_by_the_checksum_of_its_file(store: Store) -> None:
+    first, second = published(store, "one"), published(store, "two")
+    (store.root / "resnet" / "2" / "card.json").write_text("{")
+    assert store.find("resnet", first.files["model.pt"]) == first
+    assert store.find("resnet", second.files["model.pt"]) is None
+    assert store.find("resnet18", first.files["model.pt"]) is None
+
+
+def test_the_draft_of_a_process_that_was_killed_is_removed_after_a_day(store: Store) -> None:
+    published(store)
+    old, new = (store.root / "resnet" / f".draft-{name}" for name in ("old", "new"))
+    for draft in (old, new):
+        draft.mkdir()
+    os.utime(old, (0, 0))
+    published(store)
+    assert new.exists()
+    assert not old.exists()

@@ -10,7 +10,6 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights, resnet18
 
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
 _STAGE_LAYERS = {"stem": ("conv1", "bn1")}
@@ -35,6 +34,8 @@ class TransferResNet18(nn.Module):
 
     def __init__(self, classes: int, weights: str, trainable: Sequence[str], reinitialise: Sequence[str] = ()):
         super().__init__()
+        from torchvision.models import resnet18  # takes seconds to import, and only this network needs it
+
         self.backbone = resnet18()
         fresh = {stage: [_copy(layer) for layer in self.layers(stage)] for stage in reinitialise}
         load_weights(self.backbone, weights)
@@ -108,6 +109,8 @@ def load_weights(backbone: nn.Module, weights: str) -> None:
     if weights == "none":
         return
     if weights == "imagenet":
+        from torchvision.models import ResNet18_Weights
+
         try:
             state = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
         except (OSError, RuntimeError) as error:
