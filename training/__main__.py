@@ -64,11 +64,11 @@ def train(
         chosen = recipe(name, changes)
         folder = Run(run or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
         dataset = data.load(data_source)
-        if chosen.validation_images >= len(dataset.train):
-            raise RecipeError(
-                f"validation_images={chosen.validation_images} leaves nothing of {len(dataset.train)} images"
-            )
         if not resume:
+            if chosen.validation_images >= len(dataset.train):
+                raise RecipeError(
+                    f"validation_images={chosen.validation_images} leaves nothing of {len(dataset.train)} images"
+                )
             folder.path.mkdir(parents=True, exist_ok=True)
         # A supervisor's SIGTERM ends a run like Ctrl-C: what is checkpointed stays.
         signal.signal(signal.SIGTERM, signal.default_int_handler)

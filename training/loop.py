@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from training import augment
@@ -22,6 +22,7 @@ from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
 from training.features import Features, Preparation, prepare
 from training.networks import TransferResNet18, build
+from training.optimizers import make_optimizer, set_learning_rate
 from training.recipes import ALL_STAGES, Recipe
 from training.run import Run
 
@@ -147,8 +148,7 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
         seen = 0
         for step, (batch, targets) in enumerate(source.batches(torch.Generator().manual_seed(seed)), start=1):
             rate = learning_rate(recipe, epoch - 1 + (step - 0.5) / steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_learning_rate(optimizer, rate)
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
                 logits = source.logits(batch)
                 loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
@@ -239,20 +239,6 @@ def splits(recipe: Recipe, dataset: Dataset) -> tuple[Split, str, Split]:
 def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
     """uint8 images [N, 32, 32, 3] and int64 labels [N] as tensors on the device."""
     return torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels).to(device)
-
-
-def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    """Over all parameters: those of frozen stages get no gradient and stay as they are."""
-    parameters = list(module.parameters())
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        recipe.learning_rate,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.momentum > 0,
-    )
 
 
 def learning_rate(recipe: Recipe, progress: float) -> float:

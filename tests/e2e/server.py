@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-TINY: dict[str, Any] = {"width": 8, "epochs": 1, "learning_rate": 0.05}
+TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 1, "learning_rate": 0.05}
 
 
 @contextmanager

@@ -35,7 +35,9 @@ def said(result: Result) -> str:
 def test_train_publishes_and_evaluate_measures_the_same(tmp_path: Path) -> None:
     models, run = tmp_path / "models", tmp_path / "run"
     common = ("--data", "synthetic:1", "--models", str(models))
-    trained = typed("train", "resnet", "width=8", "epochs=1", "--run", str(run), "--notes", "a try", *common)
+    trained = typed(
+        "train", "resnet", "width=8", "epochs=1", "validation_images=0", "--run", str(run), "--notes", "a try", *common
+    )
     assert trained.exit_code == 0, trained.output
     card = Store(models).card("resnet", 1)
     assert (card.recipe["width"], card.recipe["epochs"], card.notes) == (8, 1, "a try")
@@ -94,7 +96,7 @@ def test_a_run_is_not_resumed_as_another(words: tuple[str, ...], fault: str, exi
 
 
 def test_a_new_run_does_not_overwrite_an_old_one(finished_run: Run) -> None:
-    result = typed("train", "resnet", "--run", str(finished_run.path), "--data", "synthetic:4")
+    result = typed("train", "resnet", "validation_images=0", "--run", str(finished_run.path), "--data", "synthetic:4")
     assert result.exit_code == 1
     assert "holds a run already; give --resume" in said(result)
 

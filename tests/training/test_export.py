@@ -179,7 +179,7 @@ def test_a_run_without_a_finished_epoch_is_not_published(dataset: Dataset, tmp_p
 
 
 def test_a_failed_export_leaves_nothing_in_the_store(dataset: Dataset, tmp_path: Path) -> None:
-    chosen = recipe("resnet", {"width": 8})
+    chosen = recipe("resnet", {"width": 8, "validation_images": 0})
     run = Run(tmp_path / "run")
     run.create(chosen)
     classifier = build(chosen)

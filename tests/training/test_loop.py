@@ -19,8 +19,9 @@ from torch import Tensor
 
 from training import data
 from training.data import Dataset
-from training.loop import Epoch, TrainingError, learning_rate, make_optimizer, train
+from training.loop import Epoch, TrainingError, learning_rate, train
 from training.networks import build
+from training.optimizers import make_optimizer
 from training.recipes import Recipe, recipe
 from training.run import Run, RunError
 
@@ -29,7 +30,14 @@ CPU = torch.device("cpu")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 # Augmentation, momentum and dropout: everything a resumed run has to continue.
-INTERRUPTED = {"width": 8, "epochs": 4, "batch_size": 32, "learning_rate": 0.05, "dropout": 0.25}
+INTERRUPTED = {
+    "validation_images": 0,
+    "width": 8,
+    "epochs": 4,
+    "batch_size": 32,
+    "learning_rate": 0.05,
+    "dropout": 0.25,
+}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,7 @@ def measures(run: Run) -> list[tuple[float, ...]]:
 def test_a_small_network_learns_the_synthetic_classes_within_four_epochs(tmp_path: Path) -> None:
     """46.6 % measured (20 s on half a busy core), against 1 % by chance."""
     overrides = {"width": 8, "epochs": 4, "batch_size": 32, "optimizer": "adam", "learning_rate": 0.005}
-    plain = {"flip": False, "crop_padding": 0, "label_smoothing": 0, "weight_decay": 0}
+    plain = {"validation_images": 0, "flip": False, "crop_padding": 0, "label_smoothing": 0, "weight_decay": 0}
     run = started(tmp_path / "run", recipe("resnet", overrides | plain))
     epochs = finish(run, data.load("synthetic:20"))
     assert epochs[-1].top1 > 0.15
@@ -172,7 +180,7 @@ class CrashingBeforeRecord(Run):
 def test_the_metrics_of_a_resumed_run_have_every_epoch_once_wherever_it_crashed(
     crashing: type[Run], tiny: Dataset, tmp_path: Path
 ) -> None:
-    run = started(tmp_path, recipe("resnet", {"width": 8, "epochs": 2}))
+    run = started(tmp_path, recipe("resnet", {"width": 8, "epochs": 2, "validation_images": 0}))
     with pytest.raises(Crash):
         finish(crashing(tmp_path), tiny)
     finish(run, tiny)
@@ -232,7 +240,7 @@ def test_a_run_cannot_be_shortened(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_longer_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
     tiny: Dataset, tmp_path: Path
 ) -> None:
-    run = started(tmp_path, recipe("resnet", {"width": 8, "epochs": 1, "schedule": "constant"}))
+    run = started(tmp_path, recipe("resnet", {"width": 8, "epochs": 1, "schedule": "constant", "validation_images": 0}))
     finish(run, tiny)
     good = run.load()
     # Each step multiplies the weights by 1 - 100 * 0.9.
@@ -336,6 +344,8 @@ def test_what_is_evaluated_is_the_held_out_split_where_there_is_one(finished_run
 def test_runs_of_other_seeds_differ(tiny: Dataset, tmp_path: Path) -> None:
     losses = set()
     for seed in (0, 1):
-        run = started(tmp_path / str(seed), recipe("resnet", {"width": 8, "epochs": 1, "seed": seed}))
+        run = started(
+            tmp_path / str(seed), recipe("resnet", {"width": 8, "epochs": 1, "validation_images": 0, "seed": seed})
+        )
         losses.add(finish(run, tiny)[0].train_loss)
     assert len(losses) == 2

@@ -25,7 +25,7 @@ with Run(Path(sys.argv[1])).lock():
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     run = Run(tmp_path / "run")
-    run.create(recipe("resnet"))
+    run.create(recipe("resnet", {"validation_images": 0}))
     return run
 
 

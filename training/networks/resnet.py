@@ -135,6 +135,7 @@ class Unit(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        nn.init.zeros_(self.bn2.weight)  # the unit starts as its shortcut (Goyal et al. 2017, arXiv:1706.02677)
         self.shortcut = (
             nn.Identity() if in_channels == channels else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
         )
