@@ -4,7 +4,7 @@ The plain loop: one Python object per image, PIL transforms, a DataLoader with a
 `training.loop.train` itself, as `python -m training train` runs it. Every measurement is a process of its own, the
 variants take turns, and the table shows medians; it is written to benchmarks/results/.
 
-    python benchmarks/training.py [--network resnet|resnet18] [--batches 20] [--rounds 3] [--data FOLDER]
+    python benchmarks/training_speed.py [--network resnet|resnet18] [--batches 20] [--rounds 3] [--data FOLDER]
 """
 
 import argparse
@@ -152,7 +152,7 @@ def main() -> None:
             lines.append(f"| {network} | {variant} | {rate:.0f} | {ratio:.2f} x | {memory:.2f} |")
             print(lines[-1], flush=True)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "training.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "training_speed.md").write_text("\n".join(lines) + "\n")
 
 
 def _in_its_own_process(network: str, variant: str, given: argparse.Namespace) -> dict[str, float]:
