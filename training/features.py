@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -162,8 +163,9 @@ def _make_room(folder: Path) -> None:
     for file in folder.glob("*.float16"):
         file.unlink(missing_ok=True)
     for partial in folder.glob("*.partial"):
-        if time.time() - partial.stat().st_mtime > ABANDONED_S:
-            partial.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # finished by its owner in the meantime
+            if time.time() - partial.stat().st_mtime > ABANDONED_S:
+                partial.unlink()
 
 
 def _key(

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -174,8 +174,9 @@ class Store:
         model = self._model(name)
         model.mkdir(parents=True, exist_ok=True)
         for path in model.glob(".draft-*"):  # of processes that were killed
-            if time.time() - path.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):  # published or removed by its owner in the meantime
+                if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                    shutil.rmtree(path, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=".draft-", dir=model))
         try:
             yield path
