@@ -140,18 +140,18 @@ class Jobs:
             created=now,
             crashes=0,
         )
+        known = None
         with self._transaction() as session:
             if idempotency_key:
                 known = session.scalar(select(JobRow).where(JobRow.idempotency_key == idempotency_key))
                 if known and known.request != row.request:
                     raise BadRequest(f"Idempotency-Key {idempotency_key!r} was used for another request: {known.id}")
-                if known:
-                    return self._job(known)
-            waiting = session.scalar(select(func.count()).where(JobRow.state.in_(WAITING))) or 0
-            if waiting >= self._settings.max_jobs:
-                raise Unavailable(f"{waiting} jobs are waiting already; try again later")
-            session.add(row)
-        return self._job(row)
+            if known is None:
+                waiting = session.scalar(select(func.count()).where(JobRow.state.in_(WAITING))) or 0
+                if waiting >= self._settings.max_jobs:
+                    raise Unavailable(f"{waiting} jobs are waiting already; try again later")
+                session.add(row)
+        return self._job(known or row)
 
     def newest(self, limit: int) -> list[JobSummary]:
         """The latest jobs, newest first."""
@@ -167,7 +167,8 @@ class Jobs:
             Unavailable: the database cannot be used.
         """
         with self._transaction() as session:
-            return self._job(self._row(session, job_id))
+            row = self._row(session, job_id)
+        return self._job(row)
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a job; the runner stops its process if it has one. No effect on a finished job.
@@ -176,9 +177,8 @@ class Jobs:
         """
         with self._transaction() as session:
             row = self._row(session, job_id)
-            if not State(row.state).finished:
-                _finish(row, State.CANCELLED)
-        return self.get(job_id)
+            _finish(row, State.CANCELLED)
+        return self._job(row)
 
     async def events(self, job_id: str, after: int) -> AsyncIterator[tuple[int, dict[str, Any]]]:
         """A job's metrics as they come, numbered from 1; ends when the job has finished.
@@ -215,7 +215,7 @@ class Jobs:
         except Unavailable:
             return None
 
-    def claim(self) -> tuple[Job, Recipe] | None:
+    def claim(self) -> tuple[JobSummary, Recipe] | None:
         """The job to run now, which becomes running: one that a dead server has left running, or the oldest waiting.
 
         Only the one runner may call this, see `app.runner`.
@@ -229,21 +229,18 @@ class Jobs:
                 return None
             row.state = State.RUNNING
             row.started = row.started or datetime.now(UTC)
-            return self._job(row), from_dict(row.recipe)
+        return JobSummary.model_validate(row), from_dict(row.recipe)
 
     def succeed(self, job_id: str, published: Publication) -> None:
         """Its model is published. A job that was cancelled too late stays cancelled but tells what it has published."""
         with self._transaction() as session:
             row = self._row(session, job_id)
             row.published = published.model_dump()
-            if not State(row.state).finished:
-                _finish(row, State.SUCCEEDED)
+            _finish(row, State.SUCCEEDED)
 
     def fail(self, job_id: str, error: str) -> None:
         with self._transaction() as session:
-            row = self._row(session, job_id)
-            if not State(row.state).finished:
-                _finish(row, State.FAILED, error)
+            _finish(self._row(session, job_id), State.FAILED, error)
 
     def interrupt(self, job_id: str, crash: str | None = None) -> None:
         """To be resumed: the server stops, or the job's process has crashed; after a second crash it fails instead."""
@@ -300,6 +297,9 @@ class Jobs:
 
 
 def _finish(row: JobRow, state: State, error: str | None = None) -> None:
+    """End a job; one that has ended already stays as it is."""
+    if State(row.state).finished:
+        return
     row.state = state
     row.error = error
     row.finished = datetime.now(UTC)

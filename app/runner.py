@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from app.jobs import Job, Jobs, State
+from app.jobs import Jobs, JobSummary, State
 from app.settings import Settings
 from training.recipes import RECIPES, Recipe, as_text
 from training.run import Run
@@ -30,7 +30,7 @@ _TERM_GRACE_S = 3.0
 _LEASE_POLL_S = 2.0
 _OUTPUT = "output.log"
 _INTERRUPTED = 130  # how a training process ends that was told to stop by a signal
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "MemoryError", "OutOfMemoryError")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "MemoryError")
 
 
 class Runner:
@@ -71,7 +71,7 @@ class Runner:
                     log.exception("the training queue had an error; it goes on")
                     await asyncio.sleep(_LEASE_POLL_S)
 
-    async def _see_through(self, job: Job, recipe: Recipe) -> None:
+    async def _see_through(self, job: JobSummary, recipe: Recipe) -> None:
         """Run or rejoin a job until it has ended, and note how."""
         run = self._jobs.run(job.id)
         crash: str | None = None
@@ -104,7 +104,7 @@ class Runner:
         else:
             await asyncio.to_thread(self._jobs.interrupt, job.id, crash)
 
-    async def _child(self, job: Job, recipe: Recipe, run: Run) -> int:
+    async def _child(self, job: JobSummary, recipe: Recipe, run: Run) -> int:
         """Start a job's process and wait for it.
 
         Returns:
@@ -130,7 +130,7 @@ class Runner:
         await self._watch(job, child.pid, lambda: child.returncode is None)
         return await child.wait()
 
-    async def _watch(self, job: Job, pid: int, alive: Callable[[], bool]) -> None:
+    async def _watch(self, job: JobSummary, pid: int, alive: Callable[[], bool]) -> None:
         """Wait for a process to end; end it if its job is cancelled, or this task is."""
         try:
             while alive():
@@ -140,7 +140,7 @@ class Runner:
         finally:
             await _terminate(pid, alive)
 
-    def _command(self, job: Job, recipe: Recipe, run: Run) -> list[str]:
+    def _command(self, job: JobSummary, recipe: Recipe, run: Run) -> list[str]:
         command = [sys.executable, "-m", "training", "train", recipe.name]
         if run.recipe_file.exists():
             command.append("--resume")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,10 @@ def measure(network: str, variant: str, batches: int, source: str | None) -> dic
     if "without" in variant:
         chosen = chosen.model_copy(update={"cache_features": False})
     whole = data.load(source)
-    dataset = Dataset(whole.train[: batches * chosen.batch_size], whole.test[:100], *_names(whole))
+    dataset = replace(whole, train=whole.train[: batches * chosen.batch_size], test=whole.test[:100])
     rate = (plain if variant == "plain" else ours)(chosen, dataset, default_device())
     used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {"images_per_s": rate, "peak_gib": sum(used) / 2**20}
-
-
-def _names(dataset: Dataset) -> tuple[tuple[str, ...], tuple[str, ...], str]:
-    return dataset.classes, dataset.superclasses, dataset.fingerprint
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import os
 import shutil
 import time
 from collections.abc import Generator, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,12 +21,12 @@ from torch import Tensor
 from training.augment import draw
 from training.networks import Classifier, TransferResNet18
 from training.recipes import Recipe
+from training.run import TICK_S
+from training.store import abandoned
 
 DEFAULT_FOLDER = "~/.cache/cifar100/features"
 BATCH_SIZE = 100
-TICK_S = 5.0
 SPARE_BYTES = 1 << 30  # stays free on the disk
-ABANDONED_S = 24 * 3600  # the age at which an unfinished file is taken for that of a killed run
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,9 @@ def prepare(
         return None
     if recipe.crop_padding or not recipe.cache_features:
         return None
-    views = 2 if recipe.flip else 1
-    parts = (
-        [(images, False), (images, True), (evaluation, False)]
-        if recipe.flip
-        else [(images, False), (evaluation, False)]
-    )
+    flips = (False, True) if recipe.flip else (False,)
+    views = len(flips)
+    parts = [*((images, mirrored) for mirrored in flips), (evaluation, False)]
     total = sum(len(part) for part, _ in parts)
 
     def compute(batch: Tensor, mirrored: bool) -> Tensor:
@@ -163,9 +159,8 @@ def _make_room(folder: Path) -> None:
     for file in folder.glob("*.float16"):
         file.unlink(missing_ok=True)
     for partial in folder.glob("*.partial"):
-        with suppress(FileNotFoundError):  # finished by its owner in the meantime
-            if time.time() - partial.stat().st_mtime > ABANDONED_S:
-                partial.unlink()
+        if abandoned(partial):
+            partial.unlink(missing_ok=True)
 
 
 def _key(

@@ -24,9 +24,8 @@ from training.features import Features, Preparation, prepare
 from training.networks import TransferResNet18, build
 from training.optimizers import make_optimizer, set_learning_rate
 from training.recipes import ALL_STAGES, Recipe
-from training.run import Run
+from training.run import TICK_S, Run
 
-TICK_S = 5.0
 WARMUP = 0.25  # share of a one-cycle schedule in which the learning rate rises
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.data import Dataset
-from training.evaluate import CALIBRATION_BINS, calibration_bins, evaluate
+from training.evaluate import CALIBRATION_BINS, calibration_bins, evaluate, expected_calibration_error
 from training.loop import Epoch, Event
 from training.run import Run
 
@@ -119,7 +119,7 @@ def reliability(logits: Tensor, labels: Tensor, temperature: float) -> Figure:
         axes.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle="--")
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
-        _label(axes, f"{title}: ECE {evaluate(values, labels).ece:.2%}", "confidence", "accuracy")
+        _label(axes, f"{title}: ECE {expected_calibration_error(values, labels):.2%}", "confidence", "accuracy")
     return figure
 
 

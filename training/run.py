@@ -20,6 +20,7 @@ from training.recipes import Recipe, from_dict
 from training.store import Evaluation
 
 State = dict[str, Any]
+TICK_S = 5.0  # between two lines of metrics within an epoch
 
 
 class Publication(BaseModel):

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ LIVE = "live"
 
 Promotion = Literal["if-better", "always", "never"]
 
-_ABANDONED_S = 24 * 3600  # the age at which a draft is taken for that of a killed process
+_ABANDONED_S = 24 * 3600
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -173,10 +173,9 @@ class Store:
         """A folder inside the store to prepare a version in; it is gone afterwards unless published."""
         model = self._model(name)
         model.mkdir(parents=True, exist_ok=True)
-        for path in model.glob(".draft-*"):  # of processes that were killed
-            with suppress(FileNotFoundError):  # published or removed by its owner in the meantime
-                if time.time() - path.stat().st_mtime > _ABANDONED_S:
-                    shutil.rmtree(path, ignore_errors=True)
+        for path in model.glob(".draft-*"):
+            if abandoned(path):
+                shutil.rmtree(path, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=".draft-", dir=model))
         try:
             yield path
@@ -291,6 +290,14 @@ def _locked(model: Path) -> Iterator[None]:
     with (model / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def abandoned(path: Path) -> bool:
+    """Whether a temporary file or folder is that of a killed process: untouched for a day."""
+    try:
+        return time.time() - path.stat().st_mtime > _ABANDONED_S
+    except FileNotFoundError:  # its owner has finished it in the meantime
+        return False
 
 
 def sha256(path: Path) -> str:

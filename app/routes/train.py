@@ -1,5 +1,6 @@
 """/train: training jobs."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from typing import Annotated
@@ -55,6 +56,7 @@ def events(job_id: str, services: FromApp, last_event_id: Annotated[int, Header(
     async def stream() -> AsyncIterator[str]:
         async for number, metrics in services.jobs.events(job_id, last_event_id):
             yield event_stream(number, metrics)
-        yield f"event: end\ndata: {services.jobs.get(job_id).model_dump_json()}\n\n"
+        ended = await asyncio.to_thread(services.jobs.get, job_id)
+        yield f"event: end\ndata: {ended.model_dump_json()}\n\n"
 
     return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})

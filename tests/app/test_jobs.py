@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.errors import BadRequest, NotFound, Unavailable
-from app.jobs import Job, JobRequest, Jobs, State
+from app.jobs import JobRequest, Jobs, JobSummary, State
 from app.main import create_app
 from app.settings import Settings
 from training.recipes import recipe
@@ -29,7 +29,7 @@ def jobs(tmp_path: Path) -> Jobs:
     return opened(tmp_path)
 
 
-def claimed(jobs: Jobs) -> Job:
+def claimed(jobs: Jobs) -> JobSummary:
     found = jobs.claim()
     assert found is not None
     return found[0]
