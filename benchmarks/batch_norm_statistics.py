@@ -2,7 +2,8 @@
 
 A block of `resnet-seed` applies one BatchNorm at several depths. This measures one trained run in evaluation mode with
 running statistics for every use, as it was trained, and with a single set, as a literal transcription keeps it. The
-weights are the same; the single set is gathered by passing training batches through the network in training mode.
+weights are the same; the single set is gathered by passing training batches through the network in training mode. The
+third row normalises every batch by its own statistics, as training does: no running statistics can be to blame there.
 
     python benchmarks/batch_norm_statistics.py runs/RUN
 """
@@ -11,12 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from training import augment, data
 from training.evaluate import evaluate, predict
 from training.export import restore
 from training.loop import to_device
 from training.networks import Classifier, build
+from training.networks.resnet import SharedBatchNorm
 from training.run import Run
 
 GATHERING_BATCHES = 200  # with momentum 0.1 the first ones are long forgotten
@@ -43,11 +46,16 @@ def main(folder: str) -> None:
     print("| running statistics | top-1 | loss |\n| --- | --- | --- |")
     for name, classifier in (("for every use", per_use), ("one set", single.eval())):
         report(name, classifier, dataset)
+    for module in per_use.modules():
+        if isinstance(module, SharedBatchNorm | nn.BatchNorm2d):
+            module.train()
+    report("of the batch itself", per_use, dataset)
 
 
 def report(name: str, classifier: Classifier, dataset: data.Dataset) -> None:
     images, labels = to_device(dataset.test, torch.device("cpu"))
-    result = evaluate(predict(classifier, images), labels)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # batches of all classes
+    result = evaluate(predict(classifier, images[order]), labels[order])
     print(f"| {name} | {result.top1:.2%} | {result.loss:.3f} |", flush=True)
 
 
