@@ -1,17 +1,43 @@
 """Runs the service: `python -m app --help`."""
 
-import logging
+import asyncio
 import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
 import uvicorn
+from fastapi import FastAPI
 
+from app import logs
 from app.main import create_app
+from app.protocol import BoundedHttp
 from app.settings import Settings
 
-_DRAIN_S = 20
+_STOP_S = 20
+
+
+class DrainingServer(uvicorn.Server):
+    """Goes on for a while after SIGTERM, not ready any more, so that load balancers notice before it is gone.
+
+    Args:
+        app: what it serves.
+        config: how.
+        drain_s: how long; a second signal ends it.
+    """
+
+    def __init__(self, app: FastAPI, config: uvicorn.Config, drain_s: float):
+        super().__init__(config)
+        self._services = app.state.services
+        self._drain_s = drain_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        draining, self._services.draining = self._services.draining, True
+        if sig == signal.SIGTERM and self._drain_s and not draining:
+            asyncio.get_running_loop().call_later(self._drain_s, super().handle_exit, sig, frame)
+        else:
+            super().handle_exit(sig, frame)
 
 
 def main(
@@ -19,22 +45,28 @@ def main(
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one.", show_default="8000")] = None,
 ) -> None:
     """Serve the models of the store. Further settings are environment variables, see app/settings.py."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings()
     settings = settings.model_copy(
         update={"host": host or settings.host, "port": settings.port if port is None else port}
     )
+    logs.configure(settings.log_style, settings.log_level)
     # uvicorn drains on SIGTERM and then raises it again; a drained service has ended well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.run(
-        create_app(settings),
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
         host=settings.host,
         port=settings.port,
+        http=BoundedHttp,
+        ws="none",
         access_log=False,
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=_DRAIN_S,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies,
+        timeout_graceful_shutdown=_STOP_S,
     )
+    DrainingServer(app, config, settings.drain_s).run()
 
 
 def cli() -> None:

@@ -5,6 +5,7 @@ bytes  --images.decode-->  pixels  --batching-->  logits  --routes-->  JSON
        DamagedImage 422, TooLarge 413
 names  --pool, store-->  model     NotFound 404, Unavailable 503
 recipe --training.recipes-->  job  BadRequest 422, Unavailable 503
+caller --access-->  route          TooManyRequests 429, Unauthorized 401, Forbidden 403
 """
 
 import logging
@@ -14,7 +15,10 @@ from typing import Any, ClassVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +31,12 @@ class Problem(Exception):
     """
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
-    headers: ClassVar[dict[str, str]] = {}
+    default_headers: ClassVar[dict[str, str]] = {}
 
     def __init__(self, detail: str):
         super().__init__(detail)
         self.detail = detail
+        self.headers = dict(self.default_headers)
 
 
 class UnsupportedImage(Problem):
@@ -64,11 +69,56 @@ class NotFound(Problem):
     status = HTTPStatus.NOT_FOUND
 
 
+class Unauthorized(Problem):
+    """No API key, or a wrong one."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    default_headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(Problem):
+    """Not from there, as the service is set up."""
+
+    status = HTTPStatus.FORBIDDEN
+
+
+class TooManyRequests(Problem):
+    """Over the rate limit.
+
+    Args:
+        detail: as for every problem.
+        retry_after_s: when a further request is let through.
+    """
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+
+    def __init__(self, detail: str, retry_after_s: int):
+        super().__init__(detail)
+        self.headers["Retry-After"] = str(retry_after_s)
+
+
 class Unavailable(Problem):
     """Not now: overloaded, not ready, or past the deadline. Worth another try."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
-    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+    default_headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+
+
+class ProblemDetails(BaseModel):
+    """RFC 9457; some problems have further members."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+_RESPONSE = {"content": {"application/problem+json": {"schema": ProblemDetails.model_json_schema()}}}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "The request cannot be fulfilled; `detail` says why.", **_RESPONSE},
+    "5XX": {"description": "The service cannot fulfil it now.", **_RESPONSE},
+}
+"""What every operation may answer as well, for OpenAPI."""
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
@@ -94,7 +144,28 @@ def install(app: FastAPI) -> None:
         detail = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults)
         return problem(HTTPStatus.UNPROCESSABLE_ENTITY, detail, errors=faults)
 
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
-        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error happened; it is in the server's log")
+
+class Unexpected:
+    """ASGI middleware: an error that nothing else has handled is logged and answered with 500."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except ClientDisconnect:
+            return  # nobody is left to be told
+        except Exception:
+            log.exception("%s %s failed", scope.get("method"), scope.get("path"))
+            if started:
+                raise
+            answer = problem(HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error happened; the server's log has it")
+            await answer(scope, receive, send)

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from app import images
 from app.errors import BadRequest, NotFound, Problem, TooLarge, Unavailable
 from app.pool import Model
-from app.settings import Settings
+from app.settings import MIB, Settings
 from training import data
 from training.evaluate import evaluate
 from training.store import Evaluation
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _CHUNK = 16  # images per turn in the model's queue
 _KEPT = 100  # finished evaluations that can still be asked for
 _MAX_RUNNING = 4
+_ENTRY_SIGNATURE = b"PK\x01\x02"  # begins every entry of a zip's directory
 
 
 class Labelled(BaseModel, arbitrary_types_allowed=True):
@@ -170,6 +171,8 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str]) -> Labelled
     """
     ids = {_folder_name(label): number for number, label in enumerate(classes)}
     pixels, labels = [], []
+    if _directory_entries(file) > settings.max_archive_images:
+        raise TooLarge(f"the zip has more than {settings.max_archive_images:,} entries")
     try:
         with zipfile.ZipFile(file) as archive:
             entries = [entry for entry in archive.infolist() if not _ignored(entry)]
@@ -194,6 +197,16 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str]) -> Labelled
     if not pixels:
         raise BadRequest("the zip has no images; put them into folders named by class, such as apple/1.png")
     return Labelled(images=np.stack(pixels), labels=np.array(labels, np.int64), split="zip")
+
+
+def _directory_entries(file: BinaryIO) -> int:
+    """How many entries a zip may have: counted, as reading its directory takes memory for every one it claims."""
+    count, tail = 0, b""
+    while chunk := file.read(MIB):
+        chunk = tail + chunk
+        count += chunk.count(_ENTRY_SIGNATURE)
+        tail = chunk[-len(_ENTRY_SIGNATURE) + 1 :]
+    return count
 
 
 def _ignored(entry: zipfile.ZipInfo) -> bool:

@@ -54,7 +54,7 @@ def decode(data: bytes, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
     if not data:
         raise DamagedImage("the image is empty; send the bytes of a file")
     if len(data) > max_bytes:
-        raise TooLarge(f"the image has {len(data):,} bytes, the limit is {max_bytes:,}; send a smaller one")
+        raise TooLarge(f"the image has more than {max_bytes:,} bytes; send a smaller one")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:

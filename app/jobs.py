@@ -12,7 +12,7 @@ takes the jobs from here one at a time; the child process it starts writes a run
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 DATABASE = "jobs.sqlite"
 _EVENT_POLL_S = 0.3
+_HEARTBEAT_S = 15.0  # proxies close streams in which nothing happens
 _MAX_CRASHES = 1  # a job is resumed once
 
 
@@ -102,6 +103,8 @@ class Jobs:
     def __init__(self, settings: Settings):
         self._settings = settings
         self._engine: Engine | None = None
+        self.followers = 0
+        """Clients that follow a job's events now."""
 
     def open(self) -> bool:
         """Open the database.
@@ -180,24 +183,45 @@ class Jobs:
             _finish(row, State.CANCELLED)
         return self._job(row)
 
-    async def events(self, job_id: str, after: int) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+    async def events(self, job_id: str, after: int) -> AsyncGenerator[tuple[int, dict[str, Any]] | None]:
         """A job's metrics as they come, numbered from 1; ends when the job has finished.
 
         A resumed job measures its last epoch again: what it has sent of that epoch before is not sent twice.
 
         Args:
             after: number of the last event that is known already.
+
+        Yields:
+            Number and metrics, or None where nothing has happened for a while.
         """
         run = self.run(job_id)
-        while True:
-            finished = (await asyncio.to_thread(self.state, job_id)).finished
-            for number, metrics in enumerate(await asyncio.to_thread(lambda: list(run.metrics())), start=1):
-                if number > after:
-                    after = number
-                    yield number, metrics
-            if finished:
-                return
-            await asyncio.sleep(_EVENT_POLL_S)
+        quiet_s = 0.0
+        self.followers += 1
+        try:
+            while True:
+                finished = (await asyncio.to_thread(self.state, job_id)).finished
+                for metrics in await asyncio.to_thread(lambda: list(run.metrics(after))):  # noqa: B023
+                    after += 1
+                    quiet_s = 0.0
+                    yield after, metrics
+                if finished:
+                    return
+                if quiet_s >= _HEARTBEAT_S:
+                    quiet_s = 0.0
+                    yield None
+                await asyncio.sleep(_EVENT_POLL_S)
+                quiet_s += _EVENT_POLL_S
+        finally:
+            self.followers -= 1
+
+    def require_room(self) -> None:
+        """Refuse one more follower of events where there are too many.
+
+        Raises:
+            Unavailable: there are.
+        """
+        if self.followers >= self._settings.max_event_streams:
+            raise Unavailable(f"{self.followers} clients follow training jobs already; try again later")
 
     def run(self, job_id: str) -> Run:
         """The run folder of a job."""
@@ -227,9 +251,14 @@ class Jobs:
                 row = session.scalar(waiting)
             if row is None:
                 return None
+            try:
+                wanted = from_dict(row.recipe)
+            except RecipeError as error:
+                _finish(row, State.FAILED, f"this release cannot train the recipe that an earlier one queued: {error}")
+                return None
             row.state = State.RUNNING
             row.started = row.started or datetime.now(UTC)
-        return JobSummary.model_validate(row), from_dict(row.recipe)
+        return JobSummary.model_validate(row), wanted
 
     def succeed(self, job_id: str, published: Publication) -> None:
         """Its model is published. A job that was cancelled too late stays cancelled but tells what it has published."""
@@ -290,7 +319,7 @@ class Jobs:
         metrics = list(self.run(row.id).metrics())
         return Job(
             **JobSummary.model_validate(row).model_dump(),
-            epochs=from_dict(row.recipe).total_epochs,
+            epochs=row.recipe["epochs"] + row.recipe["finetune_epochs"],
             progress=metrics[-1] if metrics else None,
             history=[line for line in metrics if line["event"] == "epoch"],
         )

@@ -1,9 +1,12 @@
-"""Bounds every request body while it streams in, so that nothing larger is ever held."""
+"""Bounds every request body while it streams in: its size, its pace, and that of all bodies together."""
 
+import asyncio
+import time
 from http import HTTPStatus
 
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import problem
@@ -11,10 +14,13 @@ from app.settings import MIB, Settings
 
 _OTHER_BYTES = MIB
 _MULTIPART_OVERHEAD = 64 << 10
+# A client may take this long, and as much longer as what it has sent takes at the slowest pace that is accepted.
+_GRACE_S = 30.0
+_SLOWEST_BYTES_PER_S = 64 << 10
 
 
 class BodyLimit:
-    """ASGI middleware: a body over its route's limit is answered with 413.
+    """ASGI middleware: refuses bodies that are over their route's limit (413), too slow (408) or too many (503).
 
     A declared Content-Length is refused before the body is read, a streamed one as soon as it exceeds the limit.
     """
@@ -22,46 +28,72 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, settings: Settings):
         self.app = app
         self.limits = {
-            "/predict": settings.max_images * settings.max_image_bytes + _MULTIPART_OVERHEAD,
+            "/predict": settings.max_predict_bytes + _MULTIPART_OVERHEAD,
             "/evaluate": settings.max_archive_bytes + _MULTIPART_OVERHEAD,
         }
+        self.max_pending = settings.max_pending_bytes
+        self.pending = 0
+        """Bytes received for all requests under way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         limit = self.limits.get(scope["path"], _OTHER_BYTES)
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > limit:
-            await _refusal(limit)(scope, receive, send)
+        declared = headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > limit:
+            await _too_large(limit)(scope, receive, send)
             return
 
+        refusal: JSONResponse | None = None
+        started = time.monotonic()
         received = 0
+        complete = declared == "0" and "transfer-encoding" not in headers
 
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
+        async def bounded() -> Message:
+            nonlocal refusal, received, complete
+            if complete:
+                return await receive()  # the client's leaving, for which any time is right
+            left_s = started + _GRACE_S + received / _SLOWEST_BYTES_PER_S - time.monotonic()
+            try:
+                message = await asyncio.wait_for(receive(), left_s)
+            except TimeoutError:
+                refusal = _refusal(HTTPStatus.REQUEST_TIMEOUT, "the request body arrives too slowly")
+                raise ClientDisconnect from None  # what a route already expects of a body that ends early
+            size = len(message.get("body", b""))
+            received += size
+            self.pending += size
+            complete = not message.get("more_body", False)
             if received > limit:
-                raise ClientDisconnect  # what a route already expects of a body that ends early
+                refusal = _too_large(limit)
+            elif self.pending > self.max_pending:
+                refusal = _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too much is being sent; try again later")
+                refusal.headers["Retry-After"] = "1"
+            if refusal:
+                raise ClientDisconnect
             return message
 
         async def unless_refused(message: Message) -> None:
-            if received <= limit:
+            if message["type"] == "http.response.start" and not complete:
+                MutableHeaders(scope=message)["Connection"] = "close"  # what is still to come is not read
+            if not refusal:
                 await send(message)
 
         try:
-            await self.app(scope, counted, unless_refused)
+            await self.app(scope, bounded, unless_refused)
         except ClientDisconnect:
-            if received <= limit:
+            if not refusal:
                 raise
-        if received > limit:
-            await _refusal(limit)(scope, receive, send)
+        finally:
+            self.pending -= received
+        if refusal:
+            await refusal(scope, receive, send)
 
 
-def _refusal(limit: int) -> Response:
-    return problem(
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-        f"the request body is larger than {limit:,} bytes",
-        {"Connection": "close"},
-    )
+def _too_large(limit: int) -> JSONResponse:
+    return _refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request body is larger than {limit:,} bytes")
+
+
+def _refusal(status: HTTPStatus, detail: str) -> JSONResponse:
+    return problem(status, detail, {"Connection": "close"})

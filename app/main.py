@@ -5,10 +5,14 @@ from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.staticfiles import StaticFiles
 
 from app import errors
+from app.access import Access
+from app.headers import SecurityHeaders
 from app.limits import BodyLimit
+from app.logs import RequestLog
 from app.metrics import Measured, Metrics
 from app.routes import evaluate, health, models, page, predict, train
 from app.services import Services
@@ -33,15 +37,32 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         await services.stop()
 
-    app = FastAPI(title="CIFAR-100", description=DESCRIPTION, version=_version(), lifespan=lifespan)
+    app = FastAPI(
+        title="CIFAR-100",
+        description=DESCRIPTION,
+        version=_version(),
+        lifespan=lifespan,
+        responses=errors.RESPONSES,
+        docs_url=None,  # routes.page has them, with a content security policy
+        redoc_url=None,
+    )
     app.state.services = services
     app.state.metrics = metrics
+    app.state.access = Access(settings)
     errors.install(app)
     for resource in (predict, evaluate, train, models, health, page):
         app.include_router(resource.router)
     app.mount("/web", StaticFiles(directory=page.WEB))
+    # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, settings=settings)
+    app.add_middleware(errors.Unexpected)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(Measured, metrics=metrics)
+    app.add_middleware(RequestLog)
     return app
 
 

@@ -62,8 +62,8 @@ class Pool:
 
     @property
     def ready(self) -> bool:
-        """Whether every live model of the store is loaded and warm, and there is one at all."""
-        return bool(self._live) and not self.errors
+        """Whether every model that has a live version is loaded and warm, and there is one at all."""
+        return bool(self._live) and not self.errors.keys() - self._live.keys()
 
     def live(self) -> dict[str, Model]:
         """The live models by name."""
@@ -109,7 +109,20 @@ class Pool:
                 except (StoreError, OSError, RuntimeError) as error:
                     if self.errors.get(name) != str(error):
                         log.error("%s: the live version cannot be loaded: %s", name, error)
-                    self.errors[name] = str(error)
+                        self.errors[name] = str(error)
+                        if name not in self._live:
+                            await asyncio.to_thread(self._fall_back, name)
+
+    def _fall_back(self, name: str) -> None:
+        """Serve the latest version that can be loaded, as the one that should be served cannot."""
+        for version in reversed(self.store.versions(name)):
+            try:
+                self._live[name] = self._load(name, version)
+            except (StoreError, OSError, RuntimeError) as error:
+                log.warning("%s: version %d cannot be loaded either: %s", name, version, error)
+            else:
+                log.warning("%s: version %d is served instead", name, version)
+                return
 
     async def _watch(self) -> None:
         while True:

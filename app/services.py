@@ -1,6 +1,8 @@
 """What the routes work with: one object, made at start-up, handed to them by FastAPI."""
 
 import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, cast
@@ -14,6 +16,8 @@ from app.runner import Runner
 from app.settings import Settings
 from training.store import Store
 
+_MAX_DECODERS = 8
+
 
 @dataclass
 class Services:
@@ -25,6 +29,10 @@ class Services:
     jobs: Jobs
     runner: Runner
     evaluations: Evaluations
+    decoders: ThreadPoolExecutor
+    """Decode images. There are few, as each may need memory for an image of the largest size."""
+    draining: bool = False
+    """Whether the service is about to stop and wants no further requests."""
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @classmethod
@@ -32,7 +40,20 @@ class Services:
         store = Store(settings.models)
         pool = Pool(settings, store)
         jobs = Jobs(settings)
-        return cls(settings, store, pool, jobs, Runner(settings, jobs, pool.refresh), Evaluations(settings))
+        return cls(
+            settings,
+            store,
+            pool,
+            jobs,
+            Runner(settings, jobs, pool.refresh),
+            Evaluations(settings),
+            ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_DECODERS), "decoder"),
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests should be sent here."""
+        return self.pool.ready and not self.draining
 
     async def start(self) -> None:
         await self.pool.start()
@@ -44,6 +65,7 @@ class Services:
         self.jobs.close()
         await self.evaluations.stop()
         await self.pool.stop()
+        self.decoders.shutdown(wait=False)
 
 
 def _services(request: Request) -> Services:

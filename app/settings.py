@@ -1,21 +1,58 @@
 """Every knob of the service, read from environment variables such as CIFAR100_PORT."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+import limits
+from limits import RateLimitItem
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.logs import Style
 
 MIB = 1 << 20
+
+
+def _split_commas(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _rate_limit(value: Any) -> Any:
+    return (limits.parse(value) if value else None) if isinstance(value, str) else value
+
+
+ApiKey = Annotated[SecretStr, Field(min_length=16)]
+RateLimit = Annotated[RateLimitItem | None, NoDecode, BeforeValidator(_rate_limit)]
+CommaSeparated = BeforeValidator(_split_commas)
 
 
 class Settings(BaseSettings):
     """Environment variables carry the prefix CIFAR100_."""
 
-    model_config = SettingsConfigDict(env_prefix="CIFAR100_", use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(
+        env_prefix="CIFAR100_", use_attribute_docstrings=True, arbitrary_types_allowed=True
+    )
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+
+    api_keys: Annotated[tuple[ApiKey, ...], NoDecode, CommaSeparated] = ()
+    """Secrets, separated by commas, of those who may train, cancel, promote and measure. Without any, only requests of
+    this machine may, and only while the service listens on a loopback address."""
+    predict_needs_key: bool = False
+    operator_rate_limit: RateLimit = limits.parse("60/minute")
+    """Of calls that need a key, per client; empty for none."""
+    predict_rate_limit: RateLimit = None
+    trusted_proxies: str = ""
+    """Addresses or networks, separated by commas, whose X-Forwarded-For tells the client; by default nobody's."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode, CommaSeparated] = ()
+    """Other sites whose pages may call the service from a browser."""
+
+    log_style: Style = "auto"
+    """One JSON object per line, or text; auto is text on a terminal."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    drain_s: float = Field(default=0.0, ge=0)
+    """How long the service still takes requests after SIGTERM, while /health/ready says no already."""
 
     models: Path = Path("models")
     """The model store."""
@@ -32,8 +69,13 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(default=50_000_000, gt=0)
     max_images: int = Field(default=32, gt=0)
     """Per /predict request."""
+    max_predict_bytes: int = Field(default=64 * MIB, gt=0)
+    """Of the body of a /predict request."""
     max_archive_bytes: int = Field(default=256 * MIB, gt=0)
     """Of a zip sent to /evaluate, packed and unpacked."""
+    max_archive_images: int = Field(default=20_000, gt=0)
+    max_pending_bytes: int = Field(default=1024 * MIB, gt=0)
+    """Of the bodies of all requests under way together."""
 
     max_batch: int = Field(default=64, gt=0)
     """Images computed together."""
@@ -57,3 +99,11 @@ class Settings(BaseSettings):
     """Versions of a model that stay when a job has published another one; the live one always stays. Default: all."""
     training_threads: int = Field(default=0, ge=0)
     """Of a training process; 0 takes all processors but one, which is left to serving."""
+    max_event_streams: int = Field(default=100, gt=0)
+    """Clients that follow training jobs at the same time."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.predict_needs_key and not self.api_keys:
+            raise ValueError("CIFAR100_PREDICT_NEEDS_KEY needs CIFAR100_API_KEYS")
+        return self

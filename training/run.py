@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -132,11 +133,11 @@ class Run:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """All complete lines of metrics, oldest first."""
+    def metrics(self, after: int = 0) -> Iterator[dict[str, Any]]:
+        """All complete lines of metrics from the given number on, oldest first."""
         if self.metrics_file.exists():
             with self.metrics_file.open() as file:
-                yield from (json.loads(line) for line in file if line.endswith("\n"))
+                yield from (json.loads(line) for line in islice(file, after, None) if line.endswith("\n"))
 
     def epochs(self) -> list[dict[str, Any]]:
         """The metrics of every finished epoch."""

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
+from app.access import ForOperators
 from app.errors import BadRequest
 from app.evaluations import EvaluationJob, read_split, read_zip
 from app.services import FromApp
@@ -47,6 +48,7 @@ async def recorded(services: FromApp) -> list[Recorded]:
 
 @router.post(
     "",
+    dependencies=[ForOperators],
     openapi_extra=_BODY,
     responses={202: {"model": EvaluationJob, "description": "Still running; see Location."}},
     summary="Measure a live model now",

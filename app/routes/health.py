@@ -46,7 +46,7 @@ class Status(BaseModel):
 async def health(request: Request, services: FromApp) -> Health:
     """Always 200; /health/ready tells readiness by its status code."""
     return Health(
-        status="ready" if services.pool.ready else "not ready",
+        status="ready" if services.ready else "not ready",
         version=request.app.version,
         uptime_s=round((datetime.now(UTC) - services.started).total_seconds(), 1),
         models={
@@ -70,11 +70,13 @@ async def live() -> Status:
 
 @router.get(
     "/health/ready",
-    responses={503: {"model": Status, "description": "Not every live model is loaded and warm."}},
+    responses={
+        503: {"model": Status, "description": "Not every live model is loaded and warm, or the service is stopping."}
+    },
     summary="Can it take requests?",
 )
 async def ready(services: FromApp, response: Response) -> Status:
-    if services.pool.ready:
+    if services.ready:
         return Status(status="ready")
     response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
     return Status(status="not ready")

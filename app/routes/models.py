@@ -5,6 +5,7 @@ import asyncio
 from fastapi import APIRouter
 from pydantic import BaseModel
 
+from app.access import ForOperators
 from app.errors import NotFound
 from app.services import FromApp, Services
 from training.store import ModelCard, StoreError
@@ -46,7 +47,7 @@ async def model(name: str, services: FromApp) -> ModelDetails:
     return await asyncio.to_thread(_details, services, name)
 
 
-@router.put("/{name}/live", summary="Promote or roll back")
+@router.put("/{name}/live", dependencies=[ForOperators], summary="Promote or roll back")
 async def promote(name: str, live: Live, services: FromApp) -> ModelSummary:
     """Serves this version from the next request on; requests under way finish on the one they began with."""
     _known(services, name)

@@ -1,15 +1,37 @@
-"""GET /: the page people see."""
+"""The pages people see: / to try the service, /docs to try its interface."""
 
+import base64
+import hashlib
+import re
 from pathlib import Path
 
-from fastapi import APIRouter
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import FileResponse, HTMLResponse
 
 router = APIRouter(include_in_schema=False)
 
 WEB = Path(__file__).parents[1] / "web"
+_NOTHING_ELSE = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'; "
+_INDEX_POLICY = _NOTHING_ELSE + "script-src 'self'; style-src 'self'; img-src 'self' blob:"
+_SWAGGER = "https://cdn.jsdelivr.net"
 
 
 @router.get("/")
 async def index() -> FileResponse:
-    return FileResponse(WEB / "index.html")
+    return FileResponse(WEB / "index.html", headers={"Content-Security-Policy": _INDEX_POLICY})
+
+
+@router.get("/docs")
+async def docs(request: Request) -> HTMLResponse:
+    """Swagger UI, from its public mirror; the one script in the page itself is allowed by its checksum."""
+    page = get_swagger_ui_html(
+        openapi_url=request.app.openapi_url, title=request.app.title, swagger_favicon_url="data:,"
+    )
+    script = re.search(rb"<script>(.*?)</script>", bytes(page.body), re.DOTALL)
+    checksum = base64.b64encode(hashlib.sha256(script[1] if script else b"").digest()).decode()
+    page.headers["Content-Security-Policy"] = (
+        f"{_NOTHING_ELSE}script-src {_SWAGGER} 'sha256-{checksum}'; "
+        f"style-src {_SWAGGER} 'unsafe-inline'; img-src 'self' data: {_SWAGGER}"
+    )
+    return page

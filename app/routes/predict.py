@@ -1,8 +1,11 @@
 """POST /predict: images in, the most probable classes out."""
 
 import asyncio
+import io
 import time
-from typing import Annotated, Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
@@ -11,11 +14,15 @@ from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
 from app import images
+from app.access import ForPredictors
 from app.errors import BadRequest, Problem, UnsupportedImage
-from app.services import FromApp, Services
+from app.services import FromApp
+from app.settings import Settings
 from training.store import ModelCard
 
 router = APIRouter(tags=["predict"])
+
+File = tuple[str | None, BinaryIO]
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BODY: dict[str, Any] = {
@@ -64,7 +71,7 @@ class Predictions(BaseModel):
     predictions: list[Prediction]
 
 
-@router.post("/predict", openapi_extra=_BODY, summary="Classify images")
+@router.post("/predict", dependencies=[ForPredictors], openapi_extra=_BODY, summary="Classify images")
 async def predict(
     request: Request,
     services: FromApp,
@@ -73,9 +80,10 @@ async def predict(
     top_k: Annotated[int, Query(ge=1, le=100, description="How many classes per image.")] = 5,
 ) -> Predictions:
     """Send images as multipart fields `file`, or one image as the raw body."""
-    files = await _files(request, services)
-    started = time.perf_counter()
-    pixels = await asyncio.to_thread(_decode, files, services)
+    async with _files(request, services.settings) as files:
+        started = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        pixels = await loop.run_in_executor(services.decoders, _decode, files, services.settings)
     # Between here and the queue nothing else runs, so a swap cannot slip in between.
     chosen = await services.pool.get(model, version)
     logits = await chosen.batcher.run(pixels, services.settings.deadline_s)
@@ -106,29 +114,36 @@ def top_classes(logits: NDArray[np.float32], card: ModelCard, top_k: int) -> lis
     ]
 
 
-async def _files(request: Request, services: Services) -> list[tuple[str | None, bytes]]:
-    """Names and contents of the images sent."""
+@asynccontextmanager
+async def _files(request: Request, settings: Settings) -> AsyncIterator[list[File]]:
+    """Names and contents of the images sent. A form's larger files are on disk and closed at the end."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    limit = min(services.settings.max_images, services.settings.max_batch)
     if content_type == "multipart/form-data":
-        async with request.form(max_files=limit, max_fields=8) as form:
+        max_files = min(settings.max_images, settings.max_batch)
+        async with request.form(max_files=max_files, max_fields=8) as form:
             uploads = [part for part in form.getlist("file") if isinstance(part, UploadFile)]
             if not uploads:
                 raise BadRequest("the form has no field 'file' with an image: curl -F file=@photo.jpg")
-            return [(upload.filename, await upload.read()) for upload in uploads]
-    if content_type.startswith("image/") or content_type == "application/octet-stream":
-        return [(None, await request.body())]
-    raise UnsupportedImage(
-        f"the content type {content_type or '(none)'!r} is not supported; send multipart/form-data with a field "
-        "'file', or an image as the body with its image/* type"
-    )
+            yield [(upload.filename, upload.file) for upload in uploads]
+    elif content_type.startswith("image/") or content_type == "application/octet-stream":
+        content = bytearray()
+        async for chunk in request.stream():
+            if len(content) <= settings.max_image_bytes:  # the rest is read, so that the client hears the answer
+                content += chunk
+        yield [(None, io.BytesIO(content))]
+    else:
+        raise UnsupportedImage(
+            f"the content type {content_type or '(none)'!r} is not supported; send multipart/form-data with a field "
+            "'file', or an image as the body with its image/* type"
+        )
 
 
-def _decode(files: list[tuple[str | None, bytes]], services: Services) -> NDArray[np.uint8]:
+def _decode(files: list[File], settings: Settings) -> NDArray[np.uint8]:
     pixels = []
-    for name, content in files:
+    for name, file in files:
         try:
-            pixels.append(images.decode(content, services.settings.max_image_bytes, services.settings.max_image_pixels))
+            content = file.read(settings.max_image_bytes + 1)
+            pixels.append(images.decode(content, settings.max_image_bytes, settings.max_image_pixels))
         except Problem as error:
             if len(files) > 1:
                 error.detail = f"{name}: {error.detail}"

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import StreamingResponse
 
+from app.access import ForOperators
 from app.jobs import Job, JobRequest, JobSummary, event_stream
 from app.services import FromApp
 
@@ -16,7 +18,7 @@ router = APIRouter(prefix="/train", tags=["train"])
 # Routes that are no coroutines run in threads: the database may have to wait for a disk.
 
 
-@router.post("", status_code=HTTPStatus.ACCEPTED, summary="Start training")
+@router.post("", status_code=HTTPStatus.ACCEPTED, dependencies=[ForOperators], summary="Start training")
 def submit(
     wanted: JobRequest,
     response: Response,
@@ -42,7 +44,7 @@ def job(job_id: str, services: FromApp) -> Job:
     return services.jobs.get(job_id)
 
 
-@router.delete("/{job_id}", summary="Cancel a job")
+@router.delete("/{job_id}", dependencies=[ForOperators], summary="Cancel a job")
 def cancel(job_id: str, services: FromApp) -> Job:
     """The job is cancelled at once; its process, if it runs, ends within a few seconds."""
     return services.jobs.cancel(job_id)
@@ -51,11 +53,14 @@ def cancel(job_id: str, services: FromApp) -> Job:
 @router.get("/{job_id}/events", response_class=StreamingResponse, summary="A job's progress as server-sent events")
 def events(job_id: str, services: FromApp, last_event_id: Annotated[int, Header(ge=0)] = 0) -> StreamingResponse:
     """Every tick and epoch from the start, or after `Last-Event-ID`; ends with an event `end` that holds the job."""
-    services.jobs.get(job_id)  # 404 before the stream begins
+    # What can be refused is refused before the stream begins.
+    services.jobs.get(job_id)
+    services.jobs.require_room()
 
     async def stream() -> AsyncIterator[str]:
-        async for number, metrics in services.jobs.events(job_id, last_event_id):
-            yield event_stream(number, metrics)
+        async with aclosing(services.jobs.events(job_id, last_event_id)) as events:
+            async for event in events:
+                yield event_stream(*event) if event else ": nothing new\n\n"
         ended = await asyncio.to_thread(services.jobs.get, job_id)
         yield f"event: end\ndata: {ended.model_dump_json()}\n\n"
 

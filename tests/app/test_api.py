@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from local import local
 from PIL import Image
 
 from app.main import create_app
@@ -25,9 +26,14 @@ from training.store import Store
 @pytest.fixture
 def client(models: Path, tmp_path: Path) -> Iterator[TestClient]:
     settings = Settings(
-        models=models, runs=tmp_path / "runs", data="synthetic:4", max_image_bytes=20_000, max_image_pixels=10_000
+        models=models,
+        runs=tmp_path / "runs",
+        data="synthetic:4",
+        max_image_bytes=20_000,
+        max_image_pixels=10_000,
+        max_archive_images=100,
     )
-    with TestClient(create_app(settings)) as client:
+    with local(create_app(settings)) as client:
         yield client
 
 
@@ -112,6 +118,7 @@ def test_bad_images_are_problems(client: TestClient, image: bytes) -> None:
     assert_problem(send(b"hello"), 415, "not an image")
     assert_problem(send(image[:-200]), 422, "cannot be decoded")
     assert_problem(send(image + bytes(20_000)), 413, "20,000")
+    assert_problem(client.post("/predict", files={"file": bytes(20_001)}), 413, "20,000")
     buffer = io.BytesIO()
     Image.new("1", (101, 101)).save(buffer, "PNG")
     assert_problem(send(buffer.getvalue()), 413, "101x101")
@@ -128,7 +135,9 @@ def test_other_bodies_are_problems(client: TestClient, image: bytes) -> None:
     multipart = {"content-type": "multipart/form-data"}
     assert_problem(client.post("/predict", content=b"x", headers=multipart), 400, "boundary")
     assert_problem(client.post("/train", content=bytes(2 << 20)), 413, "larger than")
-    assert_problem(client.post("/train", content=iter([bytes(1 << 20)] * 3)), 413, "larger than")
+    streamed = client.post("/train", content=iter([bytes(1 << 20)] * 3))
+    assert_problem(streamed, 413, "larger than")
+    assert streamed.headers["connection"] == "close"
     too_many = [("file", image)] * 33
     assert_problem(client.post("/predict", files=too_many), 400, "Too many files")
 
@@ -183,6 +192,7 @@ def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:
     assert_problem(send(zipped({"sofa/1.png": image})), 422, "'sofa' is not a class")
     assert_problem(send(zipped({"red_disc/1.zip": zipped({"red_disc/1.png": image})})), 415, "red_disc/1.zip")
     assert_problem(send(zipped({"red_disc/1.png": bytes(30_000)})), 413, "red_disc/1.png")
+    assert_problem(send(zipped({f"red_disc/{number}.png": b"" for number in range(101)})), 413, "100 entries")
 
 
 def test_bad_training_requests_are_refused_before_anything_starts(client: TestClient, tmp_path: Path) -> None:
@@ -215,7 +225,7 @@ def test_health_and_readiness(client: TestClient) -> None:
 
 
 def test_without_models_the_service_is_alive_but_not_ready(tmp_path: Path, image: bytes) -> None:
-    with TestClient(create_app(Settings(models=tmp_path / "none", runs=tmp_path / "runs"))) as client:
+    with local(create_app(Settings(models=tmp_path / "none", runs=tmp_path / "runs"))) as client:
         assert client.get("/health/live").status_code == 200
         assert client.get("/health/ready").status_code == 503
         assert client.get("/models").json() == []
@@ -234,6 +244,23 @@ def test_a_damaged_version_never_goes_live(client: TestClient, models: Path, ima
     (models / "resnet" / "live").touch()
     assert client.put("/models/resnet/live", json={"version": 1}).json()["error"] is None
     assert client.post("/predict", files={"file": image}).json()["version"] == 1
+
+
+def test_after_a_restart_with_a_damaged_live_version_the_last_good_one_is_served(
+    client: TestClient, models: Path, tmp_path: Path, image: bytes
+) -> None:
+    store = Store(models)
+    with store.draft("resnet") as draft:
+        (draft / "model.pt").write_bytes((models / "resnet" / "1" / "model.pt").read_bytes())
+        store.publish(draft, store.card("resnet", 1))
+    store.promote("resnet", 2)
+    (models / "resnet" / "2" / "model.pt").write_bytes(b"damaged since")
+    with local(create_app(Settings(models=models, runs=tmp_path / "other"))) as restarted:
+        assert restarted.get("/health/ready").status_code == 200
+        assert "sha256" in restarted.get("/health").json()["errors"]["resnet"]
+        summary = restarted.get("/models").json()[0]
+        assert (summary["live"], summary["versions"]) == (1, [1, 2])
+        assert restarted.post("/predict", files={"file": image}).json()["version"] == 1
 
 
 def test_promotion_and_an_older_version_on_request(client: TestClient, models: Path, image: bytes) -> None:

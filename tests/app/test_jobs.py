@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from fastapi.testclient import TestClient
+from local import local
 
 from app.errors import BadRequest, NotFound, Unavailable
 from app.jobs import JobRequest, Jobs, JobSummary, State
@@ -59,6 +59,26 @@ def test_a_job_keeps_its_recipe_whatever_the_defaults_become(jobs: Jobs, monkeyp
     assert found is not None
     monkeypatch.undo()
     assert found[1] == recipe("resnet", {"epochs": 2})
+
+
+def test_a_job_whose_recipe_this_release_does_not_know_fails(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign, own = jobs.submit(REQUEST), jobs.submit(REQUEST)
+    with sqlite3.connect(jobs.run("jobs.sqlite").path) as database:
+        database.execute("UPDATE jobs SET recipe = json_set(recipe, '$.mixup', 1) WHERE id = ?", (foreign.id,))
+    assert jobs.claim() is None
+    assert jobs.get(foreign.id).state is State.FAILED
+    assert "mixup" in (jobs.get(foreign.id).error or "")
+    assert claimed(jobs).id == own.id
+
+
+def test_only_so_many_clients_follow_events(jobs: Jobs, tmp_path: Path) -> None:
+    with local(create_app(Settings(models=tmp_path, runs=tmp_path, max_event_streams=1))) as client:
+        job = jobs.submit(REQUEST)
+        jobs.cancel(job.id)
+        assert client.get(f"/train/{job.id}/events").text.startswith("event: end")
+        client.app.state.services.jobs.followers = 1  # type: ignore[attr-defined]
+        refused = client.get(f"/train/{job.id}/events")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
 
 
 def test_everything_is_still_known_after_a_restart(jobs: Jobs, publication: Publication, tmp_path: Path) -> None:
@@ -153,7 +173,7 @@ def test_an_unknown_job_is_not_found(jobs: Jobs, call: object) -> None:
 
 def test_without_a_runs_folder_there_is_no_training_but_everything_else(models: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file, not a folder")
-    with TestClient(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
         assert client.get("/health").json()["training"] is None
         assert client.get("/health/ready").status_code == 200
         for answer in (client.post("/train", json={"recipe": "resnet"}), client.get("/train"), client.get("/train/x")):

@@ -16,7 +16,9 @@ TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 1, "learni
 
 
 @contextmanager
-def service(models: Path, runs: Path, log: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
+def service(
+    models: Path, runs: Path, log: Path, **settings: str
+) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
     """A server on a free port, ready to answer."""
     environment = os.environ | {
         "CIFAR100_MODELS": str(models),
@@ -25,6 +27,7 @@ def service(models: Path, runs: Path, log: Path) -> Iterator[tuple[httpx.Client,
         "CIFAR100_STORE_POLL_S": "0.2",
         "OMP_NUM_THREADS": "1",
     }
+    environment |= {f"CIFAR100_{name.upper()}": value for name, value in settings.items()}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "app", "--port", "0"], env=environment, stdout=output, stderr=subprocess.STDOUT

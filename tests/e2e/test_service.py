@@ -96,6 +96,18 @@ def test_no_request_is_lost_while_versions_are_swapped_under_load(tmp_path: Path
     assert {version for _, version in answers} == {1, 2, 3}
 
 
+def test_sigterm_first_tells_load_balancers_and_goes_on_for_a_while(tmp_path: Path, models: Path, image: Path) -> None:
+    log = tmp_path / "log"
+    with service(models, tmp_path / "runs", log, drain_s="1.5") as (client, process):
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: client.get("/health/ready").status_code == 503, 1, log)
+        assert client.get("/health/live").status_code == 200
+        assert client.post("/predict", files={"file": image.read_bytes()}).status_code == 200
+        assert process.wait(30) == 0, log.read_text()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert "POST /predict 200" in [line["message"] for line in lines]
+
+
 def test_sigterm_answers_what_was_accepted_and_stops_the_child(tmp_path: Path, models: Path, dataset: Dataset) -> None:
     log = tmp_path / "log"
     runs = tmp_path / "runs"

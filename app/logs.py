@@ -1,0 +1,94 @@
+"""Logs: one line of JSON per event, each with the id of the request it belongs to; plain text on a terminal.
+
+Lines hold no image content, no query and no key.
+"""
+
+import logging
+import re
+import sys
+import time
+from contextvars import ContextVar
+from typing import Literal
+from uuid import uuid4
+
+from pythonjsonlogger.json import JsonFormatter
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+Style = Literal["auto", "text", "json"]
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PROBES = ("/health/live", "/health/ready", "/metrics")  # asked every few seconds
+_request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+
+def configure(style: Style, level: str) -> None:
+    """Send all logs of the process to stderr.
+
+    Args:
+        style: auto is text on a terminal and JSON elsewhere.
+        level: the lowest that is written.
+    """
+    handler = logging.StreamHandler()
+    if style == "json" or (style == "auto" and not sys.stderr.isatty()):
+        handler.setFormatter(
+            JsonFormatter(
+                "%(levelname)s %(name)s %(message)s %(request_id)s",
+                rename_fields={"levelname": "level", "name": "logger"},
+                timestamp="time",
+            )
+        )
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(_with_request_id)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def _with_request_id(record: logging.LogRecord) -> bool:
+    record.request_id = _request_id.get()
+    return True
+
+
+class RequestLog:
+    """ASGI middleware: gives every request an id, sends it back as X-Request-ID, and logs one line per answer.
+
+    A client's own X-Request-ID is kept if it is short and plain.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SANE_ID.fullmatch(given) else uuid4().hex
+        _request_id.set(request_id)
+        status = 0  # stays so where the client leaves before the answer
+
+        async def identified(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, identified)
+        finally:
+            path = scope.get("raw_path", b"").decode("ascii", "replace")
+            log.log(
+                logging.DEBUG if path in _PROBES else logging.INFO,
+                "%s %s %d",
+                scope["method"],
+                path,
+                status,
+                extra={
+                    "client": scope["client"][0] if scope.get("client") else None,
+                    "milliseconds": round((time.perf_counter() - started) * 1000, 3),
+                },
+            )

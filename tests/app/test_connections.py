@@ -1,0 +1,165 @@
+"""Connections over real sockets: large heads, slow and stalled clients, bodies of all sizes and paces."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from app import limits, protocol
+from app.main import create_app
+from app.protocol import BoundedHttp
+from app.settings import Settings
+
+Address = tuple[str, int]
+
+
+@pytest.fixture
+def address(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
+    """Of a server whose patience is short."""
+    monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(protocol, "_READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(protocol, "_MAX_CONNECTIONS", 5)
+    monkeypatch.setattr(limits, "_GRACE_S", 0.5)
+    settings = Settings(models=models, runs=tmp_path / "runs", max_predict_bytes=300_000, max_pending_bytes=400_000)
+    config = uvicorn.Config(create_app(settings), port=0, http=BoundedHttp, log_config=None, timeout_keep_alive=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()
+    server.should_exit = True
+    thread.join()
+
+
+def connect(address: Address) -> socket.socket:
+    return socket.create_connection(address, timeout=10)
+
+
+def answer(connection: socket.socket) -> bytes:
+    """All that the server sends until it closes the connection."""
+    received = b""
+    try:
+        while data := connection.recv(65536):
+            received += data
+    except ConnectionResetError:
+        pass
+    return received
+
+
+def upload(length: int) -> bytes:
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n"
+    return head.encode()
+
+
+HEALTH = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+def assert_alive(address: Address) -> None:
+    with connect(address) as connection:
+        connection.sendall(HEALTH)
+        assert answer(connection).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("head", [b"", b"GET /health HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\nX-Slow: abc"])
+def test_a_head_that_does_not_end_is_cut_off(address: Address, head: bytes) -> None:
+    with connect(address) as connection:
+        connection.sendall(head)
+        started = time.monotonic()
+        assert answer(connection) == b""
+        assert time.monotonic() - started < 5
+    assert_alive(address)
+
+
+def test_a_second_head_that_does_not_end_is_cut_off(address: Address) -> None:
+    with connect(address) as connection:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\nGET /hea")
+        assert answer(connection).count(b"HTTP/1.1 200") == 1
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /health HTTP/1.1\r\nX-Large: " + b"a" * 400_000,
+        b"GET /health HTTP/1.1\r\nX-Large: " + b"a" * 40_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 20_000 + b"\r\n",
+        b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n\r\n",
+    ],
+)
+def test_a_large_head_is_431(address: Address, head: bytes) -> None:
+    with connect(address) as connection:
+        try:
+            connection.sendall(head)
+        except (BrokenPipeError, ConnectionResetError):
+            return  # refused before all of it was sent
+        received = answer(connection)
+        assert not received or received.startswith(b"HTTP/1.1 431 ")
+    assert_alive(address)
+
+
+def test_what_is_no_http_is_400(address: Address) -> None:
+    with connect(address) as connection:
+        connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        received = answer(connection)
+        assert received.startswith(b"HTTP/1.1 400 ")
+        assert b"application/problem+json" in received
+
+
+def test_a_body_that_does_not_come_is_408(address: Address) -> None:
+    with connect(address) as connection:
+        connection.sendall(upload(1000) + b"abc")
+        received = answer(connection)
+        assert received.startswith(b"HTTP/1.1 408 ")
+        assert b"too slowly" in received
+
+
+def test_a_body_that_comes_steadily_may_take_longer(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_SLOWEST_BYTES_PER_S", 1000)
+    with connect(address) as connection:
+        connection.sendall(upload(3000))
+        for _ in range(6):
+            connection.sendall(bytes(500))
+            time.sleep(0.2)
+        assert connection.recv(100).startswith(b"HTTP/1.1 415 ")
+
+
+def test_bodies_of_all_requests_together_are_bounded(address: Address) -> None:
+    with connect(address) as first, connect(address) as second:
+        first.sendall(upload(250_001) + bytes(250_000))
+        time.sleep(0.2)
+        second.sendall(upload(250_001) + bytes(250_000))
+        received = answer(second)
+        assert received.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after" in received
+    time.sleep(0.2)
+    with connect(address) as connection:  # what they held is free again
+        connection.sendall(upload(250_000) + bytes(250_000))
+        assert connection.recv(100).startswith(b"HTTP/1.1 415 ")
+
+
+def test_a_client_that_does_not_read_is_cut_off(address: Address) -> None:
+    with connect(address) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        try:
+            for _ in range(4000):
+                connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+        except (BrokenPipeError, ConnectionResetError):
+            return
+        except TimeoutError:
+            pytest.fail("the server waits for a client that does not read")
+        assert_alive(address)
+
+
+def test_connections_are_bounded(address: Address) -> None:
+    held = [connect(address) for _ in range(5)]
+    with connect(address) as connection:
+        assert answer(connection).startswith(b"HTTP/1.1 503 ")
+    for connection in held:
+        connection.close()
+    time.sleep(0.2)
+    assert_alive(address)
