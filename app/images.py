@@ -8,16 +8,23 @@ An image of exactly 32x32 is not resampled.
 
 import io
 import struct
+import threading
 import zlib
+from contextlib import nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from app.errors import DamagedImage, TooLarge, UnsupportedImage
 
 SIZE = 32
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# Decoding takes up to 16 bytes per pixel, so large images are decoded one at a time.
+_LARGE_PIXELS = 10_000_000
+_one_large = threading.Lock()
 
 # What Pillow's decoders raise for damaged files. ValueError includes the struct-like errors of its plugins.
 _DECODE_ERRORS = (
@@ -67,14 +74,17 @@ def decode(data: bytes, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
     width, height = image.size
     if width * height > max_pixels:
         raise TooLarge(f"the image has {width}x{height} pixels, the limit is {max_pixels:,}; send a smaller one")
+    # A JPEG that is not progressive is decoded at a fraction of its size.
+    small = width * height <= _LARGE_PIXELS or (isinstance(image, JpegImageFile) and "progressive" not in image.info)
     try:
-        return np.asarray(_square(image), np.uint8).transpose(2, 0, 1).copy()
+        with nullcontext() if small else _one_large:
+            return np.asarray(_square(image), np.uint8).transpose(2, 0, 1).copy()
     except _DECODE_ERRORS as error:
         raise DamagedImage(f"the {image.format} image cannot be decoded: {error}") from error
 
 
 def _square(image: Image.Image) -> Image.Image:
-    if image.format == "JPEG":
+    if isinstance(image, JpegImageFile):  # MPO as well, which is what many phones call their JPEGs with a preview
         # Decodes at the smallest DCT scale that still leaves twice the resolution needed.
         image.draft(None, (2 * SIZE, 2 * SIZE))
     ImageOps.exif_transpose(image, in_place=True)

@@ -153,8 +153,15 @@ def test_a_truncated_image_is_a_problem_and_not_a_crash(format: str) -> None:  #
             decode(data[:length])
 
 
+def test_a_phones_jpeg_with_a_preview_is_decoded_as_a_jpeg() -> None:
+    photo, preview = (Image.fromarray(noise(640, 480, 3)) for _ in range(2))
+    buffer = io.BytesIO()
+    photo.save(buffer, "MPO", save_all=True, append_images=[preview])
+    np.testing.assert_array_equal(decode(buffer.getvalue()), decode(encode(photo, "JPEG")))
+
+
 def test_more_bytes_than_allowed_are_too_large() -> None:
-    with pytest.raises(TooLarge, match="limit is 100"):
+    with pytest.raises(TooLarge, match="more than 100 bytes"):
         decode(bytes(101), max_bytes=100)
 
 
