@@ -25,6 +25,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Decoding takes up to 16 bytes per pixel, so large images are decoded one at a time.
 _LARGE_PIXELS = 10_000_000
 _one_large = threading.Lock()
+# Larger than what glibc ever keeps for a thread's next use: the memory of a large image goes back to the system.
+Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 
 # What Pillow's decoders raise for damaged files. ValueError includes the struct-like errors of its plugins.
 _DECODE_ERRORS = (
@@ -71,16 +73,18 @@ def decode(data: bytes, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
     except _DECODE_ERRORS as error:
         raise DamagedImage(f"the image's header is damaged: {error}") from error
 
-    width, height = image.size
+    (width, height), kind = image.size, image.format
     if width * height > max_pixels:
         raise TooLarge(f"the image has {width}x{height} pixels, the limit is {max_pixels:,}; send a smaller one")
     # A JPEG that is not progressive is decoded at a fraction of its size.
     small = width * height <= _LARGE_PIXELS or (isinstance(image, JpegImageFile) and "progressive" not in image.info)
     try:
         with nullcontext() if small else _one_large:
-            return np.asarray(_square(image), np.uint8).transpose(2, 0, 1).copy()
+            pixels = np.asarray(_square(image), np.uint8)
+            del image  # frees its memory before the next one takes as much
+            return pixels.transpose(2, 0, 1).copy()
     except _DECODE_ERRORS as error:
-        raise DamagedImage(f"the {image.format} image cannot be decoded: {error}") from error
+        raise DamagedImage(f"the {kind} image cannot be decoded: {error}") from error
 
 
 def _square(image: Image.Image) -> Image.Image:
