@@ -1,4 +1,4 @@
-"""No training process outlives its test, even one that failed."""
+"""An image to send; and no training process outlives its test, even one that failed."""
 
 import os
 import signal
@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from server import processes_of
+
+from training.data import Dataset
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +17,10 @@ def no_process_left(tmp_path: Path) -> Iterator[None]:
     yield
     for process in processes_of(tmp_path):
         os.kill(process, signal.SIGKILL)
+
+
+@pytest.fixture
+def image(tmp_path: Path, dataset: Dataset) -> Path:
+    path = tmp_path / "image.png"
+    Image.fromarray(dataset.test.images[0]).save(path)
+    return path

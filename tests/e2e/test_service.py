@@ -2,26 +2,13 @@
 
 import json
 import re
-import signal
 import threading
-import time
 from pathlib import Path
 
 import httpx
-import numpy as np
-import pytest
-from PIL import Image
-from server import TINY, processes_of, service, wait_for
+from server import TINY, service, wait_for
 
-from training.data import Dataset
 from training.store import Store
-
-
-@pytest.fixture
-def image(tmp_path: Path, dataset: Dataset) -> Path:
-    path = tmp_path / "image.png"
-    Image.fromarray(dataset.test.images[0]).save(path)
-    return path
 
 
 def test_predict_evaluate_and_train_until_the_new_version_is_live(tmp_path: Path, models: Path, image: Path) -> None:
@@ -37,8 +24,9 @@ def test_predict_evaluate_and_train_until_the_new_version_is_live(tmp_path: Path
         accepted = client.post("/train", json={"recipe": "resnet", "overrides": TINY, "promote": "always"})
         assert accepted.status_code == 202
         place = accepted.headers["location"]
-        queued = client.post("/train", json={"recipe": "resnet", "overrides": TINY, "promote": "never"}).json()
+        queued = client.post("/train", json={"recipe": "resnet", "overrides": TINY}).json()
         assert queued["state"] == "queued"
+        assert client.delete(f"/train/{queued['id']}").json()["state"] == "cancelled"
 
         events = client.get(f"{place}/events").text  # ends with the job
         kinds = re.findall(r"^event: (\w+)$", events, re.MULTILINE)
@@ -52,9 +40,7 @@ def test_predict_evaluate_and_train_until_the_new_version_is_live(tmp_path: Path
         assert json.loads(events.rpartition("data: ")[2])["id"] == job["id"]
         assert client.post("/predict", files={"file": image.read_bytes()}).json()["version"] == 2
 
-        second = f"/train/{queued['id']}"
-        wait_for(lambda: client.get(second).json()["state"] == "succeeded", 60, log)
-        assert client.get("/models").json()[0] == {"name": "resnet", "live": 2, "versions": [1, 2, 3], "error": None}
+        assert client.get("/models").json()[0] == {"name": "resnet", "live": 2, "versions": [1, 2], "error": None}
         assert [each["id"] for each in client.get("/train").json()] == [queued["id"], job["id"]]
 
 
@@ -94,40 +80,3 @@ def test_no_request_is_lost_while_versions_are_swapped_under_load(tmp_path: Path
             thread.join()
     assert {status for status, _ in answers} == {200}
     assert {version for _, version in answers} == {1, 2, 3}
-
-
-def test_sigterm_first_tells_load_balancers_and_goes_on_for_a_while(tmp_path: Path, models: Path, image: Path) -> None:
-    log = tmp_path / "log"
-    with service(models, tmp_path / "runs", log, drain_s="1.5") as (client, process):
-        process.send_signal(signal.SIGTERM)
-        wait_for(lambda: client.get("/health/ready").status_code == 503, 1, log)
-        assert client.get("/health/live").status_code == 200
-        assert client.post("/predict", files={"file": image.read_bytes()}).status_code == 200
-        assert process.wait(30) == 0, log.read_text()
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert "POST /predict 200" in [line["message"] for line in lines]
-
-
-def test_sigterm_answers_what_was_accepted_and_stops_the_child(tmp_path: Path, models: Path, dataset: Dataset) -> None:
-    log = tmp_path / "log"
-    runs = tmp_path / "runs"
-    with service(models, runs, log) as (client, process):
-        job = client.post("/train", json={"recipe": "resnet", "overrides": {**TINY, "epochs": 500}}).json()
-        wait_for(lambda: client.get(f"/train/{job['id']}").json()["history"], 60, log)
-        big = tmp_path / "big.png"
-        Image.fromarray(np.tile(dataset.test.images[0], (60, 60, 1))).save(big)
-        statuses: list[int] = []
-
-        def request() -> None:
-            with httpx.Client(base_url=client.base_url, timeout=60) as other:
-                files = [("file", big.read_bytes())] * 3
-                statuses.append(other.post("/predict", files=files).status_code)
-
-        thread = threading.Thread(target=request)
-        thread.start()
-        time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        thread.join()
-        assert process.wait(30) == 0, log.read_text()
-        assert statuses == [200]
-        assert not processes_of(runs)

@@ -1,7 +1,9 @@
 """Training jobs outlive what may befall them: crashes of their process and of the server, restarts, several servers."""
 
+import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,13 @@ def checkpointed(client: httpx.Client, job_id: str, runs: Path, log: Path) -> No
     """Wait until a job can be resumed. A checkpoint is saved just after its epoch is recorded."""
     wait_for(lambda: client.get(f"/train/{job_id}").json()["history"], 60, log)
     wait_for((runs / job_id / "checkpoint.pt").exists, 60, log)
+
+
+def answers(client: httpx.Client) -> bool:
+    try:
+        return httpx.get(f"{client.base_url}/health/live").is_success
+    except httpx.ConnectError:
+        return False
 
 
 def assert_trained_once(client: httpx.Client, job_id: str, models: Path, log: Path) -> None:
@@ -111,15 +120,27 @@ def test_a_job_survives_the_death_of_the_server(tmp_path: Path, models: Path) ->
         assert client.get("/train").json()[0]["crashes"] == 0
 
 
-def test_a_job_goes_on_after_the_server_was_stopped(tmp_path: Path, models: Path) -> None:
+def test_a_stopped_server_drains_first_and_its_job_goes_on_at_the_next_start(
+    tmp_path: Path, models: Path, image: Path
+) -> None:
     log, runs = tmp_path / "log", tmp_path / "runs"
-    with service(models, runs, log) as (client, server):
+    with service(models, runs, log, drain_s="1.5") as (client, server):
         job_id = submit(client, SHORT, **{"Idempotency-Key": "one"})
         later = submit(client, LONG)
         checkpointed(client, job_id, runs, log)
         server.terminate()
+        wait_for(lambda: client.get("/health/ready").status_code == 503, 1, log)
+        assert client.get("/health/live").status_code == 200
+        with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as under_way:
+            content = image.read_bytes()
+            head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {}\r\n\r\n"
+            under_way.sendall(head.format(len(content)).encode() + content[:-1])
+            wait_for(lambda: not answers(client), 10, log)  # no new connections are accepted any more
+            under_way.sendall(content[-1:])
+            assert under_way.recv(100).startswith(b"HTTP/1.1 200 ")
         assert server.wait(30) == 0, log.read_text()
         assert not processes_of(runs)
+    assert "POST /predict 200" in [json.loads(line)["message"] for line in log.read_text().splitlines()]
     log = tmp_path / "log2"
     with service(models, runs, log) as (client, _):
         assert submit(client, SHORT, **{"Idempotency-Key": "one"}) == job_id
