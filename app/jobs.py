@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 from app.database import DatabaseError, JobRow, connect
 from app.errors import BadRequest, NotFound, Unavailable
 from app.settings import Settings
-from training.recipes import Recipe, RecipeError, from_dict, recipe
+from training.recipes import RECIPES, Recipe, RecipeError, from_dict, recipe
 from training.run import Publication, Run
 from training.store import Promotion
 
@@ -56,12 +56,19 @@ class State(StrEnum):
 WAITING = (State.QUEUED, State.INTERRUPTED)
 
 
+_FIELDS = {field: schema for field, schema in Recipe.model_json_schema()["properties"].items() if field != "name"}
+
+
 class JobRequest(BaseModel, extra="forbid"):
     """What to train."""
 
-    recipe: str = Field(examples=["resnet"])
-    """Name of a recipe: resnet-seed, resnet, resnet18-seed or resnet18."""
-    overrides: dict[str, Any] = Field(default_factory=dict, examples=[{"epochs": 3}])
+    recipe: str = Field(examples=["resnet"], json_schema_extra={"enum": list(RECIPES)})
+    """Name of a recipe."""
+    overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        examples=[{"epochs": 3}],
+        json_schema_extra={"properties": _FIELDS, "additionalProperties": False},
+    )
     """Fields of the recipe to change."""
     promote: Promotion = "if-better"
     """When the result goes live."""

@@ -43,6 +43,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=_version(),
         lifespan=lifespan,
         responses=errors.RESPONSES,
+        generate_unique_id_function=lambda route: route.name,
         docs_url=None,  # routes.page has them, with a content security policy
         redoc_url=None,
     )

@@ -26,6 +26,7 @@ _BODY: dict[str, Any] = {
         }
     }
 }
+_LINKS = {"evaluation": {"operationId": "evaluation", "parameters": {"evaluation_id": "$response.body#/id"}}}
 
 
 class Recorded(BaseModel):
@@ -50,7 +51,10 @@ async def recorded(services: FromApp) -> list[Recorded]:
     "",
     dependencies=[ForOperators],
     openapi_extra=_BODY,
-    responses={202: {"model": EvaluationJob, "description": "Still running; see Location."}},
+    responses={
+        200: {"links": _LINKS},
+        202: {"model": EvaluationJob, "description": "Still running; see Location.", "links": _LINKS},
+    },
     summary="Measure a live model now",
 )
 async def evaluate(

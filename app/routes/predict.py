@@ -25,7 +25,8 @@ router = APIRouter(tags=["predict"])
 File = tuple[str | None, BinaryIO]
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_BODY: dict[str, Any] = {
+_DESCRIPTION: dict[str, Any] = {
+    "security": [{}],  # or the key, where the service is set up to want one
     "requestBody": {
         "required": True,
         "content": {
@@ -39,7 +40,7 @@ _BODY: dict[str, Any] = {
             "image/*": _BINARY,
             "application/octet-stream": _BINARY,
         },
-    }
+    },
 }
 
 
@@ -71,7 +72,7 @@ class Predictions(BaseModel):
     predictions: list[Prediction]
 
 
-@router.post("/predict", dependencies=[ForPredictors], openapi_extra=_BODY, summary="Classify images")
+@router.post("/predict", dependencies=[ForPredictors], openapi_extra=_DESCRIPTION, summary="Classify images")
 async def predict(
     request: Request,
     services: FromApp,

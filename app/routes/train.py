@@ -15,10 +15,19 @@ from app.services import FromApp
 
 router = APIRouter(prefix="/train", tags=["train"])
 
+_TO_JOB = {"parameters": {"job_id": "$response.body#/id"}}
+_LINKS = {operation: {"operationId": operation, **_TO_JOB} for operation in ("job", "events", "cancel")}
+
 # Routes that are no coroutines run in threads: the database may have to wait for a disk.
 
 
-@router.post("", status_code=HTTPStatus.ACCEPTED, dependencies=[ForOperators], summary="Start training")
+@router.post(
+    "",
+    status_code=HTTPStatus.ACCEPTED,
+    dependencies=[ForOperators],
+    responses={202: {"links": _LINKS}},
+    summary="Start training",
+)
 def submit(
     wanted: JobRequest,
     response: Response,
