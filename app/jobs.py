@@ -140,6 +140,8 @@ class Jobs:
             Unavailable: too many jobs are waiting, or the database cannot be used.
         """
         wanted = self._validated(request)
+        overrides = wanted.model_dump(mode="json", include=set(request.overrides))  # "3" has become 3
+        request = request.model_copy(update={"overrides": overrides})
         now = datetime.now(UTC)
         row = JobRow(
             id=f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:8]}",

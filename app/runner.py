@@ -30,6 +30,7 @@ _TERM_GRACE_S = 3.0
 _LEASE_POLL_S = 2.0
 _OUTPUT = "output.log"
 _INTERRUPTED = 130  # how a training process ends that was told to stop by a signal
+_SECRETS = ("CIFAR100_API_KEYS",)  # which a training process has no use for
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "MemoryError")
 
 
@@ -112,7 +113,8 @@ class Runner:
         """
         run.path.mkdir(parents=True, exist_ok=True)
         threads = str(self._settings.training_threads or max(1, (os.cpu_count() or 1) - 1))
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment = {name: value for name, value in os.environ.items() if name.upper() not in _SECRETS}
+        environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if self._settings.data:
             environment["CIFAR100_DATA"] = self._settings.data
         with (run.path / _OUTPUT).open("ab") as output:

@@ -81,6 +81,13 @@ def test_only_so_many_clients_follow_events(jobs: Jobs, tmp_path: Path) -> None:
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
 
 
+def test_what_was_asked_for_is_kept_as_it_was_understood(jobs: Jobs) -> None:
+    asked = JobRequest(recipe="resnet18", overrides={"epochs": "3", "seed": False, "trainable": "layer4,fc"})
+    understood = {"epochs": 3, "seed": 0, "trainable": ["layer4", "fc"]}
+    assert jobs.submit(asked, "key").request.overrides == understood
+    assert jobs.submit(asked.model_copy(update={"overrides": understood}), "key").id == jobs.newest(1)[0].id
+
+
 def test_everything_is_still_known_after_a_restart(jobs: Jobs, publication: Publication, tmp_path: Path) -> None:
     done, waiting = jobs.submit(REQUEST, "key"), jobs.submit(REQUEST)
     claimed(jobs)

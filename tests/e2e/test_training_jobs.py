@@ -14,6 +14,7 @@ from server import TINY, finished, processes_of, service, wait_for
 from training.store import Store
 
 LONG = {"recipe": "resnet", "overrides": {**TINY, "epochs": 500}}
+KEY = "the-secret-of-this-test"
 SHORT = {"recipe": "resnet", "overrides": {**TINY, "epochs": 8}, "promote": "always"}
 
 
@@ -52,7 +53,9 @@ def assert_trained_once(client: httpx.Client, job_id: str, models: Path, log: Pa
 
 def test_jobs_are_cancelled_with_their_process(tmp_path: Path, models: Path) -> None:
     log, runs = tmp_path / "log", tmp_path / "runs"
-    with service(models, runs, log) as (client, _):
+    with service(models, runs, log, api_keys=KEY) as (client, _):
+        assert client.post("/train", json=LONG).status_code == 401
+        client.headers["Authorization"] = f"Bearer {KEY}"
         first, second, deaf = (submit(client, LONG) for _ in range(3))
         checkpointed(client, first, runs, log)
         assert client.get("/health").json()["training"] == first
@@ -64,6 +67,7 @@ def test_jobs_are_cancelled_with_their_process(tmp_path: Path, models: Path) -> 
 
         checkpointed(client, deaf, runs, log)
         (process,) = processes_of(runs)
+        assert KEY not in Path(f"/proc/{process}/environ").read_text()
         os.kill(process, signal.SIGSTOP)  # a stopped process does not hear SIGTERM
         client.delete(f"/train/{deaf}").raise_for_status()
         wait_for(lambda: not processes_of(runs), 5, log)
