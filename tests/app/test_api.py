@@ -289,7 +289,7 @@ def test_metrics_count_requests(client: TestClient, image: bytes) -> None:
 def test_the_page_and_its_files_are_served(client: TestClient) -> None:
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
-    for file in ("/web/page.js", "/web/style.css"):
+    for file in ("/web/page.js", "/web/style.css", "/web/icon.svg"):
         assert file in page.text
         assert client.get(file).status_code == 200
     assert client.get("/web/../main.py").status_code == 404
