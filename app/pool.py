@@ -135,7 +135,7 @@ class Pool:
     def _load(self, name: str, version: int) -> Model:
         card = self.store.card(name, version)
         folder = self.store.verify(card)
-        engine = engines.load(folder / MODEL, self._settings.device)
+        engine = engines.load(folder / MODEL, self._settings.device, self._settings.runtime)
         return Model(card, Batcher(engine, self._settings.max_batch, self._settings.max_queue))
 
     async def _other(self, name: str, version: int) -> Model:

@@ -8,6 +8,7 @@ from limits import RateLimitItem
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.engines import Device, Runtime
 from app.logs import Style
 
 MIB = 1 << 20
@@ -61,7 +62,9 @@ class Settings(BaseSettings):
     data: str | None = None
     """Folder of cifar100.npz, or "synthetic"; by default ~/.cache/cifar100."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
+    runtime: Runtime = "auto"
+    """What computes: auto is OpenVINO on the CPU and TorchScript on the GPU."""
     default_model: str | None = None
     """What /predict uses when the request names no model; by default the most accurate live one."""
 

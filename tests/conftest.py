@@ -19,10 +19,11 @@ SYNTHETIC = "synthetic:4"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test leaves features of frozen stages in the home folder."""
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test leaves features of frozen stages in the home folder, and services start fast where it does not matter."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CIFAR100_FEATURES", str(tmp_path_factory.mktemp("features")))
+        environment.setenv("CIFAR100_RUNTIME", "torchscript")
         yield
 
 

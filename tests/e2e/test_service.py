@@ -13,7 +13,7 @@ from training.store import Store
 
 def test_predict_evaluate_and_train_until_the_new_version_is_live(tmp_path: Path, models: Path, image: Path) -> None:
     log = tmp_path / "log"
-    with service(models, tmp_path / "runs", log) as (client, _):
+    with service(models, tmp_path / "runs", log, runtime="auto") as (client, _):
         assert client.get("/health/ready").status_code == 200
         answer = client.post("/predict", files={"file": image.read_bytes()}).raise_for_status().json()
         assert (answer["model"], answer["version"]) == ("resnet", 1)

@@ -1,0 +1,65 @@
+"""Every runtime computes what the exported file does, or is refused."""
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from app import engines
+from app.engines import EngineError, OpenVinoEngine
+from training.data import Dataset
+from training.torchscript import load
+
+
+@pytest.fixture
+def model(models: Path) -> Path:
+    return models / "resnet" / "1" / "model.pt"
+
+
+@pytest.mark.parametrize("runtime", ["torchscript", "openvino"])
+def test_probabilities_are_those_of_the_exported_file(model: Path, dataset: Dataset, runtime: engines.Runtime) -> None:
+    engine = engines.load(model, "cpu", runtime)
+    assert engine.name.startswith(runtime)
+    for size in (1, 3, 16, 64, 2):  # sizes it has seen and others
+        images = np.ascontiguousarray(dataset.test.images[:size].transpose(0, 3, 1, 2))
+        with torch.inference_mode():
+            expected = load(model)(torch.from_numpy(images)).softmax(1).numpy()
+        logits = engine(images)
+        assert (logits.shape, logits.dtype) == ((size, 100), np.float32)
+        np.testing.assert_allclose(torch.from_numpy(logits).softmax(1), expected, atol=engine.tolerance)
+
+
+@pytest.mark.parametrize("runtime", ["torchscript", "openvino"])
+def test_an_answer_is_not_overwritten_by_the_next_one(model: Path, runtime: engines.Runtime) -> None:
+    engine = engines.load(model, "cpu", runtime)
+    first = engine(np.zeros((2, 3, 32, 32), np.uint8))
+    kept = first.copy()
+    engine(np.full((2, 3, 32, 32), 255, np.uint8))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_a_runtime_that_computes_something_else_is_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = OpenVinoEngine.__call__
+
+    def wrong(engine: OpenVinoEngine, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return right(engine, images) * np.float32(1.1)
+
+    monkeypatch.setattr(OpenVinoEngine, "__call__", wrong)
+    with caplog.at_level(logging.WARNING):
+        assert engines.load(model, "cpu", "auto").name == "torchscript-cpu"
+    assert "probabilities differ from float32" in caplog.text
+    with pytest.raises(EngineError, match="probabilities differ"):
+        engines.load(model, "cpu", "openvino")
+
+
+def test_without_openvino_torchscript_serves(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert engines.load(model, "cpu", "auto").name == "torchscript-cpu"
+    with pytest.raises(EngineError, match="OpenVINO cannot serve"):
+        engines.load(model, "cpu", "openvino")
