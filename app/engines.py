@@ -20,9 +20,8 @@ log = logging.getLogger(__name__)
 Device = Literal["auto", "cpu", "cuda"]
 Runtime = Literal["auto", "openvino", "torchscript"]
 
-# Runtimes prepare themselves for each size of batch, TorchScript in the course of its first calls.
+# OpenVINO prepares itself for each size of batch, TorchScript in the course of its first calls.
 _WARMUP_SIZES = (1, 2, 4, 8, 16)
-_WARMUP_CALLS = 3
 
 # Probabilities may differ by this much from those in float32.
 _ROUNDING = 1e-4
@@ -113,8 +112,7 @@ def _ready(make: Callable[[], Engine], model: Path) -> Engine:
     engine = make()
     for size in _WARMUP_SIZES:
         images = torchscript.example_images(size).numpy()
-        for _ in range(_WARMUP_CALLS):
-            logits = engine(images)
+        logits = engine(images)
     expected = TorchScriptEngine(model, torch.device("cpu"))(images)
     difference = np.abs(_probabilities(logits) - _probabilities(expected)).max().item()
     if not difference <= engine.tolerance:
