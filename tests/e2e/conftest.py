@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from server import processes_of
+from service import processes_of
 
 from training.data import Dataset
 

@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 
 import httpx
-from server import TINY, service, wait_for
+from server import wait_for
+from service import TINY, service
 
 from training.store import Store
 

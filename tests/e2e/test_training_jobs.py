@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from server import TINY, finished, processes_of, service, wait_for
+from server import wait_for
+from service import TINY, finished, processes_of, service
 
 from training.store import Store
 

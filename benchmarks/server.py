@@ -1,0 +1,96 @@
+"""The service as a real process: started, found on its free port, killed or stopped, and never left behind.
+
+In: a model store and a runs folder.  Out: a `Server` with its address, log and process.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx
+
+DATA = "synthetic:4"
+READY_S = 60.0
+STOP_S = 30.0
+
+Value = TypeVar("Value")
+
+
+class Server:
+    """A server process, started at once. As a context it is ready within and killed afterwards.
+
+    Args:
+        models: the model store.
+        runs: where training jobs live.
+        log: gets what the process writes, after what is there already.
+        settings: CIFAR100_... variables by their names in `app.settings`; others are those of small machines.
+        wrapper: a command that starts the server's command, such as one that shifts its clock.
+    """
+
+    def __init__(self, models: Path, runs: Path, log: Path, wrapper: tuple[str, ...] = (), **settings: str):
+        chosen = {"models": str(models), "runs": str(runs), "data": DATA, "store_poll_s": "0.2"}
+        chosen |= {"operator_rate_limit": "", "training_threads": "1"} | settings
+        environment = os.environ | {f"CIFAR100_{name.upper()}": value for name, value in chosen.items()}
+        self.log = log
+        self._heard = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*wrapper, sys.executable, "-m", "app", "--port", "0"],
+                env=environment | {"OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def __enter__(self) -> Self:
+        try:
+            wait_for(lambda: self.address, READY_S, self.log)
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.kill()
+
+    @property
+    def address(self) -> str | None:
+        """Its URL, once it takes requests."""
+        with self.log.open("rb") as log:
+            log.seek(self._heard)
+            found = re.search(rb"running on (http://[\d.:]+)", log.read())
+        return found[1].decode() if found else None
+
+    def client(self, timeout_s: float = 60.0) -> httpx.Client:
+        """Talks to a server that takes requests."""
+        return httpx.Client(base_url=self.address or "", timeout=timeout_s)
+
+    def kill(self) -> None:
+        """As kill -9 does."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """As a supervisor does; the exit status."""
+        self.process.terminate()
+        return self.process.wait(STOP_S)
+
+
+def wait_for(condition: Callable[[], Value], timeout_s: float, log: Path | None = None) -> Value:
+    """The first true value of a condition.
+
+    Raises:
+        TimeoutError: there was none in time; with the end of the log.
+    """
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    said = f"; the log ends with:\n{log.read_text()[-3000:]}" if log else ""
+    raise TimeoutError(f"nothing happened within {timeout_s:.0f} s{said}")

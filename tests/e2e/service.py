@@ -1,0 +1,32 @@
+"""A real server for a test, started as the benchmarks start theirs, and the training processes it leaves behind."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from processes import working_in
+from server import Server
+
+TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 1, "learning_rate": 0.05}
+
+
+@contextmanager
+def service(
+    models: Path, runs: Path, log: Path, **settings: str
+) -> Iterator[tuple[httpx.Client, "subprocess.Popen[bytes]"]]:
+    """A server on a free port, ready to answer, and its process."""
+    with Server(models, runs, log, **settings) as server, server.client() as client:
+        yield client, server.process
+
+
+def finished(client: httpx.Client, job_id: str) -> dict[str, Any] | None:
+    job: dict[str, Any] = client.get(f"/train/{job_id}").json()
+    return job if job["finished"] else None
+
+
+def processes_of(runs: Path) -> list[int]:
+    """Training processes that work below a folder."""
+    return working_in(runs, "training train")
