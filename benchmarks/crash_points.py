@@ -1,0 +1,269 @@
+"""No accepted training job is lost, doubled or damaged wherever the service and its training processes are killed.
+
+One server, one store, one runs folder. A client submits tiny jobs on the synthetic data set (each with a seed of its
+own), cancels some and promotes versions, while the server, the training process or both are killed with SIGKILL at
+random moments, often before the server is ready. After every kill the store and the job database are checked from
+outside. Then the server is left in peace until the queue is empty, and every job must have one end and, if it
+succeeded, every epoch once and exactly one version.
+
+    python benchmarks/crash_points.py [--kills 200] [--seed 0]
+"""
+
+import argparse
+import json
+import os
+import signal
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import tiny_models
+from processes import working_in
+from results import Check, conclude
+from server import Server, wait_for
+from tiny_models import NAME, TINY
+
+from app.jobs import DATABASE, State
+from training import torchscript
+from training.run import Run
+from training.store import MODEL, Store, StoreError
+
+EPOCHS = 3
+MOST_WAITING = 3  # so that the queue is soon empty at the end
+SCARCELY_STARTED_S = 2.0
+MEAN_DELAY_S = 3.0
+DRAIN_S = 600.0
+VICTIMS = ("server", "server", "training", "both")
+FINISHED = [state for state in State if state.finished]
+
+
+class Client(threading.Thread):
+    """Submits, cancels and promotes, whatever becomes of its connections.
+
+    Args:
+        store: whose versions are promoted.
+    """
+
+    def __init__(self, store: Store, seed: int):
+        super().__init__(daemon=True)
+        self.server: Server | None = None
+        self.accepted: dict[str, str] = {}
+        """Ids of the jobs that were answered with 202, by idempotency key."""
+        self.cancelled: set[str] = set()
+        """Jobs whose cancellation was asked for, answered or not."""
+        self.promotions = 0
+        self.unexpected: Counter[str] = Counter()
+        """Answers that should not have been given."""
+        self.over = threading.Event()
+        self._store = store
+        self._random = np.random.default_rng(seed)
+        self._next = 1
+
+    def run(self) -> None:
+        while not self.over.wait(0.2):
+            if self.server and self.server.address:
+                try:
+                    with self.server.client(10) as http:
+                        self._turn(http)
+                except httpx.TransportError:
+                    continue  # killed
+
+    def _turn(self, http: httpx.Client) -> None:
+        jobs = self._answer(http.get("/train", params={"limit": 1000}), 200) or []
+        if sum(job["state"] in (State.QUEUED, State.INTERRUPTED) for job in jobs) < MOST_WAITING:
+            # The seed tells the jobs' versions apart; the key makes a second try safe.
+            wanted = {"recipe": NAME, "overrides": TINY | {"epochs": EPOCHS, "seed": self._next}, "promote": "always"}
+            key = f"job {self._next}"
+            if job := self._answer(http.post("/train", json=wanted, headers={"Idempotency-Key": key}), 202):
+                self.accepted[key] = job["id"]
+                self._next += 1
+        unfinished = [job["id"] for job in jobs if not job["finished"]]
+        if unfinished and self._random.random() < 0.005:
+            chosen = str(self._random.choice(unfinished))
+            self.cancelled.add(chosen)
+            self._answer(http.delete(f"/train/{chosen}"), 200)
+        if self._random.random() < 0.3:
+            version = int(self._random.choice(self._store.versions(NAME)))
+            self.promotions += bool(self._answer(http.put(f"/models/{NAME}/live", json={"version": version}), 200))
+
+    def _answer(self, response: httpx.Response, expected: int) -> Any:
+        if response.status_code == expected:
+            return response.json()
+        self.unexpected[f"{response.request.method} {response.status_code} {response.text[:200]}"] += 1
+        return None
+
+
+def main(kills: int, seed: int) -> int:
+    random = np.random.default_rng(seed)
+    faults: list[str] = []
+    moments: Counter[str] = Counter()
+    killed: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="crash-points-") as name:
+        folder = Path(name)
+        runs, log = folder / "runs", folder / "log"
+        store = tiny_models.store(folder)
+        client = Client(store, seed)
+        client.start()
+        started = time.monotonic()
+        server = Server(store.root, runs, log)
+        done = 0
+        while done < kills:
+            if server.process.poll() is not None:
+                server = Server(store.root, runs, log)
+            client.server = server
+            early = random.random() < 0.25
+            time.sleep(random.uniform(0, SCARCELY_STARTED_S) if early else random.exponential(MEAN_DELAY_S))
+            training = working_in(runs, "-m training train")
+            victim = str(random.choice(VICTIMS)) if training else "server"
+            moments[f"{victim}, {_moment(runs, training)}"] += 1
+            for process in training if victim != "server" else []:
+                killed[_job_of(process)] += 1
+                os.kill(process, signal.SIGKILL)
+                done += 1
+            if victim != "training":
+                server.kill()
+                done += 1
+            faults += [f"kill {done}: {fault}" for fault in _faults(store, runs, training)]
+        seconds = time.monotonic() - started
+
+        client.over.set()
+        client.join()
+        if server.process.poll() is not None:
+            server = Server(store.root, runs, log)
+        wait_for(lambda: not _unfinished(runs), DRAIN_S, log)
+        if (status := server.stop()) != 0:
+            faults.append(f"the server ended with {status}")
+        if left := working_in(folder):
+            faults.append(f"processes are left: {left}")
+        faults += _faults(store, runs, [])
+        rows = _rows(runs)
+        faults += _lost_or_doubled(client, rows, runs, store, killed)
+        faults += [f"{count} x {answer}" for answer, count in client.unexpected.items()]
+        versions = len(store.versions(NAME))
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    states = Counter(row["state"] for row in rows)
+    return conclude(
+        "crash_points",
+        f"{done} kills (seed {seed}) in {seconds / 60:.0f} minutes, then left in peace.",
+        [
+            *(Check(f"killed: {moment}", f"{count}") for moment, count in sorted(moments.items())),
+            Check("jobs accepted", f"{len(client.accepted)}"),
+            *(Check(f"jobs {state}", f"{count}") for state, count in sorted(states.items())),
+            Check("jobs resumed after a crash", f"{sum(row['crashes'] for row in rows)}"),
+            Check("versions published", f"{versions}"),
+            Check("promotions by the client", f"{client.promotions}"),
+            Check("faults: lost, doubled, damaged, left over", f"{len(faults)}", "0", not faults),
+        ],
+    )
+
+
+def _moment(runs: Path, training: list[int]) -> str:
+    """What the training is doing."""
+    if not training:
+        return "no training process"
+    run = Run(runs / _job_of(training[0]))
+    if run.publication_file.exists():
+        return "drawing"
+    if run.announcement_file.exists():
+        return "publishing"
+    if not run.recipe_file.exists():
+        return "starting"
+    return f"training or exporting, epoch {len(run.epochs())} done" if run.checkpoint_file.exists() else "first epoch"
+
+
+def _job_of(process: int) -> str:
+    """Id of the job that a training process works on; empty if it has ended."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+        return Path(command[command.index("--run") + 1]).name
+    except (OSError, ValueError):
+        return ""
+
+
+def _faults(store: Store, runs: Path, training: list[int]) -> list[str]:
+    """What is wrong with the store, the database and the processes just now."""
+    faults = []
+    if len(training) > 1:
+        faults.append(f"{len(training)} training processes at once: {[_job_of(process) for process in training]}")
+    try:
+        if (live := store.live(NAME)) not in store.versions(NAME) or live is None:
+            return [*faults, f"version {live} is live, there are {store.versions(NAME)}"]
+        for version in store.versions(NAME):
+            store.verify(store.card(NAME, version))
+        torchscript.load(store.folder(NAME, live) / MODEL)(torchscript.example_images(1))
+    except (StoreError, RuntimeError, OSError) as error:
+        faults.append(f"the store: {error}")
+    try:
+        _rows(runs)
+    except (sqlite3.Error, ValueError) as error:
+        faults.append(f"the job database: {error}")
+    return faults
+
+
+def _rows(runs: Path) -> list[dict[str, Any]]:
+    """All jobs; raises ValueError if the database is damaged."""
+    if not (runs / DATABASE).exists():
+        return []
+    with closing(sqlite3.connect(runs / DATABASE, timeout=10)) as database:
+        database.row_factory = sqlite3.Row
+        (verdict,) = database.execute("PRAGMA integrity_check").fetchone()
+        if verdict != "ok":
+            raise ValueError(verdict)
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone():
+            return []
+        return [dict(row) for row in database.execute("SELECT * FROM jobs ORDER BY sequence")]
+
+
+def _unfinished(runs: Path) -> list[str]:
+    return [row["id"] for row in _rows(runs) if row["state"] not in FINISHED]
+
+
+def _lost_or_doubled(
+    client: Client, rows: list[dict[str, Any]], runs: Path, store: Store, killed: Counter[str]
+) -> list[str]:
+    """What is wrong with the jobs after all have ended."""
+    faults = []
+    by_id = {row["id"]: row for row in rows}
+    for key, job in client.accepted.items():
+        if job not in by_id or by_id[job]["idempotency_key"] != key:
+            faults.append(f"{key} was accepted as {job} and is lost")
+    versions: dict[int, list[int]] = {}
+    for version in store.versions(NAME)[1:]:  # the first one was there before
+        versions.setdefault(store.card(NAME, version).seed, []).append(version)
+    for row in rows:
+        name, mine = row["id"], versions.pop(json.loads(row["recipe"])["seed"], [])
+        run = Run(runs / name)
+        if len(mine) > 1:
+            faults.append(f"{name} has published {mine}")
+        if row["crashes"] > min(1, killed[name]):
+            faults.append(f"{name} has {row['crashes']} crashes, its process was killed {killed[name]} times")
+        if row["state"] == State.SUCCEEDED:
+            epochs = [epoch["epoch"] for epoch in run.epochs()]
+            if epochs != list(range(1, EPOCHS + 1)):
+                faults.append(f"{name} has trained the epochs {epochs}")
+            if [json.loads(row["published"])["version"]] != mine:
+                faults.append(f"{name} says {row['published']}, the store has {mine}")
+        elif row["state"] == State.FAILED:
+            if killed[name] < 2 or row["crashes"] != 1 or "again after it was resumed" not in row["error"]:
+                faults.append(f"{name} failed after {killed[name]} kills: {row['error']}")
+        elif name not in client.cancelled:
+            faults.append(f"{name} is {row['state']}, which nobody asked for")
+    faults += [f"versions {numbers} belong to no job" for numbers in versions.values()]
+    return faults
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    sys.exit(main(given.kills, given.seed))

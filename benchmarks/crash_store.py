@@ -1,0 +1,147 @@
+"""The model store stays readable, whole and consistent wherever its writers are killed.
+
+Two processes publish, promote and prune versions of one model as fast as they can, and are killed with SIGKILL at
+random moments within a tenth of a second. After every two kills the store is checked from outside: every version is
+what it was when it was first seen and agrees with its card, the live one exists, no number is given twice, and nobody
+holds the lock. What a power failure does to unwritten pages is not tested.
+
+    python benchmarks/crash_store.py [--kills 2000] [--seed 0]
+"""
+
+import argparse
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from results import Check, conclude
+
+from training.store import LIVE, MODEL, Evaluation, ModelCard, Store, StoreError, sha256
+
+NAME = "resnet"
+WRITERS = 2
+KEPT = 4
+LONGEST_S = 0.1  # several rounds of a writer
+BYTES = 100_000
+
+
+def main(kills: int, seed: int) -> int:
+    random = np.random.default_rng(seed)
+    context = multiprocessing.get_context("fork")
+    faults: list[str] = []
+    cut_short: Counter[str] = Counter()
+    seen: dict[int, str] = {}
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        _publish(store, np.random.default_rng(seed))
+        for round_ in range(kills // WRITERS):
+            writers = [context.Process(target=_write_forever, args=(store, (seed, round_, i))) for i in range(WRITERS)]
+            for writer in writers:
+                writer.start()
+            for writer in writers:
+                time.sleep(random.uniform(0, LONGEST_S))
+                writer.kill()
+            for writer in writers:
+                writer.join()
+                if writer.exitcode != -9:
+                    faults.append(f"round {round_}: a writer ended by itself with {writer.exitcode}")
+            faults += [f"round {round_}: {fault}" for fault in _faults(store, seen)]
+            cut_short += _cleared(store.root / NAME)
+        store.promote(NAME, store.versions(NAME)[-1])  # waits for ever if a killed writer held the lock
+        newest = max(seen)
+    for fault in faults[:20]:
+        print(fault, file=sys.stderr)
+    seconds = time.monotonic() - started
+    return conclude(
+        "crash_store",
+        f"{WRITERS * (kills // WRITERS):,} kills of {WRITERS} writers (seed {seed}) in {seconds:.0f} s.",
+        [
+            Check("versions published", f"{newest:,}"),
+            Check("kills within a publication or a removal", f"{cut_short['draft']:,}"),
+            Check("kills within a promotion", f"{cut_short['live']:,}"),
+            Check("stores found damaged", f"{len(faults)}", "0", not faults),
+        ],
+    )
+
+
+def _write_forever(store: Store, seed: tuple[int, ...]) -> None:
+    random = np.random.default_rng(seed)
+    while True:
+        with suppress(StoreError):  # the other writer may have removed the version
+            card = _publish(store, random)
+            store.promote(NAME, int(random.choice([card.version, *store.versions(NAME)])))
+            store.prune(NAME, KEPT)
+
+
+def _publish(store: Store, random: np.random.Generator) -> ModelCard:
+    measures = Evaluation(images=1, top1=1, top5=1, loss=0, ece=0, per_class=[1])
+    card = ModelCard(
+        name=NAME,
+        version=0,
+        created=datetime.now(UTC),
+        recipe={},
+        classes=["one"],
+        superclasses=["all"],
+        parameters=0,
+        seed=0,
+        data="none",
+        temperature=1,
+        test=measures,
+        test_ece_uncalibrated=0,
+        curve=[],
+        training_seconds=0,
+        device="none",
+        libraries={},
+        commit=None,
+        files={},
+    )
+    with store.draft(NAME) as draft:
+        (draft / MODEL).write_bytes(random.bytes(BYTES))
+        card = store.publish(draft, card)
+    store.promote_if(card, "if-better")
+    return card
+
+
+def _faults(store: Store, seen: dict[int, str]) -> list[str]:
+    """What is wrong with a store that nobody writes; `seen` are the checksums of all versions so far."""
+    faults = []
+    try:
+        versions, live = store.versions(NAME), store.live(NAME)
+        if live not in versions:
+            faults.append(f"version {live} is live, there are {versions}")
+        if seen and versions[-1] < max(seen):
+            faults.append(f"version {max(seen)} is gone, the newest is {versions[-1]}")
+        for version in versions:
+            checksum = sha256(store.verify(store.card(NAME, version)) / MODEL)
+            if seen.setdefault(version, checksum) != checksum:
+                faults.append(f"version {version} has changed")
+    except (StoreError, OSError) as error:
+        faults.append(f"{type(error).__name__}: {error}")
+    return faults
+
+
+def _cleared(model: Path) -> Counter[str]:
+    """Remove what killed writers have left, which tells where they were."""
+    found: Counter[str] = Counter()
+    for path in model.glob(".draft-*"):
+        found["draft"] += 1
+        shutil.rmtree(path)
+    for path in model.glob(f".{LIVE}-*"):
+        found["live"] += 1
+        path.unlink()
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    sys.exit(main(given.kills, given.seed))

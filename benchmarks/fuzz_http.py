@@ -1,0 +1,194 @@
+"""The service answers every broken request with a clear problem, and goes on.
+
+A real server gets damaged images (see mutations.py) as raw bodies, as one or several files of a form, in forms that are
+damaged themselves, with wrong content types, and in whole and damaged zips for POST /evaluate. No answer may be a 5xx
+other than 503 with Retry-After; every error must be a problem+json with status, title and detail; the server must stay
+alive, ready and within its memory.
+
+    python benchmarks/fuzz_http.py [--inputs 10000] [--seed 0]
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import tiny_models
+from mutations import damaged, damaged_bytes, samples
+from processes import memory_mib, open_files
+from results import Check, conclude
+from server import Server
+
+CLIENTS = 8
+MOST_FILES = 5
+GROWTH_MIB = 1024  # one image of 50 million pixels takes up to 16 bytes for each while it is decoded
+KEPT_MIB = 256
+CONTENT_TYPES = (
+    "",
+    "text/plain",
+    "application/json",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data",
+    "multipart/form-data; boundary=",
+    "multipart/form-data; boundary=\xff\"';",
+    "multipart/mixed; boundary=x",
+    "image/",
+    "image/png; charset=\x80",
+    "IMAGE/JPEG",
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One request's path, body and content type."""
+
+    path: str
+    body: bytes
+    content_type: str
+
+
+Random = np.random.Generator
+Images = Callable[[], bytes]
+
+
+def raw(image: Images, _: Random) -> Input:
+    return Input("/predict", image(), "image/jpeg")
+
+
+def form(image: Images, _: Random) -> Input:
+    return _form("/predict", [("photo.jpg", image())])
+
+
+def form_of_several(image: Images, random: Random) -> Input:
+    return _form("/predict", [(f"{number}.jpg", image()) for number in range(random.integers(2, MOST_FILES + 1))])
+
+
+def damaged_form(image: Images, random: Random) -> Input:
+    whole = _form("/predict", [("photo.jpg", image())])
+    return Input(whole.path, damaged_bytes(whole.body, whole.body, random), whole.content_type)
+
+
+def wrong_content_type(image: Images, random: Random) -> Input:
+    return Input(str(random.choice(["/predict", "/evaluate?limit=5"])), image(), str(random.choice(CONTENT_TYPES)))
+
+
+def archive(image: Images, random: Random) -> Input:
+    return _form("/evaluate", [("photos.zip", _zip(image, random))])
+
+
+def damaged_archive(image: Images, random: Random) -> Input:
+    whole = _zip(image, random)
+    return _form("/evaluate", [("photos.zip", damaged_bytes(whole, whole, random))])
+
+
+KINDS = (raw, raw, form, form_of_several, damaged_form, wrong_content_type, archive, damaged_archive)
+
+
+def make(files: dict[str, bytes], seed: int, number: int) -> tuple[str, Input]:
+    """The kind of input `number`, and the input."""
+    random = np.random.default_rng((seed, number))
+    kind = KINDS[number % len(KINDS)]
+
+    def image() -> bytes:
+        if random.random() < 0.3:  # whole ones among the others
+            return files[str(random.choice(sorted(files)))]
+        return damaged(files, seed, int(random.integers(1 << 40)))[1]
+
+    return kind.__name__, kind(image, random)
+
+
+def fault(response: httpx.Response) -> str | None:
+    """What is wrong with an answer."""
+    if response.is_success:
+        return None
+    if response.status_code >= 500 and not (response.status_code == 503 and "Retry-After" in response.headers):
+        return f"{response.status_code}: {response.text[:200]}"
+    if response.headers.get("content-type") != "application/problem+json":
+        return f"{response.status_code} as {response.headers.get('content-type')}: {response.text[:200]}"
+    problem = response.json()
+    if problem.get("status") != response.status_code or not problem.get("title") or not problem.get("detail"):
+        return f"{response.status_code} with {problem}"
+    return None
+
+
+def main(inputs: int, seed: int) -> int:
+    files = samples()
+    answers: dict[str, Counter[int]] = {kind.__name__: Counter() for kind in KINDS}
+    faults: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="fuzz-http-") as name:
+        folder = Path(name)
+        store = tiny_models.store(folder)
+        with Server(store.root, folder / "runs", folder / "log") as server, server.client() as http:
+
+            def send(number: int) -> None:
+                kind, made = make(files, seed, number)
+                headers = {"Content-Type": made.content_type.encode("latin-1")} if made.content_type else {}
+                try:
+                    response = http.post(made.path, content=made.body, headers=headers)
+                except httpx.HTTPError as error:
+                    faults.append(f"input {number} ({kind}): {type(error).__name__}: {error}")
+                    return
+                answers[kind][response.status_code] += 1
+                if wrong := fault(response):
+                    faults.append(f"input {number} ({kind}): {wrong}")
+
+            process = server.process.pid
+            with ThreadPoolExecutor(CLIENTS) as clients:
+                list(clients.map(send, range(len(KINDS) * 20)))  # what is loaded once counts as the start
+                before, files_before = memory_mib(process), open_files(process)
+                started = time.monotonic()
+                list(clients.map(send, range(len(KINDS) * 20, inputs)))
+                seconds = time.monotonic() - started
+            kept, peak = memory_mib(process) - before, memory_mib(process, "VmHWM") - before
+            files_after = open_files(process)
+            well = server.process.poll() is None and http.get("/health/ready").status_code == 200
+            traces = (folder / "log").read_text().count("Traceback")
+    for each in faults[:20]:
+        print(each, file=sys.stderr)
+    return conclude(
+        "fuzz_http",
+        f"{inputs:,} requests (seed {seed}) by {CLIENTS} clients, {inputs / seconds:.0f} a second.",
+        [
+            *(
+                Check(kind, ", ".join(f"{count:,} x {status}" for status, count in sorted(counts.items())))
+                for kind, counts in answers.items()
+            ),
+            Check("answers other than a result or a clear problem", f"{len(faults)}", "0", not faults),
+            Check("errors with a traceback in the log", f"{traces}", "0", traces == 0),
+            Check("alive and ready at the end", "yes" if well else "no", "yes", well),
+            Check("memory at most, above the start", f"{peak:.0f} MiB", f"< {GROWTH_MIB} MiB", peak < GROWTH_MIB),
+            Check("memory at the end, above the start", f"{kept:.0f} MiB", f"< {KEPT_MIB} MiB", kept < KEPT_MIB),
+            Check("open files, start and end", f"{files_before}, {files_after}"),
+        ],
+    )
+
+
+def _form(path: str, files: list[tuple[str, bytes]]) -> Input:
+    request = httpx.Request("POST", "http://any", files=[("file", file) for file in files])
+    return Input(path, request.read(), request.headers["content-type"])
+
+
+def _zip(image: Images, random: Random) -> bytes:
+    folders = ("apple", "aquarium fish", "__MACOSX", "", "no class")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if random.random() < 0.5 else zipfile.ZIP_STORED) as made:
+        for number in range(random.integers(4)):
+            made.writestr(f"{random.choice(folders, p=(0.5, 0.35, 0.05, 0.05, 0.05))}/{number}.png", image())
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    sys.exit(main(given.inputs, given.seed))

@@ -1,0 +1,177 @@
+"""No request fails and none is answered by the wrong version while versions are promoted.
+
+32 connections post images without pause to one server. Meanwhile versions are promoted, half of them by
+`PUT /models/resnet/live`, half by another process through `training.store.Store.promote`. Every answer must name a
+version that was live at some time between the request's start and its end, and carry that version's probabilities, as
+this process computes them from the version's file.
+
+    python benchmarks/hot_swap.py [--promotions 100]
+"""
+
+import argparse
+import asyncio
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tiny_models
+import torch
+from mutations import samples
+from results import Check, conclude
+from server import Server
+from tiny_models import NAME
+
+from app.images import decode
+from app.routes.predict import top_classes
+from app.settings import Settings
+from training import torchscript
+from training.store import MODEL, Store
+
+CONNECTIONS = 32
+VERSIONS = 3
+TOP_K = 100
+TOLERANCE = 1e-3  # of probabilities; engines round, and batches of other sizes round otherwise
+PICTURES = ("jpeg baseline", "png rgb 32x32", "webp lossy", "gif", "tiff")
+PROMOTE = "import sys; from pathlib import Path; from training.store import Store; "
+PROMOTE += "Store(Path(sys.argv[1])).promote(sys.argv[2], int(sys.argv[3]))"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request: when it was sent and answered, by the same clock, and what came."""
+
+    picture: str
+    sent: float
+    received: float
+    status: int
+    body: Any
+
+
+@dataclass(frozen=True)
+class Reign:
+    """When a version may have been live: from the call that promotes it to the end of the call that promotes another.
+
+    Where another process promotes, the call ends when the service says which version is live.
+    """
+
+    version: int
+    start: float
+    stop: float
+
+
+async def serve_and_promote(url: str, store: Store, promotions: int) -> tuple[list[Answer], list[Reign], list[float]]:
+    """All answers, when which version was live, and the seconds every promotion took."""
+    answers: list[Answer] = []
+    over = asyncio.Event()
+    pictures = {name: samples()[name] for name in PICTURES}
+
+    async def post_without_pause(number: int) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+            while not over.is_set():
+                name = PICTURES[(number + len(answers)) % len(PICTURES)]
+                sent = time.monotonic()
+                response = await http.post("/predict", params={"top_k": TOP_K}, files={"file": pictures[name]})
+                answers.append(Answer(name, sent, time.monotonic(), response.status_code, response.json()))
+
+    reigns, seconds = [], []
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http, asyncio.TaskGroup() as clients:
+        for number in range(CONNECTIONS):
+            clients.create_task(post_without_pause(number))
+        version, since = VERSIONS, time.monotonic()
+        for number in range(promotions):
+            following = version % VERSIONS + 1
+            asked = time.monotonic()
+            if number % 2:
+                command = [sys.executable, "-c", PROMOTE, str(store.root), NAME, str(following)]
+                await asyncio.to_thread(subprocess.run, command, check=True)
+            else:
+                (await http.put(f"/models/{NAME}/live", json={"version": following})).raise_for_status()
+            while number % 2 and (await http.get(f"/models/{NAME}")).json()["live"] != following:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            seen = time.monotonic()
+            reigns.append(Reign(version, since, seen))
+            seconds.append(seen - asked)
+            version, since = following, asked
+        await asyncio.sleep(0.5)
+        over.set()
+    return answers, [*reigns, Reign(version, since, time.monotonic())], seconds
+
+
+def expected(store: Store) -> dict[tuple[int, str], dict[int, float]]:
+    """Probabilities by class id, of every version and picture."""
+    settings, files, found = Settings(), samples(), {}
+    for version in store.versions(NAME):
+        card = store.card(NAME, version)
+        module = torchscript.load(store.folder(NAME, version) / MODEL)
+        for name in PICTURES:
+            pixels = decode(files[name], settings.max_image_bytes, settings.max_image_pixels)
+            (logits,) = module(torch.from_numpy(pixels[None])).detach().numpy()
+            classes = top_classes(logits, card, TOP_K)
+            found[version, name] = {each.class_id: each.probability for each in classes}
+    return found
+
+
+def difference(one: dict[int, float], other: dict[int, float]) -> float:
+    """The largest between two sets of probabilities; infinite if their classes differ."""
+    return max(abs(one[key] - other[key]) for key in one) if one.keys() == other.keys() else float("inf")
+
+
+def main(promotions: int) -> int:
+    with tempfile.TemporaryDirectory(prefix="hot-swap-") as name:
+        folder = Path(name)
+        store = tiny_models.store(folder, VERSIONS)
+        right = expected(store)
+        with Server(store.root, folder / "runs", folder / "log") as server:
+            started = time.monotonic()
+            answers, reigns, seconds = asyncio.run(serve_and_promote(server.address or "", store, promotions))
+            took = time.monotonic() - started
+
+    good = [answer for answer in answers if answer.status == 200]
+    strangers = [answer for answer in good if not any(_was_live(reign, answer) for reign in reigns)]
+    differences = [
+        difference(right[answer.body["version"], answer.picture], _probabilities(answer.body)) for answer in good
+    ]
+    apart = min(
+        difference(right[one, name], right[other, name])
+        for name in PICTURES
+        for one in range(1, VERSIONS + 1)
+        for other in range(1, one)
+    )
+    slowest = max(answer.received - answer.sent for answer in answers)
+    failed = len(answers) - len(good)
+    wrong = sum(value > TOLERANCE for value in differences)
+    return conclude(
+        "hot_swap",
+        f"{promotions} promotions, {CONNECTIONS} connections, {len(answers):,} requests in {took:.0f} s.",
+        [
+            Check("failed requests", f"{failed}", "0", failed == 0),
+            Check("answers of a version that was not live", f"{len(strangers)}", "0", not strangers),
+            Check("answers with other probabilities than their version's", f"{wrong}", "0", wrong == 0),
+            Check("probabilities differ at most by", f"{max(differences):.1e}", f"<= {TOLERANCE:g}", wrong == 0),
+            Check("those of two versions at least by", f"{apart:.1e}", f"> {2 * TOLERANCE:g}", apart > 2 * TOLERANCE),
+            Check("until a promotion by PUT is served, median", f"{statistics.median(seconds[::2]) * 1000:.0f} ms"),
+            Check("until one by another process is, median", f"{statistics.median(seconds[1::2]) * 1000:.0f} ms"),
+            Check("slowest request", f"{slowest * 1000:.0f} ms"),
+        ],
+    )
+
+
+def _was_live(reign: Reign, answer: Answer) -> bool:
+    overlaps = reign.start <= answer.received and answer.sent <= reign.stop
+    return overlaps and reign.version == answer.body["version"]
+
+
+def _probabilities(body: Any) -> dict[int, float]:
+    return {each["class_id"]: each["probability"] for each in body["predictions"][0]["classes"]}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--promotions", type=int, default=100)
+    sys.exit(main(parser.parse_args().promotions))

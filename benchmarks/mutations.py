@@ -1,0 +1,272 @@
+"""Valid images of every format and variant that the service takes, and damaged files made from them.
+
+In: a seed and a number.  Out: always the same bytes for the same two, so that a failing input can be named by them.
+"""
+
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTATION = 0x0112  # EXIF
+_EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
+_HEADER = 96  # bytes in which most formats keep sizes and offsets
+# Where chunks of PNG and WebP, segments of JPEG and blocks of GIF begin. Pieces of other data match as well.
+_PARTS = re.compile(
+    rb"(?s)(?=....(?:IHDR|PLTE|IDAT|IEND|[tzi][TE]Xt|iCCP|tRNS|eXIf|acTL|fcTL|fdAT))"
+    rb"|(?=VP8[ LX]|ANIM|ANMF|ALPH|EXIF|ICCP)|(?=\xff[\xc0-\xfe])|(?=[\x21\x2c][\xf9\xfe\xff\x00])"
+)
+
+Random = np.random.Generator
+Mutation = Callable[[bytes, bytes, Random], bytes]
+
+
+def samples() -> dict[str, bytes]:
+    """Valid files by what they are."""
+    small, exact, large = _picture(48, 40), _picture(32, 32), _picture(320, 200)
+    turned = Image.Exif()
+    turned[_ORIENTATION] = 6
+    see_through = small.convert("RGBA")
+    see_through.putalpha(Image.linear_gradient("L").resize(small.size))
+    palette = small.quantize(16)
+    wide = Image.fromarray(np.asarray(small.convert("L"), np.uint16) * 257)
+    icc = {"icc_profile": bytes(range(256)) * 2}
+    files: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "jpeg baseline": (large, {"quality": 60}),
+        "jpeg progressive": (large, {"progressive": True, "quality": 60}),
+        "jpeg 32x32": (exact, {"subsampling": 0}),
+        "jpeg cmyk": (small.convert("CMYK"), {}),
+        "jpeg grey": (small.convert("L"), {}),
+        "jpeg turned, icc": (small, {"exif": turned, **icc}),
+        "mpo": (_picture(48, 40), _frames()),
+        "png rgb 32x32": (exact, {}),
+        "png grey": (small.convert("L"), {}),
+        "png 1-bit": (small.convert("1"), {}),
+        "png palette": (palette, {}),
+        "png palette transparent": (palette, {"transparency": b"\x00\x80\xff"}),
+        "png alpha, turned, icc": (see_through, {"exif": turned, **icc}),
+        "png grey alpha": (see_through.convert("LA"), {}),
+        "png 16-bit": (wide, {}),
+        "png animated": (_picture(48, 40), _frames()),
+        "webp lossy": (large, {"quality": 50}),
+        "webp lossless": (small, {"lossless": True}),
+        "webp alpha, turned": (see_through, {"exif": turned}),
+        "webp animated": (_picture(48, 40), _frames()),
+        "gif": (palette, {}),
+        "gif animated": (_picture(48, 40), _frames()),
+        "gif transparent": (palette, {"transparency": 3, "interlace": 0}),
+        "bmp": (small, {}),
+        "bmp grey": (small.convert("L"), {}),
+        "bmp 1-bit": (small.convert("1"), {}),
+        "bmp palette": (palette, {}),
+        "bmp 32-bit": (see_through, {}),
+        "tiff": (small, {}),
+        "tiff alpha, turned": (see_through, {"exif": turned}),
+        "tiff 16-bit": (wide, {}),
+        "tiff multi-page": (_picture(48, 40), _frames()),
+        "tiff big": (small, {"big_tiff": True}),
+        "tiff float": (small.convert("F"), {}),
+    }
+    files |= {
+        f"tiff {compression}": (small, {"compression": compression})
+        for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
+    }
+    files["tiff group4"] = (small.convert("1"), {"compression": "group4"})
+    made = {name: _encoded(image, name.split()[0], options) for name, (image, options) in files.items()}
+    text = zlib.compress(b"word " * 1000)
+    comments = _chunk(b"tEXt", b"Comment\0said") + _chunk(b"zTXt", b"Long\0\0" + text)
+    header = len(_PNG) + len(_chunk(b"IHDR", bytes(13)))
+    made["png text"] = made["png grey"][:header] + comments + made["png grey"][header:]
+    made["png interlaced"] = _interlaced(small)
+    return made
+
+
+def damaged(files: dict[str, bytes], seed: int, number: int) -> tuple[str, bytes]:
+    """Input `number` of a seed: what it is made from, and its bytes."""
+    random = np.random.default_rng((seed, number))
+    names = sorted(files)
+    name, other = names[random.integers(len(names))], names[random.integers(len(names))]
+    data = damaged_bytes(files[name], files[other], random)
+    if random.random() < 0.5:  # otherwise decoders would refuse most inputs at the first checksum
+        data = _checksums_corrected(data)
+    return f"{name} with {other}", data
+
+
+def damaged_bytes(data: bytes, other: bytes, random: Random) -> bytes:
+    """The same after one or a few mutations; `other` is what pieces are borrowed from."""
+    for _ in range(random.geometric(0.5)):
+        data = _MUTATIONS[random.integers(len(_MUTATIONS))](data, other, random)
+    return data
+
+
+def flip_bits(data: bytes, _: bytes, random: Random) -> bytes:
+    changed = bytearray(data)
+    for position in _positions(data, random):
+        changed[position] ^= 1 << random.integers(8)
+    return bytes(changed)
+
+
+def set_bytes(data: bytes, _: bytes, random: Random) -> bytes:
+    changed = bytearray(data)
+    for position in _positions(data, random):
+        changed[position] = random.integers(256)
+    return bytes(changed)
+
+
+def set_field(data: bytes, _: bytes, random: Random) -> bytes:
+    """A number of the header, or one anywhere, becomes an extreme."""
+    size = int(random.choice((1, 2, 4)))
+    order = "big" if random.random() < 0.5 else "little"
+    within = len(data) if random.random() < 0.3 else min(len(data), _HEADER)
+    start = int(random.integers(within + 1))
+    extreme = int(random.choice(_EXTREMES)) % (1 << 8 * size)
+    return data[:start] + extreme.to_bytes(size, order) + data[start + size :]
+
+
+def add_to_field(data: bytes, _: bytes, random: Random) -> bytes:
+    """A 16-bit number of the header becomes a little larger, smaller, or a multiple."""
+    start = int(random.integers(min(len(data), _HEADER) + 1))
+    order = "big" if random.random() < 0.5 else "little"
+    value = int.from_bytes(data[start : start + 2], order)
+    value = value + int(random.integers(-4, 5)) if random.random() < 0.7 else value * int(random.integers(2, 200))
+    return data[:start] + (value % (1 << 16)).to_bytes(2, order) + data[start + 2 :]
+
+
+def truncate(data: bytes, _: bytes, random: Random) -> bytes:
+    return data[: random.integers(len(data) + 1)]
+
+
+def delete_range(data: bytes, _: bytes, random: Random) -> bytes:
+    start, stop = _range(data, random)
+    return data[:start] + data[stop:]
+
+
+def duplicate_range(data: bytes, _: bytes, random: Random) -> bytes:
+    start, stop = _range(data, random)
+    return data[:stop] + data[start:stop] * int(random.integers(1, 4)) + data[stop:]
+
+
+def fill_range(data: bytes, _: bytes, random: Random) -> bytes:
+    start, stop = _range(data, random)
+    return data[:start] + bytes([random.integers(256)]) * (stop - start) + data[stop:]
+
+
+def insert_noise(data: bytes, _: bytes, random: Random) -> bytes:
+    start, stop = _range(data, random)
+    return data[:start] + random.bytes(stop - start) + data[start:]
+
+
+def splice(data: bytes, other: bytes, random: Random) -> bytes:
+    """The beginning of one file and the end of another."""
+    return data[: random.integers(len(data) + 1)] + other[random.integers(len(other) + 1) :]
+
+
+def delete_part(data: bytes, _: bytes, random: Random) -> bytes:
+    parts = _PARTS.split(data)
+    del parts[random.integers(len(parts))]
+    return b"".join(parts)
+
+
+def duplicate_part(data: bytes, _: bytes, random: Random) -> bytes:
+    parts = _PARTS.split(data)
+    return b"".join([*parts, parts[random.integers(len(parts))]])
+
+
+def swap_parts(data: bytes, _: bytes, random: Random) -> bytes:
+    parts = _PARTS.split(data)
+    one, two = random.integers(len(parts), size=2)
+    parts[one], parts[two] = parts[two], parts[one]
+    return b"".join(parts)
+
+
+def borrow_part(data: bytes, other: bytes, random: Random) -> bytes:
+    """A piece of another file in between."""
+    parts, others = _PARTS.split(data), _PARTS.split(other)
+    parts.insert(int(random.integers(len(parts) + 1)), others[random.integers(len(others))])
+    return b"".join(parts)
+
+
+_MUTATIONS: tuple[Mutation, ...] = (
+    flip_bits,
+    set_bytes,
+    set_field,
+    set_field,
+    add_to_field,
+    truncate,
+    delete_range,
+    duplicate_range,
+    fill_range,
+    insert_noise,
+    splice,
+    delete_part,
+    duplicate_part,
+    swap_parts,
+    borrow_part,
+)
+
+
+def _positions(data: bytes, random: Random) -> list[int]:
+    """Up to eight places, often in the header."""
+    if not data:
+        return []
+    within = min(len(data), _HEADER) if random.random() < 0.5 else len(data)
+    return random.integers(within, size=random.integers(1, 9)).tolist()
+
+
+def _range(data: bytes, random: Random) -> tuple[int, int]:
+    """Up to 64 bytes, or anything."""
+    start = int(random.integers(len(data) + 1))
+    longest = 64 if random.random() < 0.8 else len(data)
+    return start, min(len(data), start + int(random.integers(longest + 1)))
+
+
+def _checksums_corrected(data: bytes) -> bytes:
+    """PNG chunks with the CRC of what is in them, a RIFF header with the size of the file."""
+    if data.startswith(b"RIFF"):
+        return data[:4] + struct.pack("<I", max(0, len(data) - 8)) + data[8:]
+    if not data.startswith(_PNG):
+        return data
+    corrected, start = bytearray(data), len(_PNG)
+    while start + 12 <= len(data):
+        stop = start + 8 + int.from_bytes(data[start : start + 4], "big")
+        if stop + 4 > len(data):
+            break
+        corrected[stop : stop + 4] = struct.pack(">I", zlib.crc32(data[start + 4 : stop]))
+        start = stop + 4
+    return bytes(corrected)
+
+
+def _picture(width: int, height: int) -> Image.Image:
+    coarse = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _frames() -> dict[str, Any]:
+    """Options that make an animation; made anew, as saving an image as JPEG leaves options in it."""
+    return {"save_all": True, "append_images": [_picture(48, 40).rotate(angle) for angle in (90, 180)]}
+
+
+def _encoded(image: Image.Image, kind: str, options: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    image.copy().save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def _interlaced(image: Image.Image) -> bytes:
+    """An RGB PNG in the seven passes of Adam7, which Pillow reads but does not write."""
+    pixels = np.asarray(image)
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    rows = (row for left, top, right, down in passes for row in pixels[top::down, left::right])
+    content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    header = struct.pack(">IIBBBBB", *image.size, 8, 2, 0, 0, 1)
+    return _PNG + _chunk(b"IHDR", header) + _chunk(b"IDAT", content) + _chunk(b"IEND", b"")

@@ -1,0 +1,58 @@
+"""What a proof has measured: printed as a table, kept in benchmarks/results/, told by the exit status."""
+
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a table.
+
+    Attributes:
+        what: was measured.
+        measured: the value, with its unit.
+        target: what it should be; empty for a mere observation.
+        met: whether it is; None where there is no target or it could not be tried.
+    """
+
+    what: str
+    measured: str
+    target: str = ""
+    met: bool | None = None
+
+
+def conclude(name: str, ran: str, checks: list[Check]) -> int:
+    """Print the table and write it to `results/NAME.md`.
+
+    Args:
+        name: of the program.
+        ran: what was run, in a sentence.
+
+    Returns:
+        The exit status: 1 if a target was missed.
+    """
+    missed = [check for check in checks if check.met is False]
+    answers = {True: "yes", False: "**no**", None: ""}
+    lines = [
+        f"{ran} {datetime.now(UTC):%Y-%m-%d}, {_machine()}.",
+        "",
+        "| what | measured | target | met |",
+        "| --- | --- | --- | --- |",
+        *(f"| {check.what} | {check.measured} | {check.target} | {answers[check.met]} |" for check in checks),
+    ]
+    print("\n".join(lines), flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    return 1 if missed else 0
+
+
+def _machine() -> str:
+    facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    processor = next(
+        (value.strip() for key, value in facts.items() if key.strip() == "model name"), "unknown processor"
+    )
+    return f"{processor}, {os.cpu_count()} cores"

@@ -1,0 +1,33 @@
+"""Models that are trained and published for real within seconds, on the synthetic data set."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from server import DATA
+
+from training import data
+from training.export import publish
+from training.loop import train
+from training.recipes import recipe
+from training.run import Run
+from training.store import Store
+
+TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 2, "learning_rate": 0.05}
+NAME = "resnet"
+
+
+def store(folder: Path, versions: int = 1) -> Store:
+    """A model store with versions of `resnet` that differ in their seed; the last one is live.
+
+    Args:
+        folder: an empty one; the runs stay in it as well.
+    """
+    torch.set_num_threads(1)
+    dataset, made = data.load(DATA), Store(folder / "models")
+    for seed in range(versions):
+        run = Run(folder / "first-runs" / str(seed))
+        run.create(recipe(NAME, TINY | {"seed": seed}))
+        list(train(run.recipe(), dataset, run, torch.device("cpu")))
+        publish(run, dataset, made, "always")
+    return made
