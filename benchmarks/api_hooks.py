@@ -48,4 +48,5 @@ def before_call(_: schemathesis.HookContext, case: schemathesis.Case, kwargs: di
     """Ends the job whose events are asked for, as these end with it."""
     if case.operation.path.endswith("/events"):
         job_id = quote(str((case.path_parameters or {}).get("job_id")), safe="")
-        httpx.delete(f"{case.operation.base_url}/train/{job_id}", headers={"Authorization": f"Bearer {KEY}"})
+        service = (case.operation.base_url or "").rstrip("/")
+        httpx.delete(f"{service}/train/{job_id}", headers={"Authorization": f"Bearer {KEY}"})
