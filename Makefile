@@ -1,13 +1,16 @@
 # make serve   creates .venv, installs, serves the shipped models; HOST and PORT choose the address
 # make test    creates .venv, installs, runs the tests
 # make check   lint, format and types
+# make proof   fuzzing, crashes, hot swaps, hostile surroundings: an hour; make soak takes half an hour more
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: serve test check clean
+PROOFS = fuzz_images fuzz_http api_properties crash_store crash_points hot_swap hostile_surroundings
+
+.PHONY: serve test check proof soak clean
 
 serve: .venv/installed
 	@exec $(BIN)/python -m app --host $(HOST) --port $(PORT)
@@ -20,6 +23,12 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+proof: .venv/installed-proof
+	@for name in $(PROOFS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+soak: .venv/installed
+	$(BIN)/python benchmarks/soak.py
+
 .venv/installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv; PyTorch is large, this takes a few minutes"
@@ -28,6 +37,10 @@ check: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	@$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+.venv/installed-proof: .venv/installed
+	@$(BIN)/pip install --quiet --editable '.[proof]'
 	@touch $@
 
 clean:
