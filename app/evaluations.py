@@ -6,7 +6,9 @@ Chunks of images go through the model's queue like any request, so predictions a
 
 import asyncio
 import logging
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -31,6 +33,20 @@ log = logging.getLogger(__name__)
 _CHUNK = 16  # images per turn in the model's queue
 _KEPT = 100  # finished evaluations that can still be asked for
 _MAX_RUNNING = 4
+# Python unpacks other methods in one go, however much memory that takes.
+_BOUNDED_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# What zipfile raises for damaged files; RuntimeError stands for encrypted ones as well.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    struct.error,
+    OSError,
+    RuntimeError,
+    ValueError,
+    IndexError,
+    EOFError,
+)
 _ENTRY_SIGNATURE = b"PK\x01\x02"  # begins every entry of a zip's directory
 
 
@@ -184,6 +200,8 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str]) -> Labelled
                     raise BadRequest(f"{entry.filename}: the folder {folder!r} is not a class; GET /models names them")
                 if entry.file_size > settings.max_image_bytes:
                     raise TooLarge(f"{entry.filename} is larger than {settings.max_image_bytes:,} bytes")
+                if entry.compress_type not in _BOUNDED_METHODS:
+                    raise BadRequest(f"{entry.filename} is packed by an unusual method; pack with deflate")
                 with archive.open(entry) as member:
                     content = member.read(settings.max_image_bytes + 1)
                 try:
@@ -192,7 +210,7 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str]) -> Labelled
                     error.detail = f"{entry.filename}: {error.detail}"
                     raise
                 labels.append(ids[_folder_name(folder)])
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+    except _ZIP_ERRORS as error:
         raise BadRequest(f"the zip cannot be read: {error}") from None
     if not pixels:
         raise BadRequest("the zip has no images; put them into folders named by class, such as apple/1.png")
