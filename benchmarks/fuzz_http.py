@@ -1,7 +1,8 @@
 """The service answers every broken request with a clear problem, and goes on.
 
 A real server gets damaged images (see mutations.py) as raw bodies, as one or several files of a form, in forms that are
-damaged themselves, with wrong content types, and in whole and damaged zips for POST /evaluate. No answer may be a 5xx
+damaged themselves, with wrong content types, and in whole and damaged zips for POST /evaluate; at last a zip of a few
+hundred bytes that unpacks to a gigabyte and says that it does not. No answer may be a 5xx
 other than 503 with Retry-After; every error must be a problem+json with status, title and detail; the server must stay
 alive, ready and within its memory.
 
@@ -9,7 +10,9 @@ alive, ready and within its memory.
 """
 
 import argparse
+import bz2
 import io
+import struct
 import sys
 import tempfile
 import time
@@ -148,6 +151,10 @@ def main(inputs: int, seed: int) -> int:
                 started = time.monotonic()
                 list(clients.map(send, range(len(KINDS) * 20, inputs)))
                 seconds = time.monotonic() - started
+            bomb = _form("/evaluate", [("photos.zip", _bomb())])
+            refused = http.post(bomb.path, content=bomb.body, headers={"Content-Type": bomb.content_type})
+            if not refused.is_client_error or fault(refused):
+                faults.append(f"the bomb: {refused.status_code} {refused.text[:200]}")
             kept, peak = memory_mib(process) - before, memory_mib(process, "VmHWM") - before
             files_after = open_files(process)
             well = server.process.poll() is None and http.get("/health/ready").status_code == 200
@@ -178,12 +185,27 @@ def _form(path: str, files: list[tuple[str, bytes]]) -> Input:
 
 
 def _zip(image: Images, random: Random) -> bytes:
-    folders = ("apple", "aquarium fish", "__MACOSX", "", "no class")
+    folders = ("red_disc", "Orange Disc", "__MACOSX", "", "no class")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if random.random() < 0.5 else zipfile.ZIP_STORED) as made:
         for number in range(random.integers(4)):
             made.writestr(f"{random.choice(folders, p=(0.5, 0.35, 0.05, 0.05, 0.05))}/{number}.png", image())
     return buffer.getvalue()
+
+
+def _bomb() -> bytes:
+    """A zip with a bzip2 member that is said to have one byte and has 2**30."""
+    packer = bz2.BZ2Compressor()
+    packed = b"".join(packer.compress(bytes(1 << 24)) for _ in range(1 << 6)) + packer.flush()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as made:
+        made.writestr("red_disc/0.png", packed)
+    data = bytearray(buffer.getvalue())
+    directory = data.index(b"PK\x01\x02")
+    for method, size in ((8, 22), (directory + 10, directory + 24)):
+        data[method : method + 2] = struct.pack("<H", zipfile.ZIP_BZIP2)
+        data[size : size + 4] = struct.pack("<I", 1)
+    return bytes(data)
 
 
 if __name__ == "__main__":
