@@ -185,7 +185,16 @@ def _draw(run: Run, dataset: data.Dataset) -> None:
     console.print(f"pictures in {files[0].parent}: {', '.join(file.name for file in files)}")
 
 
-_REPORTED = (RecipeError, RunError, StoreError, WeightsError, TrainingError, data.DataError, torchscript.ExportError)
+_REPORTED = (
+    RecipeError,
+    RunError,
+    StoreError,
+    WeightsError,
+    TrainingError,
+    data.DataError,
+    torchscript.ExportError,
+    OSError,  # such as a full or read-only disk
+)
 
 
 _EXIT_CODES: dict[type[Exception], int] = {RecipeError: 2, RunBusy: os.EX_TEMPFAIL}

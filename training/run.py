@@ -4,6 +4,7 @@ In: a recipe and, epoch by epoch, metrics and training state.  Out: the same, re
 """
 
 import fcntl
+import io
 import json
 import os
 import time
@@ -152,7 +153,7 @@ class Run:
         """Replace the checkpoint atomically: a crash leaves the previous one or this one, whole."""
         partial = self.checkpoint_file.with_suffix(".partial")
         with partial.open("wb") as file:
-            torch.save(state, file)
+            file.write(_serialised(state))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.checkpoint_file)
@@ -178,7 +179,7 @@ class Run:
 
     def save_test_logits(self, logits: Tensor, temperature: float) -> None:
         """Keep what the exported model makes of the test set: calibrated logits, float32 [N, classes]."""
-        torch.save({"logits": logits, "temperature": temperature}, self.logits_file)
+        self.logits_file.write_bytes(_serialised({"logits": logits, "temperature": temperature}))
 
     def test_logits(self) -> tuple[Tensor, float]:
         """Calibrated logits of the test set, and the temperature in them.
@@ -216,6 +217,13 @@ def _read_pid(file: TextIO) -> int:
         time.sleep(0.01)
         file.seek(0)
     return int(text)
+
+
+def _serialised(value: Any) -> memoryview:
+    """By way of memory: PyTorch may end the process if it cannot write to a file."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getbuffer()
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ Run as a program, it computes the logits of a file in a process that knows nothi
 `python -m training.torchscript MODEL IMAGES LOGITS`.
 """
 
+import io
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ def save(classifier: nn.Module, path: Path) -> None:
         path: the file to write.
 
     Raises:
+        OSError: the file cannot be written.
         ExportError: the reloaded file's logits differ from eager mode's by more than `TOLERANCE`.
     """
     images = example_images(8)
@@ -43,7 +45,10 @@ def save(classifier: nn.Module, path: Path) -> None:
         traced = torch.jit.trace(classifier, (images,), check_trace=False)  # checked below, after a reload
         # Convolutions keep their weights as trained (no folding), so the graph computes bit for bit what eager does.
         frozen = torch.jit.freeze(traced, optimize_numerics=False)
-        torch.jit.save(frozen, str(path))
+        # By way of memory: PyTorch ends the process if it cannot write to a file.
+        content = io.BytesIO()
+        torch.jit.save(frozen, content)
+    path.write_bytes(content.getbuffer())
     difference = (_logits_in_fresh_process(path, images) - expected).abs().max().item()
     if not difference <= TOLERANCE:
         raise ExportError(

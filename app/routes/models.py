@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from app.access import ForOperators
-from app.errors import NotFound
+from app.errors import NotFound, Unavailable
 from app.services import FromApp, Services
 from training.store import ModelCard, StoreError
 
@@ -57,6 +57,8 @@ async def promote(name: str, live: Live, services: FromApp) -> ModelSummary:
         services.store.promote(name, live.version)
     except StoreError as error:
         raise NotFound(str(error)) from None
+    except OSError as error:
+        raise Unavailable(f"the model store cannot be changed: {error.strerror}") from error
     await services.pool.refresh()
     return await asyncio.to_thread(_details, services, name)
 

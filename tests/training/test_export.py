@@ -192,6 +192,11 @@ def test_a_failed_export_leaves_nothing_in_the_store(dataset: Dataset, tmp_path:
     assert run.publication() is None
 
 
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process() -> None:
+    with pytest.raises(OSError, match="No space left"):
+        torchscript.save(random_classifier("resnet", width=8), Path("/dev/full"))
+
+
 def test_a_finished_run_needs_its_pretrained_weights_no_more(dataset: Dataset, tmp_path: Path) -> None:
     trained = build(recipe("resnet18", {"weights": "none"}))
     run = Run(tmp_path)

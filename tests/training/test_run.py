@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from training.recipes import recipe
 from training.run import Run, RunBusy, RunError
@@ -63,3 +64,12 @@ def test_a_folder_that_does_not_exist_is_not_locked(tmp_path: Path) -> None:
     assert Run(tmp_path / "none").holder() is None
     with pytest.raises(RunError, match="there is no run in"), Run(tmp_path / "none").lock():
         pass
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save({"epoch": 1})
+    (tmp_path / "checkpoint.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        run.save({"epoch": 2, "weights": torch.zeros(1 << 20)})
+    assert run.load() == {"epoch": 1}
