@@ -152,10 +152,14 @@ class Run:
     def save(self, state: State) -> None:
         """Replace the checkpoint atomically: a crash leaves the previous one or this one, whole."""
         partial = self.checkpoint_file.with_suffix(".partial")
-        with partial.open("wb") as file:
-            file.write(_serialised(state))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with partial.open("wb") as file:
+                file.write(_serialised(state))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            partial.unlink(missing_ok=True)  # what remains of a full disk is needed to say so
+            raise
         partial.replace(self.checkpoint_file)
 
     def load(self, fingerprint: str | None = None) -> State:

@@ -73,3 +73,4 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(tmp_path: Path) -> N
     with pytest.raises(OSError, match="No space left"):
         run.save({"epoch": 2, "weights": torch.zeros(1 << 20)})
     assert run.load() == {"epoch": 1}
+    assert not (tmp_path / "checkpoint.partial").is_symlink()
