@@ -13,6 +13,7 @@ from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security.utils import get_authorization_scheme_param
 from limits import RateLimitItem
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
@@ -106,12 +107,13 @@ async def _operator(request: Request, credentials: _Credentials) -> None:
     _access(request).require_operator(request, credentials.credentials if credentials else None)
 
 
-async def _predictor(request: Request, credentials: _Credentials) -> None:
-    _access(request).require_predictor(request, credentials.credentials if credentials else None)
-
-
 ForOperators: Any = Depends(_operator)
-ForPredictors: Any = Depends(_predictor)
+
+
+def let_predictor_pass(request: Request) -> None:
+    """Raises what `Access.require_predictor` does."""
+    scheme, key = get_authorization_scheme_param(request.headers.get("authorization"))
+    _access(request).require_predictor(request, key if scheme.lower() == "bearer" and key else None)
 
 
 def _access(request: Request) -> Access:

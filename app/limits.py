@@ -57,7 +57,8 @@ class BodyLimit:
                 return await receive()  # the client's leaving, for which any time is right
             left_s = started + _GRACE_S + received / _SLOWEST_BYTES_PER_S - time.monotonic()
             try:
-                message = await asyncio.wait_for(receive(), left_s)
+                async with asyncio.timeout(left_s):
+                    message = await receive()
             except TimeoutError:
                 refusal = _refusal(HTTPStatus.REQUEST_TIMEOUT, "the request body arrives too slowly")
                 raise ClientDisconnect from None  # what a route already expects of a body that ends early

@@ -68,8 +68,13 @@ class Services:
         self.decoders.shutdown(wait=False)
 
 
-def _services(request: Request) -> Services:
+def services_of(request: Request) -> Services:
+    """Those of the application that got a request."""
     return cast(Services, request.app.state.services)
+
+
+async def _services(request: Request) -> Services:  # FastAPI would give one that is not async a thread of its own
+    return services_of(request)
 
 
 FromApp = Annotated[Services, Depends(_services)]

@@ -64,7 +64,8 @@ class Settings(BaseSettings):
 
     device: Device = "auto"
     runtime: Runtime = "auto"
-    """What computes: auto is OpenVINO on the CPU and TorchScript on the GPU."""
+    """auto takes TorchScript on the GPU; on the CPU OpenVINO, and there the int8 form where a model has one and the
+    processor has instructions for it; openvino never does."""
     default_model: str | None = None
     """What /predict uses when the request names no model; by default the most accurate live one."""
 

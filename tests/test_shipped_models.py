@@ -69,5 +69,5 @@ def test_predict_on_test_images_equals_offline_evaluation(cifar100: data.Dataset
             answer = client.post("/predict?model=resnet", files={"file": buffer.getvalue()}).json()
             with torch.inference_mode():
                 logits = module(torch.from_numpy(cifar100.test.images[row]).permute(2, 0, 1)[None])[0].numpy()
-            classes = [Class.model_validate(each) for each in answer["predictions"][0]["classes"]]
+            classes = [Class(**each) for each in answer["predictions"][0]["classes"]]
             assert classes == top_classes(logits, card, top_k=5)

@@ -74,6 +74,8 @@ class Recipe(BaseModel):
 
     validation_images: int = Field(default=0, ge=0, le=25_000)
     """Training images held out for validation and calibration."""
+    int8: bool = True
+    """Publish a quantised form as well, if it is as accurate."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the activations; auto takes bfloat16 or float16 where the machine computes faster in it."""
     seed: int = Field(default=0, ge=0, lt=2**31)

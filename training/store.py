@@ -52,6 +52,19 @@ class Evaluation(BaseModel):
     """Top-1 of each class; 0 where the split has no image of it."""
 
 
+class Quantised(BaseModel):
+    """What quantisation to int8 costs."""
+
+    accepted: bool
+    """Whether its files stand beside the exported one."""
+    images: int
+    """It was judged on: held out from training or, where the recipe holds too few out, seen in training."""
+    lost_top1: float
+    """Accuracy on these images before minus after, 0-1."""
+    test: Evaluation | None
+    """The quantised form on the full test set, if it was accepted."""
+
+
 class EpochSummary(BaseModel):
     """One point of the training curve."""
 
@@ -84,6 +97,8 @@ class ModelCard(BaseModel):
     test: Evaluation
     """The exported file on the full test set, calibrated."""
     test_ece_uncalibrated: float
+    int8: Quantised | None = None
+    """The quantised form, for OpenVINO; versions may have none."""
     curve: list[EpochSummary]
     training_seconds: float
     device: str

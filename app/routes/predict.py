@@ -3,24 +3,30 @@
 import asyncio
 import io
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO
 
 import numpy as np
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from numpy.typing import NDArray
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 
 from app import images
-from app.access import ForPredictors
-from app.errors import BadRequest, Problem, UnsupportedImage
-from app.services import FromApp
+from app.access import let_predictor_pass
+from app.errors import BadRequest, Problem, TooLarge, UnsupportedImage
+from app.services import services_of
 from app.settings import Settings
 from training.store import ModelCard
 
-router = APIRouter(tags=["predict"])
+# An image up to this size is decoded before a thread would have begun to.
+_SMALL_BYTES = 8 << 10
+_SMALL_PIXELS = 64 * 64
 
 File = tuple[str | None, BinaryIO]
 
@@ -44,56 +50,84 @@ _DESCRIPTION: dict[str, Any] = {
 }
 
 
-class Class(BaseModel):
-    """One class and its probability."""
+class Asked(BaseModel):
+    """The query of a prediction."""
+
+    model: str | None = Field(default=None, description="By default the most accurate live model.")
+    version: int | None = Field(default=None, ge=1, description="By default the live one.")
+    top_k: int = Field(default=5, ge=1, le=100, description="How many classes per image.")
+
+
+@dataclass(frozen=True, slots=True)
+class Class:
+    """One class and its probability, which is calibrated."""
 
     class_id: int
     label: str
     superclass: str
     probability: float
-    """Calibrated."""
 
 
-class Prediction(BaseModel):
-    """The most probable classes of one image, best first."""
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The most probable classes of one image, best first, and the name under which it was sent."""
 
     file: str | None
-    """Name under which the image was sent."""
     classes: list[Class]
 
 
-class Predictions(BaseModel):
-    """Answers in the order of the images."""
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """Answers in the order of the images, and the time from the body's arrival to the answer."""
 
     model: str
     version: int
     milliseconds: float
-    """From the body's arrival to the answer."""
     predictions: list[Prediction]
 
 
-@router.post("/predict", dependencies=[ForPredictors], openapi_extra=_DESCRIPTION, summary="Classify images")
-async def predict(
-    request: Request,
-    services: FromApp,
-    model: Annotated[str | None, Query(description="By default the most accurate live model.")] = None,
-    version: Annotated[int | None, Query(ge=1, description="By default the live one.")] = None,
-    top_k: Annotated[int, Query(ge=1, le=100, description="How many classes per image.")] = 5,
-) -> Predictions:
+class _Direct(APIRoute):
+    """Calls its endpoint, which takes the request and its query, without FastAPI's machinery.
+
+    What solves dependencies and checks answers would take as long as everything else around the network's computation.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def handler(request: Request) -> Response:
+            try:
+                asked = Asked.model_validate(dict(request.query_params))
+            except ValidationError as error:
+                faults = [{**fault, "loc": ("query", *fault["loc"])} for fault in error.errors()]
+                raise RequestValidationError(faults) from None
+            return Response(to_json(await self.endpoint(request, asked)), media_type="application/json")
+
+        return handler
+
+
+router = APIRouter(tags=["predict"], route_class=_Direct)
+
+
+@router.post("/predict", openapi_extra=_DESCRIPTION, summary="Classify images")
+async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Predictions:
     """Send images as multipart fields `file`, or one image as the raw body."""
-    async with _files(request, services.settings) as files:
+    let_predictor_pass(request)
+    services = services_of(request)
+    settings = services.settings
+    async with _files(request, settings) as files:
         started = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        pixels = await loop.run_in_executor(services.decoders, _decode, files, services.settings)
+        pixels = _decode_small(files)
+        if pixels is None:
+            loop = asyncio.get_running_loop()
+            pixels = await loop.run_in_executor(services.decoders, _decode, files, settings)
     # Between here and the queue nothing else runs, so a swap cannot slip in between.
-    chosen = await services.pool.get(model, version)
-    logits = await chosen.batcher.run(pixels, services.settings.deadline_s)
+    chosen = await services.pool.get(asked.model, asked.version)
+    logits = await chosen.batcher.run(pixels, settings.deadline_s)
     return Predictions(
         model=chosen.card.name,
         version=chosen.card.version,
         milliseconds=round((time.perf_counter() - started) * 1000, 3),
         predictions=[
-            Prediction(file=name, classes=top_classes(row, chosen.card, top_k))
+            Prediction(name, top_classes(row, chosen.card, asked.top_k))
             for (name, _), row in zip(files, logits, strict=True)
         ],
     )
@@ -102,16 +136,11 @@ async def predict(
 def top_classes(logits: NDArray[np.float32], card: ModelCard, top_k: int) -> list[Class]:
     """The `top_k` most probable classes of logits [classes], best first."""
     exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    probabilities = exponentials / exponentials.sum()
-    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    order = np.argsort(-exponentials, kind="stable")[:top_k]
+    probabilities = exponentials[order] / exponentials.sum()
     return [
-        Class(
-            class_id=int(number),
-            label=card.classes[number],
-            superclass=card.superclasses[number],
-            probability=float(probabilities[number]),
-        )
-        for number in order
+        Class(number, card.classes[number], card.superclasses[number], probability)
+        for number, probability in zip(order.tolist(), probabilities.tolist(), strict=True)
     ]
 
 
@@ -137,6 +166,18 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
             f"the content type {content_type or '(none)'!r} is not supported; send multipart/form-data with a field "
             "'file', or an image as the body with its image/* type"
         )
+
+
+def _decode_small(files: list[File]) -> NDArray[np.uint8] | None:
+    """The pixels of a small image; None where there are several or it is larger."""
+    (_, file), *more = files
+    if more:
+        return None
+    try:
+        return images.decode(file.read(_SMALL_BYTES + 1), _SMALL_BYTES, _SMALL_PIXELS)[None]
+    except TooLarge:
+        file.seek(0)
+        return None
 
 
 def _decode(files: list[File], settings: Settings) -> NDArray[np.uint8]:

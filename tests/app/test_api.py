@@ -72,7 +72,7 @@ def test_predict_equals_offline_evaluation_bit_for_bit(client: TestClient, model
         answer = client.post("/predict", files={"file": png(dataset, row)}, params={"top_k": 100}).json()
         with torch.inference_mode():
             logits = module(torch.from_numpy(dataset.test.images[row]).permute(2, 0, 1)[None])[0]
-        classes = [Class.model_validate(each) for each in answer["predictions"][0]["classes"]]
+        classes = [Class(**each) for each in answer["predictions"][0]["classes"]]
         assert classes == top_classes(logits.numpy(), card, top_k=100)
         ranked = logits.argsort(descending=True, stable=True)
         assert [each.class_id for each in classes] == ranked.tolist()

@@ -12,12 +12,20 @@ from numpy.typing import NDArray
 from app import engines
 from app.engines import EngineError, OpenVinoEngine
 from training.data import Dataset
+from training.openvino_ir import quantise
 from training.torchscript import load
 
 
 @pytest.fixture
 def model(models: Path) -> Path:
     return models / "resnet" / "1" / "model.pt"
+
+
+@pytest.fixture
+def quantised(model: Path, dataset: Dataset) -> Path:
+    """The same with an int8 form beside it."""
+    quantise(model, torch.from_numpy(dataset.train.images[:8]))
+    return model
 
 
 @pytest.mark.parametrize("runtime", ["torchscript", "openvino"])
@@ -42,13 +50,36 @@ def test_an_answer_is_not_overwritten_by_the_next_one(model: Path, runtime: engi
     np.testing.assert_array_equal(first, kept)
 
 
+@pytest.mark.parametrize(("instructions", "name"), [("avx512_vnni", "openvino-int8"), ("avx2", "openvino-")])
+def test_int8_serves_where_a_model_has_it_and_the_processor_computes_it_fast(
+    quantised: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, instructions: str, name: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True})
+    engine = engines.load(quantised, "cpu", "auto")
+    assert engine.name.startswith(name)
+    assert ("int8" in engine.name) == (name == "openvino-int8")
+    assert "int8" not in engines.load(quantised, "cpu", "openvino").name
+    images = np.ascontiguousarray(dataset.test.images.transpose(0, 3, 1, 2))
+    with torch.inference_mode():
+        expected = load(quantised)(torch.from_numpy(images))
+    np.testing.assert_allclose(engine(images), expected, atol=0.5)
+
+
+def test_a_damaged_int8_form_is_not_served(quantised: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quantised.with_name("int8.xml").write_text("<net/>")
+    with pytest.raises(EngineError, match="int8 cannot compute"):
+        engines.load(quantised, "cpu", "int8")
+    with caplog.at_level(logging.WARNING):
+        assert "int8" not in engines.load(quantised, "cpu", "auto").name
+
+
 def test_a_runtime_that_computes_something_else_is_refused(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     right = OpenVinoEngine.__call__
 
     def wrong(engine: OpenVinoEngine, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return right(engine, images) * np.float32(1.1)
+        return right(engine, images) * np.float32(1000)
 
     monkeypatch.setattr(OpenVinoEngine, "__call__", wrong)
     with caplog.at_level(logging.WARNING):
@@ -61,5 +92,5 @@ def test_a_runtime_that_computes_something_else_is_refused(
 def test_without_openvino_torchscript_serves(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert engines.load(model, "cpu", "auto").name == "torchscript-cpu"
-    with pytest.raises(EngineError, match="OpenVINO cannot serve"):
+    with pytest.raises(EngineError, match="openvino cannot compute"):
         engines.load(model, "cpu", "openvino")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training import torchscript
+from training import export, openvino_ir, torchscript
 from training.data import Dataset
 from training.evaluate import evaluate, expected_calibration_error, predict
 from training.export import publish, restore
@@ -142,6 +142,31 @@ def test_the_card_says_how_the_model_was_made_and_how_good_it_is(
     (point,) = card.curve
     assert point.model_dump() == {field: epoch[field] for field in point.model_dump()}
     assert card.training_seconds == epoch["seconds"]
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_quantised_form_is_published_if_it_is_as_accurate(
+    finished_run: Run, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accepted: bool
+) -> None:
+    monkeypatch.setattr(export, "MOST_LOST", 1.0 if accepted else -1.0)
+    monkeypatch.setattr(export, "CALIBRATION_IMAGES", 8)
+    run = Run(shutil.copytree(finished_run.path, tmp_path / "run"))
+    run.recipe_file.write_text(run.recipe().model_copy(update={"int8": True}).model_dump_json())
+    publish(run, dataset, Store(tmp_path / "models"))
+    folder = tmp_path / "models" / "resnet" / "1"
+    card = Store(tmp_path / "models").card("resnet", 1)
+    assert card.int8 is not None
+    assert card.int8.accepted == accepted
+    assert card.int8.images == 100
+    assert {path.name for path in folder.iterdir()} - {"card.json"} == card.files.keys()
+    if accepted:
+        compiled = openvino_ir.Compiled(folder / "int8.xml")
+        images, labels = torch.from_numpy(dataset.test.images), torch.from_numpy(dataset.test.labels)
+        assert card.int8.test == evaluate(predict(compiled.on_tensors, images), labels)
+        assert card.files.keys() == {"model.pt", "int8.xml", "int8.bin"}
+    else:
+        assert card.int8.test is None
+        assert card.files.keys() == {"model.pt"}
 
 
 def test_a_run_notes_what_it_was_published_as(published_store: Path, finished_run: Run) -> None:
