@@ -1,6 +1,7 @@
 # make serve   creates .venv, installs, serves the shipped models; HOST and PORT choose the address
 # make test    creates .venv, installs, runs the tests
 # make check   lint, format and types
+# make serving compares the service with its peers: an hour; needs wrk, and Java for TorchServe
 # make proof   fuzzing, crashes, hot swaps, hostile surroundings: an hour; make soak takes half an hour more
 
 HOST ?= 127.0.0.1
@@ -10,7 +11,7 @@ BIN = .venv/bin
 
 PROOFS = fuzz_images fuzz_http api_properties crash_store crash_points hot_swap hostile_surroundings
 
-.PHONY: serve test check proof soak clean
+.PHONY: serve test check proof soak serving clean
 
 serve: .venv/installed
 	@exec $(BIN)/python -m app --host $(HOST) --port $(PORT)
@@ -29,6 +30,10 @@ proof: .venv/installed-proof
 soak: .venv/installed
 	$(BIN)/python benchmarks/soak.py
 
+serving: .venv/installed .venv-peers/installed
+	@command -v wrk > /dev/null || { echo "wrk is missing: apt-get install wrk"; exit 1; }
+	$(BIN)/python benchmarks/serving.py
+
 .venv/installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv; PyTorch is large, this takes a few minutes"
@@ -43,5 +48,11 @@ soak: .venv/installed
 	@$(BIN)/pip install --quiet --editable '.[proof]'
 	@touch $@
 
+.venv-peers/installed: benchmarks/peers/requirements.txt
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@echo "installing the peers into .venv-peers; this takes a few minutes"
+	@.venv-peers/bin/pip install --quiet --requirement $<
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-peers build dist *.egg-info

@@ -38,7 +38,7 @@ def conclude(name: str, ran: str, checks: list[Check]) -> int:
     missed = [check for check in checks if check.met is False]
     answers = {True: "yes", False: "**no**", None: ""}
     lines = [
-        f"{ran} {datetime.now(UTC):%Y-%m-%d}, {_machine()}.",
+        f"{ran} {datetime.now(UTC):%Y-%m-%d}, {machine()}.",
         "",
         "| what | measured | target | met |",
         "| --- | --- | --- | --- |",
@@ -50,7 +50,7 @@ def conclude(name: str, ran: str, checks: list[Check]) -> int:
     return 1 if missed else 0
 
 
-def _machine() -> str:
+def machine() -> str:
     facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
     processor = next(
         (value.strip() for key, value in facts.items() if key.strip() == "model name"), "unknown processor"

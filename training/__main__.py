@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from training import data, report, torchscript
+from training import data, openvino_ir, report, torchscript
 from training.evaluate import evaluate as measure
 from training.evaluate import predict
 from training.export import publish as publish_run
@@ -102,10 +103,11 @@ def export(
 def evaluate(
     model: Annotated[str, typer.Argument(help="NAME for the live version, or NAME/VERSION.")],
     split: Annotated[Literal["test", "train"], typer.Option(help="What to measure on.")] = "test",
+    int8: Annotated[bool, typer.Option("--int8", help="Its quantised form, with OpenVINO.")] = False,
     data_source: Data = None,
     models: Models = Path("models"),
 ) -> None:
-    """Measure an exported TorchScript file on a whole split."""
+    """Measure an exported file on a whole split."""
     with _errors_reported():
         store = Store(models)
         name, slash, number = model.partition("/")
@@ -115,9 +117,17 @@ def evaluate(
         if version is None:
             raise StoreError(f"{name} has no live version in {models}")
         folder = store.verify(store.card(name, version))
-        images, labels = to_device(getattr(data.load(data_source), split), default_device())
+        if int8 and not (folder / openvino_ir.INT8).exists():
+            raise StoreError(f"{name} version {version} has no int8 form")
+        device = torch.device("cpu") if int8 else default_device()
+        images, labels = to_device(getattr(data.load(data_source), split), device)
+        network = (
+            openvino_ir.Compiled(folder / openvino_ir.INT8).on_tensors
+            if int8
+            else torchscript.load(folder / MODEL, device)
+        )
         started = time.perf_counter()
-        result = measure(predict(torchscript.load(folder / MODEL, images.device), images), labels.cpu())
+        result = measure(predict(network, images), labels.cpu())
         seconds = time.perf_counter() - started
         console.print(
             f"{name}/{version} on {result.images} {split} images: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -124,7 +124,9 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
     eval_images, eval_labels = to_device(eval_split, device)
     steps = math.ceil(len(split) / recipe.batch_size)
 
-    source = pixels = Source(partial(augment.batches, images, labels, recipe), eval_images, classifier)
+    source = Source(partial(augment.batches, images, labels, recipe), eval_images, classifier)
+    cropped = recipe.model_copy(update={"crop_padding": recipe.finetune_crop_padding})
+    finetuning = replace(source, batches=partial(augment.batches, images, labels, cropped))
     if isinstance(network, TransferResNet18) and finished < recipe.epochs:
         features = yield from recorded(prepare(recipe, classifier, images, eval_images, dtype), run)
         if features:
@@ -137,7 +139,7 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
     for epoch in range(finished + 1, recipe.total_epochs + 1):
         if epoch > recipe.epochs and isinstance(network, TransferResNet18):
             network.set_trainable(ALL_STAGES)
-            source = pixels
+            source = finetuning
         started = ticked = time.perf_counter()
         seed = recipe.seed * 10_000 + epoch
         torch.manual_seed(seed)

@@ -71,6 +71,8 @@ class Recipe(BaseModel):
     finetune_epochs: int = Field(default=0, ge=0, le=10_000)
     """A second stage of this many further epochs, in which every stage trains (resnet18)."""
     finetune_learning_rate: float = Field(default=1e-4, gt=0, le=100)
+    finetune_crop_padding: int = Field(default=0, ge=0, le=16)
+    """As crop_padding, in the second stage, which needs no features (resnet18)."""
 
     validation_images: int = Field(default=0, ge=0, le=25_000)
     """Training images held out for validation and calibration."""
@@ -110,6 +112,7 @@ _APPLIES_TO = {
     "cache_features": ("resnet18",),
     "finetune_epochs": ("resnet18",),
     "finetune_learning_rate": ("resnet18",),
+    "finetune_crop_padding": ("resnet18",),
 }
 
 RECIPES: dict[str, Recipe] = {

@@ -1,0 +1,142 @@
+"""An open-loop load generator: requests leave on schedule, whether or not the earlier ones have been answered.
+
+That is how a crowd of independent clients behaves when a service is too slow for them. Every latency counts from the
+time at which the request was due, so the generator's own lateness is never hidden. The result is printed as JSON.
+
+    python benchmarks/open_loop.py HOST PORT REQUEST_FILE... --rate 1000 --seconds 10
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import cast
+
+import uvloop
+
+CONNECTIONS = 800  # at most; our service takes 900
+PATIENCE_S = 30.0  # for the last answers
+
+
+@dataclass
+class Tally:
+    """What became of the requests.
+
+    Attributes:
+        due: how many the schedule held.
+        unsent: found no free connection; the service is not to blame for them, the generator is.
+        on_time: answers 200 that came before the schedule's end.
+        accepted_ms: latencies of all answers 200.
+        refused_ms: latencies of the answers 503.
+        advised: refusals with Retry-After.
+        failed: other answers, and connections that broke or never answered.
+        seconds: of the schedule.
+        end: of the schedule, by this process's clock.
+    """
+
+    due: int = 0
+    unsent: int = 0
+    on_time: int = 0
+    accepted_ms: list[float] = field(default_factory=list)
+    refused_ms: list[float] = field(default_factory=list)
+    advised: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    end: float = float("inf")
+
+
+class Connection(asyncio.Protocol):
+    """A kept connection with at most one request under way."""
+
+    def __init__(self, tally: Tally, idle: list["Connection"]):
+        self.tally = tally
+        self.idle = idle
+        self.due: float | None = None
+        self._received = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.idle.append(self)
+
+    def send(self, request: bytes, due: float) -> None:
+        self.due = due
+        self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, separator, body = self._received.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+        if not separator or not length or len(body) < int(length[1]) or self.due is None:
+            return
+        now = time.perf_counter()
+        latency_ms = (now - self.due) * 1000
+        match head.split(b" ", 2)[1]:
+            case b"200":
+                self.tally.accepted_ms.append(latency_ms)
+                self.tally.on_time += now < self.tally.end
+            case b"503":
+                self.tally.refused_ms.append(latency_ms)
+                self.tally.advised += b"\r\nretry-after:" in head.lower()
+            case _:
+                self.tally.failed += 1
+        self.due = None
+        self._received.clear()
+        self.idle.append(self)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self.due is not None:
+            self.tally.failed += 1
+        self.due = None
+        if self in self.idle:
+            self.idle.remove(self)
+
+
+async def drive(host: str, port: int, requests: Sequence[bytes], rate: float, seconds: float) -> Tally:
+    """Send `rate` requests a second for some seconds, then wait for the answers.
+
+    Args:
+        requests: whole HTTP requests, sent in turn.
+    """
+    tally, idle = Tally(seconds=seconds), list[Connection]()
+    loop = asyncio.get_running_loop()
+    made = [(await loop.create_connection(lambda: Connection(tally, idle), host, port))[1] for _ in range(CONNECTIONS)]
+    bodies = itertools.cycle(requests)
+    start = time.perf_counter()
+    tally.end = start + seconds
+    while (now := time.perf_counter() - start) < seconds:
+        while tally.due < now * rate:
+            request, due = next(bodies), start + tally.due / rate
+            tally.due += 1
+            if idle:
+                idle.pop().send(request, due)
+            else:
+                tally.unsent += 1
+        await asyncio.sleep(1e-3)
+    while any(connection.due is not None for connection in made):
+        if time.perf_counter() > tally.end + PATIENCE_S:
+            break
+        await asyncio.sleep(0.05)
+    tally.failed += sum(connection.due is not None for connection in made)
+    return tally
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("host")
+    parser.add_argument("port", type=int)
+    parser.add_argument("requests", type=Path, nargs="+", help="files that hold whole HTTP requests")
+    parser.add_argument("--rate", type=float, required=True, help="requests a second")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    chosen = parser.parse_args()
+    requests = [path.read_bytes() for path in chosen.requests]
+    tally = uvloop.run(drive(chosen.host, chosen.port, requests, chosen.rate, chosen.seconds))
+    print(json.dumps(asdict(tally)))
+
+
+if __name__ == "__main__":
+    main()

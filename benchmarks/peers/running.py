@@ -1,0 +1,195 @@
+"""A server under measurement: started, asked, loaded with wrk, weighed, and gone with all its processes afterwards.
+
+Call `adopt` first: whatever a server leaves behind then becomes a child of this process, so that all of it is measured
+and ended. Linux only.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from peers.catalogue import HERE, ROOT, Server
+
+START_S = 180.0
+STOP_S = 20.0
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+def adopt() -> None:
+    """Become the parent of all processes started from here whose own parent ends."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What wrk and the kernel measured."""
+
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    cpu_ms: float
+    """Of all the server's processes, per request."""
+    errors: int
+
+
+class Running:
+    """A started server; a context that ends with all its processes gone.
+
+    Args:
+        engine: see `Server.command`.
+        version: folder of the model's version in its store.
+        first: a PNG for the first question.
+        folder: for its log and its runs.
+
+    Raises:
+        RuntimeError: it ended, or gave no answer in time; with the last line that it wrote.
+    """
+
+    def __init__(self, server: Server, engine: str, version: Path, model: str, first: bytes, folder: Path):
+        self.server = server
+        self.model = model
+        self.port = _free_port()
+        self.log = folder / f"{server.name}.log"
+        command, environment = server.command(self.port, version, engine, folder / "runs")
+        started = time.monotonic()
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait(first, started + START_S)
+        except BaseException:
+            self.stop()
+            raise
+        self.start_s = time.monotonic() - started
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def ask(self, http: httpx.Client, image: bytes) -> str:
+        """The label of the most probable class of a PNG."""
+        headers, content = self.server.message(image, "image/png")
+        path = self.server.path.format(model=self.model)
+        response = http.post(f"http://127.0.0.1:{self.port}{path}", headers=headers, content=content)
+        return self.server.best(response.raise_for_status().json())
+
+    def labels(self, images: Sequence[bytes]) -> list[str]:
+        """The labels of the most probable classes of PNGs, asked for over some connections."""
+        with httpx.Client(timeout=60, trust_env=False) as http, ThreadPoolExecutor(8) as clients:
+            return list(clients.map(lambda image: self.ask(http, image), images))
+
+    def stop(self) -> None:
+        """First as a supervisor does, then by force, until nothing that was started is left."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+        end = time.monotonic() + STOP_S
+        while left := self._descendants():
+            for process in left if time.monotonic() > end else ():
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.05)
+
+    def _descendants(self) -> list[int]:
+        """What still runs of all that was started."""
+        self.process.poll()
+        for process in descendants():
+            with suppress(ChildProcessError):  # the child of another one
+                if process != self.process.pid:
+                    os.waitpid(process, os.WNOHANG)
+        return descendants()
+
+    def _wait(self, first: bytes, end: float) -> None:
+        with httpx.Client(timeout=10, trust_env=False) as http:
+            while True:
+                try:
+                    self.ask(http, first)
+                except (httpx.HTTPError, KeyError, ValueError):
+                    if self.process.poll() is not None or time.monotonic() > end:
+                        raise RuntimeError(self._last_words()) from None
+                    time.sleep(0.02)
+                else:
+                    return
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1][-300:] if lines else f"no answer in {START_S:.0f} s"
+
+
+def descendants() -> list[int]:
+    """All processes that this one has started, directly or not. It adopts those whose parents have ended."""
+    children = defaultdict(list)
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):  # it has just ended
+                children[int(_stat(int(entry.name))[1])].append(int(entry.name))
+    found, waiting = [], [os.getpid()]
+    while waiting:
+        waiting += (new := children[waiting.pop()])
+        found += new
+    return found
+
+
+def _stat(process: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+
+
+def cpu_ms() -> float:
+    """Time that all descendants have computed so far, with their children that have ended."""
+    ticks = 0
+    for process in descendants():
+        with suppress(OSError):
+            ticks += sum(int(value) for value in _stat(process)[11:15])
+    return ticks * 1000 / os.sysconf("SC_CLK_TCK")
+
+
+def resident_mib() -> float:
+    """Memory of all descendants; a page that several share counts once."""
+    kib = 0
+    for process in descendants():
+        with suppress(OSError):
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return kib / 1024
+
+
+def drive(running: Running, connections: int, pictures: Sequence[Path], seconds: int) -> Load:
+    """Load from wrk: every connection sends its next request as soon as it has its answer."""
+    script, url = str(HERE / "wrk.lua"), f"http://127.0.0.1:{running.port}"
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", script, url, "--"]
+    before = cpu_ms()
+    done = subprocess.run([*command, *map(str, pictures)], check=True, capture_output=True, text=True)
+    used = cpu_ms() - before
+    told = json.loads(done.stdout.splitlines()[-1])
+    answered = max(1, told["requests"])
+    return Load(
+        (told["requests"] - told["errors"]) / told["seconds"],
+        told["p50_ms"],
+        told["p99_ms"],
+        used / answered,
+        told["errors"],
+    )
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

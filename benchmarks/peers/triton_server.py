@@ -1,0 +1,44 @@
+"""Triton through nvidia-pytriton, with Triton's dynamic batching.
+
+The image is one string of the inference protocol, sent in its binary form; a raw body would need one size for all.
+"""
+
+import os
+import sysconfig
+
+import numpy as np
+from classifier import CORES, MAX_BATCH, PORT, Classifier, decode
+from numpy.typing import NDArray
+from pytriton.decorators import batch
+from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
+from pytriton.triton import Triton, TritonConfig
+
+
+class Service:
+    def __init__(self) -> None:
+        self.classifier = Classifier(threads=1)
+
+    @batch
+    def __call__(self, image: NDArray[np.object_]) -> dict[str, NDArray[np.generic]]:
+        answers = [answer["classes"] for answer in self.classifier([decode(row[0]) for row in image])]
+        labels = [[entry["label"].encode() for entry in answer] for answer in answers]
+        probabilities = [[entry["probability"] for entry in answer] for answer in answers]
+        return {"labels": np.array(labels, np.object_), "probabilities": np.array(probabilities, np.float32)}
+
+
+if __name__ == "__main__":
+    # Triton's Python backend must find the libpython of this interpreter before the system's.
+    os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
+    config = TritonConfig(http_address="127.0.0.1", http_port=PORT, allow_grpc=False, allow_metrics=False)
+    with Triton(config=config) as triton:
+        triton.bind(
+            model_name="classifier",
+            infer_func=[Service() for _ in range(CORES)],
+            inputs=[Tensor(name="image", dtype=bytes, shape=(1,))],
+            outputs=[
+                Tensor(name="labels", dtype=bytes, shape=(5,)),
+                Tensor(name="probabilities", dtype=np.float32, shape=(5,)),
+            ],
+            config=ModelConfig(max_batch_size=MAX_BATCH, batcher=DynamicBatcher(max_queue_delay_microseconds=2000)),
+        )
+        triton.serve()

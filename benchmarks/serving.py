@@ -1,0 +1,397 @@
+"""Our service against its peers: requests a second, latency, CPU, memory and start, at the same accuracy.
+
+Every server in turn is started, asked for the top-1 of 1,000 images, driven by wrk with each scenario, and stopped; no
+two run at once. A round takes each server once, the tables show medians over the rounds. Peers run the same `model.pt`
+twice: with TorchScript, as their documentation shows, and with OpenVINO as ours, which leaves the serving path as the
+only difference. Finally ours is overloaded, with requests that leave on schedule. The tables are printed and written to
+benchmarks/results/serving.md.
+
+    python benchmarks/serving.py [--servers ours mosec ...] [--rounds 3] [--seconds 8] [--models models]
+
+Needs wrk (`apt-get install wrk`) and, for the peers, `.venv-peers`; `make serving` makes that first.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peers.catalogue import HERE as PEERS
+from peers.catalogue import OURS, ROOT, SERVERS, Server
+from peers.running import Load, Running, adopt, drive, resident_mib
+from PIL import Image, ImageDraw
+from results import RESULTS, Check, machine
+
+from app.settings import Settings
+from training import data, torchscript
+from training.export import publish
+from training.loop import train
+from training.recipes import recipe
+from training.run import Run
+from training.store import MODEL, Store
+
+ENGINES = {
+    "torchscript": "Each as its documentation shows: the peers with TorchScript, ours as shipped",
+    "openvino": "All with the same engine: `model.pt` in OpenVINO",
+}
+SHIPPED = "torchscript"
+PICTURES = 50  # different ones, so that no cache helps
+CHECKED = {"resnet": 1000, "resnet18": 200}  # images whose top-1 is compared
+WARMUP_S = 1
+OVERLOAD = 5.0
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A load: which model gets which pictures over how many connections."""
+
+    model: str
+    picture: str
+    connections: int
+
+    def __str__(self) -> str:
+        many = "connections" if self.connections > 1 else "connection"
+        return f"`{self.model}`, {self.picture}, {self.connections} {many}"
+
+
+PNG, JPEG = "32x32 PNG", "500x375 JPEG"
+MEDIA_TYPES = {PNG: "image/png", JPEG: "image/jpeg"}
+PEAK = Scenario("resnet", PNG, 32)
+SCENARIOS = (
+    Scenario("resnet", PNG, 1),
+    PEAK,
+    Scenario("resnet", JPEG, 32),
+    Scenario("resnet18", PNG, 8),
+)
+
+
+@dataclass
+class Measured:
+    """A server with one engine, over all rounds."""
+
+    loads: dict[Scenario, list[Load]] = field(default_factory=lambda: defaultdict(list))
+    start_s: list[float] = field(default_factory=list)
+    """From the command to the first answer, with `resnet`."""
+    memory_mib: list[float] = field(default_factory=list)
+    """Of all processes after the load on `resnet`; pages that they share count once."""
+    agreement: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+    def median(self, scenario: Scenario, of: Callable[[Load], float]) -> float:
+        return statistics.median(of(load) for load in self.loads[scenario])
+
+
+def png(image: NDArray[np.uint8]) -> bytes:
+    """An RGB image [H, W, 3] as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def photo(seed: int) -> bytes:
+    """A 500x375 JPEG of quality 90 that is as hard to decode as a photo: 1/f noise, as in nature, and some objects."""
+    random = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None, :])
+    frequency[0, 0] = np.inf
+    common, *own = (
+        np.fft.irfft2(np.fft.rfft2(random.normal(size=(375, 500))) / frequency, (375, 500)) for _ in range(4)
+    )
+    noise = np.stack([common + 0.3 * channel for channel in own], -1)
+    image = Image.fromarray((128 + 45 * noise / noise.std()).clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for _ in range(6):
+        x, y, width, height = random.uniform((0, 0, 20, 20), (450, 330, 200, 150))
+        colour = tuple(int(value) for value in random.integers(0, 256, 3))
+        shape = draw.ellipse if random.random() < 0.5 else draw.rectangle
+        shape((x, y, x + width, y + height), fill=colour)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def complete(store: Store, folder: Path) -> tuple[Store, str]:
+    """A store that has `resnet18` for sure, and what to say about it.
+
+    Where there is none, random weights are published in a copy of the store: they are as fast as any.
+    """
+    if store.live("resnet18") is not None:
+        return store, ""
+    copy = Store(folder / "models")
+    shutil.copytree(store.root / "resnet", copy.root / "resnet")
+    untrained = {"weights": "none", "image_size": 224, "epochs": 1, "finetune_epochs": 0, "trainable": "fc"}
+    run = Run(folder / "resnet18")
+    run.create(recipe("resnet18", untrained | {"cache_features": False, "validation_images": 0}))
+    dataset = data.load("synthetic:1")
+    list(train(run.recipe(), dataset, run, torch.device("cpu")))
+    publish(run, dataset, copy, "always")
+    return copy, "The store has no `resnet18`; one with random weights shows its speed."
+
+
+def live(store: Store, model: str) -> Path:
+    """Folder of a model's live version."""
+    return store.folder(model, store.live(model) or 0).resolve()
+
+
+def reference(store: Store, model: str, images: NDArray[np.uint8]) -> list[str]:
+    """The labels that TorchScript gives images [N, 32, 32, 3] in float32."""
+    folder = live(store, model)
+    module = torchscript.load(folder / MODEL)
+    with torch.inference_mode():
+        batches = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().split(50)
+        best = torch.cat([module(batch).argmax(1) for batch in batches])
+    classes = store.card(model, int(folder.name)).classes
+    return [classes[number] for number in best.tolist()]
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Images whose top-1 is known, as PNGs."""
+
+    images: list[bytes]
+    expected: list[str]
+    truth: list[str]
+
+    def of(self, running: Running) -> tuple[float, float]:
+        """The server's agreement with TorchScript in float32, and its accuracy."""
+        labels = running.labels(self.images)
+        return _share(labels, self.expected), _share(labels, self.truth)
+
+
+def _share(labels: Sequence[str], right: Sequence[str]) -> float:
+    return sum(one == other for one, other in zip(labels, right, strict=True)) / len(right)
+
+
+class Benchmark:
+    """All measurements of all servers.
+
+    Args:
+        store: has `resnet` and `resnet18`.
+        seconds: of every load.
+        folder: for logs and requests.
+    """
+
+    def __init__(self, store: Store, seconds: int, folder: Path):
+        self.store = store
+        self.seconds = seconds
+        self.folder = folder
+        self.measured: dict[tuple[Server, str], Measured] = defaultdict(Measured)
+        try:
+            dataset = data.load()
+        except data.DataError:
+            dataset = data.load("synthetic:40")
+        self.dataset = "CIFAR-100" if dataset.classes == data.CLASSES else "the synthetic data set"
+        images = dataset.test.images
+        self.pictures = {
+            PNG: [png(image) for image in images[:PICTURES]],
+            JPEG: [photo(seed) for seed in range(PICTURES)],
+        }
+        self.checks = {
+            model: Checks(
+                [png(image) for image in images[:count]],
+                reference(store, model, images[:count]),
+                [dataset.classes[label] for label in dataset.test.labels[:count]],
+            )
+            for model, count in CHECKED.items()
+        }
+
+    def visit(self, server: Server, engine: str) -> None:
+        """Start a server for each model and drive it with every scenario. Its failure is noted, and ends its visits."""
+        measured = self.measured[server, engine]
+        for model in CHECKED:
+            if measured.error:
+                return
+            try:
+                with self._running(server, engine, model) as running:
+                    if model not in measured.agreement:
+                        measured.agreement[model], measured.accuracy[model] = self.checks[model].of(running)
+                    for scenario in SCENARIOS:
+                        if scenario.model == model:
+                            requests = self._requests(running, scenario)
+                            drive(running, scenario.connections, requests, WARMUP_S)
+                            load = drive(running, scenario.connections, requests, self.seconds)
+                            measured.loads[scenario].append(load)
+                            _progress(f"{server.name} {engine}: {scenario}: {load.requests_per_s:.0f} req/s")
+                    if model == PEAK.model:
+                        measured.start_s.append(running.start_s)
+                        measured.memory_mib.append(resident_mib())
+            except (RuntimeError, OSError, httpx.HTTPError, KeyError, ValueError) as error:
+                measured.error = " ".join(str(error).split())
+                _progress(f"{server.name} {engine}: {error}")
+
+    def overload(self, peak: float) -> list[Check]:
+        """Ours, with five times the requests that it can answer, sent on schedule."""
+        with self._running(OURS, SHIPPED, PEAK.model) as running:
+            requests = self._requests(running, PEAK)
+            drive(running, PEAK.connections, requests, WARMUP_S)
+            program = [sys.executable, str(Path(__file__).with_name("open_loop.py")), "127.0.0.1", str(running.port)]
+            program += [*map(str, requests), "--rate", str(OVERLOAD * peak), "--seconds", str(self.seconds)]
+            told = json.loads(subprocess.run(program, check=True, capture_output=True, text=True).stdout)
+        accepted, refused = sorted(told["accepted_ms"]), sorted(told["refused_ms"])
+        goodput = told["on_time"] / told["seconds"] / peak
+        deadline_ms = 1000 * Settings().deadline_s
+        slow = _percentile(accepted, 99)
+        quick = _percentile(refused, 99)
+        return [
+            Check(
+                "requests due", f"{told['due'] / told['seconds']:,.0f}/s, {OVERLOAD:g} times the peak of {peak:,.0f}/s"
+            ),
+            Check("not sent, as all connections of the generator were waiting", f"{told['unsent']:,}"),
+            Check("answered 200 within the time, of the peak", f"{goodput:.0%}", ">= 90 %", goodput >= 0.9),
+            Check("accepted: p50, p99, slowest", _latencies(accepted), f"< {deadline_ms:,.0f} ms", slow < deadline_ms),
+            Check("refused (503): p50, p99, slowest", _latencies(refused), "p99 < 50 ms", quick < 50),
+            Check(
+                "refusals with Retry-After",
+                f"{told['advised']:,} of {len(refused):,}",
+                "all",
+                told["advised"] == len(refused),
+            ),
+            Check("other answers, broken connections", f"{told['failed']}", "0", told["failed"] == 0),
+        ]
+
+    def _running(self, server: Server, engine: str, model: str) -> Running:
+        return Running(server, engine, live(self.store, model), model, self.pictures[PNG][0], self.folder)
+
+    def _requests(self, running: Running, scenario: Scenario) -> list[Path]:
+        """Files with whole requests."""
+        paths = []
+        for number, picture in enumerate(self.pictures[scenario.picture]):
+            path = self.folder / f"request-{number}"
+            media_type = MEDIA_TYPES[scenario.picture]
+            path.write_bytes(running.server.request(running.port, scenario.model, picture, media_type))
+            paths.append(path)
+        return paths
+
+
+def report(benchmark: Benchmark, rounds: int, overload: list[Check], notes: str) -> str:
+    """Everything as markdown."""
+    versions = dict(line.split("==") for line in (PEERS / "requirements.txt").read_text().splitlines() if "==" in line)
+    lines = [
+        "# Our service and its peers",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}; {rounds} rounds of {benchmark.seconds} s, medians. "
+        f"PyTorch {torch.__version__}, OpenVINO {versions['openvino']}. Images: {benchmark.dataset}. {notes}",
+    ]
+    for engine, title in ENGINES.items():
+        rows = {
+            server: benchmark.measured[server, engine] for server in SERVERS if (server, engine) in benchmark.measured
+        }
+        lines += ["", f"## {title}"]
+        for scenario in SCENARIOS:
+            lines += ["", f"### {scenario}", "", *_loads(rows, scenario)]
+        lines += ["", "### Start, memory, accuracy", "", *_servers(rows, versions)]
+    if overload:
+        lines += ["", "## Overload of ours", "", "| what | measured | target | met |", "| --- | --- | --- | --- |"]
+        answers = {True: "yes", False: "**no**", None: ""}
+        lines += [f"| {row.what} | {row.measured} | {row.target} | {answers[row.met]} |" for row in overload]
+    return "\n".join(lines) + "\n"
+
+
+def _loads(rows: dict[Server, Measured], scenario: Scenario) -> list[str]:
+    """The table of a scenario, and how far ours is ahead of the best peer."""
+    lines = [
+        "| server | req/s | p50 ms | p99 ms | CPU ms per request | errors |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    rates, medians = {}, {}
+    for server, measured in rows.items():
+        if measured.error or not measured.loads[scenario]:
+            lines.append(f"| {server.title} | {_cell(measured.error or 'not measured')} | | | | |")
+            continue
+        rates[server] = measured.median(scenario, lambda load: load.requests_per_s)
+        medians[server] = measured.median(scenario, lambda load: load.p50_ms)
+        p99 = measured.median(scenario, lambda load: load.p99_ms)
+        cpu = measured.median(scenario, lambda load: load.cpu_ms)
+        errors = sum(load.errors for load in measured.loads[scenario])
+        lines.append(
+            f"| {server.title} | {rates[server]:.0f} | {medians[server]:.1f} | {p99:.1f} | {cpu:.2f} | {errors} |"
+        )
+    peers = [server for server in rates if server is not OURS]
+    if OURS in rates and peers:
+        most = max(peers, key=rates.__getitem__)
+        soonest = min(peers, key=medians.__getitem__)
+        lines += [
+            "",
+            f"Ours answers **{rates[OURS] / rates[most]:.2f} times** as many requests as the best peer, {most.title}; "
+            f"its p50 is **{medians[OURS] / medians[soonest]:.2f}** of that of the quickest, {soonest.title}.",
+        ]
+    return lines
+
+
+def _servers(rows: dict[Server, Measured], versions: dict[str, str]) -> list[str]:
+    heads = [f"{what}, `{model}`" for model in CHECKED for what in ("top-1 as TorchScript float32", "accuracy")]
+    lines = [f"| server | version | start s | memory MiB | {' | '.join(heads)} |", "| --- | --- " + "| --: " * 6 + "|"]
+    for server, measured in rows.items():
+        start = f"{statistics.median(measured.start_s):.1f}" if measured.start_s else ""
+        memory = f"{statistics.median(measured.memory_mib):.0f}" if measured.memory_mib else ""
+        shares = [
+            f"{share[model]:.1%}" if model in share else ""
+            for model in CHECKED
+            for share in (measured.agreement, measured.accuracy)
+        ]
+        lines.append(
+            f"| {server.title} | {versions.get(server.package, '')} | {start} | {memory} | {' | '.join(shares)} |"
+        )
+    return lines
+
+
+def _cell(text: str) -> str:
+    return text.replace(str(ROOT), ".").replace("|", "/")
+
+
+def _percentile(values: Sequence[float], percent: int) -> float:
+    return float(np.percentile(values, percent)) if values else 0.0
+
+
+def _latencies(values: Sequence[float]) -> str:
+    return ", ".join(f"{_percentile(values, percent):.0f}" for percent in (50, 99, 100)) + f" ms ({len(values):,})"
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(names: Sequence[str], rounds: int, seconds: int, models: Path) -> None:
+    if not shutil.which("wrk"):
+        sys.exit("wrk is missing: apt-get install wrk")
+    adopt()
+    chosen = [server for server in SERVERS if server.name in names]
+    with tempfile.TemporaryDirectory(prefix="serving-") as name:
+        store, notes = complete(Store(models.resolve()), Path(name))
+        benchmark = Benchmark(store, seconds, Path(name))
+        for _ in range(rounds):
+            for server in chosen:
+                for engine in ENGINES:
+                    benchmark.visit(server, engine)
+        ours = benchmark.measured.get((OURS, SHIPPED))
+        overload = []
+        if ours and ours.loads[PEAK] and not ours.error:
+            overload = benchmark.overload(ours.median(PEAK, lambda load: load.requests_per_s))
+    text = report(benchmark, rounds, overload, notes)
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "serving.md").write_text(text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [server.name for server in SERVERS]
+    parser.add_argument("--servers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=8, help="of every load")
+    parser.add_argument("--models", type=Path, default=ROOT / "models", help="the model store")
+    options = parser.parse_args()
+    main(options.servers, options.rounds, options.seconds, options.models)
