@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import sys
+from functools import partial
 from types import FrameType
 from typing import Annotated
 
@@ -57,7 +58,7 @@ def main(
         app,
         host=settings.host,
         port=settings.port,
-        http=BoundedHttp,
+        http=partial(BoundedHttp, sheds=app.state.services.sheds),  # type: ignore[arg-type]  # called, never inherited
         ws="none",
         access_log=False,
         log_config=None,

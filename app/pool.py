@@ -69,6 +69,10 @@ class Pool:
         """The live models by name."""
         return dict(self._live)
 
+    def peek(self, name: str | None) -> Model | None:
+        """The live model of this name, by default as for `get`; None if there is none."""
+        return self._live.get(name or self._default() or "")
+
     async def get(self, name: str | None = None, version: int | None = None) -> Model:
         """A model to predict with. A live one is returned without giving way to other tasks.
 
@@ -81,7 +85,9 @@ class Pool:
             Unavailable: the model exists but cannot be served.
         """
         if name is None:
-            name = self._settings.default_model or self._most_accurate()
+            name = self._default()
+        if name is None:
+            raise Unavailable("no model is live; train one: curl -X POST /train, or python -m training train resnet")
         model = self._live.get(name)
         if model and version in (None, model.card.version):
             return model
@@ -156,10 +162,10 @@ class Pool:
                 self._others.popitem(last=False)
             return model
 
-    def _most_accurate(self) -> str:
-        if not self._live:
-            raise Unavailable("no model is live; train one: curl -X POST /train, or python -m training train resnet")
-        return max(self._live, key=lambda name: self._live[name].card.test.top1)
+    def _default(self) -> str | None:
+        """The configured model or the most accurate live one."""
+        most_accurate = max(self._live, key=lambda name: self._live[name].card.test.top1, default=None)
+        return self._settings.default_model or most_accurate
 
     def _missing(self, name: str) -> NotFound | Unavailable:
         if name in self.errors:

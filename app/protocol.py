@@ -1,12 +1,15 @@
 """HTTP connections with bounds: uvicorn's protocol has none on the size of a head, nor on how slowly a client may be.
 
-Bodies are bounded by `app.limits`.
+Bodies are bounded by `app.limits`. What an overloaded service would refuse anyway is refused here, before it costs more
+than reading its bytes.
 """
 
 import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+from fastapi.responses import JSONResponse
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.errors import problem
@@ -18,10 +21,16 @@ _MAX_CONNECTIONS = 900  # fewer than the file descriptors that a process usually
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Cuts off clients that send too large a head, or send or read too slowly, and refuses too many connections."""
+    """Cuts off clients that send too large a head, or send or read too slowly, and refuses too many connections.
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    Args:
+        sheds: whether a request for this URL is to be refused at once with 503, as the service has too much to do.
+    """
+
+    def __init__(self, *args: Any, sheds: Callable[[bytes], bool], **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._sheds = sheds
+        self._shedding = False
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._stalled_timer: asyncio.TimerHandle | None = None
@@ -29,7 +38,7 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > _MAX_CONNECTIONS:
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections; try again later")
+            self._refuse(_unavailable("too many connections; try again later"))
         self._start_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -39,7 +48,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._head_timer and not self.transport.is_closing():
+        if self._head_timer and not self._shedding and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > _MAX_HEAD_BYTES:
                 self.send_400_response("")
@@ -49,20 +58,41 @@ class BoundedHttp(HttpToolsProtocol):
         self._start_head()
 
     def on_headers_complete(self) -> None:
-        self._end_head()
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > _MAX_HEAD_BYTES:
             self._head_bytes = size
             raise ValueError(size)  # which uvicorn answers with `send_400_response`
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._sheds(self.url):
+            self._shedding = True  # the timer of the head goes on until the body is there
+            if self.expect_100_continue:
+                self._refuse(_unavailable(_OVERLOADED))
+            return
+        self._end_head()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._shedding:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._shedding:
+            super().on_message_complete()
+            return
+        self._shedding = False
+        self._end_head()
+        self.transport.write(_ANSWER_OVERLOADED)
+        if not self.parser.should_keep_alive():
+            self.transport.close()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what cannot be read as a request, and close the connection."""
         if self._head_bytes > _MAX_HEAD_BYTES:
             detail = f"the request's line and headers are larger than {_MAX_HEAD_BYTES:,} bytes"
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, detail)
+            self._refuse(problem(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, detail))
         else:
-            self._refuse(HTTPStatus.BAD_REQUEST, msg)
+            self._refuse(problem(HTTPStatus.BAD_REQUEST, msg))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -87,9 +117,22 @@ class BoundedHttp(HttpToolsProtocol):
             self._stalled_timer.cancel()
             self._stalled_timer = None
 
-    def _refuse(self, status: HTTPStatus, detail: str) -> None:
-        answer = problem(status, detail, {"Connection": "close"})
-        head = [b"HTTP/1.1 %d %s" % (status, status.phrase.encode())]
-        head += [name + b": " + value for name, value in answer.raw_headers]
-        self.transport.write(b"\r\n".join([*head, b"", bytes(answer.body)]))
+    def _refuse(self, answer: JSONResponse) -> None:
+        """Answer, and close the connection."""
+        answer.headers["Connection"] = "close"
+        self.transport.write(_encoded(answer))
         self.transport.close()
+
+
+def _unavailable(detail: str) -> JSONResponse:
+    return problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, {"Retry-After": "1"})
+
+
+def _encoded(answer: JSONResponse) -> bytes:
+    head = [b"HTTP/1.1 %d %s" % (answer.status_code, HTTPStatus(answer.status_code).phrase.encode())]
+    head += [name + b": " + value for name, value in answer.raw_headers]
+    return b"\r\n".join([*head, b"", bytes(answer.body)])
+
+
+_OVERLOADED = "too many images are waiting; try again later"
+_ANSWER_OVERLOADED = _encoded(_unavailable(_OVERLOADED))

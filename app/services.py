@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, cast
+from urllib.parse import parse_qsl
 
 from fastapi import Depends, Request
 
@@ -54,6 +55,14 @@ class Services:
     def ready(self) -> bool:
         """Whether requests should be sent here."""
         return self.pool.ready and not self.draining
+
+    def sheds(self, url: bytes) -> bool:
+        """Whether a request for this URL is a prediction that would be refused, as too many images are waiting."""
+        path, _, query = url.partition(b"?")
+        if path != b"/predict":
+            return False
+        model = self.pool.peek(dict(parse_qsl(query.decode("latin-1"))).get("model") if query else None)
+        return model is not None and model.batcher.full
 
     async def start(self) -> None:
         await self.pool.start()

@@ -83,7 +83,7 @@ class Settings(BaseSettings):
 
     max_batch: int = Field(default=64, gt=0)
     """Images computed together."""
-    max_queue: int = Field(default=512, gt=0)
+    max_queue: int = Field(default=256, gt=0)
     """Images waiting for one model; further ones are refused."""
     deadline_s: float = Field(default=10.0, gt=0)
     """A request that could not be started within this time is refused."""

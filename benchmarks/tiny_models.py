@@ -13,7 +13,7 @@ from training.recipes import recipe
 from training.run import Run
 from training.store import Store
 
-TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 2, "learning_rate": 0.05}
+TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 2, "learning_rate": 0.05, "int8": False}
 NAME = "resnet"
 
 

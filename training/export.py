@@ -46,6 +46,7 @@ def publish(
     if begun and (card := store.find(recipe.model, begun)):  # the last attempt crashed just after publishing
         return _conclude(run, store, card, promotion)
     classifier, epoch = restore(run, recipe, dataset)
+    torchscript.round_weights(classifier)
     if recipe.validation_images:
         _, _, validation = splits(recipe, dataset)
         images, labels = to_device(validation, CPU)

@@ -7,6 +7,7 @@ Run as a program, it computes the logits of a file in a process that knows nothi
 `python -m training.torchscript MODEL IMAGES LOGITS`.
 """
 
+import copy
 import io
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 # Rounding may differ between eager mode and the frozen graph; logits are of the order of 10.
 TOLERANCE = 1e-3
@@ -27,11 +29,35 @@ class ExportError(RuntimeError):
     """The exported file does not compute what the network computes."""
 
 
+class _StoredInHalf(nn.Module):
+    """A parametrisation: a weight that is kept in float16 and computed with in float32."""
+
+    def forward(self, stored: Tensor) -> Tensor:
+        return stored.float()
+
+
+def _matrices(classifier: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Modules and names of the weights that take most of a file; vectors stay in float32."""
+    return [
+        (module, name)
+        for module in classifier.modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() > 1
+    ]
+
+
+def round_weights(classifier: nn.Module) -> None:
+    """Round weights, in place, to what an exported file holds: matrices in float16."""
+    for module, name in _matrices(classifier):
+        weight = module.get_parameter(name)
+        weight.data.copy_(weight.data.half())
+
+
 def save(classifier: nn.Module, path: Path) -> None:
-    """Trace and freeze a classifier in evaluation mode, and check the written file in a fresh process.
+    """Trace a classifier in evaluation mode, and check the written file in a fresh process.
 
     Args:
-        classifier: uint8 [N, 3, 32, 32] to logits [N, classes], on the CPU.
+        classifier: uint8 [N, 3, 32, 32] to logits [N, classes], on the CPU; see `round_weights`.
         path: the file to write.
 
     Raises:
@@ -42,12 +68,15 @@ def save(classifier: nn.Module, path: Path) -> None:
     with torch.inference_mode():
         expected = classifier(images)
     with torch.no_grad(), _deprecation_ignored():
-        traced = torch.jit.trace(classifier, (images,), check_trace=False)  # checked below, after a reload
-        # Convolutions keep their weights as trained (no folding), so the graph computes bit for bit what eager does.
-        frozen = torch.jit.freeze(traced, optimize_numerics=False)
+        stored = copy.deepcopy(classifier)
+        for module, name in _matrices(stored):
+            weight = module.get_parameter(name)
+            weight.data = weight.data.half()
+            register_parametrization(module, name, _StoredInHalf().eval(), unsafe=True)
+        traced = torch.jit.trace(stored, (images,), check_trace=False)  # checked below, after a reload
         # By way of memory: PyTorch ends the process if it cannot write to a file.
         content = io.BytesIO()
-        torch.jit.save(frozen, content)
+        torch.jit.save(traced, content)
     path.write_bytes(content.getbuffer())
     difference = (_logits_in_fresh_process(path, images) - expected).abs().max().item()
     if not difference <= TOLERANCE:
@@ -60,6 +89,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> torch.jit.ScriptModu
     """The classifier in an exported file, in evaluation mode."""
     with _deprecation_ignored():
         module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)
+        if hasattr(module, "training"):
+            # Weights become float32 for good, and stay as trained (no folding), so the graph computes bit for bit what
+            # eager mode does.
+            module = torch.jit.freeze(module, optimize_numerics=False)
     return module
 
 

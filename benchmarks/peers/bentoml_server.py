@@ -1,4 +1,8 @@
-"""BentoML with its adaptive batching. Its batches are lists, which it takes as multipart forms only."""
+"""BentoML with its adaptive batching. Its batches are lists, which it takes as multipart forms only.
+
+Tried on two cores beside other work, requests a second with 32 connections (TorchScript, OpenVINO): two workers of one
+thread 529, 628; one worker of two threads 382, 444 to 519. A lower latency limit made no difference.
+"""
 
 import os
 import sys

@@ -1,4 +1,8 @@
-"""TorchServe: a handler in a .mar archive, behind its Java front end with dynamic batching."""
+"""TorchServe: a handler in a .mar archive, behind its Java front end with dynamic batching.
+
+Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO): two workers of one thread and a delay
+of 2 ms 691, 810; one worker of two threads and 1 ms 568, 1116.
+"""
 
 import os
 import subprocess
@@ -17,7 +21,7 @@ class Handler:
     def initialize(self, _: Any) -> None:
         from classifier import Classifier
 
-        self.classifier = Classifier(threads=1)
+        self.classifier = Classifier()
 
     def handle(self, data: list[dict[str, Any]], _: Any) -> list[Any]:
         from classifier import decode
@@ -26,12 +30,12 @@ class Handler:
 
 
 def main() -> None:
-    from classifier import CORES, MAX_BATCH, PORT
+    from classifier import MAX_BATCH, PORT, WORKERS
 
     with tempfile.TemporaryDirectory(prefix="torchserve-") as name:
         folder = Path(name)
         (folder / "model.yaml").write_text(
-            f"minWorkers: {CORES}\nmaxWorkers: {CORES}\nbatchSize: {MAX_BATCH}\nmaxBatchDelay: 2\n"
+            f"minWorkers: {WORKERS}\nmaxWorkers: {WORKERS}\nbatchSize: {MAX_BATCH}\nmaxBatchDelay: 1\n"
         )
         archive = ["--model-name", "classifier", "--version", "1", "--handler", __file__]
         archive += ["--extra-files", str(HERE / "classifier.py"), "--config-file", str(folder / "model.yaml")]

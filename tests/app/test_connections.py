@@ -1,18 +1,22 @@
 """Connections over real sockets: large heads, slow and stalled clients, bodies of all sizes and paces."""
 
 import asyncio
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from app import limits, protocol
+from app.batching import Batcher
 from app.limits import BodyLimit
 from app.main import create_app
 from app.protocol import BoundedHttp
@@ -22,14 +26,19 @@ Address = tuple[str, int]
 
 
 @pytest.fixture
-def address(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
+def app(models: Path, tmp_path: Path) -> FastAPI:
+    return create_app(Settings(models=models, runs=tmp_path / "runs", max_predict_bytes=300_000))
+
+
+@pytest.fixture
+def address(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
     """Of a server whose patience is short."""
     monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_S", 0.5)
     monkeypatch.setattr(protocol, "_READ_TIMEOUT_S", 0.5)
     monkeypatch.setattr(protocol, "_MAX_CONNECTIONS", 5)
     monkeypatch.setattr(limits, "_GRACE_S", 0.5)
-    settings = Settings(models=models, runs=tmp_path / "runs", max_predict_bytes=300_000)
-    config = uvicorn.Config(create_app(settings), port=0, http=BoundedHttp, log_config=None, timeout_keep_alive=1)
+    http = partial(BoundedHttp, sheds=app.state.services.sheds)
+    config = uvicorn.Config(app, port=0, http=http, log_config=None, timeout_keep_alive=1)  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
@@ -178,6 +187,59 @@ def test_bodies_of_all_requests_together_are_bounded() -> None:
         assert bounded.pending == 0
 
     asyncio.run(scenario())
+
+
+@pytest.fixture
+def overloaded(app: FastAPI, address: Address) -> Batcher:
+    """Its queue seems to be full."""
+    batcher: Batcher = app.state.services.pool.live()["resnet"].batcher
+    batcher.queued = batcher.max_queue
+    return batcher
+
+
+def status_line(connection: socket.socket) -> bytes:
+    """Of one answer, which is read to its end."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(65536)
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+    while len(body) < length:
+        body += connection.recv(65536)
+    if b" 503 " in head:
+        assert b"retry-after: 1" in head
+        assert json.loads(body)["detail"] == "too many images are waiting; try again later"
+    return head.partition(b"\r\n")[0]
+
+
+def test_predictions_are_refused_before_they_cost_anything_while_the_queue_is_full(
+    address: Address, overloaded: Batcher
+) -> None:
+    with connect(address) as connection:
+        for _ in range(2):
+            connection.sendall(upload(3) + b"abc")
+            assert status_line(connection) == b"HTTP/1.1 503 Service Unavailable"
+        connection.sendall(upload(3).replace(b"/predict", b"/predict?model=other") + b"abc")
+        assert status_line(connection) == b"HTTP/1.1 415 Unsupported Media Type"  # no queue of that name is full
+        connection.sendall(upload(100_000))
+        for _ in range(10):
+            time.sleep(0.01)
+            connection.sendall(bytes(10_000))
+        assert status_line(connection) == b"HTTP/1.1 503 Service Unavailable"
+        overloaded.queued = 0
+        connection.sendall(upload(3) + b"abc")
+        assert status_line(connection) == b"HTTP/1.1 415 Unsupported Media Type"  # looked at again
+    assert alive(address)
+
+
+@pytest.mark.parametrize(("line", "answers"), [(b"Expect: 100-continue", 1), (b"Connection: close", 1), (b"A: b", 0)])
+def test_a_refused_prediction_does_not_hold_its_connection(
+    address: Address, overloaded: Batcher, line: bytes, answers: int
+) -> None:
+    with connect(address) as connection:
+        body = b"abc" if line.startswith(b"Connection") else b"ab"
+        connection.sendall(upload(3).replace(b"\r\n\r\n", b"\r\n" + line + b"\r\n\r\n") + body)
+        assert answer(connection).count(b"HTTP/1.1 503 ") == answers
 
 
 def test_a_client_that_does_not_read_is_cut_off(address: Address) -> None:

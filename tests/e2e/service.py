@@ -10,7 +10,7 @@ import httpx
 from processes import working_in
 from server import Server
 
-TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 1, "learning_rate": 0.05}
+TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 1, "learning_rate": 0.05, "int8": False}
 
 
 @contextmanager
