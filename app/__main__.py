@@ -1,7 +1,9 @@
 """Runs the service: `python -m app --help`."""
 
 import asyncio
+import gc
 import signal
+import socket
 import sys
 from functools import partial
 from types import FrameType
@@ -32,6 +34,12 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._services = app.state.services
         self._drain_s = drain_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # What has been made so far stays: looking through it for garbage would stop the service for 0.1 s every second.
+        gc.collect()
+        gc.freeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         draining, self._services.draining = self._services.draining, True

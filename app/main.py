@@ -1,6 +1,5 @@
 """Builds the application: settings in, a FastAPI app out. `python -m app` runs it."""
 
-import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -35,9 +34,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await services.start()
-        # What has been made so far stays: looking through it for garbage would stop the service for 0.1 s every second.
-        gc.collect()
-        gc.freeze()
         yield
         await services.stop()
 

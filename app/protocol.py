@@ -12,7 +12,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app.errors import problem
+from app.errors import Unavailable, problem
 
 _MAX_HEAD_BYTES = 32 << 10
 _HEAD_TIMEOUT_S = 10.0
@@ -125,7 +125,7 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 def _unavailable(detail: str) -> JSONResponse:
-    return problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, {"Retry-After": "1"})
+    return problem(Unavailable.status, detail, Unavailable.default_headers)
 
 
 def _encoded(answer: JSONResponse) -> bytes:

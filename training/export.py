@@ -119,7 +119,7 @@ def quantise(model: Path, recipe: Recipe, dataset: Dataset) -> Quantised:
     lost = top1(openvino_ir.Compiled(model)) - top1(int8)
     if lost > MOST_LOST:
         openvino_ir.remove(file)
-        return Quantised(accepted=False, images=len(labels), lost_top1=lost, test=None)
+        return Quantised(accepted=False, images=len(validation), lost_top1=lost, test=None)
     images, labels = to_device(dataset.test, CPU)
     test = evaluate(predict(int8.on_tensors, images), labels)
     return Quantised(accepted=True, images=len(validation), lost_top1=lost, test=test)

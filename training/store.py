@@ -58,7 +58,7 @@ class Quantised(BaseModel):
     accepted: bool
     """Whether its files stand beside the exported one."""
     images: int
-    """It was judged on: held out from training or, where the recipe holds too few out, seen in training."""
+    """It was judged on: held out from training or, where the recipe holds none out, seen in training."""
     lost_top1: float
     """Accuracy on these images before minus after, 0-1."""
     test: Evaluation | None
