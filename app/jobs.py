@@ -29,7 +29,7 @@ from app.errors import BadRequest, NotFound, Unavailable
 from app.settings import Settings
 from training.recipes import RECIPES, Recipe, RecipeError, from_dict, recipe
 from training.run import Publication, Run
-from training.store import Promotion
+from training.store import Promotion, Store, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -300,6 +300,12 @@ class Jobs:
             raise BadRequest(f"{error}") from None
         if wanted.weights not in ("none", "imagenet"):
             raise BadRequest("weights must be none or imagenet here; files are for the command line")
+        if wanted.teacher != "none":
+            store = Store(self._settings.models)
+            try:
+                store.card(*store.parse(wanted.teacher))
+            except StoreError as error:
+                raise BadRequest(f"teacher: {error}") from None
         limits = {"total epochs": (wanted.total_epochs, self._settings.max_job_epochs)}
         limits |= {"batch_size": (wanted.batch_size, self._settings.max_job_batch)}
         limits |= {"width": (wanted.width, self._settings.max_job_width)}

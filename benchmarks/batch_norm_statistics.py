@@ -34,10 +34,10 @@ def main(folder: str) -> None:
     weights = {name: value for name, value in per_use.state_dict().items() if ".bn.running" not in name}
     single.load_state_dict(weights, strict=False)
 
-    images, labels = to_device(dataset.train, torch.device("cpu"))
+    images, _ = to_device(dataset.train, torch.device("cpu"))
     torch.manual_seed(0)
     single.train()
-    batches = augment.batches(images, labels, recipe, torch.Generator().manual_seed(0))
+    batches = augment.batches(images, recipe, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for (batch, _), _ in zip(batches, range(GATHERING_BATCHES), strict=False):
             single(batch)

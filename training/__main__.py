@@ -78,7 +78,7 @@ def train(
                 chosen = _resumed(folder, chosen, changes)
             else:
                 folder.create(chosen)
-            _train(folder, chosen, dataset)
+            _train(folder, chosen, dataset, Store(models))
             if publish:
                 _report(publish_run(folder, dataset, Store(models), promote, notes))
                 _draw(folder, dataset)
@@ -110,12 +110,7 @@ def evaluate(
     """Measure an exported file on a whole split."""
     with _errors_reported():
         store = Store(models)
-        name, slash, number = model.partition("/")
-        if slash and not number.isdecimal():
-            raise StoreError(f"{number!r} is not a version; give {name}/1, or {name} for the live one")
-        version = int(number) if slash else store.live(name)
-        if version is None:
-            raise StoreError(f"{name} has no live version in {models}")
+        name, version = store.parse(model)
         folder = store.verify(store.card(name, version))
         if int8 and not (folder / openvino_ir.INT8).exists():
             raise StoreError(f"{name} version {version} has no int8 form")
@@ -169,11 +164,11 @@ def _resumed(folder: Run, chosen: Recipe, changes: dict[str, str]) -> Recipe:
     return folder.extend(chosen.epochs) if "epochs" in changes and chosen.epochs != started.epochs else started
 
 
-def _train(folder: Run, chosen: Recipe, dataset: data.Dataset) -> None:
+def _train(folder: Run, chosen: Recipe, dataset: data.Dataset, store: Store) -> None:
     device = default_device()
     console.print(f"{chosen.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}")
     try:
-        events = training_events(chosen, dataset, folder, device)
+        events = training_events(chosen, dataset, folder, device, store)
         show(report.log_scalars(events, folder.path / "tensorboard"), console)
     except KeyboardInterrupt:
         done = len(folder.epochs())

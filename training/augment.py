@@ -44,28 +44,25 @@ def draw(count: int, recipe: Recipe, generator: torch.Generator) -> Draw:
     return Draw(order, mirrored, shifts)
 
 
-def batches(
-    images: Tensor, labels: Tensor, recipe: Recipe, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled, augmented batches; the last one may be smaller.
 
     Args:
         images: uint8 [N, 32, 32, 3] on the device.
-        labels: int64 [N] on the device.
         recipe: batch size, flip and crop padding.
         generator: see `draw`.
 
     Yields:
-        uint8 images [B, 3, 32, 32] in channels-last memory format, and int64 labels [B].
+        uint8 images [B, 3, 32, 32] in channels-last memory format, and int64 [B]: which of the N images they are.
     """
-    drawn = draw(len(labels), recipe, generator)
+    drawn = draw(len(images), recipe, generator)
     rows, columns = (source.to(images.device) for source in source_pixels(drawn))
     order = drawn.order.to(images.device)
-    for start in range(0, len(labels), recipe.batch_size):
+    for start in range(0, len(images), recipe.batch_size):
         batch = slice(start, start + recipe.batch_size)
         picked = order[batch]
         pixels = images[picked[:, None, None], rows[batch, :, None], columns[batch, None, :]]
-        yield pixels.permute(0, 3, 1, 2), labels[picked]
+        yield pixels.permute(0, 3, 1, 2), picked
 
 
 def source_pixels(drawn: Draw) -> tuple[Tensor, Tensor]:

@@ -31,19 +31,19 @@ SPARE_BYTES = 1 << 30  # stays free on the disk
 
 @dataclass(frozen=True)
 class Preparation:
-    """Progress of computing features; the first one comes before anything is written."""
+    """Progress of what is computed once, before the first epoch."""
 
     message: str
-    """How large the file is and where it lies, or why there is none."""
+    """What it is, and for a file how large it is and where it lies, or why there is none."""
     done: int
-    """Images whose features are computed; a mirrored image counts as another one."""
+    """Images seen so far; where mirrored ones are computed apart, they count as further images."""
     images: int
     images_per_s: float
     remaining_s: float
-    """Estimate for the rest of the features, not of the run."""
+    """Estimate for the rest of this, not of the run."""
     epoch: int = 0
     """Before the first one."""
-    event: str = "features"
+    event: str = "preparation"
 
 
 class Features:
@@ -58,22 +58,20 @@ class Features:
 
     def __init__(self, values: Tensor, train: int, views: int):
         self._train = values[: views * train]
+        self._count = train
         self.evaluation = values[views * train :]
 
-    def batches(self, labels: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of the same batches that `augment.batches` draws.
 
-        Args:
-            labels: int64 [N] on the device that trains.
-
         Yields:
-            float16 features [B, C, H, W] in channels-last memory format, and int64 labels [B].
+            float16 features [B, C, H, W] in channels-last memory format, and int64 [B]: of which images they are.
         """
-        drawn = draw(len(labels), recipe, generator)
-        rows = drawn.order + len(labels) * drawn.mirrored
+        drawn = draw(self._count, recipe, generator)
+        rows = drawn.order + self._count * drawn.mirrored
         for picked, row in zip(drawn.order.split(recipe.batch_size), rows.split(recipe.batch_size), strict=True):
-            batch = self._train.index_select(0, row.to(self._train.device)).to(labels.device)
-            yield batch.permute(0, 3, 1, 2), labels[picked.to(labels.device)]
+            batch = self._train.index_select(0, row.to(self._train.device))
+            yield batch.permute(0, 3, 1, 2), picked
 
 
 def prepare(

@@ -12,19 +12,21 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import augment
+from training import augment, distillation
 from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
-from training.features import Features, Preparation, prepare
+from training.features import Preparation, prepare
 from training.networks import TransferResNet18, build
 from training.optimizers import make_optimizer, set_learning_rate
 from training.recipes import ALL_STAGES, Recipe
 from training.run import TICK_S, Run
+from training.store import Store
 
 WARMUP = 0.25  # share of a one-cycle schedule in which the learning rate rises
 
@@ -78,6 +80,7 @@ class Epoch:
 
 
 Event = Preparation | Tick | Epoch
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Source:
     """What a stage of training draws its batches from: the images themselves, or features of them.
 
     Attributes:
-        batches: a seeded generator to one epoch of batches and labels.
+        batches: a seeded generator to one epoch of batches, each with the rows of its images.
         evaluation: [M, H, W, C], what is evaluated after every epoch.
         logits: a batch [B, C, H, W] to logits [B, classes].
     """
@@ -95,11 +98,17 @@ class Source:
     logits: Callable[[Tensor], Tensor]
 
 
-def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> Iterator[Event]:
+def train(
+    recipe: Recipe, dataset: Dataset, run: Run, device: torch.device, store: Store | None = None
+) -> Iterator[Event]:
     """Train, from the run's checkpoint if it has one; yields progress and the result of every epoch.
+
+    Args:
+        store: where the recipe's teacher is, if it has one.
 
     Raises:
         TrainingError: the loss is no longer finite.
+        StoreError: the recipe's teacher cannot be used.
         WeightsError: the recipe's pretrained weights cannot be used.
         RunError: the run was started with other data.
     """
@@ -124,16 +133,23 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
     eval_images, eval_labels = to_device(eval_split, device)
     steps = math.ceil(len(split) / recipe.batch_size)
 
-    source = Source(partial(augment.batches, images, labels, recipe), eval_images, classifier)
+    taught = None
+    if recipe.teacher != "none":
+        if store is None:
+            raise ValueError(f"without a store there is no {recipe.teacher} to learn from")
+        teacher = distillation.load_teacher(recipe.teacher, store, dataset.classes, device)
+        taught = yield from recorded(distillation.teach(recipe.teacher, teacher, images, run), run)
+
+    source = Source(partial(augment.batches, images, recipe), eval_images, classifier)
     cropped = recipe.model_copy(update={"crop_padding": recipe.finetune_crop_padding})
-    finetuning = replace(source, batches=partial(augment.batches, images, labels, cropped))
+    finetuning = replace(source, batches=partial(augment.batches, images, cropped))
     if isinstance(network, TransferResNet18) and finished < recipe.epochs:
         features = yield from recorded(prepare(recipe, classifier, images, eval_images, dtype), run)
         if features:
             source = Source(
-                partial(features.batches, labels, recipe),
+                partial(features.batches, recipe),
                 features.evaluation,
-                lambda batch: network.head(batch.float()),
+                lambda batch: network.head(batch.to(device).float()),
             )
 
     for epoch in range(finished + 1, recipe.total_epochs + 1):
@@ -147,12 +163,16 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
         loss_sum = torch.zeros((), device=device)
         hits = torch.zeros((), device=device)
         seen = 0
-        for step, (batch, targets) in enumerate(source.batches(torch.Generator().manual_seed(seed)), start=1):
+        for step, (batch, rows) in enumerate(source.batches(torch.Generator().manual_seed(seed)), start=1):
+            targets = labels[rows]
             rate = learning_rate(recipe, epoch - 1 + (step - 0.5) / steps)
             set_learning_rate(optimizer, rate)
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
                 logits = source.logits(batch)
                 loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+                if taught is not None:
+                    learnt = distillation.loss(logits, taught[rows], recipe.teacher_temperature)
+                    loss = torch.lerp(loss, learnt, recipe.teacher_weight)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -215,16 +235,14 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, device: torch.device) -> I
         yield outcome
 
 
-def recorded(
-    preparing: Generator[Preparation, None, Features | None], run: Run
-) -> Generator[Preparation, None, Features | None]:
+def recorded(preparing: Generator[Preparation, None, Prepared], run: Run) -> Generator[Preparation, None, Prepared]:
     """The same, each step noted in the run's metrics."""
     while True:
         try:
             progress = next(preparing)
         except StopIteration as stop:
-            features: Features | None = stop.value
-            return features
+            prepared: Prepared = stop.value
+            return prepared
         run.record(asdict(progress))
         yield progress
 

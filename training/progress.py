@@ -26,7 +26,7 @@ def show(events: Iterable[Event], console: Console) -> None:
             if isinstance(event, Preparation):
                 if event.done in (0, event.images):
                     bar.console.print(event.message)
-                description, completed, total = "frozen stages", event.done, event.images
+                description, completed, total = "preparation", event.done, event.images
             else:
                 description, completed, total = f"epoch {event.epoch}/{event.epochs}", event.step, event.steps
             bar.update(task, description=description, completed=completed, total=total, measures=_measures(event))

@@ -44,6 +44,12 @@ class Recipe(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    teacher: str = Field(default="none", pattern=r"^(none|[a-z0-9][a-z0-9_-]*/[1-9][0-9]*)$")
+    """A published version, such as resnet18/1, whose answers on the training images are learnt too; or none."""
+    teacher_weight: float = Field(default=0.9, gt=0, le=1)
+    """Share of the teacher's answers in the loss; the labels have the rest."""
+    teacher_temperature: float = Field(default=4.0, gt=0, le=100)
+    """Softens both sides' answers before they are compared (Hinton et al. 2015)."""
 
     flip: bool = True
     """Mirror each training image with probability one half."""

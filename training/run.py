@@ -1,4 +1,5 @@
-"""A training run's folder: recipe.json, metrics.jsonl, checkpoint.pt, test_logits.pt, published.json.
+"""A training run's folder: recipe.json, metrics.jsonl, checkpoint.pt, teacher_logits.pt, test_logits.pt,
+published.json.
 
 In: a recipe and, epoch by epoch, metrics and training state.  Out: the same, read back to resume, watch or export.
 """
@@ -56,6 +57,7 @@ class Run:
         self.recipe_file = path / "recipe.json"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
+        self.teacher_file = path / "teacher_logits.pt"
         self.logits_file = path / "test_logits.pt"
         self.announcement_file = path / "publishing.sha256"
         self.publication_file = path / "published.json"
@@ -151,16 +153,7 @@ class Run:
 
     def save(self, state: State) -> None:
         """Replace the checkpoint atomically: a crash leaves the previous one or this one, whole."""
-        partial = self.checkpoint_file.with_suffix(".partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(_serialised(state))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            partial.unlink(missing_ok=True)  # what remains of a full disk is needed to say so
-            raise
-        partial.replace(self.checkpoint_file)
+        _write_durably(self.checkpoint_file, _serialised(state))
 
     def load(self, fingerprint: str | None = None) -> State:
         """The last checkpoint, on the CPU.
@@ -180,6 +173,17 @@ class Run:
                 "name the same data set, or start a new run"
             )
         return state
+
+    def save_teacher_logits(self, logits: Tensor) -> None:
+        """Keep what the teacher makes of the training images: float [N, classes]."""
+        _write_durably(self.teacher_file, _serialised(logits))
+
+    def teacher_logits(self) -> Tensor | None:
+        """What the teacher makes of the training images, or None before it was asked."""
+        if not self.teacher_file.exists():
+            return None
+        logits: Tensor = torch.load(self.teacher_file, weights_only=True)
+        return logits
 
     def save_test_logits(self, logits: Tensor, temperature: float) -> None:
         """Keep what the exported model makes of the test set: calibrated logits, float32 [N, classes]."""
@@ -228,6 +232,20 @@ def _serialised(value: Any) -> memoryview:
     content = io.BytesIO()
     torch.save(value, content)
     return content.getbuffer()
+
+
+def _write_durably(path: Path, content: memoryview) -> None:
+    """Atomically, and on the disk when this returns."""
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)  # what remains of a full disk is needed to say so
+        raise
+    partial.replace(path)
 
 
 def _write(path: Path, text: str) -> None:

@@ -150,6 +150,20 @@ class Store:
             raise StoreError(f"there is no version {version} of {name}")
         return path
 
+    def parse(self, text: str) -> tuple[str, int]:
+        """Name and version in a text: NAME/VERSION, or NAME for the live one.
+
+        Raises:
+            StoreError: it is neither, or the model has no live version.
+        """
+        name, slash, number = text.partition("/")
+        if slash and not number.isdecimal():
+            raise StoreError(f"{number!r} is not a version; give {name}/1, or {name} for the live one")
+        version = int(number) if slash else self.live(name)
+        if version is None:
+            raise StoreError(f"{name} has no live version in {self.root}")
+        return name, version
+
     def card(self, name: str, version: int) -> ModelCard:
         """The card of a version.
 

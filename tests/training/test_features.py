@@ -66,14 +66,14 @@ def test_batches_are_features_of_the_very_images_that_would_be_drawn(flip: bool,
         with torch.inference_mode():
             return classifier.network.features(classifier.preprocess(images))
 
-    images, labels = to_device(dataset.train, CPU)
+    images, _ = to_device(dataset.train, CPU)
     pairs = zip(
-        features.batches(labels, recipe, torch.Generator().manual_seed(3)),
-        augment.batches(images, labels, recipe, torch.Generator().manual_seed(3)),
+        features.batches(recipe, torch.Generator().manual_seed(3)),
+        augment.batches(images, recipe, torch.Generator().manual_seed(3)),
         strict=True,
     )
-    for (batch, targets), (pixels, expected_targets) in pairs:
-        assert torch.equal(targets, expected_targets)
+    for (batch, rows), (pixels, expected_rows) in pairs:
+        assert torch.equal(rows, expected_rows)
         torch.testing.assert_close(batch.float(), made_of(pixels), rtol=1e-3, atol=1e-3)
     evaluated = made_of(torch.from_numpy(dataset.test.images).permute(0, 3, 1, 2))
     torch.testing.assert_close(features.evaluation.permute(0, 3, 1, 2).float(), evaluated, rtol=1e-3, atol=1e-3)

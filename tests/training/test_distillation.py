@@ -1,0 +1,130 @@
+"""Learning from a teacher: the loss, what the teacher is asked, and runs that follow it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from training import distillation
+from training.data import Dataset
+from training.evaluate import predict
+from training.export import restore
+from training.features import Preparation
+from training.loop import Epoch, train
+from training.recipes import RecipeError, recipe
+from training.run import Run
+from training.store import Store, StoreError
+
+CPU = torch.device("cpu")
+TINY = {"width": 8, "epochs": 2, "batch_size": 64, "validation_images": 100}
+
+
+def started(path: Path, **fields: Any) -> Run:
+    run = Run(path)
+    run.create(recipe("resnet", TINY | fields))
+    return run
+
+
+def taught(run: Run, teacher: distillation.Teacher, images: Tensor) -> tuple[Tensor, list[Preparation]]:
+    steps = distillation.teach("resnet/1", teacher, images, run)
+    events = []
+    while True:
+        try:
+            events.append(next(steps))
+        except StopIteration as stop:
+            return stop.value, events
+
+
+def test_the_gradient_is_the_difference_of_softened_answers_times_the_temperature() -> None:
+    """Hinton et al. 2015, equation 2, with the factor T^2 that keeps its scale."""
+    random = torch.Generator().manual_seed(0)
+    student = torch.randn(5, 7, generator=random, requires_grad=True)
+    teacher = 3 * torch.randn(5, 7, generator=random)
+    distillation.loss(student, teacher, 4.0).backward()
+    expected = 4.0 * ((student / 4).softmax(1) - (teacher / 4).softmax(1)) / 5
+    torch.testing.assert_close(student.grad, expected)
+
+
+def test_a_teacher_is_asked_once_about_every_image_and_its_mirror_image(tmp_path: Path) -> None:
+    run = started(tmp_path / "run")
+    images = torch.randint(0, 256, (230, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def left_column(pixels: Tensor) -> Tensor:
+        return pixels[:, :, :, 0].flatten(1).float()
+
+    logits, events = taught(run, left_column, images)
+    both = (images[:, :, 0].float() + images[:, :, -1].float()) / 2
+    torch.testing.assert_close(logits, both.permute(0, 2, 1).flatten(1))
+    assert (events[0].done, events[-1].done, events[-1].images) == (0, 230, 230)
+
+    def forgetful(_: Tensor) -> Tensor:
+        raise AssertionError("asked again")
+
+    again, events = taught(run, forgetful, images)
+    assert torch.equal(again, logits)
+    assert events == []
+
+
+class _Confused:
+    """A teacher that takes every class for the next one."""
+
+    def __init__(self, dataset: Dataset):
+        images = torch.from_numpy(dataset.train.images).permute(0, 3, 1, 2)
+        self._label = {self._key(image): int(label) for image, label in zip(images, dataset.train.labels, strict=True)}
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        labels = torch.tensor([(self._label[self._key(image)] + 1) % 100 for image in pixels])
+        return 20 * torch.nn.functional.one_hot(labels, 100).float()
+
+    @staticmethod
+    def _key(image: Tensor) -> int:
+        """The same for an image and its mirror image."""
+        return hash(tuple(sorted((image.numpy().tobytes(), image.flip(2).numpy().tobytes()))))
+
+
+def test_with_all_the_weight_a_student_learns_its_teachers_answers_instead_of_the_labels(
+    dataset: Dataset, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "load_teacher", lambda *_: _Confused(dataset))
+    plain = {"flip": False, "crop_padding": 0, "validation_images": 0, "batch_size": 32}
+    fields = {"optimizer": "adam", "learning_rate": 0.005, "weight_decay": 0, "epochs": 8, "schedule": "constant"}
+    run = started(tmp_path / "run", **plain, **fields, teacher="resnet/1", teacher_weight=1)
+    list(train(run.recipe(), dataset, run, CPU, Store(models)))
+    student, _ = restore(run, run.recipe(), dataset)
+    answers = predict(student, torch.from_numpy(dataset.train.images)).argmax(1)
+    labels = torch.from_numpy(dataset.train.labels)
+    assert (answers == (labels + 1) % 100).float().mean() > 0.2 > (answers == labels).float().mean()
+
+
+def test_a_run_with_a_teacher_goes_on_without_asking_it_again(dataset: Dataset, models: Path, tmp_path: Path) -> None:
+    run = started(tmp_path / "run", teacher="resnet/1")
+    events = train(run.recipe(), dataset, run, CPU, Store(models))
+    assert next(event for event in events if isinstance(event, Epoch)).epoch == 1
+    events.close()
+    resumed = list(train(run.recipe(), dataset, run, CPU, Store(models)))
+    assert not any(isinstance(event, Preparation) for event in resumed)
+
+    whole = started(tmp_path / "whole", teacher="resnet/1")
+    assert sum(isinstance(event, Preparation) for event in train(whole.recipe(), dataset, whole, CPU, Store(models)))
+    for name, value in whole.load()["classifier"].items():
+        assert torch.equal(value, run.load()["classifier"][name]), name
+
+
+def test_a_teacher_that_cannot_be_used_is_an_error(dataset: Dataset, models: Path, tmp_path: Path) -> None:
+    store = Store(models)
+    with pytest.raises(StoreError, match="there is no version 7 of resnet"):
+        distillation.load_teacher("resnet/7", store, dataset.classes, CPU)
+    with pytest.raises(StoreError, match="other classes"):
+        distillation.load_teacher("resnet/1", store, tuple(reversed(dataset.classes)), CPU)
+    run = started(tmp_path / "run", teacher="resnet/1")
+    with pytest.raises(ValueError, match="without a store there is no resnet/1"):
+        list(train(run.recipe(), dataset, run, CPU))
+
+
+def test_a_teacher_is_named_by_its_version() -> None:
+    assert recipe("resnet", {"teacher": "resnet18/12"}).teacher == "resnet18/12"
+    for wrong in ("resnet18", "../resnet/1", "resnet/0", "resnet/1\n"):
+        with pytest.raises(RecipeError, match=r"^teacher: "):
+            recipe("resnet", {"teacher": wrong})

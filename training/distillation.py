@@ -1,0 +1,84 @@
+"""Learning from a teacher: a published classifier whose answers on the training images are targets beside the labels.
+
+Hinton et al. 2015, arXiv:1503.02531. The teacher sees every image once, as it is and mirrored, before training begins,
+and the mean of both is kept in the run folder: an epoch costs what it costs without a teacher. A shifted image has the
+targets of the image where it was.
+"""
+
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training import openvino_ir, torchscript
+from training.features import Preparation
+from training.run import TICK_S, Run
+from training.store import MODEL, Store, StoreError
+
+BATCH_SIZE = 100
+
+Teacher = Callable[[Tensor], Tensor]
+"""uint8 images [B, 3, 32, 32] to logits [B, classes]."""
+
+
+def load_teacher(version: str, store: Store, classes: tuple[str, ...], device: torch.device) -> Teacher:
+    """The classifier of a published version, on the fastest runtime there is for the device.
+
+    Args:
+        version: such as resnet18/1.
+        classes: which it must tell apart.
+
+    Raises:
+        StoreError: there is no such version, it is damaged, or it has other classes.
+    """
+    card = store.card(*store.parse(version))
+    if tuple(card.classes) != classes:
+        raise StoreError(f"{version} was trained on other classes and cannot be the teacher")
+    file: Path = store.verify(card) / MODEL
+    return torchscript.load(file, device) if device.type == "cuda" else openvino_ir.Compiled(file).on_tensors
+
+
+def teach(version: str, teacher: Teacher, images: Tensor, run: Run) -> Generator[Preparation, None, Tensor]:
+    """What a teacher makes of every training image, computed or found in the run folder; yields progress.
+
+    Args:
+        version: of the teacher, for messages.
+        images: uint8 [N, 32, 32, 3] on the teacher's device.
+
+    Returns:
+        float32 logits [N, classes] on the same device.
+    """
+    if (known := run.teacher_logits()) is not None:
+        return known.to(images.device)
+    message = f"{version} looks at the training images"
+    yield Preparation(message, 0, len(images), 0.0, 0.0)
+    parts: list[Tensor] = []
+    done = 0
+    started = ticked = time.perf_counter()
+    with torch.inference_mode():
+        for batch in images.split(BATCH_SIZE):
+            pixels = batch.permute(0, 3, 1, 2)
+            parts.append((teacher(pixels) + teacher(pixels.flip(3))).float() / 2)
+            done += len(batch)
+            now = time.perf_counter()
+            if done == len(images) or now - ticked > TICK_S:
+                ticked = now
+                pace = (now - started) / done
+                yield Preparation(message, done, len(images), 1 / pace, pace * (len(images) - done))
+    logits = torch.cat(parts)
+    run.save_teacher_logits(logits.cpu())
+    return logits
+
+
+def loss(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of the softened answers against the teacher's, at the scale of a loss against labels.
+
+    Args:
+        logits: the student's, float [B, classes].
+        taught: the teacher's, float [B, classes].
+    """
+    softened = (taught / temperature).softmax(1)
+    return F.cross_entropy(logits.float() / temperature, softened) * temperature**2
