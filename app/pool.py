@@ -148,19 +148,23 @@ class Pool:
         async with self._lock:
             model = self._others.get((name, version))
             if model is None:
-                try:
-                    self.store.folder(name, version)
-                except StoreError as error:
-                    raise NotFound(f"{error}; GET /models lists all") from None
+                self._find(name, version)
                 try:
                     model = await asyncio.to_thread(self._load, name, version)
                 except (StoreError, OSError, RuntimeError) as error:
+                    self._find(name, version)  # a training job may just have removed it
                     raise Unavailable(f"{name} version {version} cannot be loaded: {error}") from error
                 self._others[name, version] = model
             self._others.move_to_end((name, version))
             while len(self._others) > _MAX_OLD_VERSIONS:
                 self._others.popitem(last=False)
             return model
+
+    def _find(self, name: str, version: int) -> None:
+        try:
+            self.store.folder(name, version)
+        except StoreError as error:
+            raise NotFound(f"{error}; GET /models lists all") from None
 
     def _default(self) -> str | None:
         """The configured model or the most accurate live one."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,15 @@ def zipped(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
         for name, content in files.items():
             archive.writestr(name, content)
     return buffer.getvalue()
+
+
+def second_version(models: Path) -> Store:
+    """A store with version 2, a copy of 1, which stays live."""
+    store = Store(models)
+    with store.draft("resnet") as draft:
+        (draft / "model.pt").write_bytes((models / "resnet" / "1" / "model.pt").read_bytes())
+        store.publish(draft, store.card("resnet", 1))
+    return store
 
 
 def assert_problem(response: httpx.Response, status: int, words: str) -> None:
@@ -149,6 +159,19 @@ def test_unknown_models_and_versions_are_404(client: TestClient, image: bytes) -
     assert_problem(client.put("/models/resnet/live", json={"version": 9}), 404, "version 9")
     assert_problem(client.get("/nowhere"), 404, "")
     assert_problem(client.delete("/predict"), 405, "")
+
+
+def test_a_version_that_is_removed_while_it_is_loaded_is_404(
+    client: TestClient, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second_version(models)
+
+    def pruned(model: Path, *_: object) -> None:
+        shutil.rmtree(model.parent)
+        raise OSError("no such file")
+
+    monkeypatch.setattr("app.engines.load", pruned)
+    assert_problem(client.put("/models/resnet/live", json={"version": 2}), 404, "no version 2 of resnet")
 
 
 def test_evaluate_tells_the_recorded_accuracy(client: TestClient, models: Path) -> None:
@@ -261,10 +284,7 @@ def test_a_damaged_version_never_goes_live(client: TestClient, models: Path, ima
 def test_after_a_restart_with_a_damaged_live_version_the_last_good_one_is_served(
     client: TestClient, models: Path, tmp_path: Path, image: bytes
 ) -> None:
-    store = Store(models)
-    with store.draft("resnet") as draft:
-        (draft / "model.pt").write_bytes((models / "resnet" / "1" / "model.pt").read_bytes())
-        store.publish(draft, store.card("resnet", 1))
+    store = second_version(models)
     store.promote("resnet", 2)
     (models / "resnet" / "2" / "model.pt").write_bytes(b"damaged since")
     with local(create_app(Settings(models=models, runs=tmp_path / "other"))) as restarted:
@@ -276,10 +296,7 @@ def test_after_a_restart_with_a_damaged_live_version_the_last_good_one_is_served
 
 
 def test_promotion_and_an_older_version_on_request(client: TestClient, models: Path, image: bytes) -> None:
-    store = Store(models)
-    with store.draft("resnet") as draft:
-        (draft / "model.pt").write_bytes((models / "resnet" / "1" / "model.pt").read_bytes())
-        store.publish(draft, store.card("resnet", 1))
+    second_version(models)
     assert client.get("/models").json() == [{"name": "resnet", "live": 1, "versions": [1, 2], "error": None}]
     assert client.put("/models/resnet/live", json={"version": 2}).json()["live"] == 2
     assert client.post("/predict", files={"file": image}).json()["version"] == 2
