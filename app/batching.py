@@ -2,13 +2,17 @@
 
     run(images) -> queue -> [engine thread] -> logits
 
-A batch starts at once when the engine is idle; there is no timer, so a lone request never waits. The queue is bounded,
-work whose deadline has passed or whose client has gone is dropped before it is computed.
+A batch starts at once when the engine is idle; there is no timer, so a lone request never waits. The engine's thread
+takes the next batch itself, so it does not idle while the event loop answers the last one, which it wakes once per
+batch. The queue is bounded; work whose deadline has passed or whose client has gone is dropped before it is computed.
 """
 
 import asyncio
+import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +29,7 @@ Logits = NDArray[np.float32]
 class _Work:
     images: Images
     result: asyncio.Future[Logits]
-    deadline: float | None  # of the event loop's clock
+    deadline: float | None  # of the monotonic clock
 
 
 class Batcher:
@@ -44,8 +48,9 @@ class Batcher:
         self.queued = 0
         """Images waiting."""
         self._queue: deque[_Work] = deque()
+        self._busy = False  # whether the thread will look into the queue again
+        self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=engine.name)
-        self._worker: asyncio.Task[None] | None = None
 
     @property
     def full(self) -> bool:
@@ -64,49 +69,68 @@ class Batcher:
         """
         if len(images) > self.max_batch:
             raise ValueError(f"{len(images)} images at once, the limit is {self.max_batch}")
-        if self._queue and self.queued + len(images) > self.max_queue:
-            raise Unavailable(f"{self.queued} images are waiting already; try again later")
         loop = asyncio.get_running_loop()
-        deadline = None if timeout_s is None else loop.time() + timeout_s
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         work = _Work(images, loop.create_future(), deadline)
-        self._queue.append(work)
-        self.queued += len(images)
-        if self._worker is None:
-            self._worker = loop.create_task(self._drain())
+        with self._lock:
+            if self._queue and self.queued + len(images) > self.max_queue:
+                raise Unavailable(f"{self.queued} images are waiting already; try again later")
+            self._queue.append(work)
+            self.queued += len(images)
+            idle, self._busy = not self._busy, True
+        if idle:
+            self._thread.submit(self._drain, loop)
         return await work.result
 
-    async def _drain(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while batch := self._next_batch(loop.time()):
+    def _drain(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Compute until nothing waits; in the engine's thread."""
+        with suppress(RuntimeError):  # the event loop has ended, and with it all who wait
+            while batch := self._next_batch(loop):
                 images = batch[0].images if len(batch) == 1 else np.concatenate([work.images for work in batch])
                 try:
-                    logits = await loop.run_in_executor(self._thread, self.engine, images)
+                    logits = self.engine(images)
                 except Exception as error:  # the engine's failure belongs to those who wait for it
-                    for work in batch:
-                        if not work.result.done():
-                            work.result.set_exception(error)
-                    continue
-                start = 0
-                for work in batch:
-                    stop = start + len(work.images)
-                    if not work.result.done():
-                        work.result.set_result(logits[start:stop])
-                    start = stop
-        finally:
-            self._worker = None
+                    loop.call_soon_threadsafe(_fail, batch, error)
+                else:
+                    loop.call_soon_threadsafe(_answer, batch, logits)
 
-    def _next_batch(self, now: float) -> list[_Work]:
+    def _next_batch(self, loop: asyncio.AbstractEventLoop) -> list[_Work]:
         batch: list[_Work] = []
+        late: list[_Work] = []
         room = self.max_batch
-        while self._queue and len(self._queue[0].images) <= room:
-            work = self._queue.popleft()
-            self.queued -= len(work.images)
-            if work.result.done():  # the client has gone
-                continue
-            if work.deadline is not None and now > work.deadline:
-                work.result.set_exception(Unavailable("the request waited longer than its deadline; try again later"))
-                continue
-            batch.append(work)
-            room -= len(work.images)
+        now = time.monotonic()
+        with self._lock:
+            while self._queue and len(self._queue[0].images) <= room:
+                work = self._queue.popleft()
+                self.queued -= len(work.images)
+                if work.result.done():  # the client has gone
+                    continue
+                if work.deadline is not None and now > work.deadline:
+                    late.append(work)
+                    continue
+                batch.append(work)
+                room -= len(work.images)
+            self._busy = bool(batch)
+        if late:
+            loop.call_soon_threadsafe(_refuse, late)
         return batch
+
+
+def _answer(batch: list[_Work], logits: Logits) -> None:
+    start = 0
+    for work in batch:
+        stop = start + len(work.images)
+        if not work.result.done():
+            work.result.set_result(logits[start:stop])
+        start = stop
+
+
+def _refuse(late: list[_Work]) -> None:
+    for work in late:
+        _fail([work], Unavailable("the request waited longer than its deadline; try again later"))
+
+
+def _fail(batch: list[_Work], error: Exception) -> None:
+    for work in batch:
+        if not work.result.done():
+            work.result.set_exception(error)
