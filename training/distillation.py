@@ -74,11 +74,14 @@ def teach(version: str, teacher: Teacher, images: Tensor, run: Run) -> Generator
 
 
 def loss(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of the softened answers against the teacher's, at the scale of a loss against labels.
+    """How far the student's softened answers are from the teacher's, at the scale of a loss against labels.
 
     Args:
         logits: the student's, float [B, classes].
         taught: the teacher's, float [B, classes].
+
+    Returns:
+        Kullback-Leibler divergence times the square of the temperature, mean over the batch.
     """
-    softened = (taught / temperature).softmax(1)
-    return F.cross_entropy(logits.float() / temperature, softened) * temperature**2
+    student, teacher = ((each.float() / temperature).log_softmax(1) for each in (logits, taught))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
