@@ -1,6 +1,7 @@
 """Runs the service: `python -m app --help`."""
 
 import asyncio
+import ctypes
 import gc
 import signal
 import socket
@@ -19,6 +20,10 @@ from app.protocol import BoundedHttp
 from app.settings import Settings
 
 _STOP_S = 20
+
+# Names and numbers of glibc's malloc.h
+_M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 16 << 20
+_M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 4 << 20
 
 
 class DrainingServer(uvicorn.Server):
@@ -49,6 +54,14 @@ class DrainingServer(uvicorn.Server):
             super().handle_exit(sig, frame)
 
 
+def bound_malloc() -> None:
+    """Have glibc return the memory of what was large; left alone, it learns to keep ever larger blocks."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+
+
 def main(
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one.", show_default="8000")] = None,
@@ -58,6 +71,7 @@ def main(
     settings = settings.model_copy(
         update={"host": host or settings.host, "port": settings.port if port is None else port}
     )
+    bound_malloc()
     logs.configure(settings.log_style, settings.log_level)
     # uvicorn drains on SIGTERM and then raises it again; a drained service has ended well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

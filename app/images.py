@@ -25,8 +25,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Decoding takes up to 16 bytes per pixel, so large images are decoded one at a time.
 _LARGE_PIXELS = 10_000_000
 _one_large = threading.Lock()
-# Larger than what glibc ever keeps for a thread's next use: the memory of a large image goes back to the system.
-Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 
 # What Pillow's decoders raise for damaged files. ValueError includes the struct-like errors of its plugins.
 _DECODE_ERRORS = (
