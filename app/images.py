@@ -9,6 +9,7 @@ An image of exactly 32x32 is not resampled.
 import io
 import struct
 import threading
+import warnings
 import zlib
 from contextlib import nullcontext
 
@@ -25,6 +26,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Decoding takes up to 16 bytes per pixel, so large images are decoded one at a time.
 _LARGE_PIXELS = 10_000_000
 _one_large = threading.Lock()
+
+# What is wrong with a file is for the client to hear, not for the log.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # What Pillow's decoders raise for damaged files. ValueError includes the struct-like errors of its plugins.
 _DECODE_ERRORS = (

@@ -44,6 +44,7 @@ def configure(style: Style, level: str) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(_with_request_id)
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(True)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a client's broken form is answered, not logged
 
 

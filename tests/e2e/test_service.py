@@ -1,11 +1,13 @@
 """The whole service as its users meet it: `python -m app` as a process, HTTP over a real socket."""
 
+import io
 import json
 import re
 import threading
 from pathlib import Path
 
 import httpx
+from PIL import Image
 from server import wait_for
 from service import TINY, service
 
@@ -43,6 +45,18 @@ def test_predict_evaluate_and_train_until_the_new_version_is_live(tmp_path: Path
 
         assert client.get("/models").json()[0] == {"name": "resnet", "live": 2, "versions": [1, 2], "error": None}
         assert [each["id"] for each in client.get("/train").json()] == [queued["id"], job["id"]]
+
+
+def test_the_log_is_json_whatever_pillow_thinks_of_an_image(tmp_path: Path, models: Path) -> None:
+    content = io.BytesIO()
+    cut_off = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x0f\x01"
+    Image.new("RGB", (32, 32)).save(content, "JPEG", exif=cut_off)
+    log = tmp_path / "log"
+    with service(models, tmp_path / "runs", log) as (client, _):
+        sent = {"content": content.getvalue(), "headers": {"Content-Type": "image/jpeg", "X-Request-ID": "mine"}}
+        assert client.post("/predict", **sent).status_code == 200
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["message"] for line in lines if line["request_id"] == "mine"] == ["POST /predict 200"]
 
 
 def test_no_request_is_lost_while_versions_are_swapped_under_load(tmp_path: Path, models: Path, image: Path) -> None:
