@@ -112,11 +112,19 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices [N, R, C] with the same singular vectors and all singular values of the order of 1."""
+    """Matrices [N, R, C] with the same singular vectors and all singular values of the order of 1.
+
+    Each iteration multiplies X by Q = aI + bG + cG^2, where G = XX^T. Q commutes with G, so G becomes QGQ and X need not
+    be known until the end: only two products have the matrices' longer side, instead of two in each iteration.
+    """
     a, b, c = _COEFFICIENTS
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    x: Tensor = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    identity = product = torch.eye(gram.shape[1], device=gram.device).expand_as(gram)
     for _ in range(_ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide is matrices else x.mT
+        q = a * identity + b * gram + c * gram @ gram
+        product = q @ product
+        gram = q @ gram @ q
+    result: Tensor = product @ x
+    return result if wide is matrices else result.mT
