@@ -189,6 +189,8 @@ class Jobs:
         """
         with self._transaction() as session:
             row = self._row(session, job_id)
+            if row.state == State.RUNNING:
+                self.run(job_id).ask_to_stop()  # this server may die before it has stopped the process
             _finish(row, State.CANCELLED)
         return self._job(row)
 

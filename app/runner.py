@@ -75,6 +75,9 @@ class Runner:
     async def _see_through(self, job: JobSummary, recipe: Recipe) -> None:
         """Run or rejoin a job until it has ended, and note how."""
         run = self._jobs.run(job.id)
+        if run.stop_file.exists():  # a server died while it was cancelling the job
+            await asyncio.to_thread(self._jobs.cancel, job.id)
+            return
         crash: str | None = None
         try:
             if holder := run.holder():

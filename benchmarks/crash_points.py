@@ -197,7 +197,10 @@ def _faults(store: Store, runs: Path, jobs: set[str]) -> list[str]:
     """
     faults = []
     if len(jobs) > 1:
-        faults.append(f"{len(jobs)} jobs train at once: {sorted(jobs)}")
+        states = {row["id"]: row["state"] for row in _rows(runs)}
+        faults.append(
+            f"{len(jobs)} jobs train at once: {', '.join(f'{job} {states.get(job)}' for job in sorted(jobs))}"
+        )
     try:
         if (live := store.live(NAME)) not in store.versions(NAME) or live is None:
             return [*faults, f"version {live} is live, there are {store.versions(NAME)}"]

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,10 @@ from training.progress import show
 from training.recipes import RECIPES, Recipe, RecipeError, as_text, recipe
 from training.run import Publication, Run, RunBusy, RunError
 from training.store import MODEL, Promotion, Store, StoreError
+
+STOPPED = 130  # the exit status of what Ctrl-C has ended
+STOP_POLL_S = 0.5
+STOP_GRACE_S = 3.0
 
 console = Console(markup=False, highlight=False, soft_wrap=True)
 cli = typer.Typer(
@@ -73,7 +78,7 @@ def train(
             folder.path.mkdir(parents=True, exist_ok=True)
         # A supervisor's SIGTERM ends a run like Ctrl-C: what is checkpointed stays.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with folder.lock():
+        with folder.lock(), _ended_when_asked(folder):
             if resume:
                 chosen = _resumed(folder, chosen, changes)
             else:
@@ -164,6 +169,27 @@ def _resumed(folder: Run, chosen: Recipe, changes: dict[str, str]) -> Recipe:
     return folder.extend(chosen.epochs) if "epochs" in changes and chosen.epochs != started.epochs else started
 
 
+@contextmanager
+def _ended_when_asked(run: Run) -> Iterator[None]:
+    """End this process once its run is asked to stop: as Ctrl-C does, and by force where that is not heard."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not run.stop_file.exists():
+            if over.wait(STOP_POLL_S):
+                return
+        console.print(f"asked to stop; without {run.stop_file} the run can go on")
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not over.wait(STOP_GRACE_S):
+            os._exit(STOPPED)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
 def _train(folder: Run, chosen: Recipe, dataset: data.Dataset, store: Store) -> None:
     device = default_device()
     console.print(f"{chosen.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}")
@@ -173,7 +199,7 @@ def _train(folder: Run, chosen: Recipe, dataset: data.Dataset, store: Store) -> 
     except KeyboardInterrupt:
         done = len(folder.epochs())
         console.print(f"stopped; {done} epochs are kept, go on with --run {folder.path} --resume")
-        raise typer.Exit(130) from None
+        raise typer.Exit(STOPPED) from None
     console.print(f"peak memory: {peak_memory(device)}")
 
 

@@ -114,8 +114,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrices: Tensor) -> Tensor:
     """Matrices [N, R, C] with the same singular vectors and all singular values of the order of 1.
 
-    Each iteration multiplies X by Q = aI + bG + cG^2, where G = XX^T. Q commutes with G, so G becomes QGQ and X need not
-    be known until the end: only two products have the matrices' longer side, instead of two in each iteration.
+    Each iteration multiplies X by Q = aI + bG + cG^2, where G = XX^T. Q commutes with G, so G becomes QGQ, and X need
+    not be known until the end: only two products have the matrices' longer side, instead of two in each iteration.
     """
     a, b, c = _COEFFICIENTS
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT

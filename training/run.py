@@ -1,5 +1,5 @@
 """A training run's folder: recipe.json, metrics.jsonl, checkpoint.pt, teacher_logits.pt, test_logits.pt,
-published.json.
+published.json, and `stop` where it is not to go on.
 
 In: a recipe and, epoch by epoch, metrics and training state.  Out: the same, read back to resume, watch or export.
 """
@@ -54,6 +54,7 @@ class Run:
     def __init__(self, path: Path):
         self.path = path
         self.lock_file = path / "lock"
+        self.stop_file = path / "stop"
         self.recipe_file = path / "recipe.json"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
@@ -94,6 +95,11 @@ class Run:
         except FileNotFoundError:
             pass
         return None
+
+    def ask_to_stop(self) -> None:
+        """Have whatever process works in the folder, now or later, end of its own accord: nobody else may see to it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.stop_file.touch()
 
     def create(self, recipe: Recipe) -> None:
         """Start an empty run.

@@ -52,6 +52,15 @@ def test_jobs_run_in_the_order_they_came_and_an_interrupted_one_first(jobs: Jobs
     assert [job.id for job in jobs.newest(1)] == [second.id]
 
 
+def test_cancelling_asks_the_process_of_a_running_job_to_stop(jobs: Jobs) -> None:
+    running, queued = jobs.submit(REQUEST), jobs.submit(REQUEST)
+    claimed(jobs)
+    for job in (running, queued):
+        assert jobs.cancel(job.id).state is State.CANCELLED
+    assert jobs.run(running.id).stop_file.exists()
+    assert not jobs.run(queued.id).path.exists()
+
+
 def test_a_job_keeps_its_recipe_whatever_the_defaults_become(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs.submit(REQUEST)
     monkeypatch.setattr("training.recipes.RECIPES", {})

@@ -12,6 +12,7 @@ import httpx
 from server import wait_for
 from service import TINY, finished, processes_of, service
 
+from training.run import Run
 from training.store import Store
 
 LONG = {"recipe": "resnet", "overrides": {**TINY, "epochs": 500}}
@@ -123,6 +124,22 @@ def test_a_job_survives_the_death_of_the_server(tmp_path: Path, models: Path) ->
     with service(models, runs, tmp_path / "log3") as (client, _):  # both have died: resumed
         assert_trained_once(client, job_id, models, tmp_path / "log3")
         assert client.get("/train").json()[0]["crashes"] == 0
+
+
+def test_a_job_whose_server_dies_while_cancelling_it_ends_all_the_same(tmp_path: Path, models: Path) -> None:
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    with service(models, runs, log) as (client, server):
+        job_id = submit(client, LONG)
+        checkpointed(client, job_id, runs, log)
+        assert processes_of(runs)
+        server.kill()
+        server.wait()
+    Run(runs / job_id).ask_to_stop()  # the first thing that cancelling does
+    wait_for(lambda: not processes_of(runs), 5, log)
+    with service(models, runs, tmp_path / "log2") as (client, _):
+        wait_for(lambda: client.get(f"/train/{job_id}").json()["state"] == "cancelled", 10, tmp_path / "log2")
+        assert client.get(f"/train/{job_id}").json()["crashes"] == 0
+        assert not processes_of(runs)
 
 
 def test_a_stopped_server_drains_first_and_its_job_goes_on_at_the_next_start(
