@@ -122,7 +122,7 @@ def main(kills: int, seed: int) -> int:
             early = random.random() < 0.25
             time.sleep(random.uniform(0, SCARCELY_STARTED_S) if early else random.exponential(MEAN_DELAY_S))
             training = working_in(runs, "-m training train")
-            jobs = {_job_of(process) for process in training} - {""}
+            jobs = {_job_of(process) for process in training if _at_work(runs, process)} - {""}
             victim = str(random.choice(VICTIMS)) if training else "server"
             moments[f"{victim}, {_moment(runs, training)}"] += 1
             for process in training if victim != "server" else []:
@@ -190,11 +190,13 @@ def _job_of(process: int) -> str:
         return ""
 
 
-def _faults(store: Store, runs: Path, jobs: set[str]) -> list[str]:
-    """What is wrong with the store, the database and the jobs that have processes just now.
+def _at_work(runs: Path, process: int) -> bool:
+    """Whether a process holds its run folder; one that has only just started finds out by that what there is to do."""
+    return Run(runs / _job_of(process)).holder() == process
 
-    One job may have two processes for a moment, where the server died before the first one had locked its folder.
-    """
+
+def _faults(store: Store, runs: Path, jobs: set[str]) -> list[str]:
+    """What is wrong with the store, the database and the jobs that are worked on just now."""
     faults = []
     if len(jobs) > 1:
         states = {row["id"]: row["state"] for row in _rows(runs)}

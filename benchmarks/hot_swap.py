@@ -21,16 +21,15 @@ from typing import Any
 
 import httpx
 import tiny_models
-import torch
 from mutations import samples
 from results import Check, conclude
 from server import Server
 from tiny_models import NAME
 
+from app import engines
 from app.images import decode
 from app.routes.predict import top_classes
 from app.settings import Settings
-from training import torchscript
 from training.store import MODEL, Store
 
 CONNECTIONS = 32
@@ -104,14 +103,14 @@ async def serve_and_promote(url: str, store: Store, promotions: int) -> tuple[li
 
 
 def expected(store: Store) -> dict[tuple[int, str], dict[int, float]]:
-    """Probabilities by class id, of every version and picture."""
+    """Probabilities by class id, of every version and picture, from an engine like the service's."""
     settings, files, found = Settings(), samples(), {}
     for version in store.versions(NAME):
         card = store.card(NAME, version)
-        module = torchscript.load(store.folder(NAME, version) / MODEL)
+        engine = engines.load(store.folder(NAME, version) / MODEL, settings.device, settings.runtime)
         for name in PICTURES:
             pixels = decode(files[name], settings.max_image_bytes, settings.max_image_pixels)
-            (logits,) = module(torch.from_numpy(pixels[None])).detach().numpy()
+            (logits,) = engine(pixels[None])
             classes = top_classes(logits, card, TOP_K)
             found[version, name] = {each.class_id: each.probability for each in classes}
     return found

@@ -81,6 +81,9 @@ def train(
         with folder.lock(), _ended_when_asked(folder):
             if resume:
                 chosen = _resumed(folder, chosen, changes)
+                if (published := folder.publication()) and len(folder.epochs()) == chosen.total_epochs:
+                    console.print(f"the run is finished and published as {published.model}/{published.version}")
+                    return
             else:
                 folder.create(chosen)
             _train(folder, chosen, dataset, Store(models))

@@ -51,6 +51,16 @@ def test_train_publishes_and_evaluate_measures_the_same(tmp_path: Path) -> None:
         assert f"resnet/1 on 100 test images: top-1 {card.test.top1:.2%}, top-5 {card.test.top5:.2%}" in said(measured)
 
 
+def test_a_run_that_is_finished_and_published_is_not_published_again(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    words = ("train", "resnet", "--run", str(tmp_path / "run"), "--data", "synthetic:1", "--models", str(models))
+    assert typed(*words, "width=8", "epochs=1", "validation_images=0", "int8=False").exit_code == 0
+    resumed = typed(*words, "--resume")
+    assert resumed.exit_code == 0
+    assert said(resumed) == "the run is finished and published as resnet/1"
+    assert Store(models).versions("resnet") == [1]
+
+
 def test_evaluate_refuses_a_damaged_file(models: Path) -> None:
     with (models / "resnet" / "1" / "model.pt").open("ab") as file:
         file.write(b"\0")
