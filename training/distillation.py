@@ -5,7 +5,6 @@ and the mean of both is kept in the run folder: an epoch costs what it costs wit
 targets of the image where it was.
 """
 
-import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training import openvino_ir, torchscript
-from training.features import Preparation
-from training.run import TICK_S, Run
+from training.preparation import Pace, Preparation
+from training.run import Run
 from training.store import MODEL, Store, StoreError
 
 BATCH_SIZE = 100
@@ -41,11 +40,12 @@ def load_teacher(version: str, store: Store, classes: tuple[str, ...], device: t
     return torchscript.load(file, device) if device.type == "cuda" else openvino_ir.Compiled(file).on_tensors
 
 
-def teach(version: str, teacher: Teacher, images: Tensor, run: Run) -> Generator[Preparation, None, Tensor]:
+def teach(version: str, load: Callable[[], Teacher], images: Tensor, run: Run) -> Generator[Preparation, None, Tensor]:
     """What a teacher makes of every training image, computed or found in the run folder; yields progress.
 
     Args:
         version: of the teacher, for messages.
+        load: makes the teacher; called only if it is needed.
         images: uint8 [N, 32, 32, 3] on the teacher's device.
 
     Returns:
@@ -53,21 +53,16 @@ def teach(version: str, teacher: Teacher, images: Tensor, run: Run) -> Generator
     """
     if (known := run.teacher_logits()) is not None:
         return known.to(images.device)
+    teacher = load()
     message = f"{version} looks at the training images"
-    yield Preparation(message, 0, len(images), 0.0, 0.0)
-    parts: list[Tensor] = []
-    done = 0
-    started = ticked = time.perf_counter()
-    with torch.inference_mode():
-        for batch in images.split(BATCH_SIZE):
-            pixels = batch.permute(0, 3, 1, 2)
+    yield Preparation(message, 0, len(images))
+    parts, pace = list[Tensor](), Pace(message, len(images))
+    for batch in images.split(BATCH_SIZE):
+        pixels = batch.permute(0, 3, 1, 2)
+        with torch.inference_mode():
             parts.append((teacher(pixels) + teacher(pixels.flip(3))).float() / 2)
-            done += len(batch)
-            now = time.perf_counter()
-            if done == len(images) or now - ticked > TICK_S:
-                ticked = now
-                pace = (now - started) / done
-                yield Preparation(message, done, len(images), 1 / pace, pace * (len(images) - done))
+        if report := pace.advance(len(batch)):
+            yield report
     logits = torch.cat(parts)
     run.save_teacher_logits(logits.cpu())
     return logits

@@ -9,9 +9,7 @@ images uses the file again; another one replaces it.
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -20,30 +18,13 @@ from torch import Tensor
 
 from training.augment import draw
 from training.networks import Classifier, TransferResNet18
+from training.preparation import Pace, Preparation
 from training.recipes import Recipe
-from training.run import TICK_S
 from training.store import abandoned
 
 DEFAULT_FOLDER = "~/.cache/cifar100/features"
 BATCH_SIZE = 100
 SPARE_BYTES = 1 << 30  # stays free on the disk
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """Progress of what is computed once, before the first epoch."""
-
-    message: str
-    """What it is, and for a file how large it is and where it lies, or why there is none."""
-    done: int
-    """Images seen so far; where mirrored ones are computed apart, they count as further images."""
-    images: int
-    images_per_s: float
-    remaining_s: float
-    """Estimate for the rest of this, not of the run."""
-    epoch: int = 0
-    """Before the first one."""
-    event: str = "preparation"
 
 
 class Features:
@@ -110,34 +91,29 @@ def prepare(
     size = 2 * prod(shape)
     what = f"{size / 1e9:.1f} GB of features of the frozen stages"
     if file.exists():
-        yield Preparation(f"{what} are in {file}", total, total, 0.0, 0.0)
+        yield Preparation(f"{what} are in {file}", total, total)
         return Features(_map(file, shape, images.device), len(images), views)
     _make_room(folder)
     if size + SPARE_BYTES > shutil.disk_usage(folder).free:
-        yield Preparation(f"no room for {what} in {folder}: they are computed in every epoch", 0, 0, 0.0, 0.0)
+        yield Preparation(f"no room for {what} in {folder}: they are computed in every epoch", 0, 0)
         return None
 
     message = f"{what} go to {file}"
-    yield Preparation(message, 0, total, 0.0, 0.0)
+    yield Preparation(message, 0, total)
     partial = file.with_suffix(f".{os.getpid()}.partial")
-    started = ticked = time.perf_counter()
-    done = 0
+    pace = Pace(message, total)
     try:
         with partial.open("wb") as output:
             for part, mirrored in parts:
                 for batch in part.split(BATCH_SIZE):
                     output.write(compute(batch, mirrored).cpu().contiguous().numpy().data)
-                    done += len(batch)
-                    now = time.perf_counter()
-                    if done == total or now - ticked > TICK_S:
-                        ticked = now
-                        pace = (now - started) / done
-                        yield Preparation(message, done, total, 1 / pace, pace * (total - done))
+                    if report := pace.advance(len(batch)):
+                        yield report
             output.flush()
             os.fsync(output.fileno())
         partial.replace(file)
     except OSError as error:
-        yield Preparation(f"{partial}: {error.strerror}: the features are computed in every epoch", 0, 0, 0.0, 0.0)
+        yield Preparation(f"{partial}: {error.strerror}: the features are computed in every epoch", 0, 0)
         return None
     finally:
         partial.unlink(missing_ok=True)

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from training import augment, distillation
 from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
-from training.features import Preparation, prepare
+from training.features import prepare
 from training.networks import TransferResNet18, build
 from training.optimizers import make_optimizer, set_learning_rate
+from training.preparation import Preparation
 from training.recipes import ALL_STAGES, Recipe
 from training.run import TICK_S, Run
 from training.store import Store
@@ -137,8 +138,8 @@ def train(
     if recipe.teacher != "none":
         if store is None:
             raise ValueError(f"without a store there is no {recipe.teacher} to learn from")
-        teacher = distillation.load_teacher(recipe.teacher, store, dataset.classes, device)
-        taught = yield from recorded(distillation.teach(recipe.teacher, teacher, images, run), run)
+        load_teacher = partial(distillation.load_teacher, recipe.teacher, store, dataset.classes, device)
+        taught = yield from recorded(distillation.teach(recipe.teacher, load_teacher, images, run), run)
 
     source = Source(partial(augment.batches, images, recipe), eval_images, classifier)
     cropped = recipe.model_copy(update={"crop_padding": recipe.finetune_crop_padding})

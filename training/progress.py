@@ -6,8 +6,8 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from training.features import Preparation
 from training.loop import Epoch, Event, Tick
+from training.preparation import Preparation
 
 
 def show(events: Iterable[Event], console: Console) -> None:

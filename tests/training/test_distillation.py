@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from preparing import watched
 from torch import Tensor
 
 from training import distillation
 from training.data import Dataset
 from training.evaluate import predict
 from training.export import restore
-from training.features import Preparation
 from training.loop import Epoch, train
+from training.preparation import Preparation
 from training.recipes import RecipeError, recipe
 from training.run import Run
 from training.store import Store, StoreError
@@ -28,13 +29,7 @@ def started(path: Path, **fields: Any) -> Run:
 
 
 def taught(run: Run, teacher: distillation.Teacher, images: Tensor) -> tuple[Tensor, list[Preparation]]:
-    steps = distillation.teach("resnet/1", teacher, images, run)
-    events = []
-    while True:
-        try:
-            events.append(next(steps))
-        except StopIteration as stop:
-            return stop.value, events
+    return watched(distillation.teach("resnet/1", lambda: teacher, images, run))
 
 
 def test_the_gradient_is_the_difference_of_softened_answers_times_the_temperature() -> None:

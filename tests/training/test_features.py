@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from preparing import watched
 from torch import Tensor
 
 from training import augment, data
 from training.data import Dataset
-from training.features import Features, Preparation, prepare
+from training.features import Features, prepare
 from training.loop import Epoch, to_device, train
 from training.networks import Classifier, TransferResNet18, build
+from training.preparation import Preparation
 from training.recipes import Recipe, recipe
 from training.run import Run
 
@@ -45,13 +47,7 @@ def built(recipe: Recipe, seed: int = 0) -> Classifier:
 
 def prepared(recipe: Recipe, classifier: Classifier, dataset: Dataset) -> tuple[Features | None, list[Preparation]]:
     images, evaluation = to_device(dataset.train, CPU)[0], to_device(dataset.test, CPU)[0]
-    steps = prepare(recipe, classifier, images, evaluation, torch.float32)
-    events = []
-    while True:
-        try:
-            events.append(next(steps))
-        except StopIteration as stop:
-            return stop.value, events
+    return watched(prepare(recipe, classifier, images, evaluation, torch.float32))
 
 
 @pytest.mark.parametrize("flip", [True, False])
