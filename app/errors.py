@@ -127,22 +127,29 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None, **m
     return JSONResponse(content, status, headers, media_type="application/problem+json")
 
 
+EXPECTED = (Problem, HTTPException, RequestValidationError)
+"""Failures that are the client's business."""
+
+
+async def answer(_: Request, error: Exception) -> JSONResponse:
+    """The response to an `EXPECTED` failure."""
+    match error:
+        case Problem():
+            return problem(error.status, error.detail, error.headers)
+        case HTTPException():
+            return problem(error.status_code, error.detail, dict(error.headers or {}))
+        case RequestValidationError():
+            faults = [{"field": ".".join(map(str, fault["loc"])), "message": fault["msg"]} for fault in error.errors()]
+            detail = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults)
+            return problem(HTTPStatus.UNPROCESSABLE_ENTITY, detail, errors=faults)
+        case _:
+            raise error
+
+
 def install(app: FastAPI) -> None:
     """Make every failure of `app` a problem."""
-
-    @app.exception_handler(Problem)
-    async def known(_: Request, error: Problem) -> JSONResponse:
-        return problem(error.status, error.detail, error.headers)
-
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, error.detail, dict(error.headers or {}))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        faults = [{"field": ".".join(map(str, fault["loc"])), "message": fault["msg"]} for fault in error.errors()]
-        detail = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults)
-        return problem(HTTPStatus.UNPROCESSABLE_ENTITY, detail, errors=faults)
+    for kind in EXPECTED:
+        app.add_exception_handler(kind, answer)
 
 
 class Unexpected:
@@ -167,5 +174,5 @@ class Unexpected:
             log.exception("%s %s failed", scope.get("method"), scope.get("path"))
             if started:
                 raise
-            answer = problem(HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error happened; the server's log has it")
-            await answer(scope, receive, send)
+            failed = problem(HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error happened; the server's log has it")
+            await failed(scope, receive, send)

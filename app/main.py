@@ -55,6 +55,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(resource.router)
     app.mount("/web", StaticFiles(directory=page.WEB))
     # The last one added is the first to see a request.
+    app.add_middleware(predict.Shortcut)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(errors.Unexpected)
     if settings.cors_origins:

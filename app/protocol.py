@@ -31,6 +31,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._sheds = sheds
         self._shedding = False
+        self._in_head = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._stalled_timer: asyncio.TimerHandle | None = None
@@ -39,7 +40,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_made(transport)
         if len(self.connections) > _MAX_CONNECTIONS:
             self._refuse(_unavailable("too many connections; try again later"))
-        self._start_head()
+        self._time_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -48,14 +49,18 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._head_timer and not self._shedding and not self.transport.is_closing():
+        if not self._in_head or self.transport.is_closing():
+            return
+        if not self._shedding:
             self._head_bytes += len(data)
             if self._head_bytes > _MAX_HEAD_BYTES:
                 self.send_400_response("")
+        self._time_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._start_head()
+        self._in_head = True
+        self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
@@ -64,7 +69,7 @@ class BoundedHttp(HttpToolsProtocol):
             raise ValueError(size)  # which uvicorn answers with `send_400_response`
         idle = self.cycle is None or self.cycle.response_complete
         if idle and self._sheds(self.url):
-            self._shedding = True  # the timer of the head goes on until the body is there
+            self._shedding = True  # the head counts as going on until the body is there
             if self.expect_100_continue:
                 self._refuse(_unavailable(_OVERLOADED))
             return
@@ -102,12 +107,12 @@ class BoundedHttp(HttpToolsProtocol):
         super().resume_writing()
         self._end_stall()
 
-    def _start_head(self) -> None:
+    def _time_head(self) -> None:
         if not self._head_timer:
-            self._head_bytes = 0
             self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_S, self.transport.abort)
 
     def _end_head(self) -> None:
+        self._in_head = False
         if self._head_timer:
             self._head_timer.cancel()
             self._head_timer = None

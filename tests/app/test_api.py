@@ -6,17 +6,19 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import torch
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from local import local
 from PIL import Image
 
 from app.main import create_app
-from app.routes.predict import Class, top_classes
+from app.routes.predict import Class, Shortcut, top_classes
 from app.settings import Settings
 from training import torchscript
 from training.data import Dataset
@@ -304,6 +306,33 @@ def test_promotion_and_an_older_version_on_request(client: TestClient, models: P
         client.post("/predict", files={"file": image}, params={"model": "resnet", "version": 1}).json()["version"] == 1
     )
     assert [card["version"] for card in client.get("/models/resnet").json()["cards"]] == [1, 2]
+
+
+def test_the_shortcut_answers_as_fastapi_does(models: Path, tmp_path: Path, image: bytes) -> None:
+    def answers(app: FastAPI) -> list[tuple[int, dict[str, str], dict[str, Any]]]:
+        requests: list[dict[str, Any]] = [
+            {"files": [("file", ("cat.png", image)), ("file", ("dog.png", image))]},
+            {"content": image, "headers": {"content-type": "image/png"}},
+            {"content": image, "headers": {"content-type": "image/png"}, "params": {"top_k": 2, "model": "resnet"}},
+            {"content": image, "headers": {"content-type": "image/png"}, "params": {"top_k": 0}},
+            {"content": b"GIF89a", "headers": {"content-type": "image/gif"}},
+            {"content": image},
+        ]
+        told = []
+        with local(app) as client:
+            for request in requests:
+                response = client.post("/predict", **request)
+                body, headers = response.json(), response.headers
+                for changing in ("x-request-id", "content-length"):
+                    del headers[changing]
+                body.pop("milliseconds", None)
+                told.append((response.status_code, dict(headers), body))
+        return told
+
+    settings = Settings(models=models, runs=tmp_path / "runs")
+    short, long = create_app(settings), create_app(settings)
+    long.user_middleware = [layer for layer in long.user_middleware if layer.cls is not Shortcut]
+    assert answers(short) == answers(long)
 
 
 def test_metrics_count_requests(client: TestClient, image: bytes) -> None:
