@@ -127,7 +127,7 @@ class Runner:
                 stdout=output,
                 stderr=STDOUT,
                 env=environment,
-                start_new_session=True,
+                process_group=0,  # in a session of its own it could not be nicer than others: autogroup, sched(7)
             )
         with suppress(ProcessLookupError):
             os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)

@@ -5,6 +5,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Annotated, cast
 from urllib.parse import parse_qsl
 
@@ -58,10 +59,8 @@ class Services:
 
     def sheds(self, url: bytes) -> bool:
         """Whether a request for this URL is a prediction that would be refused, as too many images are waiting."""
-        path, _, query = url.partition(b"?")
-        if path != b"/predict":
-            return False
-        model = self.pool.peek(dict(parse_qsl(query.decode("latin-1"))).get("model") if query else None)
+        predicts, name = _prediction(url)
+        model = self.pool.peek(name) if predicts else None
         return model is not None and model.batcher.full
 
     async def start(self) -> None:
@@ -75,6 +74,13 @@ class Services:
         await self.evaluations.stop()
         await self.pool.stop()
         self.decoders.shutdown(wait=False)
+
+
+@lru_cache(256)
+def _prediction(url: bytes) -> tuple[bool, str | None]:
+    """Whether a URL is that of a prediction, and the model that it names."""
+    path, _, query = url.partition(b"?")
+    return path == b"/predict", dict(parse_qsl(query.decode("latin-1"))).get("model")
 
 
 def services_of(request: Request) -> Services:

@@ -1,6 +1,7 @@
 """What a proof has measured: printed as a table, kept in benchmarks/results/, told by the exit status."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,18 +37,21 @@ def conclude(name: str, ran: str, checks: list[Check]) -> int:
         The exit status: 1 if a target was missed.
     """
     missed = [check for check in checks if check.met is False]
-    answers = {True: "yes", False: "**no**", None: ""}
-    lines = [
-        f"{ran} {datetime.now(UTC):%Y-%m-%d}, {machine()}.",
-        "",
-        "| what | measured | target | met |",
-        "| --- | --- | --- | --- |",
-        *(f"| {check.what} | {check.measured} | {check.target} | {answers[check.met]} |" for check in checks),
-    ]
+    lines = [f"{ran} {datetime.now(UTC):%Y-%m-%d}, {machine()}.", "", *table(checks)]
     print("\n".join(lines), flush=True)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     return 1 if missed else 0
+
+
+def table(checks: Iterable[Check]) -> list[str]:
+    """Lines of markdown."""
+    answers = {True: "yes", False: "**no**", None: ""}
+    return [
+        "| what | measured | target | met |",
+        "| --- | --- | --- | --- |",
+        *(f"| {check.what} | {check.measured} | {check.target} | {answers[check.met]} |" for check in checks),
+    ]
 
 
 def machine() -> str:

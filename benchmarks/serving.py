@@ -3,8 +3,8 @@
 Every server in turn is started, asked for the top-1 of 1,000 images, driven by wrk with each scenario, and stopped; no
 two run at once. A round takes each server once, the tables show medians over the rounds. Peers run the same `model.pt`
 twice: with TorchScript, as their documentation shows, and with OpenVINO as ours, which leaves the serving path as the
-only difference. Finally ours is overloaded, with requests that leave on schedule. The tables are printed and written to
-benchmarks/results/serving.md.
+only difference. Finally ours is overloaded, with requests that leave on schedule, and driven while it trains. The
+tables are printed and written to benchmarks/results/serving.md.
 
     python benchmarks/serving.py [--servers ours mosec ...] [--rounds 3] [--seconds 8] [--models models]
 
@@ -14,13 +14,16 @@ Needs wrk (`apt-get install wrk`) and, for the peers, `.venv-peers`; `make servi
 import argparse
 import io
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +36,7 @@ from peers.catalogue import HERE as PEERS
 from peers.catalogue import OURS, ROOT, SERVERS, Server
 from peers.running import Load, Running, adopt, drive, resident_mib
 from PIL import Image, ImageDraw
-from results import RESULTS, Check, machine
+from results import RESULTS, Check, machine, table
 
 from app.settings import Settings
 from training import data, torchscript
@@ -49,9 +52,12 @@ ENGINES = {
 }
 SHIPPED = "torchscript"
 PICTURES = 50  # different ones, so that no cache helps
+SYNTHETIC = "synthetic:40"
 CHECKED = {"resnet": 1000, "resnet18": 200}  # images whose top-1 is compared
 WARMUP_S = 1
 OVERLOAD = 5.0
+TRAINING = {"recipe": "resnet", "overrides": {"epochs": 100}, "promote": "never"}
+TRAINING_STARTS_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,8 @@ class Benchmark:
         try:
             dataset = data.load()
         except data.DataError:
-            dataset = data.load("synthetic:40")
+            dataset = data.load(SYNTHETIC)
+            os.environ["CIFAR100_DATA"] = SYNTHETIC  # for the training job
         self.dataset = "CIFAR-100" if dataset.classes == data.CLASSES else "the synthetic data set"
         images = dataset.test.images
         self.pictures = {
@@ -220,9 +227,7 @@ class Benchmark:
                         measured.agreement[model], measured.accuracy[model] = self.checks[model].of(running)
                     for scenario in SCENARIOS:
                         if scenario.model == model:
-                            requests = self._requests(running, scenario)
-                            drive(running, scenario.connections, requests, WARMUP_S)
-                            load = drive(running, scenario.connections, requests, self.seconds)
+                            load = self._drive(running, scenario)
                             measured.loads[scenario].append(load)
                             _progress(f"{server.name} {engine}: {scenario}: {load.requests_per_s:.0f} req/s")
                     if model == PEAK.model:
@@ -232,11 +237,17 @@ class Benchmark:
                 measured.error = " ".join(str(error).split())
                 _progress(f"{server.name} {engine}: {error}")
 
-    def overload(self, peak: float) -> list[Check]:
-        """Ours, with five times the requests that it can answer, sent on schedule."""
-        with self._running(OURS, SHIPPED, PEAK.model) as running:
+    def overload(self) -> list[Check]:
+        """Ours with five times the requests that it can answer, sent on schedule.
+
+        It has one processor, and who sends the requests has the others: the two do not slow each other down.
+        """
+        mine, *others = sorted(os.sched_getaffinity(0))
+        with only_on({mine}):
+            overloaded = self._running(OURS, SHIPPED, PEAK.model)
+        with overloaded as running, only_on(set(others) or {mine}):
+            peak = self._drive(running, PEAK).requests_per_s
             requests = self._requests(running, PEAK)
-            drive(running, PEAK.connections, requests, WARMUP_S)
             program = [sys.executable, str(Path(__file__).with_name("open_loop.py")), "127.0.0.1", str(running.port)]
             program += [*map(str, requests), "--rate", str(OVERLOAD * peak), "--seconds", str(self.seconds)]
             told = json.loads(subprocess.run(program, check=True, capture_output=True, text=True).stdout)
@@ -262,6 +273,32 @@ class Benchmark:
             Check("other answers, broken connections", f"{told['failed']}", "0", told["failed"] == 0),
         ]
 
+    def beside_training(self) -> list[Check]:
+        """Ours with every scenario, without and with a training job on the same processors."""
+        with self._running(OURS, SHIPPED, PEAK.model) as running, running.client() as http:
+            quiet = [self._drive(running, scenario) for scenario in SCENARIOS]
+            job = f"/train/{http.post('/train', json=TRAINING).raise_for_status().json()['id']}"
+            end = time.monotonic() + TRAINING_STARTS_S
+            while not ((progress := http.get(job).json()["progress"]) and progress["event"] == "tick"):
+                if time.monotonic() > end:
+                    raise RuntimeError("the training job does not begin")
+                time.sleep(0.5)
+            busy = [self._drive(running, scenario) for scenario in SCENARIOS]
+            pace = http.get(job).json()["progress"]["images_per_s"]
+            http.delete(job).raise_for_status()
+        checks = []
+        for scenario, before, beside in zip(SCENARIOS, quiet, busy, strict=True):
+            growth = beside.p99_ms / before.p99_ms
+            told = f"{before.p99_ms:.1f} to {beside.p99_ms:.1f} ms, {growth:.1f} times; "
+            told += f"{before.requests_per_s:,.0f} to {beside.requests_per_s:,.0f} req/s"
+            checks.append(Check(f"p99, {scenario}", told, "<= 3 times", growth <= 3))
+        return [*checks, Check("training, meanwhile", f"{pace:.0f} images/s")]
+
+    def _drive(self, running: Running, scenario: Scenario) -> Load:
+        requests = self._requests(running, scenario)
+        drive(running, scenario.connections, requests, WARMUP_S)
+        return drive(running, scenario.connections, requests, self.seconds)
+
     def _running(self, server: Server, engine: str, model: str) -> Running:
         return Running(server, engine, live(self.store, model), model, self.pictures[PNG][0], self.folder)
 
@@ -276,8 +313,23 @@ class Benchmark:
         return paths
 
 
-def report(benchmark: Benchmark, rounds: int, overload: list[Check], notes: str) -> str:
-    """Everything as markdown."""
+@contextmanager
+def only_on(processors: set[int]) -> Iterator[None]:
+    """What is started within has these processors."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, processors)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def report(benchmark: Benchmark, rounds: int, checks: dict[str, list[Check]], notes: str) -> str:
+    """Everything as markdown.
+
+    Args:
+        checks: further tables, by their title.
+    """
     versions = dict(line.split("==") for line in (PEERS / "requirements.txt").read_text().splitlines() if "==" in line)
     lines = [
         "# Our service and its peers",
@@ -293,10 +345,8 @@ def report(benchmark: Benchmark, rounds: int, overload: list[Check], notes: str)
         for scenario in SCENARIOS:
             lines += ["", f"### {scenario}", "", *_loads(rows, scenario)]
         lines += ["", "### Start, memory, accuracy", "", *_servers(rows, versions)]
-    if overload:
-        lines += ["", "## Overload of ours", "", "| what | measured | target | met |", "| --- | --- | --- | --- |"]
-        answers = {True: "yes", False: "**no**", None: ""}
-        lines += [f"| {row.what} | {row.measured} | {row.target} | {answers[row.met]} |" for row in overload]
+    for title, rows_of_checks in checks.items():
+        lines += ["", f"## {title}", "", *table(rows_of_checks)]
     return "\n".join(lines) + "\n"
 
 
@@ -376,11 +426,13 @@ def main(names: Sequence[str], rounds: int, seconds: int, models: Path) -> None:
             for server in chosen:
                 for engine in ENGINES:
                     benchmark.visit(server, engine)
-        ours = benchmark.measured.get((OURS, SHIPPED))
-        overload = []
-        if ours and ours.loads[PEAK] and not ours.error:
-            overload = benchmark.overload(ours.median(PEAK, lambda load: load.requests_per_s))
-    text = report(benchmark, rounds, overload, notes)
+        checks = {}
+        if OURS in chosen:
+            checks = {
+                "Overload of ours, which has one processor, and who asks the others": benchmark.overload(),
+                "Ours beside a training job": benchmark.beside_training(),
+            }
+    text = report(benchmark, rounds, checks, notes)
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "serving.md").write_text(text)

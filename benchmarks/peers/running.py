@@ -87,16 +87,19 @@ class Running:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def client(self, timeout_s: float = 60.0) -> httpx.Client:
+        """A client of the server."""
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=timeout_s, trust_env=False)
+
     def ask(self, http: httpx.Client, image: bytes) -> str:
         """The label of the most probable class of a PNG."""
         headers, content = self.server.message(image, "image/png")
-        path = self.server.path.format(model=self.model)
-        response = http.post(f"http://127.0.0.1:{self.port}{path}", headers=headers, content=content)
+        response = http.post(self.server.path.format(model=self.model), headers=headers, content=content)
         return self.server.best(response.raise_for_status().json())
 
     def labels(self, images: Sequence[bytes]) -> list[str]:
         """The labels of the most probable classes of PNGs, asked for over some connections."""
-        with httpx.Client(timeout=60, trust_env=False) as http, ThreadPoolExecutor(8) as clients:
+        with self.client() as http, ThreadPoolExecutor(8) as clients:
             return list(clients.map(lambda image: self.ask(http, image), images))
 
     def stop(self) -> None:
@@ -120,7 +123,7 @@ class Running:
         return descendants()
 
     def _wait(self, first: bytes, end: float) -> None:
-        with httpx.Client(timeout=10, trust_env=False) as http:
+        with self.client(10) as http:
             while True:
                 try:
                     self.ask(http, first)

@@ -55,7 +55,7 @@ def assert_trained_once(client: httpx.Client, job_id: str, models: Path, log: Pa
 
 def test_jobs_are_cancelled_with_their_process(tmp_path: Path, models: Path) -> None:
     log, runs = tmp_path / "log", tmp_path / "runs"
-    with service(models, runs, log, api_keys=KEY) as (client, _):
+    with service(models, runs, log, api_keys=KEY) as (client, server):
         assert client.post("/train", json=LONG).status_code == 401
         client.headers["Authorization"] = f"Bearer {KEY}"
         first, second, deaf = (submit(client, LONG) for _ in range(3))
@@ -70,6 +70,8 @@ def test_jobs_are_cancelled_with_their_process(tmp_path: Path, models: Path) -> 
         checkpointed(client, deaf, runs, log)
         (process,) = processes_of(runs)
         assert KEY not in Path(f"/proc/{process}/environ").read_text()
+        assert os.getpriority(os.PRIO_PROCESS, process) > os.getpriority(os.PRIO_PROCESS, server.pid)
+        assert os.getsid(process) == os.getsid(server.pid)  # across sessions a priority may mean nothing
         os.kill(process, signal.SIGSTOP)  # a stopped process does not hear SIGTERM
         client.delete(f"/train/{deaf}").raise_for_status()
         wait_for(lambda: not processes_of(runs), 5, log)
