@@ -128,7 +128,7 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None, **m
 
 
 EXPECTED = (Problem, HTTPException, RequestValidationError)
-"""Failures that are the client's business."""
+"""Failures that have an answer of their own."""
 
 
 async def answer(_: Request, error: Exception) -> JSONResponse:

@@ -32,7 +32,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._sheds = sheds
         self._shedding = False
         self._in_head = True
-        self._head_bytes = 0
+        self._head_bytes = 0  # since the head began, or after it since the last piece of the body
+        self._unread = 0  # of what has just been received
         self._head_timer: asyncio.TimerHandle | None = None
         self._stalled_timer: asyncio.TimerHandle | None = None
 
@@ -48,27 +49,33 @@ class BoundedHttp(HttpToolsProtocol):
         self._end_stall()
 
     def data_received(self, data: bytes) -> None:
+        self._unread = len(data)
         super().data_received(data)
-        if not self._in_head or self.transport.is_closing():
+        if self.transport.is_closing():
             return
-        if not self._shedding:
-            self._head_bytes += len(data)
-            if self._head_bytes > _MAX_HEAD_BYTES:
-                self.send_400_response("")
-        self._time_head()
+        self._head_bytes += self._unread
+        if self._head_bytes > _MAX_HEAD_BYTES:
+            self.send_400_response("")
+        elif self._in_head or (self._idle and not self.timeout_keep_alive_task):  # by an empty line before a head
+            self._time_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
         self._head_bytes = 0
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # what follows a chunked body in the form of headers is dropped
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > _MAX_HEAD_BYTES:
             self._head_bytes = size
             raise ValueError(size)  # which uvicorn answers with `send_400_response`
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and self._sheds(self.url):
+        self._count_anew()
+        self._unset_keepalive_if_required()
+        if self._idle and self._sheds(self.url):
             self._shedding = True  # the head counts as going on until the body is there
             if self.expect_100_continue:
                 self._refuse(_unavailable(_OVERLOADED))
@@ -77,10 +84,12 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._count_anew()
         if not self._shedding:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._count_anew()
         if not self._shedding:
             super().on_message_complete()
             return
@@ -106,6 +115,14 @@ class BoundedHttp(HttpToolsProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._end_stall()
+
+    @property
+    def _idle(self) -> bool:
+        """Whether all requests so far have been answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _count_anew(self) -> None:
+        self._unread = self._head_bytes = 0
 
     def _time_head(self) -> None:
         if not self._head_timer:

@@ -24,7 +24,7 @@ from training.store import Store
 
 log = logging.getLogger(__name__)
 
-_NICENESS = 10
+_NICENESS = 10  # of training processes, above the server's own
 _POLL_S = 0.3
 _TERM_GRACE_S = 3.0
 _LEASE_POLL_S = 2.0
@@ -127,10 +127,9 @@ class Runner:
                 stdout=output,
                 stderr=STDOUT,
                 env=environment,
-                process_group=0,  # in a session of its own it could not be nicer than others: autogroup, sched(7)
+                start_new_session=True,
             )
-        with suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
+        _give_way(child.pid)
         log.info("training job %s runs as process %d", job.id, child.pid)
         await self._watch(job, child.pid, lambda: child.returncode is None)
         return await child.wait()
@@ -168,6 +167,16 @@ async def _only_one(lock: Path) -> AsyncIterator[None]:
             except BlockingIOError:
                 await asyncio.sleep(_LEASE_POLL_S)
         yield
+
+
+def _give_way(pid: int) -> None:
+    """Let all others have the processors first."""
+    niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS, 19)
+    with suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, pid, niceness)
+    # Where Linux groups processes by session, their niceness counts within it, and that of the group outside: sched(7).
+    with suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
 
 
 async def _terminate(pid: int, alive: Callable[[], bool]) -> None:

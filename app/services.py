@@ -59,8 +59,8 @@ class Services:
 
     def sheds(self, url: bytes) -> bool:
         """Whether a request for this URL is a prediction that would be refused, as too many images are waiting."""
-        predicts, name = _prediction(url)
-        model = self.pool.peek(name) if predicts else None
+        path, _, query = url.partition(b"?")
+        model = self.pool.peek(_model_in(query)) if path == b"/predict" else None
         return model is not None and model.batcher.full
 
     async def start(self) -> None:
@@ -77,10 +77,8 @@ class Services:
 
 
 @lru_cache(256)
-def _prediction(url: bytes) -> tuple[bool, str | None]:
-    """Whether a URL is that of a prediction, and the model that it names."""
-    path, _, query = url.partition(b"?")
-    return path == b"/predict", dict(parse_qsl(query.decode("latin-1"))).get("model")
+def _model_in(query: bytes) -> str | None:
+    return dict(parse_qsl(query.decode("latin-1"))).get("model")
 
 
 def services_of(request: Request) -> Services:

@@ -7,7 +7,7 @@ networks, uint8 [N, 3, 32, 32] in, float32 logits [N, classes] out.
 import logging
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # 
 class Compiled:
     """A network in the precision in which this processor is fastest. Called by one thread at a time.
 
-    A few images are computed by all processors together, layer after layer. Of more, each processor computes its own
-    part from the first layer to the last, which takes less work, as no layer ends with waiting for the slowest.
+    A few images are computed by all processors together, layer after layer. More are computed in parts, each by one or
+    a few processors from the first layer to the last: less work, as no layer ends with waiting for the slowest.
 
     Args:
         file: an exported `model.pt`, which is converted, or an `int8.xml`.
@@ -56,10 +56,10 @@ class Compiled:
             logits: NDArray[np.float32] = self._together.infer({0: images}, share_inputs=True)[0]
             return logits
         requests = self._apart[:parts]
-        for request, part in zip(requests, np.array_split(images, parts), strict=True):
-            request.start_async({0: part})
-        for request in requests:
-            request.wait()
+        with ExitStack() as computing:  # ends when all parts have ended, even if one fails
+            for request, part in zip(requests, np.array_split(images, parts), strict=True):
+                request.start_async({0: part})
+                computing.callback(request.wait)
         return np.concatenate([request.get_output_tensor().data for request in requests])
 
     def on_tensors(self, images: Tensor) -> Tensor:

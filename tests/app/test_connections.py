@@ -121,6 +121,30 @@ def test_a_large_head_is_431(address: Address, head: bytes) -> None:
     assert alive(address)
 
 
+def test_an_empty_line_after_an_answer_does_not_keep_the_connection_open(address: Address) -> None:
+    with connect(address) as connection:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert status_line(connection).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"\r\n")
+        started = time.monotonic()
+        assert answer(connection) == b""
+        assert time.monotonic() - started < 5
+
+
+def test_headers_after_a_body_are_bounded_and_dropped(address: Address) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connect(address) as connection:
+        connection.sendall(head + b"1\r\nx\r\n0\r\nX-Request-ID: late\r\n\r\n")
+        received = status_line(connection)
+        assert received.startswith(b"HTTP/1.1 415 ")
+    with connect(address) as connection:
+        for part in (head + b"1\r\nx\r\n0\r\n", b"X-Large: " + b"a" * 40_000):
+            connection.sendall(part)
+            time.sleep(0.1)  # what comes together with a piece of the body does not count
+        assert answer(connection).startswith(b"HTTP/1.1 431 ")
+    assert alive(address)
+
+
 def test_what_is_no_http_is_400(address: Address) -> None:
     with connect(address) as connection:
         connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
