@@ -7,7 +7,7 @@ networks, uint8 [N, 3, 32, 32] in, float32 logits [N, classes] out.
 import logging
 import os
 import sys
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,11 @@ from training import torchscript
 INT8 = "int8.xml"
 """The quantised form; its weights are in a `.bin` file of the same name."""
 
-_PART = 4  # images that are worth a processor of their own
-
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would report to its maker
 
 
 class Compiled:
     """A network in the precision in which this processor is fastest. Called by one thread at a time.
-
-    A few images are computed by all processors together, layer after layer. More are computed in parts, each by one or
-    a few processors from the first layer to the last: less work, as no layer ends with waiting for the slowest.
 
     Args:
         file: an exported `model.pt`, which is converted, or an `int8.xml`.
@@ -39,28 +34,15 @@ class Compiled:
     def __init__(self, file: Path):
         from openvino import Core
 
-        core = Core()
-        network = _converted(file) if file.suffix == ".pt" else core.read_model(file)
-        together = core.compile_model(network, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-        # Not tied to its processor, a part moves on when another thread wants that.
-        apart = core.compile_model(network, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT", "ENABLE_CPU_PINNING": False})
-        self.precision: str = together.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        network = _converted(file) if file.suffix == ".pt" else Core().read_model(file)
+        compiled = Core().compile_model(network, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+        self.precision: str = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         """Of what is not quantised: f32, bf16 or f16."""
-        self._together = together.create_infer_request()
-        streams = apart.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-        self._apart = [apart.create_infer_request() for _ in range(streams)]
+        self._request = compiled.create_infer_request()
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        parts = min(len(self._apart), len(images) // _PART)
-        if parts < 2:
-            logits: NDArray[np.float32] = self._together.infer({0: images}, share_inputs=True)[0]
-            return logits
-        requests = self._apart[:parts]
-        with ExitStack() as computing:  # ends when all parts have ended, even if one fails
-            for request, part in zip(requests, np.array_split(images, parts), strict=True):
-                request.start_async({0: part})
-                computing.callback(request.wait)
-        return np.concatenate([request.get_output_tensor().data for request in requests])
+        logits: NDArray[np.float32] = self._request.infer({0: images}, share_inputs=True)[0]
+        return logits
 
     def on_tensors(self, images: Tensor) -> Tensor:
         """The same, as `evaluate.predict` calls a model."""

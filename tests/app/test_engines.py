@@ -32,7 +32,7 @@ def quantised(model: Path, dataset: Dataset) -> Path:
 def test_probabilities_are_those_of_the_exported_file(model: Path, dataset: Dataset, runtime: engines.Runtime) -> None:
     engine = engines.load(model, "cpu", runtime)
     assert engine.name.startswith(runtime)
-    for size in (1, 3, 16, 13, 64, 2):  # sizes it has seen and others, whole and in parts
+    for size in (1, 3, 16, 13, 64, 2):  # sizes it has seen and others
         images = np.ascontiguousarray(dataset.test.images[:size].transpose(0, 3, 1, 2))
         with torch.inference_mode():
             expected = load(model)(torch.from_numpy(images)).softmax(1).numpy()
