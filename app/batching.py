@@ -52,11 +52,6 @@ class Batcher:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=engine.name)
 
-    @property
-    def full(self) -> bool:
-        """Whether a further image would be refused."""
-        return self.queued >= self.max_queue
-
     async def run(self, images: Images, timeout_s: float | None = None) -> Logits:
         """Logits [N, classes] of uint8 images [N, 3, 32, 32].
 

@@ -36,6 +36,7 @@ class Services:
     draining: bool = False
     """Whether the service is about to stop and wants no further requests."""
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    _arriving: int = field(default=0, init=False)
 
     @classmethod
     def create(cls, settings: Settings) -> "Services":
@@ -58,10 +59,23 @@ class Services:
         return self.pool.ready and not self.draining
 
     def sheds(self, url: bytes) -> bool:
-        """Whether a request for this URL is a prediction that would be refused, as too many images are waiting."""
+        """Whether a request for this URL is a prediction that would be refused, as too many images are waiting.
+
+        Asked in the event loop, once for every request. Those that are let in have reached the queue at the loop's next
+        turn, most of them; until then they count as if they had.
+        """
         path, _, query = url.partition(b"?")
         model = self.pool.peek(_model_in(query)) if path == b"/predict" else None
-        return model is not None and model.batcher.full
+        if model is None:
+            return False
+        if model.batcher.queued + self._arriving >= model.batcher.max_queue:
+            return True
+        self._arriving += 1
+        asyncio.get_running_loop().call_soon(self._arrived)
+        return False
+
+    def _arrived(self) -> None:
+        self._arriving -= 1
 
     async def start(self) -> None:
         await self.pool.start()

@@ -20,6 +20,7 @@ from app.batching import Batcher
 from app.limits import BodyLimit
 from app.main import create_app
 from app.protocol import BoundedHttp
+from app.services import Services
 from app.settings import Settings
 
 Address = tuple[str, int]
@@ -219,6 +220,21 @@ def overloaded(app: FastAPI, address: Address) -> Batcher:
     batcher: Batcher = app.state.services.pool.live()["resnet"].batcher
     batcher.queued = batcher.max_queue
     return batcher
+
+
+@pytest.mark.usefixtures("address")
+def test_requests_that_come_at_once_count_before_they_are_queued(app: FastAPI) -> None:
+    services: Services = app.state.services
+    limit = services.pool.live()["resnet"].batcher.max_queue
+
+    async def scenario() -> None:
+        assert not any(services.sheds(b"/predict?top_k=1") for _ in range(limit))
+        assert services.sheds(b"/predict")
+        assert not services.sheds(b"/health")
+        await asyncio.sleep(0)
+        assert not services.sheds(b"/predict")
+
+    asyncio.run(scenario())
 
 
 def status_line(connection: socket.socket) -> bytes:
