@@ -20,13 +20,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -37,6 +37,7 @@ from peers.catalogue import OURS, ROOT, SERVERS, Server
 from peers.running import Load, Running, adopt, drive, resident_mib
 from PIL import Image, ImageDraw
 from results import RESULTS, Check, machine, table
+from server import wait_for
 
 from app.settings import Settings
 from training import data, torchscript
@@ -279,14 +280,10 @@ class Benchmark:
         with self._running(OURS, SHIPPED, PEAK.model) as running, running.client() as http:
             quiet = [self._drive(running, scenario) for scenario in SCENARIOS]
             job = f"/train/{http.post('/train', json=TRAINING).raise_for_status().json()['id']}"
-            end = time.monotonic() + TRAINING_STARTS_S
-            while not ((progress := http.get(job).json()["progress"]) and progress["event"] == "tick"):
-                if time.monotonic() > end:
-                    raise RuntimeError("the training job does not begin")
-                time.sleep(0.5)
+            started = wait_for(lambda: _first_steps(http.get(job).json()), TRAINING_STARTS_S)
             busy = [self._drive(running, scenario) for scenario in SCENARIOS]
             trained = http.delete(job).raise_for_status().json()
-        steps = trained["progress"]["step"] - progress["step"]  # all of them in the first epoch
+        steps = trained["progress"]["step"] - started  # all of them in the first epoch
         errors = sum(load.errors for load in quiet + busy)
         checks = []
         for scenario, before, beside in zip(SCENARIOS, quiet, busy, strict=True):
@@ -317,6 +314,12 @@ class Benchmark:
             path.write_bytes(running.server.request(running.port, scenario.model, picture, media_type))
             paths.append(path)
         return paths
+
+
+def _first_steps(job: dict[str, Any]) -> int:
+    """How many a training job has done so far."""
+    progress = job["progress"]
+    return progress["step"] if progress and progress["event"] == "tick" else 0
 
 
 def unless_it_fails(measure: Callable[[], list[Check]]) -> list[Check]:
