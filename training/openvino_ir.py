@@ -7,6 +7,7 @@ networks, uint8 [N, 3, 32, 32] in, float32 logits [N, classes] out.
 import logging
 import os
 import sys
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -49,24 +50,36 @@ class Compiled:
         return torch.from_numpy(self(np.ascontiguousarray(images.numpy())).copy())
 
 
-def quantise(model: Path, images: Tensor) -> Path:
+def quantise(model: Path, images: Tensor, in_float: Collection[int] = ()) -> Path:
     """Quantise weights and activations to int8 after training (Jacob et al. 2018, arXiv:1712.05877), with NNCF.
 
     Args:
         model: an exported `model.pt`; the quantised form is written beside it.
         images: uint8 [N, 32, 32, 3], training images that show which values activations take.
+        in_float: convolutions that stay in floating point, counted from 0 at the input.
 
     Returns:
         The written `int8.xml`.
     """
     import nncf
     import openvino
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
+    network = _converted(model)
+    convolutions = [node for node in network.get_ordered_ops() if node.get_type_name() == "Convolution"]
+    spared = [convolutions[position].get_friendly_name() for position in in_float]
     samples = list(images.permute(0, 3, 1, 2).contiguous().numpy()[:, None])
     nncf.set_log_level(logging.ERROR)
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # it draws progress bars
         network = nncf.quantize(
-            _converted(model), nncf.Dataset(samples), subset_size=len(samples), fast_bias_correction=False
+            network,
+            nncf.Dataset(samples),
+            subset_size=len(samples),
+            fast_bias_correction=False,
+            ignored_scope=nncf.IgnoredScope(names=spared),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                activations_range_estimator_params=RangeEstimatorParametersSet.HISTOGRAM
+            ),
         )
     file = model.with_name(INT8)
     openvino.save_model(network, file)

@@ -61,6 +61,8 @@ class Quantised(BaseModel):
     """It was judged on: held out from training or, where the recipe holds none out, seen in training."""
     lost_top1: float
     """Accuracy on these images before minus after, 0-1."""
+    float_first_layer: bool = False
+    """Whether the first layer stays in floating point, as int8 throughout lost too much."""
     test: Evaluation | None
     """The quantised form on the full test set, if it was accepted."""
 

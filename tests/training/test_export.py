@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import openvino
 import pytest
 import torch
 from torch import Tensor, nn
@@ -146,11 +147,22 @@ def test_the_card_says_how_the_model_was_made_and_how_good_it_is(
     assert card.training_seconds == epoch["seconds"]
 
 
-@pytest.mark.parametrize("accepted", [True, False])
+@pytest.mark.parametrize(
+    ("top1", "accepted", "float_first_layer"),
+    [((0.5, 0.498), True, False), ((0.5, 0.49, 0.498), True, True), ((0.5, 0.49, 0.49), False, True)],
+    ids=["throughout", "but for the first layer", "refused"],
+)
 def test_a_quantised_form_is_published_if_it_is_as_accurate(
-    finished_run: Run, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accepted: bool
+    finished_run: Run,
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    top1: tuple[float, ...],
+    accepted: bool,
+    float_first_layer: bool,
 ) -> None:
-    monkeypatch.setattr(export, "MOST_LOST", 1.0 if accepted else -1.0)
+    measured = iter(top1)
+    monkeypatch.setattr(export, "_top1_in_views", lambda *_: next(measured))
     monkeypatch.setattr(export, "CALIBRATION_IMAGES", 8)
     run = Run(shutil.copytree(finished_run.path, tmp_path / "run"))
     run.recipe_file.write_text(run.recipe().model_copy(update={"int8": True}).model_dump_json())
@@ -158,7 +170,8 @@ def test_a_quantised_form_is_published_if_it_is_as_accurate(
     folder = tmp_path / "models" / "resnet" / "1"
     card = Store(tmp_path / "models").card("resnet", 1)
     assert card.int8 is not None
-    assert card.int8.accepted == accepted
+    assert (card.int8.accepted, card.int8.float_first_layer) == (accepted, float_first_layer)
+    assert card.int8.lost_top1 == top1[0] - top1[-1]
     assert card.int8.images == 100
     assert {path.name for path in folder.iterdir()} - {"card.json"} == card.files.keys()
     if accepted:
@@ -166,9 +179,16 @@ def test_a_quantised_form_is_published_if_it_is_as_accurate(
         images, labels = torch.from_numpy(dataset.test.images), torch.from_numpy(dataset.test.labels)
         assert card.int8.test == evaluate(predict(compiled.on_tensors, images), labels)
         assert card.files.keys() == {"model.pt", "int8.xml", "int8.bin"}
+        assert _first_convolution_reads_int8(folder / "int8.xml") != float_first_layer
     else:
         assert card.int8.test is None
         assert card.files.keys() == {"model.pt"}
+
+
+def _first_convolution_reads_int8(file: Path) -> bool:
+    network = openvino.Core().read_model(file)
+    first = next(node for node in network.get_ordered_ops() if node.get_type_name() == "Convolution")
+    return bool(first.input_value(0).get_node().get_type_name() == "FakeQuantize")
 
 
 def test_a_run_notes_what_it_was_published_as(published_store: Path, finished_run: Run) -> None:

@@ -1,0 +1,69 @@
+"""What quantisation to int8 costs a published version, and which convolutions it costs most.
+
+Compares, on the images that its recipe holds out of training, the floating-point form with int8 throughout and with
+int8 but for one convolution, for each in turn. KL is the mean divergence of the quantised form's probabilities from
+those of the floating-point form: it tells forms apart whose top-1 differs by less than the noise of these images.
+
+    python benchmarks/quantisation.py NAME/VERSION [POSITION ...]
+"""
+
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from training import data, openvino_ir
+from training.evaluate import predict
+from training.export import CALIBRATION_IMAGES, CPU
+from training.loop import to_device
+from training.recipes import from_dict
+from training.store import MODEL, Store
+
+ROUNDS, BATCH = 5, 32
+
+
+def main(version: str, positions: list[int]) -> None:
+    store = Store(Path("models"))
+    card = store.card(*store.parse(version))
+    published = store.verify(card) / MODEL
+    training, held_out = data.hold_out(data.load().train, from_dict(card.recipe).validation_images or 1000)
+    samples, _ = to_device(training, CPU)
+    samples = samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))][:CALIBRATION_IMAGES]
+    images, labels = to_device(held_out, CPU)
+
+    print(f"{version}, {len(labels)} images\n\n| int8 | top-1 lost | KL | images/s |\n| --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(shutil.copy(published, folder))
+        network = openvino_ir.Compiled(model)
+        expected = predict(network.on_tensors, images).log_softmax(1)
+        print(f"| nothing ({network.precision}) | | | {_images_per_s(network, images):.0f} |", flush=True)
+        for spared in [None, *positions]:
+            quantised = openvino_ir.Compiled(openvino_ir.quantise(model, samples, [] if spared is None else [spared]))
+            logits = predict(quantised.on_tensors, images).log_softmax(1)
+            divergence = F.kl_div(logits, expected, log_target=True, reduction="batchmean").item()
+            lost = (expected.argmax(1) == labels).double().mean() - (logits.argmax(1) == labels).double().mean()
+            what = "throughout" if spared is None else f"but for convolution {spared}"
+            speed = _images_per_s(quantised, images)
+            print(f"| {what} | {100 * lost:.2f} points | {divergence:.4f} | {speed:.0f} |", flush=True)
+
+
+def _images_per_s(network: openvino_ir.Compiled, images: torch.Tensor) -> float:
+    batch = images[:BATCH].permute(0, 3, 1, 2)
+    network.on_tensors(batch)
+
+    def once() -> float:
+        begun = time.perf_counter()
+        for _ in range(4):
+            network.on_tensors(batch)
+        return 4 * len(batch) / (time.perf_counter() - begun)
+
+    return statistics.median(once() for _ in range(ROUNDS))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], [int(position) for position in sys.argv[2:]])
