@@ -103,7 +103,7 @@ def _square(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA"):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _resamplable(image: Image.Image) -> Image.Image:
