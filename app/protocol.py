@@ -97,7 +97,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._end_head()
         self.transport.write(_ANSWER_OVERLOADED)
         if not self.parser.should_keep_alive():
-            self.transport.close()
+            self._close()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def send_400_response(self, msg: str) -> None:
@@ -108,13 +108,22 @@ class BoundedHttp(HttpToolsProtocol):
         else:
             self._refuse(problem(HTTPStatus.BAD_REQUEST, msg))
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._time_reading()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close()
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled_timer = self.loop.call_later(_READ_TIMEOUT_S, self.transport.abort)
+        self._time_reading()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._end_stall()
+        if not self.transport.is_closing():
+            self._end_stall()
 
     @property
     def _idle(self) -> bool:
@@ -134,6 +143,10 @@ class BoundedHttp(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _time_reading(self) -> None:
+        if not self._stalled_timer:
+            self._stalled_timer = self.loop.call_later(_READ_TIMEOUT_S, self.transport.abort)
+
     def _end_stall(self) -> None:
         if self._stalled_timer:
             self._stalled_timer.cancel()
@@ -143,7 +156,12 @@ class BoundedHttp(HttpToolsProtocol):
         """Answer, and close the connection."""
         answer.headers["Connection"] = "close"
         self.transport.write(_encoded(answer))
+        self._close()
+
+    def _close(self) -> None:
+        """Close the connection once the client has read what is still to be sent, or has had time enough to."""
         self.transport.close()
+        self._time_reading()
 
 
 def _unavailable(detail: str) -> JSONResponse:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 import uvicorn
@@ -32,8 +33,8 @@ def app(models: Path, tmp_path: Path) -> FastAPI:
 
 
 @pytest.fixture
-def address(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
-    """Of a server whose patience is short."""
+def listening(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """The socket of a server whose patience is short."""
     monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_S", 0.5)
     monkeypatch.setattr(protocol, "_READ_TIMEOUT_S", 0.5)
     monkeypatch.setattr(protocol, "_MAX_CONNECTIONS", 5)
@@ -41,13 +42,18 @@ def address(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
     http = partial(BoundedHttp, sheds=app.state.services.sheds)
     config = uvicorn.Config(app, port=0, http=http, log_config=None, timeout_keep_alive=1)  # type: ignore[arg-type]
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()
+    yield server.servers[0].sockets[0]  # type: ignore[misc]
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture
+def address(listening: socket.socket) -> Address:
+    return cast(Address, listening.getsockname())
 
 
 def connect(address: Address) -> socket.socket:
@@ -293,6 +299,21 @@ def test_a_client_that_does_not_read_is_cut_off(address: Address) -> None:
         except TimeoutError:
             pytest.fail("the server waits for a client that does not read")
         assert alive(address)
+
+
+@pytest.mark.parametrize("line", [b"Connection: close", b"Connection: keep-alive"])
+def test_a_client_that_leaves_the_rest_of_an_answer_unread_is_cut_off(
+    address: Address, listening: socket.socket, line: bytes
+) -> None:
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that the rest waits in the server
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(address)
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n" + line + b"\r\n\r\n")
+        time.sleep(3)
+        head, _, body = answer(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0])
 
 
 def test_connections_are_bounded(address: Address) -> None:
