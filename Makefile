@@ -17,7 +17,7 @@ serve: .venv/installed
 	@exec $(BIN)/python -m app --host $(HOST) --port $(PORT)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
