@@ -185,7 +185,7 @@ class Jobs:
     def cancel(self, job_id: str) -> Job:
         """Cancel a job; the runner stops its process if it has one. No effect on a finished job.
 
-        Raises: as for `get`.
+        Raises: as for `get`; Unavailable also where the run folder cannot be written, and the job goes on.
         """
         with self._transaction() as session:
             row = self._row(session, job_id)
@@ -325,6 +325,8 @@ class Jobs:
                 yield session
         except OperationalError as error:
             raise Unavailable(f"the job database cannot be used: {error.orig}") from error
+        except OSError as error:
+            raise Unavailable(f"{self._settings.runs} cannot be used: {error}") from error
 
     def _row(self, session: Session, job_id: str) -> JobRow:
         row = session.scalar(select(JobRow).where(JobRow.id == job_id))

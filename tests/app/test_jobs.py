@@ -61,6 +61,15 @@ def test_cancelling_asks_the_process_of_a_running_job_to_stop(jobs: Jobs) -> Non
     assert not jobs.run(queued.id).path.exists()
 
 
+def test_a_running_job_that_cannot_be_told_to_stop_goes_on(jobs: Jobs) -> None:
+    job_id = jobs.submit(REQUEST).id
+    claimed(jobs)
+    jobs.run(job_id).path.write_text("a file, not a folder")
+    with pytest.raises(Unavailable, match="cannot be used"):
+        jobs.cancel(job_id)
+    assert jobs.state(job_id) is State.RUNNING
+
+
 def test_a_job_keeps_its_recipe_whatever_the_defaults_become(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs.submit(REQUEST)
     monkeypatch.setattr("training.recipes.RECIPES", {})
