@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from training import data, openvino_ir
 from training.evaluate import predict
-from training.export import CALIBRATION_IMAGES, CPU
+from training.export import CPU, calibration_images
 from training.loop import to_device
 from training.recipes import from_dict
 from training.store import MODEL, Store
@@ -32,8 +32,7 @@ def main(version: str, positions: list[int]) -> None:
     card = store.card(*store.parse(version))
     published = store.verify(card) / MODEL
     training, held_out = data.hold_out(data.load().train, from_dict(card.recipe).validation_images or 1000)
-    samples, _ = to_device(training, CPU)
-    samples = samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))][:CALIBRATION_IMAGES]
+    samples = calibration_images(training)
     images, labels = to_device(held_out, CPU)
 
     print(f"{version}, {len(labels)} images\n\n| int8 | top-1 lost | KL | images/s |\n| --- | --- | --- | --- |")

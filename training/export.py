@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from training import openvino_ir, torchscript
-from training.data import Dataset, hold_out
+from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
 from training.loop import splits, to_device
 from training.networks import Classifier, build
@@ -106,12 +106,11 @@ def quantise(model: Path, recipe: Recipe, dataset: Dataset) -> Quantised:
     training, validation = hold_out(
         dataset.train, recipe.validation_images or min(JUDGED_IMAGES, len(dataset.train) // 2)
     )
-    samples, _ = to_device(training, CPU)
-    shuffled = samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))]
+    samples = calibration_images(training)
     images, labels = to_device(validation, CPU)
     before = _top1_in_views(openvino_ir.Compiled(model), images, labels)
     for float_first_layer in (False, True):
-        file = openvino_ir.quantise(model, shuffled[:CALIBRATION_IMAGES], in_float=[0] if float_first_layer else [])
+        file = openvino_ir.quantise(model, samples, in_float=[0] if float_first_layer else [])
         int8 = openvino_ir.Compiled(file)
         lost = before - _top1_in_views(int8, images, labels)
         if accepted := lost <= MOST_LOST:
@@ -125,6 +124,12 @@ def quantise(model: Path, recipe: Recipe, dataset: Dataset) -> Quantised:
     return Quantised(
         accepted=accepted, images=len(validation), lost_top1=lost, float_first_layer=float_first_layer, test=test
     )
+
+
+def calibration_images(training: Split) -> Tensor:
+    """Some of the images trained on, to show which values activations take: uint8 [CALIBRATION_IMAGES, 32, 32, 3]."""
+    images, _ = to_device(training, CPU)
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]]
 
 
 def _top1_in_views(network: openvino_ir.Compiled, images: Tensor, labels: Tensor) -> float:
