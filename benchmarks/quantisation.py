@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 
 import torch
+from results import machine
 from torch.nn import functional as F
 
 from training import data, openvino_ir
 from training.evaluate import predict
-from training.export import CPU, calibration_images
+from training.export import CPU, quantisation_images
 from training.loop import to_device
 from training.recipes import from_dict
 from training.store import MODEL, Store
@@ -31,11 +32,11 @@ def main(version: str, positions: list[int]) -> None:
     store = Store(Path("models"))
     card = store.card(*store.parse(version))
     published = store.verify(card) / MODEL
-    training, held_out = data.hold_out(data.load().train, from_dict(card.recipe).validation_images or 1000)
-    samples = calibration_images(training)
-    images, labels = to_device(held_out, CPU)
+    samples, judged = quantisation_images(from_dict(card.recipe), data.load())
+    images, labels = to_device(judged, CPU)
 
-    print(f"{version}, {len(labels)} images\n\n| int8 | top-1 lost | KL | images/s |\n| --- | --- | --- | --- |")
+    print(f"{version}, {len(labels)} images, {machine()}")
+    print("\n| int8 | top-1 lost | KL | images/s |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(shutil.copy(published, folder))
         network = openvino_ir.Compiled(model)

@@ -103,11 +103,8 @@ def quantise(model: Path, recipe: Recipe, dataset: Dataset) -> Quantised:
     the noise otherwise. Where int8 throughout costs too much, the first layer goes back to floating point: upsampled
     images have little in their high frequencies, and filters that look there see the rounding of the pixels instead.
     """
-    training, validation = hold_out(
-        dataset.train, recipe.validation_images or min(JUDGED_IMAGES, len(dataset.train) // 2)
-    )
-    samples = calibration_images(training)
-    images, labels = to_device(validation, CPU)
+    samples, judged = quantisation_images(recipe, dataset)
+    images, labels = to_device(judged, CPU)
     before = _top1_in_views(openvino_ir.Compiled(model), images, labels)
     for float_first_layer in (False, True):
         file = openvino_ir.quantise(model, samples, in_float=[0] if float_first_layer else [])
@@ -122,14 +119,17 @@ def quantise(model: Path, recipe: Recipe, dataset: Dataset) -> Quantised:
     else:
         openvino_ir.remove(file)
     return Quantised(
-        accepted=accepted, images=len(validation), lost_top1=lost, float_first_layer=float_first_layer, test=test
+        accepted=accepted, images=len(judged), lost_top1=lost, float_first_layer=float_first_layer, test=test
     )
 
 
-def calibration_images(training: Split) -> Tensor:
-    """Some of the images trained on, to show which values activations take: uint8 [CALIBRATION_IMAGES, 32, 32, 3]."""
+def quantisation_images(recipe: Recipe, dataset: Dataset) -> tuple[Tensor, Split]:
+    """Training images to calibrate a quantised form with, uint8 [CALIBRATION_IMAGES, 32, 32, 3], and others to judge it
+    by: those that the recipe holds out, if it does."""
+    training, judged = hold_out(dataset.train, recipe.validation_images or min(JUDGED_IMAGES, len(dataset.train) // 2))
     images, _ = to_device(training, CPU)
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]]
+    shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[shuffled[:CALIBRATION_IMAGES]], judged
 
 
 def _top1_in_views(network: openvino_ir.Compiled, images: Tensor, labels: Tensor) -> float:
