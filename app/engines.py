@@ -6,19 +6,17 @@ In: an exported `model.pt`.  Out: an `Engine`, warmed up, and compared with PyTo
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from app.settings import Device, Runtime
 from training import torchscript
 from training.openvino_ir import INT8, Compiled
 
 log = logging.getLogger(__name__)
-
-Device = Literal["auto", "cpu", "cuda"]
-Runtime = Literal["auto", "int8", "openvino", "torchscript"]
 
 # OpenVINO prepares itself for each size of batch, TorchScript in the course of its first calls.
 _WARMUP_SIZES = (1, 2, 4, 8, 16)

@@ -1,17 +1,21 @@
 """Measuring a live model through the engine that also answers /predict.
 
 In: labelled images, of the data set or of a zip that a user sent.  Out: an `Evaluation`, at once or later.
-Chunks of images go through the model's queue like any request, so predictions are not held up.
+Chunks of images go through the model's queue like any request, so predictions are not held up. How far a measurement
+has come is in a file below the runs folder, for the other servers that may be asked.
 """
 
 import asyncio
 import logging
+import re
 import struct
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import BinaryIO, Literal
 from uuid import uuid4
 
@@ -33,6 +37,9 @@ log = logging.getLogger(__name__)
 _CHUNK = 16  # images per turn in the model's queue
 _KEPT = 100  # finished evaluations that can still be asked for
 _MAX_RUNNING = 4
+_ID = re.compile(r"[0-9a-f]{12}")
+_HEARTBEAT_S = 1.0  # between two writes of a running measurement's file
+_DEAD_S = 30.0  # without one
 # Python unpacks other methods in one go, however much memory that takes.
 _BOUNDED_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # What zipfile raises for damaged files; RuntimeError stands for encrypted ones as well.
@@ -76,11 +83,12 @@ class EvaluationJob(BaseModel):
 
 
 class Evaluations:
-    """The running evaluations and the latest finished ones."""
+    """The running evaluations and the latest finished ones, of all servers on one runs folder."""
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self._jobs: dict[str, EvaluationJob] = {}
+        self._folder = settings.runs / "evaluations"
+        self._jobs: dict[str, EvaluationJob] = {}  # of this server
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def stop(self) -> None:
@@ -114,7 +122,7 @@ class Evaluations:
         while len(self._jobs) > _KEPT + _MAX_RUNNING:
             oldest = next(key for key in self._jobs if key not in self._tasks)
             del self._jobs[oldest]
-        task = self._tasks[job.id] = asyncio.create_task(self._measure(job, model, read))
+        task = self._tasks[job.id] = asyncio.create_task(self._see_through(job, model, read))
         task.add_done_callback(lambda _: self._tasks.pop(job.id))
         done, _ = await asyncio.wait([task], timeout=self._settings.evaluate_wait_s)
         if done and isinstance(error := task.exception(), Problem):
@@ -127,9 +135,55 @@ class Evaluations:
         Raises:
             NotFound: no such evaluation, or it is long over.
         """
-        if evaluation_id not in self._jobs:
+        job = self._jobs.get(evaluation_id) or self._read(evaluation_id)
+        if job is None:
             raise NotFound(f"there is no evaluation {evaluation_id!r}; it may be too long ago")
-        return self._jobs[evaluation_id]
+        return job
+
+    def _read(self, evaluation_id: str) -> EvaluationJob | None:
+        """What another server has written, or this one before it was restarted."""
+        if not _ID.fullmatch(evaluation_id):
+            return None
+        file = self._file(evaluation_id)
+        try:
+            silent_s = time.time() - file.stat().st_mtime
+            job = EvaluationJob.model_validate_json(file.read_bytes())
+        except OSError:
+            return None
+        if job.state == "running" and silent_s > _DEAD_S:
+            job.state, job.error = "failed", "the server that measured has ended"
+        return job
+
+    def _write(self, job: EvaluationJob) -> None:
+        """Let other servers know."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._file(job.id)
+        partial = file.with_suffix(".partial")
+        partial.write_text(job.model_dump_json())
+        partial.replace(file)
+        for old in sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
+            old.unlink(missing_ok=True)
+
+    def _file(self, evaluation_id: str) -> Path:
+        return self._folder / f"{evaluation_id}.json"
+
+    async def _see_through(self, job: EvaluationJob, model: Model, read: Callable[[], Labelled]) -> None:
+        measuring = asyncio.create_task(self._measure(job, model, read))
+        try:
+            while not measuring.done():
+                with suppress(OSError):
+                    await asyncio.to_thread(self._write, job)
+                await asyncio.wait([measuring], timeout=_HEARTBEAT_S)
+        except asyncio.CancelledError:
+            measuring.cancel()
+            job.state, job.error = "failed", "the service was stopped"
+            raise
+        finally:
+            try:
+                await asyncio.to_thread(self._write, job)
+            except OSError as error:
+                log.warning("evaluation %s is known to this server only: %s", job.id, error)
+        await measuring
 
     async def _measure(self, job: EvaluationJob, model: Model, read: Callable[[], Labelled]) -> None:
         try:

@@ -9,15 +9,14 @@ import sys
 import time
 from contextvars import ContextVar
 from random import getrandbits
-from typing import Literal
 
 from pythonjsonlogger.json import JsonFormatter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-log = logging.getLogger(__name__)
+from app.settings import Style
 
-Style = Literal["auto", "text", "json"]
+log = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PROBES = ("/health/live", "/health/ready", "/metrics")  # asked every few seconds
@@ -35,7 +34,7 @@ def configure(style: Style, level: str) -> None:
     if style == "json" or (style == "auto" and not sys.stderr.isatty()):
         handler.setFormatter(
             JsonFormatter(
-                "%(levelname)s %(name)s %(message)s %(request_id)s",
+                "%(levelname)s %(name)s %(process)d %(message)s %(request_id)s",
                 rename_fields={"levelname": "level", "name": "logger"},
                 timestamp="time",
             )

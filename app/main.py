@@ -1,5 +1,6 @@
 """Builds the application: settings in, a FastAPI app out. `python -m app` runs it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -34,7 +35,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await services.start()
+        following = asyncio.create_task(metrics.follow())
         yield
+        following.cancel()
         await services.stop()
 
     app = FastAPI(

@@ -1,15 +1,20 @@
-"""Prometheus metrics: requests by route and status, latency, queues, live versions."""
+"""Prometheus metrics: requests by route and status, latency, queues, live versions.
 
+Several workers keep theirs in files of one folder, and whichever is asked adds them up.
+"""
+
+import asyncio
+import os
 import time
-from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.pool import Pool
+from app.workers import METRICS
 
+_SAMPLE_S = 1.0
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
@@ -17,8 +22,22 @@ class Metrics:
     """The registry of one application."""
 
     def __init__(self, pool: Pool):
+        self.pool = pool
         self.registry = CollectorRegistry()
-        self.registry.register(_Models(pool))
+        self.version = Gauge(
+            "cifar100_live_version",
+            "Version that is served.",
+            ("model",),
+            registry=self.registry,
+            multiprocess_mode="livemostrecent",
+        )
+        self.queued = Gauge(
+            "cifar100_queued_images",
+            "Images waiting for the engine.",
+            ("model",),
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
         self.requests = Counter(
             "cifar100_requests", "HTTP requests.", ("method", "route", "status"), registry=self.registry
         )
@@ -31,22 +50,24 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
-        return generate_latest(self.registry)
+        """In Prometheus' text format, of all workers."""
+        self._sample()
+        registry = self.registry
+        if METRICS in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)
+        return generate_latest(registry)
 
+    async def follow(self) -> None:
+        """Keep the values of this process up to date for the other workers."""
+        while True:
+            self._sample()
+            await asyncio.sleep(_SAMPLE_S)
 
-class _Models(Collector):
-    def __init__(self, pool: Pool):
-        self.pool = pool
-
-    def collect(self) -> Iterable[Metric]:
-        version = GaugeMetricFamily("cifar100_live_version", "Version that is served.", labels=("model",))
-        queued = GaugeMetricFamily("cifar100_queued_images", "Images waiting for the engine.", labels=("model",))
+    def _sample(self) -> None:
         for name, model in self.pool.live().items():
-            version.add_metric((name,), model.card.version)
-            queued.add_metric((name,), model.batcher.queued)
-        yield version
-        yield queued
+            self.version.labels(name).set(model.card.version)
+            self.queued.labels(name).set(model.batcher.queued)
 
 
 class Measured:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+from app import workers
 from app.jobs import Jobs, JobSummary, State
 from app.settings import Settings
 from training.recipes import RECIPES, Recipe, as_text
@@ -130,6 +131,9 @@ class Runner:
                 start_new_session=True,
             )
         _give_way(child.pid)
+        if self._settings.workers > 1:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(child.pid, workers.processors_of_all())
         log.info("training job %s runs as process %d", job.id, child.pid)
         await self._watch(job, child.pid, lambda: child.returncode is None)
         return await child.wait()

@@ -1,7 +1,6 @@
 """What the routes work with: one object, made at start-up, handed to them by FastAPI."""
 
 import asyncio
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from app.jobs import Jobs
 from app.pool import Pool
 from app.runner import Runner
 from app.settings import Settings
+from app.workers import processors
 from training.store import Store
 
 _MAX_DECODERS = 8
@@ -50,7 +50,7 @@ class Services:
             jobs,
             Runner(settings, jobs, pool.refresh),
             Evaluations(settings),
-            ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_DECODERS), "decoder"),
+            ThreadPoolExecutor(min(processors(), _MAX_DECODERS), "decoder"),
         )
 
     @property

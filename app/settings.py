@@ -8,10 +8,11 @@ from limits import RateLimitItem
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.engines import Device, Runtime
-from app.logs import Style
-
 MIB = 1 << 20
+
+Style = Literal["auto", "text", "json"]
+Device = Literal["auto", "cpu", "cuda"]
+Runtime = Literal["auto", "int8", "openvino", "torchscript"]
 
 
 def _split_commas(value: Any) -> Any:
@@ -36,6 +37,9 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    workers: int = Field(default=1, ge=0)
+    """Processes that serve, each with its share of the processors and all models in memory; 0 takes one for each
+    processor. What is counted or queued is so by each of them, but for metrics, which are added up."""
 
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode, CommaSeparated] = ()
     """Secrets, separated by commas, of those who may train, cancel, promote and measure. Without any, only requests of

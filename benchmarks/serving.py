@@ -21,8 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +39,7 @@ from results import RESULTS, Check, machine, table
 from server import wait_for
 
 from app.settings import Settings
+from app.workers import only_on
 from training import data, torchscript
 from training.export import publish
 from training.loop import train
@@ -48,7 +48,7 @@ from training.run import Run
 from training.store import MODEL, Store
 
 ENGINES = {
-    "torchscript": "Each as its documentation shows: the peers with TorchScript, ours as shipped",
+    "torchscript": "Each as its documentation shows: the peers with TorchScript, ours as shipped, a worker per processor",
     "openvino": "All with the same engine: `model.pt` in OpenVINO",
 }
 SHIPPED = "torchscript"
@@ -330,17 +330,6 @@ def unless_it_fails(measure: Callable[[], list[Check]]) -> list[Check]:
         return [Check("not measured", " ".join(str(error).split()), met=False)]
 
 
-@contextmanager
-def only_on(processors: set[int]) -> Iterator[None]:
-    """What is started within has these processors."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, processors)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 def report(benchmark: Benchmark, rounds: int, checks: dict[str, list[Check]], notes: str) -> str:
     """Everything as markdown.
 
@@ -386,7 +375,7 @@ def _loads(rows: dict[Server, Measured], scenario: Scenario) -> list[str]:
         lines.append(
             f"| {server.title} | {rates[server]:.0f} | {medians[server]:.1f} | {p99:.1f} | {cpu:.2f} | {errors} |"
         )
-    peers = [server for server in rates if server is not OURS]
+    peers = [server for server in rates if server.workers is None]
     if OURS in rates and peers:
         most = max(peers, key=rates.__getitem__)
         soonest = min(peers, key=medians.__getitem__)

@@ -90,5 +90,5 @@ async def evaluate(
 
 
 @router.get("/{evaluation_id}", summary="A measurement that was started earlier")
-async def evaluation(evaluation_id: str, services: FromApp) -> EvaluationJob:
+def evaluation(evaluation_id: str, services: FromApp) -> EvaluationJob:  # in a thread, as it may read a file
     return services.evaluations.get(evaluation_id)

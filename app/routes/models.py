@@ -49,7 +49,10 @@ async def model(name: str, services: FromApp) -> ModelDetails:
 
 @router.put("/{name}/live", dependencies=[ForOperators], summary="Promote or roll back")
 async def promote(name: str, live: Live, services: FromApp) -> ModelSummary:
-    """Serves this version from the next request on; requests under way finish on the one they began with."""
+    """Serves this version from the next request on; requests under way finish on the one they began with.
+
+    Other workers, and other servers on the same store, follow within about a second.
+    """
     _known(services, name)
     try:
         # Loaded before it is promoted: a version that cannot be served never becomes live.

@@ -8,7 +8,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Server:
         path: of its URL; {model} is replaced.
         message: makes a request of an image and its media type.
         best: the label of the most probable class in an answer.
+        workers: of ours: how many processes serve, 0 is one for each processor; None for a peer.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Server:
     path: str
     best: Callable[[Any], str]
     message: Callable[[bytes, str], Message] = raw
+    workers: int | None = None
 
     def command(self, port: int, folder: Path, engine: str, runs: Path) -> tuple[list[str], dict[str, str]]:
         """Command line and environment of the server.
@@ -72,8 +74,9 @@ class Server:
             engine: that a peer uses; ours uses what suits the processor, or with "openvino" that very one.
             runs: where ours may keep jobs.
         """
-        if self is OURS:
+        if self.workers is not None:
             settings = {"CIFAR100_MODELS": str(folder.parent.parent), "CIFAR100_RUNS": str(runs)}
+            settings |= {"CIFAR100_WORKERS": str(self.workers)}
             settings |= {"CIFAR100_RUNTIME": engine} if engine == "openvino" else {}
             return [sys.executable, "-m", "app", "--port", str(port)], os.environ | settings
         settings = {"CLASSIFIER_MODEL": str(folder), "CLASSIFIER_ENGINE": engine, "CLASSIFIER_PORT": str(port)}
@@ -94,9 +97,14 @@ def _first_class(answer: Any) -> str:
     return str(answer["classes"][0]["label"])
 
 
-OURS = Server("ours", "", "**ours**", "/predict?model={model}", lambda answer: _first_class(answer["predictions"][0]))
+def _first_prediction(answer: Any) -> str:
+    return _first_class(answer["predictions"][0])
+
+
+OURS = Server("ours", "", "**ours**", "/predict?model={model}", _first_prediction, workers=0)
 SERVERS = (
     OURS,
+    replace(OURS, name="ours-alone", title="ours as one process", workers=1),
     Server("fastapi", "fastapi", "plain FastAPI", "/predict", _first_class),
     Server("litserve", "litserve", "LitServe", "/predict", _first_class),
     Server("mosec", "mosec", "mosec", "/inference", _first_class),

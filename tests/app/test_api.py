@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -192,6 +193,27 @@ def test_evaluate_measures_through_the_engine(client: TestClient, models: Path, 
     assert train["result"]["images"] == 30
     assert client.get(f"/evaluate/{train['id']}").json() == train
     assert_problem(client.get("/evaluate/none"), 404, "none")
+
+
+def test_a_measurement_is_known_to_other_servers_and_to_later_ones(
+    client: TestClient, models: Path, tmp_path: Path
+) -> None:
+    measured = client.post("/evaluate").json()
+    with local(create_app(Settings(models=models, runs=tmp_path / "runs"))) as other:
+        assert other.get(f"/evaluate/{measured['id']}").json() == measured
+        file = tmp_path / "runs" / "evaluations" / f"{measured['id']}.json"
+        file.write_text(json.dumps(measured | {"state": "running", "result": None}))
+        assert other.get(f"/evaluate/{measured['id']}").json()["state"] == "running"
+        os.utime(file, (0, 0))  # its server has not been heard of for long
+        assert other.get(f"/evaluate/{measured['id']}").json()["state"] == "failed"
+
+
+def test_a_runs_folder_that_cannot_be_written_does_not_hinder_measuring(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+        measured = client.post("/evaluate").json()
+        assert measured["state"] == "succeeded"
+        assert client.get(f"/evaluate/{measured['id']}").json() == measured
 
 
 def test_evaluate_measures_a_zip_of_labelled_folders(client: TestClient, models: Path, dataset: Dataset) -> None:

@@ -1,0 +1,108 @@
+"""The service as a process that listens: one server, alone or one of several workers.
+
+In: settings, and for a worker its socket.  Out: an exit status, once a signal has ended it and requests are answered.
+"""
+
+import asyncio
+import ctypes
+import gc
+import logging
+import signal
+import socket
+import sys
+from functools import partial
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.config import STARTUP_FAILURE
+
+from app.main import create_app
+from app.protocol import BoundedHttp
+from app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_STOP_S = 20
+
+# Names and numbers of glibc's malloc.h
+_M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 16 << 20
+_M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 4 << 20
+
+
+class DrainingServer(uvicorn.Server):
+    """Goes on for a while after SIGTERM, not ready any more, so that load balancers notice before it is gone.
+
+    Args:
+        app: what it serves.
+        config: how.
+        drain_s: how long; a second signal ends it.
+        supervised: whether the other end of standard input closes when the supervisor is gone.
+    """
+
+    def __init__(self, app: FastAPI, config: uvicorn.Config, drain_s: float, supervised: bool):
+        super().__init__(config)
+        self._services = app.state.services
+        self._drain_s = drain_s
+        self._supervised = supervised
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._supervised:
+            log.info("running on http://%s:%d", self.config.host, self.config.port)
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._supervisor_gone)
+        # What has been made so far stays: looking through it for garbage would stop the service for 0.1 s every second.
+        gc.collect()
+        gc.freeze()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        draining, self._services.draining = self._services.draining, True
+        if sig == signal.SIGTERM and self._drain_s and not draining:
+            asyncio.get_running_loop().call_later(self._drain_s, super().handle_exit, sig, frame)
+        else:
+            super().handle_exit(sig, frame)
+
+    def _supervisor_gone(self) -> None:
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        log.error("the supervisor has ended")
+        self.handle_exit(signal.SIGTERM, None)
+
+
+def serve(settings: Settings, listening: socket.socket | None = None) -> int:
+    """Serve until a signal comes.
+
+    Args:
+        settings: address included.
+        listening: of a worker, already bound to that address.
+
+    Returns:
+        The exit status.
+    """
+    _bound_malloc()
+    # uvicorn drains on SIGTERM and then raises it again; a drained service has ended well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=partial(BoundedHttp, sheds=app.state.services.sheds),  # type: ignore[arg-type]  # called, never inherited
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies,
+        timeout_graceful_shutdown=_STOP_S,
+    )
+    server = DrainingServer(app, config, settings.drain_s, supervised=listening is not None)
+    server.run([listening] if listening else None)
+    return 0 if server.started else STARTUP_FAILURE
+
+
+def _bound_malloc() -> None:
+    """Have glibc return the memory of what was large; left alone, it learns to keep ever larger blocks."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)

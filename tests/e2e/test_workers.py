@@ -1,0 +1,92 @@
+"""One service of two workers: what they share, and who ends with whom."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+from server import wait_for
+from service import TINY, finished, service
+
+WORKERS = 2
+
+
+def workers_of(supervisor: int) -> set[int]:
+    return {int(process) for process in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()}
+
+
+def running(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def heard_by(log: Path, message: str) -> set[int]:
+    """The processes that have logged a message."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return {line["process"] for line in lines if line["message"] == message}
+
+
+def ready(log: Path, workers: set[int], address: httpx.URL) -> bool:
+    return workers <= heard_by(log, f"running on {address}")
+
+
+def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path) -> None:
+    log = tmp_path / "log"
+    sent = {"content": image.read_bytes(), "headers": {"Content-Type": "image/png"}}
+    with service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
+        address = client.base_url
+        workers = workers_of(supervisor.pid)
+        assert len(workers) == WORKERS
+        wait_for(lambda: ready(log, workers, address), 60, log)
+
+        # Every call over a connection of its own, which either of them may get.
+        predicted = [httpx.post(f"{address}/predict", **sent).raise_for_status() for _ in range(30)]
+        assert len({json.dumps(answer.json()["predictions"]) for answer in predicted}) == 1
+        assert heard_by(log, "POST /predict 200") == workers
+        counted = 'cifar100_requests_total{method="POST",route="/predict",status="200"} 30.0'
+        assert all(counted in httpx.get(f"{address}/metrics").text for _ in range(10))
+
+        measured = httpx.post(f"{address}/evaluate").raise_for_status().json()
+        assert all(httpx.get(f"{address}/evaluate/{measured['id']}").json() == measured for _ in range(10))
+
+        job = httpx.post(f"{address}/train", json={"recipe": "resnet", "overrides": TINY, "promote": "always"}).json()
+        done = wait_for(lambda: finished(client, job["id"]), 120, log)
+        assert done["state"] == "succeeded", done
+        for _ in range(10):
+            wait_for(lambda: httpx.post(f"{address}/predict", **sent).json()["version"] == 2, 30, log)
+
+        killed = workers.pop()
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: len(workers_of(supervisor.pid) - {killed}) == WORKERS, 10, log)
+        workers = workers_of(supervisor.pid)
+        wait_for(lambda: ready(log, workers, address), 60, log)
+        assert all(httpx.post(f"{address}/predict", **sent).status_code == 200 for _ in range(10))
+
+        supervisor.terminate()
+        assert supervisor.wait(30) == 0
+        assert not any(running(worker) for worker in workers)
+
+
+def test_no_worker_outlives_its_supervisor(tmp_path: Path, models: Path) -> None:
+    log = tmp_path / "log"
+    with service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
+        workers = workers_of(supervisor.pid)
+        wait_for(lambda: ready(log, workers, client.base_url), 60, log)
+        supervisor.kill()
+        wait_for(lambda: not any(running(worker) for worker in workers), 30, log)
+
+
+def test_the_address_of_another_service_is_refused(tmp_path: Path, models: Path) -> None:
+    with service(models, tmp_path / "runs", tmp_path / "log", workers=str(WORKERS)) as (client, _):
+        second = subprocess.run(
+            [sys.executable, "-m", "app", "--port", str(client.base_url.port)],
+            env=os.environ | {"CIFAR100_WORKERS": str(WORKERS)},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert second.returncode == 1
+        assert f"cannot listen on 127.0.0.1:{client.base_url.port}" in second.stderr
