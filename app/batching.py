@@ -74,7 +74,7 @@ class Batcher:
             self.queued += len(images)
             idle, self._busy = not self._busy, True
         if idle:
-            self._thread.submit(self._drain, loop)
+            loop.call_soon(self._thread.submit, self._drain, loop)  # with what else arrives in this turn of the loop
         return await work.result
 
     def _drain(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -48,7 +48,7 @@ from training.run import Run
 from training.store import MODEL, Store
 
 ENGINES = {
-    "torchscript": "Each as its documentation shows: the peers with TorchScript, ours as shipped, a worker per processor",
+    "torchscript": "Each as its documentation shows: the peers with TorchScript, ours as shipped",
     "openvino": "All with the same engine: `model.pt` in OpenVINO",
 }
 SHIPPED = "torchscript"

@@ -23,11 +23,12 @@ from app.access import let_predictor_pass
 from app.errors import EXPECTED, BadRequest, Problem, TooLarge, UnsupportedImage, answer
 from app.services import services_of
 from app.settings import Settings
+from app.workers import processors
 from training.store import ModelCard
 
-# An image up to this size is decoded before a thread would have begun to.
-_SMALL_BYTES = 8 << 10
-_SMALL_PIXELS = 64 * 64
+# An image up to this size is decoded before a thread would have begun to; where a thread would have to share the only
+# processor, one that takes a few milliseconds is better decoded at once, too.
+_SMALL_BYTES, _SMALL_PIXELS = (128 << 10, 512 * 512) if processors() == 1 else (8 << 10, 64 * 64)
 
 _PATH = "/predict"
 
