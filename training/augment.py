@@ -7,6 +7,7 @@ operation on the uint8 data set: no per-image Python, no worker processes, no in
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,24 @@ def batches(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Itera
         picked = order[batch]
         pixels = images[picked[:, None, None], rows[batch, :, None], columns[batch, None, :]]
         yield pixels.permute(0, 3, 1, 2), picked
+
+
+def mix(batch: Tensor, strength: float, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """Blend a batch with itself in another order (mixup, Zhang et al. 2018, arXiv:1710.09412).
+
+    Args:
+        batch: images or features [B, C, H, W].
+        strength: of Beta(strength, strength), from which the share is drawn.
+        generator: see `draw`.
+
+    Returns:
+        The blend, of the same type as the batch; int64 [B], each one's partner in the batch; and the share of the batch
+        itself in the blend, 0-1, its partners have the rest.
+    """
+    seed = int(torch.randint(2**31, (), generator=generator))
+    share = float(np.random.default_rng(seed).beta(strength, strength))
+    partners = torch.randperm(len(batch), generator=generator).to(batch.device)
+    return torch.lerp(batch[partners].float(), batch.float(), share).to(batch.dtype), partners, share
 
 
 def source_pixels(drawn: Draw) -> tuple[Tensor, Tensor]:

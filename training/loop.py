@@ -141,6 +141,14 @@ def train(
         load_teacher = partial(distillation.load_teacher, recipe.teacher, store, dataset.classes, device)
         taught = yield from recorded(distillation.teach(recipe.teacher, load_teacher, images, run), run)
 
+    def objective(logits: Tensor, rows: Tensor) -> Tensor:
+        """The loss against the labels of these images and, where there is one, their teacher's answers."""
+        loss = F.cross_entropy(logits, labels[rows], label_smoothing=recipe.label_smoothing)
+        if taught is None:
+            return loss
+        learnt = distillation.loss(logits, taught[rows], recipe.teacher_temperature)
+        return torch.lerp(loss, learnt, recipe.teacher_weight)
+
     source = Source(partial(augment.batches, images, recipe), eval_images, classifier)
     cropped = recipe.model_copy(update={"crop_padding": recipe.finetune_crop_padding})
     finetuning = replace(source, batches=partial(augment.batches, images, cropped))
@@ -164,24 +172,25 @@ def train(
         loss_sum = torch.zeros((), device=device)
         hits = torch.zeros((), device=device)
         seen = 0
-        for step, (batch, rows) in enumerate(source.batches(torch.Generator().manual_seed(seed)), start=1):
-            targets = labels[rows]
+        generator = torch.Generator().manual_seed(seed)
+        for step, (batch, rows) in enumerate(source.batches(generator), start=1):
+            if recipe.mixup:
+                batch, partners, share = augment.mix(batch, recipe.mixup, generator)
             rate = learning_rate(recipe, epoch - 1 + (step - 0.5) / steps)
             set_learning_rate(optimizer, rate)
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
                 logits = source.logits(batch)
-                loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
-                if taught is not None:
-                    learnt = distillation.loss(logits, taught[rows], recipe.teacher_temperature)
-                    loss = torch.lerp(loss, learnt, recipe.teacher_weight)
+                loss = objective(logits, rows)
+                if recipe.mixup:
+                    loss = torch.lerp(objective(logits, rows[partners]), loss, share)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
 
-            loss_sum += loss.detach() * len(targets)
-            hits += (logits.detach().argmax(1) == targets).sum()
-            seen += len(targets)
+            loss_sum += loss.detach() * len(rows)
+            hits += (logits.detach().argmax(1) == labels[rows]).sum()
+            seen += len(rows)
             now = time.perf_counter()
             if step == steps or now - ticked > TICK_S:
                 ticked = now

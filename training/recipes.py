@@ -55,6 +55,8 @@ class Recipe(BaseModel):
     """Mirror each training image with probability one half."""
     crop_padding: int = Field(default=0, ge=0, le=16)
     """Shift each training image by up to this many pixels, filling by reflection."""
+    mixup: float = Field(default=0.0, ge=0, le=10)
+    """Blend each batch with itself in another order, by a share drawn from Beta(mixup, mixup) (Zhang et al. 2018)."""
 
     # Multiples of 8 only: oneDNN's AVX2 convolutions crash on other channel counts in channels-last (torch 2.14.1).
     width: int = Field(default=32, ge=8, le=256, multiple_of=8)

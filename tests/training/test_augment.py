@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.augment import batches
+from training.augment import batches, mix
 from training.recipes import Recipe, recipe
 
 PLAIN = {"flip": False, "crop_padding": 0, "batch_size": 64}
@@ -85,3 +85,24 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others() -> None:
     np.testing.assert_array_equal(images, same_images)
     np.testing.assert_array_equal(labels, same_labels)
     assert not np.array_equal(labels, epoch(100, augmented, seed=6)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_a_blend_has_as_much_of_each_image_as_its_share_says(dtype: torch.dtype) -> None:
+    batch = (noise(40).permute(0, 3, 1, 2) / (1 if dtype is torch.uint8 else 256)).to(dtype)
+    blend, partners, share = mix(batch, 0.5, torch.Generator().manual_seed(0))
+    assert blend.dtype is dtype
+    assert 0.05 < share < 0.95
+    assert not torch.equal(partners, torch.arange(40))
+    expected = share * batch.double() + (1 - share) * batch[partners].double()
+    torch.testing.assert_close(blend.double(), expected, rtol=1e-3, atol=1 if dtype is torch.uint8 else 1e-3)
+    again, _, same = mix(batch, 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(again, blend)
+    assert same == share
+
+
+def test_shares_follow_the_beta_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.tensor([mix(torch.zeros(2, 1, 1, 1), 0.2, generator)[2] for _ in range(2000)])
+    assert shares.mean() == pytest.approx(0.5, abs=0.04)
+    assert shares.var() == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.08)  # of Beta(a, a)

@@ -37,6 +37,7 @@ INTERRUPTED = {
     "batch_size": 32,
     "learning_rate": 0.05,
     "dropout": 0.25,
+    "mixup": 0.2,
 }
 
 
