@@ -77,6 +77,7 @@ class Server:
         if self.workers is not None:
             settings = {"CIFAR100_MODELS": str(folder.parent.parent), "CIFAR100_RUNS": str(runs)}
             settings |= {"CIFAR100_WORKERS": str(self.workers)}
+            settings |= {"CIFAR100_LOG_LEVEL": "WARNING"}  # no line for every request, as with the peers
             settings |= {"CIFAR100_RUNTIME": engine} if engine == "openvino" else {}
             return [sys.executable, "-m", "app", "--port", str(port)], os.environ | settings
         settings = {"CLASSIFIER_MODEL": str(folder), "CLASSIFIER_ENGINE": engine, "CLASSIFIER_PORT": str(port)}
