@@ -1,0 +1,80 @@
+"""The engines alone, without HTTP: images a second in one process. No service on this machine can answer more.
+
+Every engine that can compute a live model is given batches of random images, of one size after the other, for some
+seconds each; the median over the rounds is printed and written to benchmarks/results/engines.md.
+
+    python benchmarks/engines.py [--rounds 3] [--seconds 1] [--models models]
+"""
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from results import RESULTS, machine
+
+from app import engines
+from app.settings import Runtime
+from training.store import MODEL, Store
+
+RUNTIMES: tuple[Runtime, ...] = ("int8", "openvino", "torchscript")
+SIZES = (1, 8, 32) if not torch.cuda.is_available() else (1, 32, 256)
+WARMUP_CALLS = 3
+
+
+def images_per_s(engine: engines.Engine, size: int, seconds: float) -> float:
+    """How many images of batches of this size an engine computes in a second."""
+    batch = np.random.default_rng(0).integers(0, 256, (size, 3, 32, 32), np.uint8)
+    for _ in range(WARMUP_CALLS):
+        engine(batch)
+    calls, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds:
+        engine(batch)
+        calls += 1
+    return calls * size / elapsed
+
+
+def main(rounds: int, seconds: float, models: Path) -> None:
+    store = Store(models)
+    loaded = []
+    failures = []
+    for name in store.names():
+        file = store.folder(name, store.live(name) or 0) / MODEL
+        for runtime in RUNTIMES:
+            try:
+                loaded.append((name, engines.load(file, "auto", runtime)))
+            except engines.EngineError as error:
+                failures.append(f"{name}, {runtime}: {error}")
+    measured = defaultdict(list)
+    for _ in range(rounds):
+        for name, engine in loaded:
+            for size in SIZES:
+                measured[name, engine.name, size].append(images_per_s(engine, size, seconds))
+    lines = [
+        "# The engines alone",
+        "",
+        f"Images a second by size of batch; {datetime.now(UTC):%Y-%m-%d}, {machine()}; {rounds} rounds of {seconds:g} s, "
+        f"medians. PyTorch {torch.__version__}.",
+        "",
+        f"| model | engine | {' | '.join(map(str, SIZES))} |",
+        f"| --- | --- {'| --: ' * len(SIZES)}|",
+    ]
+    for name, engine in loaded:
+        rates = [f"{statistics.median(measured[name, engine.name, size]):,.0f}" for size in SIZES]
+        lines.append(f"| `{name}` | {engine.name} | {' | '.join(rates)} |")
+    lines += ["", *failures] if failures else []
+    print("\n".join(lines))
+    (RESULTS / "engines.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--models", type=Path, default=Path("models"))
+    chosen = parser.parse_args()
+    main(chosen.rounds, chosen.seconds, chosen.models)
