@@ -57,8 +57,8 @@ def main(rounds: int, seconds: float, models: Path) -> None:
     lines = [
         "# The engines alone",
         "",
-        f"Images a second by size of batch; {datetime.now(UTC):%Y-%m-%d}, {machine()}; {rounds} rounds of {seconds:g} s, "
-        f"medians. PyTorch {torch.__version__}.",
+        f"Images a second by size of batch; {datetime.now(UTC):%Y-%m-%d}, {machine()}; "
+        f"{rounds} rounds of {seconds:g} s, medians. PyTorch {torch.__version__}.",
         "",
         f"| model | engine | {' | '.join(map(str, SIZES))} |",
         f"| --- | --- {'| --: ' * len(SIZES)}|",

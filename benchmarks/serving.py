@@ -6,7 +6,7 @@ twice: with TorchScript, as their documentation shows, and with OpenVINO as ours
 only difference. Finally ours is overloaded, with requests that leave on schedule, and driven while it trains. The
 tables are printed and written to benchmarks/results/serving.md.
 
-    python benchmarks/serving.py [--servers ours mosec ...] [--rounds 3] [--seconds 8] [--models models]
+    python benchmarks/serving.py [--servers ours mosec ...] [--rounds 3] [--seconds 3] [--models models]
 
 Needs wrk (`apt-get install wrk`) and, for the peers, `.venv-peers`; `make serving` makes that first.
 """
@@ -452,7 +452,7 @@ if __name__ == "__main__":
     names = [server.name for server in SERVERS]
     parser.add_argument("--servers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=8, help="of every load")
+    parser.add_argument("--seconds", type=int, default=3, help="of every load")
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="the model store")
     options = parser.parse_args()
     main(options.servers, options.rounds, options.seconds, options.models)

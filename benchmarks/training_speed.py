@@ -4,7 +4,7 @@ The plain loop: one Python object per image, PIL transforms, a DataLoader with a
 `training.loop.train` itself, as `python -m training train` runs it. Every measurement is a process of its own, the
 variants take turns, and the table shows medians; it is written to benchmarks/results/.
 
-    python benchmarks/training_speed.py [--network resnet|resnet18] [--batches 20] [--rounds 3] [--data FOLDER]
+    python benchmarks/training_speed.py [--network resnet|resnet18] [--batches N] [--rounds 3] [--data FOLDER]
 """
 
 import argparse
@@ -38,6 +38,7 @@ from training.recipes import Recipe, recipe
 from training.run import Run
 
 RESULTS = Path(__file__).parent / "results"
+BATCHES = {"resnet": 20, "resnet18": 5}
 VARIANTS = {"resnet": ("plain", "ours"), "resnet18": ("plain", "ours without cached features", "ours")}
 
 
@@ -101,9 +102,8 @@ def ours(chosen: Recipe, dataset: Dataset, device: torch.device) -> float:
 
 def measure(network: str, variant: str, batches: int, source: str | None) -> dict[str, float]:
     """One measurement, in this process."""
-    chosen = recipe(
-        network, {"epochs": 2} | ({"weights": "none", "finetune_epochs": 0} if network == "resnet18" else {})
-    )
+    short: dict[str, Any] = {"epochs": 2, "validation_images": 0}
+    chosen = recipe(network, short | ({"weights": "none", "finetune_epochs": 0} if network == "resnet18" else {}))
     if "without" in variant:
         chosen = chosen.model_copy(update={"cache_features": False})
     whole = data.load(source)
@@ -116,7 +116,7 @@ def measure(network: str, variant: str, batches: int, source: str | None) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(VARIANTS), action="append", help="default: both")
-    parser.add_argument("--batches", type=int, default=20, help="of an epoch")
+    parser.add_argument("--batches", type=int, help=f"of an epoch; default: {BATCHES}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", help="folder of cifar100.npz, or synthetic:N")
     parser.add_argument("--variant", help=argparse.SUPPRESS)  # one measurement, printed as JSON
@@ -128,17 +128,18 @@ def main() -> None:
     device = default_device()
     lines = [
         f"{device_name()}; PyTorch {torch.__version__}; precision {precision(recipe('resnet'), device)}; "
-        f"{given.batches} batches of 128, second epoch; median of {given.rounds} rounds",
+        f"epochs of a few batches of 128, the second one timed; median of {given.rounds} rounds",
         "",
-        "| network | loop | images/s | of the plain loop | peak memory, GiB |",
-        "| --- | --- | --- | --- | --- |",
+        "| network | batches | loop | images/s | of the plain loop | peak memory, GiB |",
+        "| --- | --: | --- | --: | --: | --: |",
     ]
     print("\n".join(lines))
     for network in given.network or VARIANTS:
+        batches = given.batches or BATCHES[network]
         rounds: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS[network]}
         for _ in range(given.rounds):
             for variant, measured in rounds.items():
-                measured.append(_in_its_own_process(network, variant, given))
+                measured.append(_in_its_own_process(network, variant, batches, given.data))
         rates = {variant: [each["images_per_s"] for each in measured] for variant, measured in rounds.items()}
         for variant, measured in rounds.items():
             ratio = statistics.median(
@@ -146,15 +147,15 @@ def main() -> None:
             )
             memory = statistics.median(each["peak_gib"] for each in measured)
             rate = statistics.median(rates[variant])
-            lines.append(f"| {network} | {variant} | {rate:.0f} | {ratio:.2f} x | {memory:.2f} |")
+            lines.append(f"| {network} | {batches} | {variant} | {rate:.0f} | {ratio:.2f} x | {memory:.2f} |")
             print(lines[-1], flush=True)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "training_speed.md").write_text("\n".join(lines) + "\n")
 
 
-def _in_its_own_process(network: str, variant: str, given: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, __file__, "--network", network, "--variant", variant, "--batches", str(given.batches)]
-    command += ["--data", given.data] if given.data else []
+def _in_its_own_process(network: str, variant: str, batches: int, source: str | None) -> dict[str, float]:
+    command = [sys.executable, __file__, "--network", network, "--variant", variant, "--batches", str(batches)]
+    command += ["--data", source] if source else []
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return measured
