@@ -1,5 +1,6 @@
 """Measures a classifier: logits of a whole split in, accuracy, loss and calibration out."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from training.store import Evaluation
 
 CALIBRATION_BINS = 15
 MIN_TEMPERATURE = 0.05  # faultless predictions would have none at all
+_BISECTIONS = 40
 
 
 def predict(model: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 500) -> Tensor:
@@ -84,20 +86,19 @@ def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature that minimises the cross-entropy of logits / temperature (Guo et al. 2017).
+    """The temperature at which predictions are as confident, on the mean, as they are right.
+
+    Clarté et al. 2023, arXiv:2303.02644. On images held out it calibrates better than the temperature of least
+    cross-entropy (Guo et al. 2017), most of all what has learnt from a teacher: benchmarks/calibration.py.
 
     Args:
         logits: float [N, classes] of validation images, uncalibrated.
         labels: int64 [N].
     """
-    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_temperature], max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(logits.double() / log_temperature.exp(), labels)
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return min(max(log_temperature.exp().item(), MIN_TEMPERATURE), 1 / MIN_TEMPERATURE)
+    accuracy = (logits.argmax(1) == labels).double().mean()
+    lower, upper = math.log(MIN_TEMPERATURE), -math.log(MIN_TEMPERATURE)
+    for _ in range(_BISECTIONS):  # confidence falls with the temperature
+        middle = (lower + upper) / 2
+        confidence = (logits.double() / math.exp(middle)).softmax(1).amax(1).mean()
+        lower, upper = (middle, upper) if confidence > accuracy else (lower, middle)
+    return math.exp((lower + upper) / 2)

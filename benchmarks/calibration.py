@@ -1,0 +1,83 @@
+"""Which temperature calibrates better: that of least cross-entropy, or that of as much confidence as accuracy?
+
+Only images that a version's recipe has held out are looked at. They are divided into halves at random, over and over;
+both temperatures are fitted on one half, and the calibration error is measured on the other. (So few images have an
+error of some points by chance alone.) The table is printed and written to benchmarks/results/calibration.md.
+
+    python benchmarks/calibration.py resnet/2 resnet/3 resnet18/1 resnet18/2 [--splits 40] [--models models]
+"""
+
+import argparse
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from results import RESULTS, machine
+from torch import Tensor
+from torch.nn import functional as F
+
+from training import data, openvino_ir
+from training.evaluate import expected_calibration_error, fit_temperature, predict
+from training.loop import splits
+from training.recipes import from_dict
+from training.store import MODEL, Store
+
+
+def least_cross_entropy(logits: Tensor, labels: Tensor) -> float:
+    """The temperature of Guo et al. 2017, arXiv:1706.04599."""
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(logits.double() / log_temperature.exp(), labels)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return log_temperature.exp().item()
+
+
+METHODS = {"least cross-entropy": least_cross_entropy, "as confident as accurate": fit_temperature}
+
+
+def compare(version: str, store: Store, dataset: data.Dataset, count: int) -> str:
+    """One row of the table."""
+    card = store.card(*store.parse(version))
+    _, _, validation = splits(from_dict(card.recipe), dataset)
+    network = openvino_ir.Compiled(store.verify(card) / MODEL)
+    logits = predict(network.on_tensors, torch.from_numpy(validation.images)) * card.temperature
+    labels = torch.from_numpy(validation.labels)
+    random = torch.Generator().manual_seed(0)
+    errors: dict[str, list[float]] = {method: [] for method in METHODS}
+    for _ in range(count):
+        fitted, judged = torch.randperm(len(labels), generator=random).chunk(2)
+        for method, fit in METHODS.items():
+            temperature = fit(logits[fitted], labels[fitted])
+            errors[method].append(expected_calibration_error(logits[judged] / temperature, labels[judged]))
+    means = (f"{sum(each) / count:.2%}" for each in errors.values())
+    temperatures = (f"{fit(logits, labels):.3f}" for fit in METHODS.values())
+    return f"| `{version}` | {len(labels)} | {' | '.join(means)} | {' | '.join(temperatures)} |"
+
+
+def main(versions: list[str], count: int, models: Path) -> None:
+    store, dataset = Store(models), data.load()
+    lines = [
+        f"Calibration error on one half of the images held out, temperature from the other; mean of {count} divisions. "
+        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}.",
+        "",
+        f"| model | images | {' | '.join(METHODS)} | {' | '.join(f'temperature, {method}' for method in METHODS)} |",
+        "| --- | --: | --: | --: | --: | --: |",
+        *(compare(version, store, dataset, count) for version in versions),
+    ]
+    print("\n".join(lines))
+    (RESULTS / "calibration.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="+")
+    parser.add_argument("--splits", type=int, default=40)
+    parser.add_argument("--models", type=Path, default=Path("models"))
+    chosen = parser.parse_args()
+    main(chosen.versions, chosen.splits, chosen.models)
