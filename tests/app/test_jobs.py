@@ -82,10 +82,10 @@ def test_a_job_keeps_its_recipe_whatever_the_defaults_become(jobs: Jobs, monkeyp
 def test_a_job_whose_recipe_this_release_does_not_know_fails(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     foreign, own = jobs.submit(REQUEST), jobs.submit(REQUEST)
     with sqlite3.connect(jobs.run("jobs.sqlite").path) as database:
-        database.execute("UPDATE jobs SET recipe = json_set(recipe, '$.mixup', 1) WHERE id = ?", (foreign.id,))
+        database.execute("UPDATE jobs SET recipe = json_set(recipe, '$.unheard_of', 1) WHERE id = ?", (foreign.id,))
     assert jobs.claim() is None
     assert jobs.get(foreign.id).state is State.FAILED
-    assert "mixup" in (jobs.get(foreign.id).error or "")
+    assert "unheard_of" in (jobs.get(foreign.id).error or "")
     assert claimed(jobs).id == own.id
 
 
