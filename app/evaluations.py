@@ -148,7 +148,7 @@ class Evaluations:
         try:
             silent_s = time.time() - file.stat().st_mtime
             job = EvaluationJob.model_validate_json(file.read_bytes())
-        except OSError:
+        except (OSError, ValueError):  # there is none, or what a crash has left of it
             return None
         if job.state == "running" and silent_s > _DEAD_S:
             job.state, job.error = "failed", "the server that measured has ended"
@@ -158,11 +158,12 @@ class Evaluations:
         """Let other servers know."""
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._file(job.id)
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".{uuid4().hex}.partial")
         partial.write_text(job.model_dump_json())
         partial.replace(file)
-        for old in sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
-            old.unlink(missing_ok=True)
+        with suppress(OSError):  # another server may delete them just now
+            for old in sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
+                old.unlink(missing_ok=True)
 
     def _file(self, evaluation_id: str) -> Path:
         return self._folder / f"{evaluation_id}.json"
@@ -176,7 +177,8 @@ class Evaluations:
                 await asyncio.wait([measuring], timeout=_HEARTBEAT_S)
         except asyncio.CancelledError:
             measuring.cancel()
-            job.state, job.error = "failed", "the service was stopped"
+            if job.state == "running":
+                job.state, job.error = "failed", "the service was stopped"
             raise
         finally:
             try:

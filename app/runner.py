@@ -132,7 +132,7 @@ class Runner:
             )
         _give_way(child.pid)
         if self._settings.workers > 1:
-            with suppress(ProcessLookupError):
+            with suppress(OSError):
                 os.sched_setaffinity(child.pid, workers.processors_of_all())
         log.info("training job %s runs as process %d", job.id, child.pid)
         await self._watch(job, child.pid, lambda: child.returncode is None)

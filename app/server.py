@@ -7,6 +7,7 @@ import asyncio
 import ctypes
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 
+from app import workers
 from app.main import create_app
 from app.protocol import BoundedHttp
 from app.settings import Settings
@@ -37,7 +39,7 @@ class DrainingServer(uvicorn.Server):
         app: what it serves.
         config: how.
         drain_s: how long; a second signal ends it.
-        supervised: whether the other end of standard input closes when the supervisor is gone.
+        supervised: whether it takes orders from its supervisor, see `app.workers`, instead of signals.
     """
 
     def __init__(self, app: FastAPI, config: uvicorn.Config, drain_s: float, supervised: bool):
@@ -50,22 +52,36 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if self._supervised:
             log.info("running on http://%s:%d", self.config.host, self.config.port)
-            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._supervisor_gone)
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._obey)
         # What has been made so far stays: looking through it for garbage would stop the service for 0.1 s every second.
         gc.collect()
         gc.freeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        draining, self._services.draining = self._services.draining, True
-        if sig == signal.SIGTERM and self._drain_s and not draining:
-            asyncio.get_running_loop().call_later(self._drain_s, super().handle_exit, sig, frame)
+        if self._supervised:
+            return
+        if sig == signal.SIGTERM and not self._services.draining:
+            self._drain()
         else:
-            super().handle_exit(sig, frame)
+            self._end(sig, frame)
 
-    def _supervisor_gone(self) -> None:
-        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-        log.error("the supervisor has ended")
-        self.handle_exit(signal.SIGTERM, None)
+    def _obey(self) -> None:
+        if os.read(sys.stdin.fileno(), 1) == workers.DRAIN:
+            self._drain()
+        else:
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            self._end(signal.SIGTERM)
+
+    def _drain(self) -> None:
+        self._services.draining = True
+        if self._drain_s:
+            asyncio.get_running_loop().call_later(self._drain_s, self._end, signal.SIGTERM)
+        else:
+            self._end(signal.SIGTERM)
+
+    def _end(self, sig: int, frame: FrameType | None = None) -> None:
+        self._services.draining = True
+        super().handle_exit(sig, frame)
 
 
 def serve(settings: Settings, listening: socket.socket | None = None) -> int:
@@ -79,8 +95,12 @@ def serve(settings: Settings, listening: socket.socket | None = None) -> int:
         The exit status.
     """
     _bound_malloc()
-    # uvicorn drains on SIGTERM and then raises it again; a drained service has ended well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if listening:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    else:
+        # uvicorn drains on SIGTERM and then raises it again; a drained service has ended well.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app = create_app(settings)
     config = uvicorn.Config(
         app,

@@ -75,13 +75,14 @@ def mix(batch: Tensor, strength: float, generator: torch.Generator) -> tuple[Ten
         generator: see `draw`.
 
     Returns:
-        The blend, of the same type as the batch; int64 [B], each one's partner in the batch; and the share of the batch
-        itself in the blend, 0-1, its partners have the rest.
+        The blend, of the same type as the batch; int64 [B] on the CPU, each one's partner in the batch; and the share
+        of the batch itself in the blend, 0-1, its partners have the rest.
     """
     seed = int(torch.randint(2**31, (), generator=generator))
     share = float(np.random.default_rng(seed).beta(strength, strength))
-    partners = torch.randperm(len(batch), generator=generator).to(batch.device)
-    return torch.lerp(batch[partners].float(), batch.float(), share).to(batch.dtype), partners, share
+    partners = torch.randperm(len(batch), generator=generator)
+    blend = torch.lerp(batch[partners].float(), batch.float(), share)
+    return (blend if batch.is_floating_point() else blend.round()).to(batch.dtype), partners, share
 
 
 def source_pixels(drawn: Draw) -> tuple[Tensor, Tensor]:

@@ -88,8 +88,8 @@ def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature at which predictions are as confident, on the mean, as they are right.
 
-    Clarté et al. 2023, arXiv:2303.02644. On images held out it calibrates better than the temperature of least
-    cross-entropy (Guo et al. 2017), most of all what has learnt from a teacher: benchmarks/calibration.py.
+    Clarté et al. 2023, arXiv:2303.02644. On images held out it calibrates as well as the temperature of least
+    cross-entropy (Guo et al. 2017) or better: benchmarks/calibration.py.
 
     Args:
         logits: float [N, classes] of validation images, uncalibrated.

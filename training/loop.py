@@ -50,7 +50,7 @@ class Tick:
     loss: float
     """Mean training loss since the epoch began."""
     accuracy: float
-    """Training top-1 since the epoch began, 0-1."""
+    """Training top-1 since the epoch began, 0-1; of blended images (mixup) against the labels of the batch itself."""
     images_per_s: float
     remaining_s: float
     """Estimate for the rest of the run."""

@@ -101,7 +101,7 @@ async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Predict
     settings = services.settings
     async with _files(request, settings) as files:
         started = time.perf_counter()
-        pixels = _decode_small(files)
+        pixels = _decode_small(files, settings)
         if pixels is None:
             loop = asyncio.get_running_loop()
             pixels = await loop.run_in_executor(services.decoders, _decode, files, settings)
@@ -187,13 +187,15 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
         )
 
 
-def _decode_small(files: list[File]) -> NDArray[np.uint8] | None:
+def _decode_small(files: list[File], settings: Settings) -> NDArray[np.uint8] | None:
     """The pixels of a small image; None where there are several or it is larger."""
+    max_bytes = min(_SMALL_BYTES, settings.max_image_bytes)
+    max_pixels = min(_SMALL_PIXELS, settings.max_image_pixels)
     (_, file), *more = files
     if more:
         return None
     try:
-        return images.decode(file.read(_SMALL_BYTES + 1), _SMALL_BYTES, _SMALL_PIXELS)[None]
+        return images.decode(file.read(max_bytes + 1), max_bytes, max_pixels)[None]
     except TooLarge:
         file.seek(0)
         return None

@@ -79,6 +79,35 @@ def test_no_worker_outlives_its_supervisor(tmp_path: Path, models: Path) -> None
         wait_for(lambda: not any(running(worker) for worker in workers), 30, log)
 
 
+def test_draining_is_for_all_workers_and_a_second_signal_cuts_it_short(tmp_path: Path, models: Path) -> None:
+    log = tmp_path / "log"
+    settings = {"workers": str(WORKERS), "drain_s": "100"}
+    with service(models, tmp_path / "runs", log, **settings) as (client, supervisor):
+        address = client.base_url
+        workers = workers_of(supervisor.pid)
+        wait_for(lambda: ready(log, workers, address), 60, log)
+        for process in (supervisor.pid, *workers):  # as is done to whole groups of processes
+            os.kill(process, signal.SIGTERM)
+        wait_for(lambda: all(httpx.get(f"{address}/health/ready").status_code == 503 for _ in range(10)), 10, log)
+        assert httpx.get(f"{address}/health/live").status_code == 200
+        supervisor.terminate()
+        assert supervisor.wait(30) == 0
+        assert not any(running(worker) for worker in workers)
+
+
+def test_the_service_ends_if_no_worker_can_start(tmp_path: Path) -> None:
+    too_little_for_torch = "ulimit -v 700000; exec "
+    done = subprocess.run(
+        ["bash", "-c", f"{too_little_for_torch} {sys.executable} -m app --port 0"],
+        env=os.environ | {"CIFAR100_WORKERS": str(WORKERS), "CIFAR100_RUNS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "is replaced" not in done.stderr
+
+
 def test_the_address_of_another_service_is_refused(tmp_path: Path, models: Path) -> None:
     with service(models, tmp_path / "runs", tmp_path / "log", workers=str(WORKERS)) as (client, _):
         second = subprocess.run(
