@@ -357,6 +357,22 @@ def test_the_shortcut_answers_as_fastapi_does(models: Path, tmp_path: Path, imag
     assert answers(short) == answers(long)
 
 
+def test_limits_hold_for_what_is_decoded_at_once(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As everything small is, and more where there is one processor only."""
+    sizes = {96: 200, 400: 413}
+    for side, status in sizes.items():
+        buffer = io.BytesIO()
+        Image.new("RGB", (side, side)).save(buffer, "PNG")
+        in_a_thread = client.post("/predict", files={"file": buffer.getvalue()})
+        with monkeypatch.context() as one_processor:
+            one_processor.setattr("app.routes.predict._SMALL_BYTES", 1 << 20)
+            one_processor.setattr("app.routes.predict._SMALL_PIXELS", 1 << 20)
+            at_once = client.post("/predict", files={"file": buffer.getvalue()})
+        assert in_a_thread.status_code == at_once.status_code == status
+        if status == 200:
+            assert in_a_thread.json()["predictions"] == at_once.json()["predictions"]
+
+
 def test_metrics_count_requests(client: TestClient, image: bytes) -> None:
     client.post("/predict", files={"file": image})
     client.post("/predict", content=b"x")
