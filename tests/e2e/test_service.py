@@ -55,6 +55,7 @@ def test_the_log_is_json_whatever_pillow_thinks_of_an_image(tmp_path: Path, mode
     with service(models, tmp_path / "runs", log) as (client, _):
         sent = {"content": content.getvalue(), "headers": {"Content-Type": "image/jpeg", "X-Request-ID": "mine"}}
         assert client.post("/predict", **sent).status_code == 200
+        wait_for(lambda: "POST /predict 200" in log.read_text(), 10, log)  # is written once the answer is sent
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["message"] for line in lines if line["request_id"] == "mine"] == ["POST /predict 200"]
 

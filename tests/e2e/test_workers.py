@@ -25,7 +25,7 @@ def running(process: int) -> bool:
 
 def heard_by(log: Path, message: str) -> set[int]:
     """The processes that have logged a message."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return {line["process"] for line in lines if line["message"] == message}
 
 
@@ -45,7 +45,7 @@ def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path
         # Every call over a connection of its own, which either of them may get.
         predicted = [httpx.post(f"{address}/predict", **sent).raise_for_status() for _ in range(30)]
         assert len({json.dumps(answer.json()["predictions"]) for answer in predicted}) == 1
-        assert heard_by(log, "POST /predict 200") == workers
+        wait_for(lambda: heard_by(log, "POST /predict 200") == workers, 10, log)
         counted = 'cifar100_requests_total{method="POST",route="/predict",status="200"} 30.0'
         assert all(counted in httpx.get(f"{address}/metrics").text for _ in range(10))
 
