@@ -161,6 +161,9 @@ class Evaluations:
         partial = file.with_suffix(f".{uuid4().hex}.partial")
         partial.write_text(job.model_dump_json())
         partial.replace(file)
+
+    def _prune(self) -> None:
+        """Delete the files of what is long over."""
         with suppress(OSError):  # another server may delete them just now
             for old in sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
                 old.unlink(missing_ok=True)
@@ -171,6 +174,7 @@ class Evaluations:
     async def _see_through(self, job: EvaluationJob, model: Model, read: Callable[[], Labelled]) -> None:
         measuring = asyncio.create_task(self._measure(job, model, read))
         try:
+            await asyncio.to_thread(self._prune)
             while not measuring.done():
                 with suppress(OSError):
                     await asyncio.to_thread(self._write, job)
