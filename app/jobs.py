@@ -300,14 +300,15 @@ class Jobs:
             wanted = recipe(request.recipe, request.overrides)
         except RecipeError as error:
             raise BadRequest(f"{error}") from None
-        if wanted.weights not in ("none", "imagenet"):
-            raise BadRequest("weights must be none or imagenet here; files are for the command line")
-        if wanted.teacher != "none":
-            store = Store(self._settings.models)
+        if wanted.weights not in ("none", "imagenet", wanted.predecessor):
+            raise BadRequest("weights must be none, imagenet or a version here; files are for the command line")
+        store = Store(self._settings.models)
+        for field, versions in {"weights": [wanted.predecessor], "teacher": wanted.teachers}.items():
             try:
-                store.card(*store.parse(wanted.teacher))
+                for version in filter(None, versions):
+                    store.card(*store.parse(version))
             except StoreError as error:
-                raise BadRequest(f"teacher: {error}") from None
+                raise BadRequest(f"{field}: {error}") from None
         limits = {"total epochs": (wanted.total_epochs, self._settings.max_job_epochs)}
         limits |= {"batch_size": (wanted.batch_size, self._settings.max_job_batch)}
         limits |= {"width": (wanted.width, self._settings.max_job_width)}

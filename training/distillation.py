@@ -1,12 +1,11 @@
-"""Learning from a teacher: a published classifier whose answers on the training images are targets beside the labels.
+"""Learning from a teacher: published classifiers whose answers on the training images are targets beside the labels.
 
-Hinton et al. 2015, arXiv:1503.02531. The teacher sees every image once, as it is and mirrored, before training begins,
-and the mean of both is kept in the run folder: an epoch costs what it costs without a teacher. A shifted image has the
-targets of the image where it was.
+Hinton et al. 2015, arXiv:1503.02531. Several versions make one teacher, by the mean of their logits. It sees every
+image once, as it is and mirrored, before training begins, and the mean of both is kept in the run folder: an epoch then
+costs what it costs without a teacher. A shifted image has the targets of the image where it was.
 """
 
-from collections.abc import Callable, Generator
-from pathlib import Path
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from training import openvino_ir, torchscript
 from training.preparation import Pace, Preparation
 from training.run import Run
-from training.store import MODEL, Store, StoreError
+from training.store import Store
 
 BATCH_SIZE = 100
 
@@ -23,28 +22,29 @@ Teacher = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, 32, 32] to logits [B, classes]."""
 
 
-def load_teacher(version: str, store: Store, classes: tuple[str, ...], device: torch.device) -> Teacher:
-    """The classifier of a published version, on the fastest runtime there is for the device.
+def load_teacher(versions: Sequence[str], store: Store, classes: Sequence[str], device: torch.device) -> Teacher:
+    """The classifiers of published versions as one, on the fastest runtime there is for the device.
 
     Args:
-        version: such as resnet18/1.
-        classes: which it must tell apart.
+        versions: such as resnet18/1.
+        classes: which they must tell apart.
 
     Raises:
         StoreError: there is no such version, it is damaged, or it has other classes.
     """
-    card = store.card(*store.parse(version))
-    if tuple(card.classes) != classes:
-        raise StoreError(f"{version} was trained on other classes and cannot be the teacher")
-    file: Path = store.verify(card) / MODEL
-    return torchscript.load(file, device) if device.type == "cuda" else openvino_ir.Compiled(file).on_tensors
+    files = [store.model_file(version, classes) for version in versions]
+    teachers: list[Teacher] = [
+        torchscript.load(file, device) if device.type == "cuda" else openvino_ir.Compiled(file).on_tensors
+        for file in files
+    ]
+    return lambda images: torch.stack([teacher(images).float() for teacher in teachers]).mean(0)
 
 
-def teach(version: str, load: Callable[[], Teacher], images: Tensor, run: Run) -> Generator[Preparation, None, Tensor]:
+def teach(name: str, load: Callable[[], Teacher], images: Tensor, run: Run) -> Generator[Preparation, None, Tensor]:
     """What a teacher makes of every training image, computed or found in the run folder; yields progress.
 
     Args:
-        version: of the teacher, for messages.
+        name: of the teacher, for messages.
         load: makes the teacher; called only if it is needed.
         images: uint8 [N, 32, 32, 3] on the teacher's device.
 
@@ -54,13 +54,13 @@ def teach(version: str, load: Callable[[], Teacher], images: Tensor, run: Run) -
     if (known := run.teacher_logits()) is not None:
         return known.to(images.device)
     teacher = load()
-    message = f"{version} looks at the training images"
+    message = f"{name} looks at the training images"
     yield Preparation(message, 0, len(images))
     parts, pace = list[Tensor](), Pace(message, len(images))
     for batch in images.split(BATCH_SIZE):
         pixels = batch.permute(0, 3, 1, 2)
         with torch.inference_mode():
-            parts.append((teacher(pixels) + teacher(pixels.flip(3))).float() / 2)
+            parts.append((teacher(pixels) + teacher(pixels.flip(3))) / 2)
         if report := pace.advance(len(batch)):
             yield report
     logits = torch.cat(parts)

@@ -65,7 +65,7 @@ def publish(
             version=0,
             created=datetime.now(UTC).replace(microsecond=0),
             # Where the pretrained weights lay on this machine is nobody's business; which file it was is.
-            recipe=recipe.model_dump() | {"weights": Path(recipe.weights).name},
+            recipe=recipe.model_dump() | {"weights": recipe.predecessor or Path(recipe.weights).name},
             classes=list(dataset.classes),
             superclasses=list(dataset.superclasses),
             parameters=sum(parameter.numel() for parameter in classifier.parameters()),

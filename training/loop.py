@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import augment, distillation
+from training import augment, distillation, warm_start
 from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
 from training.features import prepare
@@ -105,11 +105,12 @@ def train(
     """Train, from the run's checkpoint if it has one; yields progress and the result of every epoch.
 
     Args:
-        store: where the recipe's teacher is, if it has one.
+        store: where the recipe's teacher and predecessor are, if it has them.
 
     Raises:
         TrainingError: the loss is no longer finite.
-        StoreError: the recipe's teacher cannot be used.
+        RecipeError: its validation images are not unknown to its predecessor.
+        StoreError: the recipe's teacher or predecessor cannot be used.
         WeightsError: the recipe's pretrained weights cannot be used.
         RunError: the run was started with other data.
     """
@@ -127,6 +128,9 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         finished = state["epoch"]
+    elif recipe.predecessor:
+        predecessors_store = _needed(store, recipe.predecessor)
+        warm_start.load(classifier, recipe.predecessor, recipe.validation_images, predecessors_store, dataset)
     run.forget_after(finished)
 
     split, eval_name, eval_split = splits(recipe, dataset)
@@ -135,10 +139,9 @@ def train(
     steps = math.ceil(len(split) / recipe.batch_size)
 
     taught = None
-    if recipe.teacher != "none":
-        if store is None:
-            raise ValueError(f"without a store there is no {recipe.teacher} to learn from")
-        load_teacher = partial(distillation.load_teacher, recipe.teacher, store, dataset.classes, device)
+    if recipe.teachers:
+        teachers_store = _needed(store, recipe.teacher)
+        load_teacher = partial(distillation.load_teacher, recipe.teachers, teachers_store, dataset.classes, device)
         taught = yield from recorded(distillation.teach(recipe.teacher, load_teacher, images, run), run)
 
     def objective(logits: Tensor, rows: Tensor) -> Tensor:
@@ -243,6 +246,12 @@ def train(
             }
         )
         yield outcome
+
+
+def _needed(store: Store | None, versions: str) -> Store:
+    if store is None:
+        raise ValueError(f"without a store there is no {versions} to learn from")
+    return store
 
 
 def recorded(preparing: Generator[Preparation, None, Prepared], run: Run) -> Generator[Preparation, None, Prepared]:

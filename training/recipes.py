@@ -4,6 +4,7 @@ In: a recipe's name and overrides (`field=value` from the command line, JSON fro
 Out: a `Recipe`, or `RecipeError` saying which field is wrong and what it accepts.
 """
 
+import re
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4", "fc"]
 ALL_STAGES: tuple[Stage, ...] = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
+_VERSION = r"[a-z0-9][a-z0-9_-]*/[1-9][0-9]*"
 
 
 class RecipeError(ValueError):
@@ -44,8 +46,9 @@ class Recipe(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    teacher: str = Field(default="none", pattern=r"^(none|[a-z0-9][a-z0-9_-]*/[1-9][0-9]*)$")
-    """A published version, such as resnet18/1, whose answers on the training images are learnt too; or none."""
+    teacher: str = Field(default="none", pattern=rf"^(none|{_VERSION}(,{_VERSION})*)$")
+    """Published versions whose answers on the training images are learnt too, such as resnet18/1,resnet18/2; or
+    none."""
     teacher_weight: float = Field(default=0.9, gt=0, le=1)
     """Share of the teacher's answers in the loss; the labels have the rest."""
     teacher_temperature: float = Field(default=4.0, gt=0, le=100)
@@ -69,7 +72,8 @@ class Recipe(BaseModel):
     image_size: int = Field(default=32, ge=32, le=512)
     """Images are upsampled to this side (resnet18)."""
     weights: str = Field(default="none", min_length=1)
-    """Where training starts (resnet18): "none", "imagenet" or the path of a state-dict file."""
+    """Where training starts: "none", a published version such as resnet/3, or for resnet18 also "imagenet" or the path
+    of a state-dict file."""
     trainable: Stages = ALL_STAGES
     """Stages that train (resnet18)."""
     reinitialise: Stages = ()
@@ -95,6 +99,11 @@ class Recipe(BaseModel):
         for field, networks in _APPLIES_TO.items():
             if self.network not in networks and getattr(self, field) != Recipe.model_fields[field].default:
                 raise ValueError(f"{field} applies to network={' or '.join(networks)}, not to {self.network}")
+        if self.predecessor:
+            if self.reinitialise:
+                raise ValueError(f"reinitialise applies to ImageNet weights, not to those of {self.predecessor}")
+        elif self.network != "resnet18" and self.weights != "none":
+            raise ValueError(f"weights={self.weights} applies to network=resnet18, not to {self.network}")
         if "fc" not in self.trainable:
             raise ValueError("trainable must contain fc, which is always new")
         return self
@@ -103,6 +112,16 @@ class Recipe(BaseModel):
     def model(self) -> str:
         """The name under which the store keeps what this recipe trains."""
         return "resnet18" if self.network == "resnet18" else "resnet"
+
+    @property
+    def predecessor(self) -> str | None:
+        """The published version whose weights training starts from, if there is one."""
+        return self.weights if re.fullmatch(_VERSION, self.weights) else None
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The published versions that are learnt from."""
+        return () if self.teacher == "none" else tuple(self.teacher.split(","))
 
     @property
     def total_epochs(self) -> int:
@@ -114,7 +133,6 @@ _APPLIES_TO = {
     "dropout": ("shared-resnet", "resnet"),
     "batch_norm_statistics": ("shared-resnet",),
     "image_size": ("resnet18",),
-    "weights": ("resnet18",),
     "trainable": ("resnet18",),
     "reinitialise": ("resnet18",),
     "cache_features": ("resnet18",),

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -198,6 +198,17 @@ class Store:
             if sha256(path) != expected:
                 raise StoreError(f"{path} is damaged: its sha256 is not the one in {CARD}")
         return folder
+
+    def model_file(self, version: str, classes: Sequence[str]) -> Path:
+        """The exported file of a version, such as resnet18/1, that is to tell these classes apart.
+
+        Raises:
+            StoreError: there is no such version, it is damaged, or it has other classes.
+        """
+        card = self.card(*self.parse(version))
+        if card.classes != list(classes):
+            raise StoreError(f"{version} was trained on other classes and cannot be learnt from")
+        return self.verify(card) / MODEL
 
     @contextmanager
     def draft(self, name: str) -> Iterator[Path]:

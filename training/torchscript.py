@@ -96,6 +96,16 @@ def load(path: Path, device: torch.device | str = "cpu") -> torch.jit.ScriptModu
     return module
 
 
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict of the classifier in an exported file, in float32; empty if the file holds only its graph."""
+    with _deprecation_ignored():
+        stored = torch.jit.load(str(path), map_location="cpu").state_dict()
+    return {
+        name.replace("parametrizations.", "").removesuffix(".original"): weight.float() if weight.dim() else weight
+        for name, weight in stored.items()
+    }
+
+
 def example_images(count: int) -> Tensor:
     """Fixed uint8 images [count, 3, 32, 32] for tracing, parity checks and warm-up: smooth, not white noise."""
     random = torch.Generator().manual_seed(0)

@@ -260,6 +260,7 @@ def test_bad_training_requests_are_refused_before_anything_starts(client: TestCl
         ({"recipe": "resnet18", "overrides": {"weights": "/etc/passwd"}}, "command line"),
         ({"recipe": "resnet", "overrides": {"teacher": "/etc/passwd"}}, "teacher"),
         ({"recipe": "resnet", "overrides": {"teacher": "resnet/99"}}, "teacher: there is no version 99 of resnet"),
+        ({"recipe": "resnet", "overrides": {"weights": "resnet/99"}}, "weights: there is no version 99 of resnet"),
         ({"recipe": "resnet", "promote": "maybe"}, "promote"),
         ({"recipe": "resnet", "folder": "x"}, "folder"),
         ({"recipe": "resnet", "overrides": {"epochs": 501}}, "at most 500"),

@@ -1,6 +1,7 @@
 """Learning from a teacher: the loss, what the teacher is asked, and runs that follow it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,16 +111,32 @@ def test_a_run_with_a_teacher_goes_on_without_asking_it_again(dataset: Dataset, 
 def test_a_teacher_that_cannot_be_used_is_an_error(dataset: Dataset, models: Path, tmp_path: Path) -> None:
     store = Store(models)
     with pytest.raises(StoreError, match="there is no version 7 of resnet"):
-        distillation.load_teacher("resnet/7", store, dataset.classes, CPU)
+        distillation.load_teacher(["resnet/7"], store, dataset.classes, CPU)
     with pytest.raises(StoreError, match="other classes"):
-        distillation.load_teacher("resnet/1", store, tuple(reversed(dataset.classes)), CPU)
+        distillation.load_teacher(["resnet/1"], store, tuple(reversed(dataset.classes)), CPU)
     run = started(tmp_path / "run", teacher="resnet/1")
     with pytest.raises(ValueError, match="without a store there is no resnet/1"):
         list(train(run.recipe(), dataset, run, CPU))
 
 
-def test_a_teacher_is_named_by_its_version() -> None:
-    assert recipe("resnet", {"teacher": "resnet18/12"}).teacher == "resnet18/12"
-    for wrong in ("resnet18", "../resnet/1", "resnet/0", "resnet/1\n"):
+def test_several_versions_teach_the_mean_of_their_logits(
+    dataset: Dataset, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter(([[1.0, 2.0]], [[3.0, 6.0]]))
+
+    def compiled(_: Path) -> SimpleNamespace:
+        logits = torch.tensor(next(answers))
+        return SimpleNamespace(on_tensors=lambda _: logits)
+
+    monkeypatch.setattr(distillation.openvino_ir, "Compiled", compiled)
+    teacher = distillation.load_teacher(["resnet/1", "resnet/1"], Store(models), dataset.classes, CPU)
+    assert torch.equal(teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), torch.tensor([[2.0, 4.0]]))
+
+
+def test_teachers_are_named_by_their_versions() -> None:
+    assert recipe("resnet", {"teacher": "resnet18/12"}).teachers == ("resnet18/12",)
+    assert recipe("resnet", {"teacher": "resnet18/1,resnet/3"}).teachers == ("resnet18/1", "resnet/3")
+    assert recipe("resnet", {"teacher": "none"}).teachers == ()
+    for wrong in ("resnet18", "../resnet/1", "resnet/0", "resnet/1\n", "resnet/1,", "none,resnet/1"):
         with pytest.raises(RecipeError, match=r"^teacher: "):
             recipe("resnet", {"teacher": wrong})

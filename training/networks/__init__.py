@@ -13,7 +13,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def build(recipe: Recipe, classes: int = 100) -> Classifier:
-    """The untrained classifier of a recipe, initialised from the global random generator.
+    """The untrained classifier of a recipe, initialised from the global random generator and pretrained weights.
 
     Raises:
         WeightsError: the recipe's pretrained weights cannot be used.
@@ -25,7 +25,8 @@ def build(recipe: Recipe, classes: int = 100) -> Classifier:
         case "resnet":
             return Classifier(ResNet(classes, recipe.width, recipe.dropout), CIFAR100_MEAN, CIFAR100_STD)
         case "resnet18":
-            transfer = TransferResNet18(classes, recipe.weights, recipe.trainable, recipe.reinitialise)
+            weights = "none" if recipe.predecessor else recipe.weights
+            transfer = TransferResNet18(classes, weights, recipe.trainable, recipe.reinitialise)
             return Classifier(transfer, IMAGENET_MEAN, IMAGENET_STD, recipe.image_size)
 
 

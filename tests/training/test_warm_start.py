@@ -1,0 +1,91 @@
+"""Training on from a published version: its weights, what it must not have seen, and versions that do not fit."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training import torchscript, warm_start
+from training.data import Dataset
+from training.export import publish
+from training.loop import Epoch, train
+from training.networks import Classifier, build
+from training.recipes import RecipeError, recipe
+from training.run import Run
+from training.store import MODEL, Store, StoreError
+
+CPU = torch.device("cpu")
+FIELDS = {"width": 8, "epochs": 2, "validation_images": 100, "weights": "resnet/1", "int8": False}
+
+
+def warmed(models: Path, dataset: Dataset, **fields: Any) -> Classifier:
+    chosen = recipe("resnet", FIELDS | fields)
+    classifier = build(chosen).eval()
+    warm_start.load(classifier, chosen.weights, chosen.validation_images, Store(models), dataset)
+    return classifier
+
+
+def test_the_classifier_computes_what_the_version_computes_before_calibration(models: Path, dataset: Dataset) -> None:
+    images = torchscript.example_images(8)
+    version = torchscript.load(models / "resnet" / "1" / MODEL)
+    temperature = Store(models).card("resnet", 1).temperature
+    assert abs(temperature - 1) > 0.01
+    with torch.inference_mode():
+        torch.testing.assert_close(warmed(models, dataset)(images) / temperature, version(images))
+
+
+def test_a_run_starts_there_goes_on_without_the_version_and_its_card_names_it(
+    models: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    run.create(recipe("resnet", FIELDS))
+    cold = Run(tmp_path / "cold")
+    cold.create(recipe("resnet", FIELDS | {"weights": "none"}))
+    losses = []
+    for each in (run, cold):
+        events = train(each.recipe(), dataset, each, CPU, Store(models))
+        losses.append(next(event for event in events if isinstance(event, Epoch)).train_loss)
+        events.close()
+    assert losses[0] < losses[1]
+    list(train(run.recipe(), dataset, run, CPU))
+    published = publish(run, dataset, Store(models))
+    assert Store(models).card("resnet", published.version).recipe["weights"] == "resnet/1"
+
+
+def test_images_that_the_version_was_trained_on_cannot_be_held_out(models: Path, dataset: Dataset) -> None:
+    warmed(models, dataset, validation_images=60)
+    with pytest.raises(RecipeError, match=r"validation_images=101 .* give at most 100"):
+        warmed(models, dataset, validation_images=101)
+
+
+def test_a_version_that_does_not_fit_is_an_error(models: Path, dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="resnet/1 is of another network or width"):
+        warmed(models, dataset, width=16)
+    with pytest.raises(StoreError, match="there is no version 7 of resnet"):
+        warmed(models, dataset, weights="resnet/7")
+    run = Run(tmp_path / "run")
+    run.create(recipe("resnet", FIELDS))
+    with pytest.raises(ValueError, match="without a store there is no resnet/1"):
+        list(train(run.recipe(), dataset, run, CPU))
+
+
+def test_a_file_that_holds_only_a_graph_has_no_weights(models: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.save(torchscript.load(models / "resnet" / "1" / MODEL), tmp_path / MODEL)
+    assert torchscript.load_weights(tmp_path / MODEL) == {}
+
+
+@pytest.mark.parametrize("version", ["resnet18", "../resnet/1", "resnet/0", "resnet/x"])
+def test_only_a_version_is_a_predecessor(version: str) -> None:
+    assert recipe("resnet18", {"weights": version}).predecessor is None
+    with pytest.raises(RecipeError, match=re.escape(f"weights={version} applies to network=resnet18")):
+        recipe("resnet", {"weights": version})
+
+
+def test_a_predecessors_stages_cannot_be_reinitialised() -> None:
+    with pytest.raises(RecipeError, match="reinitialise applies to ImageNet weights, not to those of resnet18/2"):
+        recipe("resnet18", {"weights": "resnet18/2", "reinitialise": "layer4"})
