@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 
@@ -52,7 +53,9 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if self._supervised:
             log.info("running on http://%s:%d", self.config.host, self.config.port)
+            os.set_blocking(sys.stdin.fileno(), False)
             asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._obey)
+            self._beat()
         # What has been made so far stays: looking through it for garbage would stop the service for 0.1 s every second.
         gc.collect()
         gc.freeze()
@@ -65,8 +68,16 @@ class DrainingServer(uvicorn.Server):
         else:
             self._end(sig, frame)
 
+    def _beat(self) -> None:
+        with suppress(OSError):  # it may be busy with something else, or gone
+            os.write(sys.stdin.fileno(), workers.BEAT)
+        asyncio.get_running_loop().call_later(workers.BEAT_S, self._beat)
+
     def _obey(self) -> None:
-        if os.read(sys.stdin.fileno(), 1) == workers.DRAIN:
+        order = b""
+        with suppress(ConnectionResetError):  # a supervisor that was killed before it read the last beat
+            order = os.read(sys.stdin.fileno(), 1)
+        if order == workers.DRAIN:
             self._drain()
         else:
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())

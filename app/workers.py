@@ -3,9 +3,10 @@
     supervisor --> worker, worker, ...    each of them the whole service, on its share of the processors
 
 The kernel spreads the connections over the workers. They share what all servers on one store and one runs folder do:
-models, jobs, measurements; their metrics are added up. A worker that dies is replaced. They ignore SIGTERM and SIGINT,
-which often go to a whole group of processes, and listen to the supervisor instead: it writes a byte into their standard
-input to have them drain, and closes it, however it ends, to have them finish what is under way and end.
+models, jobs, measurements; their metrics are added up. A worker that dies or hangs is replaced. They ignore SIGTERM and
+SIGINT, which often go to a whole group of processes, and listen to the supervisor instead. A worker's standard input is
+a socket: the supervisor writes a byte to have it drain, and closes it, however it ends, to have it finish what is under
+way and end; the worker writes a byte every second, as long as it responds.
 """
 
 import logging
@@ -19,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
 
@@ -31,8 +32,14 @@ METRICS = "PROMETHEUS_MULTIPROC_DIR"
 DRAIN = b"d"
 """What the supervisor writes to have a worker drain."""
 
+BEAT = b"b"
+"""What a worker writes as long as it responds."""
+
+BEAT_S = 1.0
+
 _POLL_S = 0.2
 _START_S = 30.0  # a worker that gives up sooner cannot start at all
+_SILENCE_S = 20.0  # a worker that sends no beat for so long hangs
 _PACE_S = 2.0  # between two starts in one place
 _PACKAGES = Path(__file__).parents[1]
 
@@ -42,8 +49,51 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Worker:
+    """A worker process, as its supervisor sees it.
+
+    Args:
+        process: just started.
+        line: to the socket that is its standard input.
+        replaces: whether there was another one in its place.
+    """
+
+    def __init__(self, process: "subprocess.Popen[bytes]", line: socket.socket, replaces: bool):
+        self.process = process
+        self.replaces = replaces
+        self._line = line
+        self.started = time.monotonic()
+        self._silent_polls: int | None = None  # not counted before its first beat, as loading models takes as it takes
+        line.setblocking(False)
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self.started
+
+    def hangs(self) -> bool:
+        """Whether it has sent no beat for too long; asked at every poll.
+
+        Polls are counted, not seconds: where the whole machine stood still, nobody is late.
+        """
+        beats = b""
+        with suppress(BlockingIOError, ConnectionResetError):
+            beats = self._line.recv(4096)
+        if beats:
+            self._silent_polls = 0
+        elif self._silent_polls is not None:
+            self._silent_polls += 1
+        return (self._silent_polls or 0) > _SILENCE_S / _POLL_S
+
+    def drain(self) -> None:
+        with suppress(OSError):  # it may have just ended
+            self._line.send(DRAIN)
+
+    def end(self) -> None:
+        self._line.close()
+
+
 class Supervisor:
-    """Starts workers, replaces those that die, and stops them.
+    """Starts workers, replaces those that die or hang, and stops them.
 
     Args:
         workers: how many.
@@ -65,49 +115,57 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self._signals.append(number))
         with tempfile.TemporaryDirectory(prefix="cifar100-metrics-") as metrics:
-            running = [self._start(place, metrics) for place in range(self._workers)]
-            started = [time.monotonic()] * self._workers
-            replaced: set[int] = set()
+            running = [self._start(place, metrics, replaces=False) for place in range(self._workers)]
             status = 0
             while not self._signals and not status:
                 time.sleep(_POLL_S)
                 for place, worker in enumerate(running):
-                    age_s = time.monotonic() - started[place]
-                    if worker.poll() is None or age_s < _PACE_S:
+                    process = worker.process
+                    if worker.hangs() and process.poll() is None:
+                        log.error("worker %d does not respond and is killed", process.pid)
+                        process.kill()
+                        process.wait()
+                    if process.poll() is None or worker.age_s < _PACE_S:
                         continue
-                    if worker.returncode > 0 and place not in replaced and age_s < _START_S:
-                        status = worker.returncode
+                    if process.returncode > 0 and not worker.replaces and worker.age_s < _START_S:
+                        status = process.returncode
                         break
-                    log.error("worker %d has ended with %d and is replaced", worker.pid, worker.returncode)
-                    mark_process_dead(worker.pid, metrics)
-                    started[place] = time.monotonic()
-                    replaced.add(place)
+                    log.error("worker %d has ended with %d and is replaced", process.pid, process.returncode)
+                    mark_process_dead(process.pid, metrics)
                     try:
-                        running[place] = self._start(place, metrics)
-                    except OSError as error:  # such as no memory; the next round tries again
+                        running[place] = self._start(place, metrics, replaces=True)
+                        worker.end()
+                    except OSError as error:  # such as no memory; tried again after a pause
                         log.error("no worker can be started: %s", error)
+                        worker.started, worker.replaces = time.monotonic(), True
             self._stop(running)
         return 128 + signal.SIGINT if signal.SIGINT in self._signals else status
 
-    def _start(self, place: int, metrics: str) -> "subprocess.Popen[bytes]":
+    def _start(self, place: int, metrics: str, replaces: bool) -> Worker:
         share = self._processors[place :: self._workers] or [self._processors[place % len(self._processors)]]
         # This very package, whatever lies in the current folder.
         command = [sys.executable, "-P", "-m", "app", "--host", self._host, "--port", str(self._port), "--worker"]
         search = os.pathsep.join(filter(None, (str(_PACKAGES), os.environ.get("PYTHONPATH"))))
-        environment = {METRICS: metrics, "CIFAR100_WORKERS": str(self._workers), "PYTHONPATH": search}
-        with only_on(set(share)):
-            return subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, env=os.environ | environment)
+        own = {METRICS: metrics, "CIFAR100_WORKERS": str(self._workers), "PYTHONPATH": search}
+        environment = os.environ | own
+        line, its_line = socket.socketpair()
+        try:
+            with its_line, only_on(set(share)):
+                process = subprocess.Popen(command, stdin=its_line.fileno(), env=environment)
+        except BaseException:
+            line.close()
+            raise
+        return Worker(process, line, replaces)
 
-    def _stop(self, running: "list[subprocess.Popen[bytes]]") -> None:
+    def _stop(self, running: list[Worker]) -> None:
         for worker in running:
-            with suppress(BrokenPipeError):
-                cast(IO[bytes], worker.stdin).write(DRAIN)
-        while any(worker.poll() is None for worker in running) and len(self._signals) < 2:
+            worker.drain()
+        while any(worker.process.poll() is None for worker in running) and len(self._signals) < 2:
             time.sleep(_POLL_S)
         for worker in running:
-            cast(IO[bytes], worker.stdin).close()
+            worker.end()
         for worker in running:
-            worker.wait()
+            worker.process.wait()
 
 
 @contextmanager

@@ -70,6 +70,19 @@ def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path
         assert not any(running(worker) for worker in workers)
 
 
+def test_a_worker_that_hangs_is_replaced(tmp_path: Path, models: Path) -> None:
+    log = tmp_path / "log"
+    with service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
+        workers = workers_of(supervisor.pid)
+        wait_for(lambda: ready(log, workers, client.base_url), 60, log)
+        hanging = min(workers)
+        os.kill(hanging, signal.SIGSTOP)
+        wait_for(lambda: not running(hanging), 60, log)
+        assert f"worker {hanging} does not respond and is killed" in log.read_text()
+        wait_for(lambda: ready(log, workers_of(supervisor.pid), client.base_url), 60, log)
+        assert max(workers) in workers_of(supervisor.pid)
+
+
 def test_no_worker_outlives_its_supervisor(tmp_path: Path, models: Path) -> None:
     log = tmp_path / "log"
     with service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
