@@ -188,7 +188,8 @@ def train(
                     loss = torch.lerp(objective(logits, rows[partners]), loss, share)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            scaler.step(optimizer)
+            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):  # Muon's products of matrices
+                scaler.step(optimizer)
             scaler.update()
 
             loss_sum += loss.detach() * len(rows)

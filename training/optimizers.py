@@ -116,15 +116,17 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
     Each iteration multiplies X by Q = aI + bG + cG^2, where G = XX^T. Q commutes with G, so G becomes QGQ, and X need
     not be known until the end: only two products have the matrices' longer side, instead of two in each iteration.
+    Half precision, as in autocast, is enough: Jordan et al. use it.
     """
     a, b, c = _COEFFICIENTS
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     gram = x @ x.mT
-    identity = product = torch.eye(gram.shape[1], device=gram.device).expand_as(gram)
-    for _ in range(_ITERATIONS):
+    identity = torch.eye(gram.shape[1], device=gram.device)
+    product = q = a * identity + b * gram + c * gram @ gram
+    for _ in range(_ITERATIONS - 1):
+        gram = q @ gram @ q
         q = a * identity + b * gram + c * gram @ gram
         product = q @ product
-        gram = q @ gram @ q
-    result: Tensor = product @ x
+    result: Tensor = (product @ x).to(matrices.dtype)
     return result if wide is matrices else result.mT

@@ -25,6 +25,17 @@ def test_orthogonal_keeps_the_singular_vectors_and_evens_out_the_values(shape: t
     assert diagonal.median() > 0.6
 
 
+def test_half_precision_finds_the_same_directions() -> None:
+    u, _, v = torch.linalg.svd(noise(2, 32, 288), full_matrices=False)
+    matrices = u * torch.logspace(0, -4, 32) @ v  # such as momentum has them
+    exact = orthogonal(matrices)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = orthogonal(matrices)
+    assert result.dtype is torch.float32
+    assert not torch.equal(result, exact)
+    assert nn.functional.cosine_similarity(result.flatten(1), exact.flatten(1)).min() > 0.99
+
+
 def test_a_filter_moves_along_its_orthogonal_momentum() -> None:
     """Two steps, written out for one filter."""
     start, first, second = noise(3, 8, 4, 3, 3)

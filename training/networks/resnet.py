@@ -141,9 +141,9 @@ class Unit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = F.relu(self.bn1(self.conv1(x)))
+        residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
         residual = self.bn2(self.conv2(residual))
-        return F.relu(residual + self.shortcut(x))
+        return F.relu(residual.add_(self.shortcut(x)), inplace=True)
 
 
 class ResNet(nn.Module):
@@ -159,7 +159,10 @@ class ResNet(nn.Module):
         super().__init__()
         channels = _channels(width)
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(dropout)
+            nn.Conv2d(3, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
         )
         self.blocks = nn.Sequential(
             *(
