@@ -3,9 +3,10 @@
 32 connections post images without pause to one server. Meanwhile versions are promoted, half of them by
 `PUT /models/resnet/live`, half by another process through `training.store.Store.promote`. Every answer must name a
 version that was live at some time between the request's start and its end, and carry that version's probabilities, as
-this process computes them from the version's file.
+this process computes them from the version's file. Of several workers, those that have not heard of a promotion yet may
+go on with the version before for `LAG_S`.
 
-    python benchmarks/hot_swap.py [--promotions 100]
+    python benchmarks/hot_swap.py [--promotions 100] [--workers 1]
 """
 
 import argparse
@@ -35,6 +36,7 @@ from training.store import MODEL, Store
 CONNECTIONS = 32
 VERSIONS = 3
 TOP_K = 100
+LAG_S = 1.0
 TOLERANCE = 1e-5  # of probabilities; batches of other sizes round otherwise
 PICTURES = ("jpeg baseline", "png rgb 32x32", "webp lossy", "gif", "tiff")
 PROMOTE = "import sys; from pathlib import Path; from training.store import Store; "
@@ -64,8 +66,14 @@ class Reign:
     stop: float
 
 
-async def serve_and_promote(url: str, store: Store, promotions: int) -> tuple[list[Answer], list[Reign], list[float]]:
-    """All answers, when which version was live, and the seconds every promotion took."""
+async def serve_and_promote(
+    url: str, store: Store, promotions: int, lag_s: float
+) -> tuple[list[Answer], list[Reign], list[float]]:
+    """All answers, when which version was live, and the seconds every promotion took.
+
+    Args:
+        lag_s: how much longer some worker may serve a version, and the pause before each further promotion.
+    """
     answers: list[Answer] = []
     over = asyncio.Event()
     pictures = {name: samples()[name] for name in PICTURES}
@@ -94,8 +102,9 @@ async def serve_and_promote(url: str, store: Store, promotions: int) -> tuple[li
             while number % 2 and (await http.get(f"/models/{NAME}")).json()["live"] != following:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
             seen = time.monotonic()
-            reigns.append(Reign(version, since, seen))
+            reigns.append(Reign(version, since, seen + lag_s))
             seconds.append(seen - asked)
+            await asyncio.sleep(lag_s)
             version, since = following, asked
         await asyncio.sleep(0.5)
         over.set()
@@ -121,14 +130,15 @@ def difference(one: dict[int, float], other: dict[int, float]) -> float:
     return max(abs(one[key] - other[key]) for key in one) if one.keys() == other.keys() else float("inf")
 
 
-def main(promotions: int) -> int:
+def main(promotions: int, workers: int) -> int:
     with tempfile.TemporaryDirectory(prefix="hot-swap-") as name:
         folder = Path(name)
         store = tiny_models.store(folder, VERSIONS)
         right = expected(store)
-        with Server(store.root, folder / "runs", folder / "log") as server:
+        with Server(store.root, folder / "runs", folder / "log", workers=str(workers)) as server:
             started = time.monotonic()
-            answers, reigns, seconds = asyncio.run(serve_and_promote(server.address or "", store, promotions))
+            lag_s = LAG_S if workers > 1 else 0.0
+            answers, reigns, seconds = asyncio.run(serve_and_promote(server.address or "", store, promotions, lag_s))
             took = time.monotonic() - started
 
     good = [answer for answer in answers if answer.status == 200]
@@ -147,8 +157,9 @@ def main(promotions: int) -> int:
     failed = len(answers) - len(good)
     wrong = sum(value > TOLERANCE for value in differences)
     return conclude(
-        "hot_swap",
-        f"{promotions} promotions, {CONNECTIONS} connections, {len(answers):,} requests in {took:.0f} s.",
+        "hot_swap" if workers == 1 else "hot_swap_workers",
+        f"{promotions} promotions, workers: {workers}, connections: {CONNECTIONS}, {len(answers):,} requests "
+        f"in {took:.0f} s.",
         [
             Check("failed requests", f"{failed}", "0", failed == 0),
             Check("answers of a version that was not live", f"{len(strangers)}", "0", not strangers),
@@ -176,4 +187,6 @@ def _probabilities(body: Any) -> dict[int, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--promotions", type=int, default=100)
-    sys.exit(main(parser.parse_args().promotions))
+    parser.add_argument("--workers", type=int, default=1)
+    given = parser.parse_args()
+    sys.exit(main(given.promotions, given.workers))

@@ -9,6 +9,11 @@ def memory_mib(process: int, field: str = "VmRSS") -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:")) / 1024
 
 
+def children(process: int) -> set[int]:
+    """Its child processes."""
+    return {int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()}
+
+
 def open_files(process: int) -> int:
     """How many file descriptors a process has open."""
     return len(list(Path(f"/proc/{process}/fd").iterdir()))

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import httpx
+from processes import children
 
 DATA = "synthetic:4"
 READY_S = 60.0
@@ -38,6 +39,7 @@ class Server:
         chosen |= {"operator_rate_limit": "", "training_threads": "1"} | settings
         environment = os.environ | {f"CIFAR100_{name.upper()}": value for name, value in chosen.items()}
         self.log = log
+        self._workers = int(settings.get("workers", 1))
         self._heard = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -65,6 +67,11 @@ class Server:
             log.seek(self._heard)
             found = re.search(rb"running on (http://[\d.:]+)", log.read())
         return found[1].decode() if found else None
+
+    @property
+    def serving(self) -> set[int]:
+        """The processes that answer: itself, or its workers."""
+        return children(self.process.pid) if self._workers > 1 else {self.process.pid}
 
     def client(self, timeout_s: float = 60.0) -> httpx.Client:
         """Talks to a server that takes requests."""

@@ -2,9 +2,10 @@
 
 Clients of a real server send pictures of all formats and sizes, broken ones, evaluations and promotions, read every
 route, follow event streams, and keep a training job running all the time, while memory and open files of the server are
-sampled. The slope of its memory is that of a line through the samples after the first quarter of the time.
+sampled, over all workers if there are several. The slope of its memory is that of a line through the samples after the
+first quarter of the time.
 
-    python benchmarks/soak.py [--minutes 30]
+    python benchmarks/soak.py [--minutes 30] [--workers 1]
 """
 
 import argparse
@@ -33,7 +34,7 @@ from training.store import Store
 SAMPLE_S = 3.0
 WARM = 0.25  # of the time
 MOMENTS = 9
-MOST_SLOPE = 2.0  # MiB a minute
+MOST_SLOPE = 2.0  # MiB a minute, of a worker
 MOST_FILES_MORE = 4
 JOB = {"recipe": NAME, "overrides": TINY | {"epochs": 20}, "promote": "always"}
 SIZES = ((32, 32), (640, 480), (3000, 2000), (33, 900))
@@ -123,12 +124,13 @@ class Load:
         return None
 
 
-def main(minutes: float) -> int:
+def main(minutes: float, workers: int) -> int:
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         store = tiny_models.store(folder, versions=2)
         load, over = Load(store), threading.Event()
-        with Server(store.root, folder / "runs", folder / "log", keep_versions="4") as server:
+        settings = {"keep_versions": "4", "workers": str(workers)}
+        with Server(store.root, folder / "runs", folder / "log", **settings) as server:
             clients = [
                 threading.Thread(target=_go_on, args=(turn, server, load, over), daemon=True) for turn in load.turns()
             ]
@@ -138,8 +140,8 @@ def main(minutes: float) -> int:
             rows: list[tuple[float, float, int]] = []
             while time.monotonic() - started < minutes * 60 and server.process.poll() is None:
                 time.sleep(SAMPLE_S)
-                process = server.process.pid
-                rows.append(((time.monotonic() - started) / 60, memory_mib(process), open_files(process)))
+                held, files = (sum(map(measure, server.serving)) for measure in (memory_mib, open_files))
+                rows.append(((time.monotonic() - started) / 60, held, round(files)))
             over.set()
             for client in clients:
                 client.join(60)
@@ -149,7 +151,7 @@ def main(minutes: float) -> int:
         print(f"{count} x {unexpected}", file=sys.stderr)
     warm = [row for row in rows if row[0] > WARM * minutes]
     at, memory, files = zip(*warm, strict=True)
-    slope = float(np.polyfit(at, memory, 1)[0])
+    slope, most_slope = float(np.polyfit(at, memory, 1)[0]), MOST_SLOPE * workers
     third = max(1, len(files) // 3)
     more = statistics.median(files[-third:]) - statistics.median(files[:third])
     wrong = sum(load.unexpected.values())
@@ -157,15 +159,17 @@ def main(minutes: float) -> int:
     course = ", ".join(f"{rows[round(at)][1]:.0f}" for at in np.linspace(0, len(rows) - 1, MOMENTS))
     flat = more <= MOST_FILES_MORE
     return conclude(
-        "soak",
-        f"{minutes:g} minutes, {len(load.turns())} clients, {total:,} requests, {load.jobs} training jobs.",
+        "soak" if workers == 1 else "soak_workers",
+        f"{minutes:g} minutes, workers: {workers}, {len(load.turns())} clients, {total:,} requests, {load.jobs} jobs.",
         [
             *(Check(kind, f"{count:,}") for kind, count in sorted(load.answers.items())),
             Check("unexpected answers", f"{wrong}", "0", wrong == 0),
             Check("errors with a traceback in the log", f"{traces}", "0", traces == 0),
             Check("exit status at the end", f"{stopped}", "0", stopped == 0),
             Check("memory in equal intervals, MiB", course),
-            Check("its slope, MiB a minute", f"{slope:+.2f}", f"< {MOST_SLOPE:g}", slope < MOST_SLOPE),
+            Check(
+                "its slope, MiB a minute", f"{slope:+.2f}", f"< {MOST_SLOPE * workers:g}", slope < MOST_SLOPE * workers
+            ),
             Check("open files, least and most", f"{min(files)}, {max(files)}"),
             Check("open files, last third over first", f"{more:+.0f}", f"<= {MOST_FILES_MORE}", flat),
         ],
@@ -192,4 +196,6 @@ def _photo(size: tuple[int, int], kind: str) -> bytes:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
-    sys.exit(main(parser.parse_args().minutes))
+    parser.add_argument("--workers", type=int, default=1)
+    given = parser.parse_args()
+    sys.exit(main(given.minutes, given.workers))

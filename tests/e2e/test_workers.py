@@ -8,14 +8,11 @@ import sys
 from pathlib import Path
 
 import httpx
+from processes import children
 from server import wait_for
 from service import TINY, finished, service
 
 WORKERS = 2
-
-
-def workers_of(supervisor: int) -> set[int]:
-    return {int(process) for process in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()}
 
 
 def running(process: int) -> bool:
@@ -38,7 +35,7 @@ def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path
     sent = {"content": image.read_bytes(), "headers": {"Content-Type": "image/png"}}
     with service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
         address = client.base_url
-        workers = workers_of(supervisor.pid)
+        workers = children(supervisor.pid)
         assert len(workers) == WORKERS
         wait_for(lambda: ready(log, workers, address), 60, log)
 
@@ -60,8 +57,8 @@ def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path
 
         killed = workers.pop()
         os.kill(killed, signal.SIGKILL)
-        wait_for(lambda: len(workers_of(supervisor.pid) - {killed}) == WORKERS, 10, log)
-        workers = workers_of(supervisor.pid)
+        wait_for(lambda: len(children(supervisor.pid) - {killed}) == WORKERS, 10, log)
+        workers = children(supervisor.pid)
         wait_for(lambda: ready(log, workers, address), 60, log)
         assert all(httpx.post(f"{address}/predict", **sent).status_code == 200 for _ in range(10))
 
@@ -73,20 +70,20 @@ def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path
 def test_a_worker_that_hangs_is_replaced(tmp_path: Path, models: Path) -> None:
     log = tmp_path / "log"
     with service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
-        workers = workers_of(supervisor.pid)
+        workers = children(supervisor.pid)
         wait_for(lambda: ready(log, workers, client.base_url), 60, log)
         hanging = min(workers)
         os.kill(hanging, signal.SIGSTOP)
         wait_for(lambda: not running(hanging), 60, log)
         assert f"worker {hanging} does not respond and is killed" in log.read_text()
-        wait_for(lambda: ready(log, workers_of(supervisor.pid), client.base_url), 60, log)
-        assert max(workers) in workers_of(supervisor.pid)
+        wait_for(lambda: ready(log, children(supervisor.pid), client.base_url), 60, log)
+        assert max(workers) in children(supervisor.pid)
 
 
 def test_no_worker_outlives_its_supervisor(tmp_path: Path, models: Path) -> None:
     log = tmp_path / "log"
     with service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
-        workers = workers_of(supervisor.pid)
+        workers = children(supervisor.pid)
         wait_for(lambda: ready(log, workers, client.base_url), 60, log)
         supervisor.kill()
         wait_for(lambda: not any(running(worker) for worker in workers), 30, log)
@@ -97,7 +94,7 @@ def test_draining_is_for_all_workers_and_a_second_signal_cuts_it_short(tmp_path:
     settings = {"workers": str(WORKERS), "drain_s": "100"}
     with service(models, tmp_path / "runs", log, **settings) as (client, supervisor):
         address = client.base_url
-        workers = workers_of(supervisor.pid)
+        workers = children(supervisor.pid)
         wait_for(lambda: ready(log, workers, address), 60, log)
         for process in (supervisor.pid, *workers):  # as is done to whole groups of processes
             os.kill(process, signal.SIGTERM)
