@@ -167,9 +167,7 @@ def main(minutes: float, workers: int) -> int:
             Check("errors with a traceback in the log", f"{traces}", "0", traces == 0),
             Check("exit status at the end", f"{stopped}", "0", stopped == 0),
             Check("memory in equal intervals, MiB", course),
-            Check(
-                "its slope, MiB a minute", f"{slope:+.2f}", f"< {MOST_SLOPE * workers:g}", slope < MOST_SLOPE * workers
-            ),
+            Check("its slope, MiB a minute", f"{slope:+.2f}", f"< {most_slope:g}", slope < most_slope),
             Check("open files, least and most", f"{min(files)}, {max(files)}"),
             Check("open files, last third over first", f"{more:+.0f}", f"<= {MOST_FILES_MORE}", flat),
         ],
