@@ -5,14 +5,16 @@ image once, as it is and mirrored, before training begins, and the mean of both 
 costs what it costs without a teacher. A shifted image has the targets of the image where it was.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from training import openvino_ir, torchscript
+from training.data import Dataset
 from training.preparation import Pace, Preparation
+from training.recipes import Recipe
 from training.run import Run
 from training.store import Store
 
@@ -22,17 +24,19 @@ Teacher = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, 32, 32] to logits [B, classes]."""
 
 
-def load_teacher(versions: Sequence[str], store: Store, classes: Sequence[str], device: torch.device) -> Teacher:
-    """The classifiers of published versions as one, on the fastest runtime there is for the device.
+def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.device) -> Teacher:
+    """The classifiers of the versions that a recipe names as one, on the fastest runtime there is for the device.
 
     Args:
-        versions: such as resnet18/1.
-        classes: which they must tell apart.
+        dataset: that the student is trained on.
 
     Raises:
-        StoreError: there is no such version, it is damaged, or it has other classes.
+        StoreError: see `Store.learnable`.
     """
-    files = [store.model_file(version, classes) for version in versions]
+    files = [
+        store.learnable(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
+        for version in recipe.teachers
+    ]
     teachers: list[Teacher] = [
         torchscript.load(file, device) if device.type == "cuda" else openvino_ir.Compiled(file).on_tensors
         for file in files

@@ -109,7 +109,6 @@ def train(
 
     Raises:
         TrainingError: the loss is no longer finite.
-        RecipeError: its validation images are not unknown to its predecessor.
         StoreError: the recipe's teacher or predecessor cannot be used.
         WeightsError: the recipe's pretrained weights cannot be used.
         RunError: the run was started with other data.
@@ -129,8 +128,7 @@ def train(
         scaler.load_state_dict(state["scaler"])
         finished = state["epoch"]
     elif recipe.predecessor:
-        predecessors_store = _needed(store, recipe.predecessor)
-        warm_start.load(classifier, recipe.predecessor, recipe.validation_images, predecessors_store, dataset)
+        warm_start.load(classifier, recipe, _needed(store, recipe.weights), dataset)
     run.forget_after(finished)
 
     split, eval_name, eval_split = splits(recipe, dataset)
@@ -140,8 +138,7 @@ def train(
 
     taught = None
     if recipe.teachers:
-        teachers_store = _needed(store, recipe.teacher)
-        load_teacher = partial(distillation.load_teacher, recipe.teachers, teachers_store, dataset.classes, device)
+        load_teacher = partial(distillation.load_teacher, recipe, _needed(store, recipe.teacher), dataset, device)
         taught = yield from recorded(distillation.teach(recipe.teacher, load_teacher, images, run), run)
 
     def objective(logits: Tensor, rows: Tensor) -> Tensor:

@@ -199,15 +199,30 @@ class Store:
                 raise StoreError(f"{path} is damaged: its sha256 is not the one in {CARD}")
         return folder
 
-    def model_file(self, version: str, classes: Sequence[str]) -> Path:
-        """The exported file of a version, such as resnet18/1, that is to tell these classes apart.
+    def learnable(self, version: str, classes: Sequence[str], data: str, validation_images: int) -> Path:
+        """The exported file of a version that a run is to learn from, as a teacher or a start.
+
+        What a version has seen it passes on, so it must not know the images that the run validates on. Held out are
+        always the same images, fewer of them are some of these.
+
+        Args:
+            version: such as resnet18/1.
+            classes: of the run's data set.
+            data: its fingerprint.
+            validation_images: that the run holds out.
 
         Raises:
-            StoreError: there is no such version, it is damaged, or it has other classes.
+            StoreError: there is no such version, it is damaged, has other classes, or knows images that are held out.
         """
         card = self.card(*self.parse(version))
         if card.classes != list(classes):
             raise StoreError(f"{version} was trained on other classes and cannot be learnt from")
+        unknown = card.recipe.get("validation_images", 0)
+        if card.data == data and validation_images > unknown:
+            raise StoreError(
+                f"{version} was trained on all but {unknown} images and knows those that validation_images="
+                f"{validation_images} holds out; give at most {unknown}"
+            )
         return self.verify(card) / MODEL
 
     @contextmanager

@@ -1,5 +1,6 @@
 """Learning from a teacher: the loss, what the teacher is asked, and runs that follow it."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,11 +110,15 @@ def test_a_run_with_a_teacher_goes_on_without_asking_it_again(dataset: Dataset, 
 
 
 def test_a_teacher_that_cannot_be_used_is_an_error(dataset: Dataset, models: Path, tmp_path: Path) -> None:
-    store = Store(models)
+    def load(dataset: Dataset, **fields: Any) -> None:
+        distillation.load_teacher(recipe("resnet", TINY | fields), Store(models), dataset, CPU)
+
     with pytest.raises(StoreError, match="there is no version 7 of resnet"):
-        distillation.load_teacher(["resnet/7"], store, dataset.classes, CPU)
+        load(dataset, teacher="resnet/7")
     with pytest.raises(StoreError, match="other classes"):
-        distillation.load_teacher(["resnet/1"], store, tuple(reversed(dataset.classes)), CPU)
+        load(replace(dataset, classes=tuple(reversed(dataset.classes))), teacher="resnet/1")
+    with pytest.raises(StoreError, match="resnet/1 was trained on all but 100 images"):
+        load(dataset, teacher="resnet/1", validation_images=101)
     run = started(tmp_path / "run", teacher="resnet/1")
     with pytest.raises(ValueError, match="without a store there is no resnet/1"):
         list(train(run.recipe(), dataset, run, CPU))
@@ -129,7 +134,8 @@ def test_several_versions_teach_the_mean_of_their_logits(
         return SimpleNamespace(on_tensors=lambda _: logits)
 
     monkeypatch.setattr(distillation.openvino_ir, "Compiled", compiled)
-    teacher = distillation.load_teacher(["resnet/1", "resnet/1"], Store(models), dataset.classes, CPU)
+    chosen = recipe("resnet", {"teacher": "resnet/1,resnet/1", "validation_images": 100})
+    teacher = distillation.load_teacher(chosen, Store(models), dataset, CPU)
     assert torch.equal(teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), torch.tensor([[2.0, 4.0]]))
 
 

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ FIELDS = {"width": 8, "epochs": 2, "validation_images": 100, "weights": "resnet/
 def warmed(models: Path, dataset: Dataset, **fields: Any) -> Classifier:
     chosen = recipe("resnet", FIELDS | fields)
     classifier = build(chosen).eval()
-    warm_start.load(classifier, chosen.weights, chosen.validation_images, Store(models), dataset)
+    warm_start.load(classifier, chosen, Store(models), dataset)
     return classifier
 
 
@@ -57,8 +58,10 @@ def test_a_run_starts_there_goes_on_without_the_version_and_its_card_names_it(
 
 def test_images_that_the_version_was_trained_on_cannot_be_held_out(models: Path, dataset: Dataset) -> None:
     warmed(models, dataset, validation_images=60)
-    with pytest.raises(RecipeError, match=r"validation_images=101 .* give at most 100"):
+    with pytest.raises(StoreError, match=r"validation_images=101 holds out; give at most 100"):
         warmed(models, dataset, validation_images=101)
+    other_data = replace(dataset, fingerprint="0")
+    warmed(models, other_data, validation_images=101)
 
 
 def test_a_version_that_does_not_fit_is_an_error(models: Path, dataset: Dataset, tmp_path: Path) -> None:
