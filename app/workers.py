@@ -40,6 +40,7 @@ BEAT_S = 1.0
 _POLL_S = 0.2
 _START_S = 30.0  # a worker that gives up sooner cannot start at all
 _SILENCE_S = 20.0  # a worker that sends no beat for so long hangs
+_STOP_S = 30.0  # a worker told to end gives the requests under way 20
 _PACE_S = 2.0  # between two starts in one place
 _PACKAGES = Path(__file__).parents[1]
 
@@ -124,7 +125,6 @@ class Supervisor:
                     if worker.hangs() and process.poll() is None:
                         log.error("worker %d does not respond and is killed", process.pid)
                         process.kill()
-                        process.wait()
                     if process.poll() is None or worker.age_s < _PACE_S:
                         continue
                     if process.returncode > 0 and not worker.replaces and worker.age_s < _START_S:
@@ -161,11 +161,20 @@ class Supervisor:
         for worker in running:
             worker.drain()
         while any(worker.process.poll() is None for worker in running) and len(self._signals) < 2:
+            for worker in running:
+                if worker.hangs():
+                    worker.process.kill()
             time.sleep(_POLL_S)
         for worker in running:
             worker.end()
+        latest = time.monotonic() + _STOP_S
         for worker in running:
-            worker.process.wait()
+            try:
+                worker.process.wait(max(0, latest - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.error("worker %d does not end and is killed", worker.process.pid)
+                worker.process.kill()
+                worker.process.wait()
 
 
 @contextmanager

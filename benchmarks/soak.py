@@ -157,7 +157,7 @@ def main(minutes: float, workers: int) -> int:
     wrong = sum(load.unexpected.values())
     total = sum(load.answers.values())
     course = ", ".join(f"{rows[round(at)][1]:.0f}" for at in np.linspace(0, len(rows) - 1, MOMENTS))
-    flat = more <= MOST_FILES_MORE
+    flat = more <= MOST_FILES_MORE * workers
     return conclude(
         "soak" if workers == 1 else "soak_workers",
         f"{minutes:g} minutes, workers: {workers}, {len(load.turns())} clients, {total:,} requests, {load.jobs} jobs.",
@@ -169,7 +169,7 @@ def main(minutes: float, workers: int) -> int:
             Check("memory in equal intervals, MiB", course),
             Check("its slope, MiB a minute", f"{slope:+.2f}", f"< {most_slope:g}", slope < most_slope),
             Check("open files, least and most", f"{min(files)}, {max(files)}"),
-            Check("open files, last third over first", f"{more:+.0f}", f"<= {MOST_FILES_MORE}", flat),
+            Check("open files, last third over first", f"{more:+.0f}", f"<= {MOST_FILES_MORE * workers}", flat),
         ],
     )
 

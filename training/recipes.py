@@ -103,7 +103,10 @@ class Recipe(BaseModel):
             if self.reinitialise:
                 raise ValueError(f"reinitialise applies to ImageNet weights, not to those of {self.predecessor}")
         elif self.network != "resnet18" and self.weights != "none":
-            raise ValueError(f"weights={self.weights} applies to network=resnet18, not to {self.network}")
+            raise ValueError(
+                f"weights={self.weights} applies to network=resnet18, not to {self.network}, "
+                "which takes a version such as resnet/3"
+            )
         if "fc" not in self.trainable:
             raise ValueError("trainable must contain fc, which is always new")
         return self

@@ -23,7 +23,9 @@ def load(classifier: Classifier, recipe: Recipe, store: Store, dataset: Dataset)
     version = recipe.weights
     file = store.learnable(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
     weights = torchscript.load_weights(file)
+    if not weights:
+        raise StoreError(f"{version} was exported as a graph only: it can teach, but not be trained on")
     try:
         classifier.load_state_dict(weights | {"temperature": classifier.temperature})
     except RuntimeError as error:
-        raise StoreError(f"{version} is of another network or width, or was exported as a graph only") from error
+        raise StoreError(f"{version} is of another network or width") from error

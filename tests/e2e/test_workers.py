@@ -67,7 +67,7 @@ def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path
         assert not any(running(worker) for worker in workers)
 
 
-def test_a_worker_that_hangs_is_replaced(tmp_path: Path, models: Path) -> None:
+def test_a_worker_that_hangs_is_replaced_and_keeps_no_service_from_ending(tmp_path: Path, models: Path) -> None:
     log = tmp_path / "log"
     with service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
         workers = children(supervisor.pid)
@@ -78,6 +78,10 @@ def test_a_worker_that_hangs_is_replaced(tmp_path: Path, models: Path) -> None:
         assert f"worker {hanging} does not respond and is killed" in log.read_text()
         wait_for(lambda: ready(log, children(supervisor.pid), client.base_url), 60, log)
         assert max(workers) in children(supervisor.pid)
+
+        os.kill(max(workers), signal.SIGSTOP)
+        supervisor.terminate()
+        assert supervisor.wait(60) == 0
 
 
 def test_no_worker_outlives_its_supervisor(tmp_path: Path, models: Path) -> None:

@@ -62,6 +62,7 @@ def test_a_teacher_is_asked_once_about_every_image_and_its_mirror_image(tmp_path
     again, events = taught(run, forgetful, images)
     assert torch.equal(again, logits)
     assert events == []
+    assert len(taught(run, left_column, images[:100])[0]) == 100  # what is kept is of other images
 
 
 class _Confused:

@@ -75,11 +75,15 @@ def test_a_version_that_does_not_fit_is_an_error(models: Path, dataset: Dataset,
         list(train(run.recipe(), dataset, run, CPU))
 
 
-def test_a_file_that_holds_only_a_graph_has_no_weights(models: Path, tmp_path: Path) -> None:
+def test_a_file_that_holds_only_a_graph_cannot_be_trained_on(
+    models: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.jit.save(torchscript.load(models / "resnet" / "1" / MODEL), tmp_path / MODEL)
-    assert torchscript.load_weights(tmp_path / MODEL) == {}
+    monkeypatch.setattr(Store, "learnable", lambda *_: tmp_path / MODEL)
+    with pytest.raises(StoreError, match="resnet/1 was exported as a graph only"):
+        warmed(models, dataset)
 
 
 @pytest.mark.parametrize("version", ["resnet18", "../resnet/1", "resnet/0", "resnet/x"])
