@@ -303,10 +303,12 @@ class Jobs:
         if wanted.weights not in ("none", "imagenet", wanted.predecessor):
             raise BadRequest("weights must be none, imagenet or a version here; files are for the command line")
         store = Store(self._settings.models)
-        for field, versions in {"weights": [wanted.predecessor], "teacher": wanted.teachers}.items():
+        learnt = [("teacher", version) for version in wanted.teachers]
+        if wanted.predecessor:
+            learnt.append(("weights", wanted.predecessor))
+        for field, version in learnt:
             try:
-                for version in filter(None, versions):
-                    store.card(*store.parse(version))
+                store.card(*store.parse(version))
             except StoreError as error:
                 raise BadRequest(f"{field}: {error}") from None
         limits = {"total epochs": (wanted.total_epochs, self._settings.max_job_epochs)}

@@ -71,8 +71,8 @@ class Worker:
     def age_s(self) -> float:
         return time.monotonic() - self.started
 
-    def hangs(self) -> bool:
-        """Whether it has sent no beat for too long; asked at every poll.
+    def kill_if_hanging(self) -> None:
+        """Kill it if it has sent no beat for too long; called at every poll.
 
         Polls are counted, not seconds: where the whole machine stood still, nobody is late.
         """
@@ -83,7 +83,10 @@ class Worker:
             self._silent_polls = 0
         elif self._silent_polls is not None:
             self._silent_polls += 1
-        return (self._silent_polls or 0) > _SILENCE_S / _POLL_S
+            if self._silent_polls > _SILENCE_S / _POLL_S and self.process.poll() is None:
+                log.error("worker %d does not respond and is killed", self.process.pid)
+                self.process.kill()
+                self._silent_polls = None
 
     def drain(self) -> None:
         with suppress(OSError):  # it may have just ended
@@ -121,10 +124,8 @@ class Supervisor:
             while not self._signals and not status:
                 time.sleep(_POLL_S)
                 for place, worker in enumerate(running):
+                    worker.kill_if_hanging()
                     process = worker.process
-                    if worker.hangs() and process.poll() is None:
-                        log.error("worker %d does not respond and is killed", process.pid)
-                        process.kill()
                     if process.poll() is None or worker.age_s < _PACE_S:
                         continue
                     if process.returncode > 0 and not worker.replaces and worker.age_s < _START_S:
@@ -146,8 +147,7 @@ class Supervisor:
         # This very package, whatever lies in the current folder.
         command = [sys.executable, "-P", "-m", "app", "--host", self._host, "--port", str(self._port), "--worker"]
         search = os.pathsep.join(filter(None, (str(_PACKAGES), os.environ.get("PYTHONPATH"))))
-        own = {METRICS: metrics, "CIFAR100_WORKERS": str(self._workers), "PYTHONPATH": search}
-        environment = os.environ | own
+        environment = os.environ | {METRICS: metrics, "CIFAR100_WORKERS": str(self._workers), "PYTHONPATH": search}
         line, its_line = socket.socketpair()
         try:
             with its_line, only_on(set(share)):
@@ -162,8 +162,7 @@ class Supervisor:
             worker.drain()
         while any(worker.process.poll() is None for worker in running) and len(self._signals) < 2:
             for worker in running:
-                if worker.hangs():
-                    worker.process.kill()
+                worker.kill_if_hanging()
             time.sleep(_POLL_S)
         for worker in running:
             worker.end()

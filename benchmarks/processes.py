@@ -11,7 +11,8 @@ def memory_mib(process: int, field: str = "VmRSS") -> float:
 
 def children(process: int) -> set[int]:
     """Its child processes."""
-    return {int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()}
+    lists = Path(f"/proc/{process}/task").glob("*/children")  # of every thread
+    return {int(child) for each in lists for child in each.read_text().split()}
 
 
 def open_files(process: int) -> int:

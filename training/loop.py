@@ -118,6 +118,7 @@ def train(
     network = classifier.network
     optimizer = make_optimizer(recipe, classifier)
     dtype = precision(recipe, device)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
     finished = 0
@@ -178,14 +179,14 @@ def train(
                 batch, partners, share = augment.mix(batch, recipe.mixup, generator)
             rate = learning_rate(recipe, epoch - 1 + (step - 0.5) / steps)
             set_learning_rate(optimizer, rate)
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            with autocast():
                 logits = source.logits(batch)
                 loss = objective(logits, rows)
                 if recipe.mixup:
                     loss = torch.lerp(objective(logits, rows[partners]), loss, share)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):  # Muon's products of matrices
+            with autocast():  # for Muon's products of matrices
                 scaler.step(optimizer)
             scaler.update()
 
@@ -213,7 +214,7 @@ def train(
                 yield tick
 
         classifier.eval()
-        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+        with autocast():
             result = evaluate(predict(source.logits, source.evaluation), eval_labels.cpu())
         if not math.isfinite(result.loss):
             raise TrainingError(_non_finite(epoch, steps, rate, epoch - 1))

@@ -123,10 +123,15 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     gram = x @ x.mT
     identity = torch.eye(gram.shape[1], device=gram.device)
-    product = q = a * identity + b * gram + c * gram @ gram
+
+    def polynomial(gram: Tensor) -> Tensor:
+        q: Tensor = a * identity + b * gram + c * gram @ gram
+        return q
+
+    product = q = polynomial(gram)
     for _ in range(_ITERATIONS - 1):
         gram = q @ gram @ q
-        q = a * identity + b * gram + c * gram @ gram
+        q = polynomial(gram)
         product = q @ product
     result: Tensor = (product @ x).to(matrices.dtype)
     return result if wide is matrices else result.mT
