@@ -66,11 +66,12 @@ class OpenVinoEngine:
     """OpenVINO on the CPU.
 
     Args:
-        file: `model.pt`, computed in the precision in which the processor is fastest, or `int8.xml`.
+        file: `model.pt` or `int8.xml`.
+        precision: of what is not quantised, see `Compiled`.
     """
 
-    def __init__(self, file: Path):
-        self._compiled = Compiled(file)
+    def __init__(self, file: Path, precision: str | None = None):
+        self._compiled = Compiled(file, precision)
         precision = "int8" if file.name == INT8 else self._compiled.precision
         self.name = f"openvino-{precision}"
         self.tolerance = {"f32": _ROUNDING, "int8": _QUANTISED}.get(precision, _REDUCED_PRECISION)
@@ -86,7 +87,8 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
         model: an exported `model.pt`.
         device: "auto" is CUDA where there is one.
         runtime: "auto" tries on the CPU, until one computes what the model does: its int8 form, if it has one and the
-            processor has instructions for that; OpenVINO in floating point; TorchScript.
+            processor has instructions for that; "openvino"; TorchScript. "openvino" takes float32 where the precision
+            in which the processor is fastest is too coarse for the model.
 
     Raises:
         EngineError: the runtime that was asked for cannot be used.
@@ -99,18 +101,21 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
         candidates = ("openvino", "torchscript") if device == "cpu" else ("torchscript",)
         if device == "cpu" and int8.exists() and _computes_int8():
             candidates = ("int8", *candidates)
-    makers: dict[Runtime, Callable[[], Engine]] = {
-        "int8": lambda: OpenVinoEngine(int8),
-        "openvino": lambda: OpenVinoEngine(model),
-        "torchscript": lambda: TorchScriptEngine(model, torch.device(device)),
+    makers: dict[Runtime, tuple[Callable[[], Engine], ...]] = {
+        "int8": (lambda: OpenVinoEngine(int8),),
+        "openvino": (lambda: OpenVinoEngine(model), lambda: OpenVinoEngine(model, "f32")),
+        "torchscript": (lambda: TorchScriptEngine(model, torch.device(device)),),
     }
     failures = []
     for candidate in candidates:
-        try:
-            return _ready(makers[candidate], model)
-        except Exception as error:  # whatever a foreign runtime may raise
-            failures.append(f"{candidate} cannot compute {model}: {error}")
-            log.warning(failures[-1])
+        for make in makers[candidate]:
+            try:
+                return _ready(make, model)
+            except Exception as error:  # whatever a foreign runtime may raise
+                failures.append(f"{candidate} cannot compute {model}: {error}")
+                log.warning(failures[-1])
+                if not isinstance(error, EngineError):
+                    break  # no precision would help
     raise EngineError("; ".join(failures))
 
 

@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -271,6 +271,17 @@ class Jobs:
             row.started = row.started or datetime.now(UTC)
         return JobSummary.model_validate(row), wanted
 
+    def needed(self, model: str) -> set[int]:
+        """Versions of a model that waiting jobs are to learn from."""
+        with self._transaction() as session:
+            recipes = session.scalars(select(JobRow.recipe).where(JobRow.state.in_(WAITING))).all()
+        needed = set()
+        for each in recipes:
+            with suppress(RecipeError):  # of an earlier release; the job will fail
+                sources = (source.split("/") for source in from_dict(each).sources)
+                needed |= {int(version) for name, version in sources if name == model}
+        return needed
+
     def succeed(self, job_id: str, published: Publication) -> None:
         """Its model is published. A job that was cancelled too late stays cancelled but tells what it has published."""
         with self._transaction() as session:
@@ -296,21 +307,17 @@ class Jobs:
                 log.info("training job %s is interrupted: %s", row.id, crash or "the service stops")
 
     def _validated(self, request: JobRequest) -> Recipe:
+        store = Store(self._settings.models)
         try:
             wanted = recipe(request.recipe, request.overrides)
-        except RecipeError as error:
+            for version in wanted.sources:
+                card = store.card(*store.parse(version))
+                if version == wanted.predecessor:
+                    wanted.require_fit(card.recipe)
+        except (RecipeError, StoreError) as error:
             raise BadRequest(f"{error}") from None
         if wanted.weights not in ("none", "imagenet", wanted.predecessor):
             raise BadRequest("weights must be none, imagenet or a version here; files are for the command line")
-        store = Store(self._settings.models)
-        learnt = [("teacher", version) for version in wanted.teachers]
-        if wanted.predecessor:
-            learnt.append(("weights", wanted.predecessor))
-        for field, version in learnt:
-            try:
-                store.card(*store.parse(version))
-            except StoreError as error:
-                raise BadRequest(f"{field}: {error}") from None
         limits = {"total epochs": (wanted.total_epochs, self._settings.max_job_epochs)}
         limits |= {"batch_size": (wanted.batch_size, self._settings.max_job_batch)}
         limits |= {"width": (wanted.width, self._settings.max_job_width)}

@@ -103,8 +103,9 @@ class Runner:
         if publication := run.publication():
             await asyncio.to_thread(self._jobs.succeed, job.id, publication)
             if self._settings.keep_versions:
+                needed = await asyncio.to_thread(self._jobs.needed, publication.model)
                 store = Store(self._settings.models)
-                await asyncio.to_thread(store.prune, publication.model, self._settings.keep_versions)
+                await asyncio.to_thread(store.prune, publication.model, self._settings.keep_versions, needed)
             await self._on_published()
         else:
             await asyncio.to_thread(self._jobs.interrupt, job.id, crash)

@@ -10,6 +10,7 @@ way and end; the worker writes a byte every second, as long as it responds.
 """
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -39,6 +40,7 @@ BEAT_S = 1.0
 
 _POLL_S = 0.2
 _START_S = 30.0  # a worker that gives up sooner cannot start at all
+_LOAD_S = 300.0  # a worker that has loaded its models sends its first beat sooner
 _SILENCE_S = 20.0  # a worker that sends no beat for so long hangs
 _STOP_S = 30.0  # a worker told to end gives the requests under way 20
 _PACE_S = 2.0  # between two starts in one place
@@ -64,7 +66,7 @@ class Worker:
         self.replaces = replaces
         self._line = line
         self.started = time.monotonic()
-        self._silent_polls: int | None = None  # not counted before its first beat, as loading models takes as it takes
+        self._polls_left = _LOAD_S / _POLL_S
         line.setblocking(False)
 
     @property
@@ -79,14 +81,11 @@ class Worker:
         beats = b""
         with suppress(BlockingIOError, ConnectionResetError):
             beats = self._line.recv(4096)
-        if beats:
-            self._silent_polls = 0
-        elif self._silent_polls is not None:
-            self._silent_polls += 1
-            if self._silent_polls > _SILENCE_S / _POLL_S and self.process.poll() is None:
-                log.error("worker %d does not respond and is killed", self.process.pid)
-                self.process.kill()
-                self._silent_polls = None
+        self._polls_left = _SILENCE_S / _POLL_S if beats else self._polls_left - 1
+        if self._polls_left < 0 and self.process.poll() is None:
+            log.error("worker %d does not respond and is killed", self.process.pid)
+            self.process.kill()
+            self._polls_left = math.inf
 
     def drain(self) -> None:
         with suppress(OSError):  # it may have just ended

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -140,8 +141,9 @@ def main(minutes: float, workers: int) -> int:
             rows: list[tuple[float, float, int]] = []
             while time.monotonic() - started < minutes * 60 and server.process.poll() is None:
                 time.sleep(SAMPLE_S)
-                held, files = (sum(map(measure, server.serving)) for measure in (memory_mib, open_files))
-                rows.append(((time.monotonic() - started) / 60, held, round(files)))
+                with suppress(OSError, StopIteration):  # a worker has ended since it was listed
+                    held, files = (sum(map(measure, server.serving)) for measure in (memory_mib, open_files))
+                    rows.append(((time.monotonic() - started) / 60, held, round(files)))
             over.set()
             for client in clients:
                 client.join(60)

@@ -114,7 +114,10 @@ def load(source: str | None = None) -> Dataset:
         if count and not (count.isdecimal() and int(count) > 0):
             raise DataError(f"synthetic:{count} must name a positive number of images per class, as in synthetic:20")
         return synthetic(int(count or 20))
-    archive = Path(source).expanduser() / ARCHIVE
+    folder = Path(source).expanduser()
+    if folder.is_file():
+        raise DataError(f"{source} is a file; name the folder that holds {ARCHIVE}")
+    archive = folder / ARCHIVE
     if not archive.exists():
         _download(archive)
     return _read(archive)

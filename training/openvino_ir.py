@@ -30,13 +30,15 @@ class Compiled:
 
     Args:
         file: an exported `model.pt`, which is converted, or an `int8.xml`.
+        precision: f32 or another of OpenVINO's, instead of the fastest.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, precision: str | None = None):
         from openvino import Core
 
         network = _converted(file) if file.suffix == ".pt" else Core().read_model(file)
-        compiled = Core().compile_model(network, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+        hints = {"PERFORMANCE_HINT": "LATENCY"} | ({"INFERENCE_PRECISION_HINT": precision} if precision else {})
+        compiled = Core().compile_model(network, "CPU", hints)
         self.precision: str = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         """Of what is not quantised: f32, bf16 or f16."""
         self._request = compiled.create_infer_request()

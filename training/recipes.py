@@ -5,6 +5,7 @@ Out: a `Recipe`, or `RecipeError` saying which field is wrong and what it accept
 """
 
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
@@ -108,7 +109,7 @@ class Recipe(BaseModel):
                 "which takes a version such as resnet/3"
             )
         if "fc" not in self.trainable:
-            raise ValueError("trainable must contain fc, which is always new")
+            raise ValueError("trainable must contain fc, the classifier itself")
         return self
 
     @property
@@ -127,8 +128,27 @@ class Recipe(BaseModel):
         return () if self.teacher == "none" else tuple(self.teacher.split(","))
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The published versions that training needs: its teachers and where it starts."""
+        return self.teachers + ((self.predecessor,) if self.predecessor else ())
+
+    @property
     def total_epochs(self) -> int:
         return self.epochs + self.finetune_epochs
+
+    def require_fit(self, predecessor: Mapping[str, Any]) -> None:
+        """Refuse to start from the weights of another network.
+
+        Args:
+            predecessor: recipe of the version that training is to start from.
+
+        Raises:
+            RecipeError: they differ in what decides on the weights' names and shapes.
+        """
+        for field in ("network", "width", "batch_norm_statistics"):
+            has, wanted = predecessor.get(field), getattr(self, field)
+            if has != wanted:
+                raise RecipeError(f"{self.weights} has {field}={has}, which does not fit {field}={wanted}")
 
 
 _APPLIES_TO = {

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -316,11 +316,12 @@ class Store:
                 return card
         return None
 
-    def prune(self, name: str, keep: int) -> list[int]:
+    def prune(self, name: str, keep: int, needed: Collection[int] = ()) -> list[int]:
         """Remove all versions but the newest `keep`; the live one stays whatever its age.
 
         Args:
             keep: at least 1, so that no version number is ever given twice.
+            needed: further versions that stay.
 
         Returns:
             The versions that are gone.
@@ -329,7 +330,7 @@ class Store:
             raise ValueError(f"keep={keep}: at least one version must stay")
         model = self._model(name)
         with _locked(model):
-            gone = [version for version in self.versions(name)[:-keep] if version != self.live(name)]
+            gone = [each for each in self.versions(name)[:-keep] if each != self.live(name) and each not in needed]
             with tempfile.TemporaryDirectory(prefix=".draft-", dir=model) as trash:
                 for version in gone:
                     (model / str(version)).rename(Path(trash, str(version)))

@@ -18,14 +18,13 @@ def load(classifier: Classifier, recipe: Recipe, store: Store, dataset: Dataset)
         dataset: that it is trained on.
 
     Raises:
-        StoreError: see `Store.learnable`; or the version is of another network.
+        StoreError: see `Store.learnable`; or the version has no weights of its own.
+        RecipeError: the version is of another network.
     """
     version = recipe.weights
+    recipe.require_fit(store.card(*store.parse(version)).recipe)
     file = store.learnable(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
     weights = torchscript.load_weights(file)
     if not weights:
         raise StoreError(f"{version} was exported as a graph only: it can teach, but not be trained on")
-    try:
-        classifier.load_state_dict(weights | {"temperature": classifier.temperature})
-    except RuntimeError as error:
-        raise StoreError(f"{version} is of another network or width") from error
+    classifier.load_state_dict(weights | {"temperature": classifier.temperature})

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from app import engines
 from app.engines import EngineError, OpenVinoEngine
 from training.data import Dataset
-from training.openvino_ir import quantise
+from training.openvino_ir import Compiled, quantise
 from training.torchscript import load
 
 
@@ -87,6 +87,23 @@ def test_a_runtime_that_computes_something_else_is_refused(
     assert "probabilities differ from float32" in caplog.text
     with pytest.raises(EngineError, match="probabilities differ"):
         engines.load(model, "cpu", "openvino")
+
+
+def test_a_model_that_is_too_coarse_in_the_fastest_precision_is_computed_in_float32(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Coarse(Compiled):
+        def __init__(self, file: Path, precision: str | None = None):
+            super().__init__(file, precision)
+            self._factor = np.float32(1 if precision == "f32" else 1000)
+
+        def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return super().__call__(images) * self._factor
+
+    monkeypatch.setattr(engines, "Compiled", Coarse)
+    with caplog.at_level(logging.WARNING):
+        assert engines.load(model, "cpu", "openvino").name == "openvino-f32"
+    assert caplog.text.count("probabilities differ from float32") == 1
 
 
 def test_without_openvino_torchscript_serves(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

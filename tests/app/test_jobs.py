@@ -3,6 +3,7 @@
 import sqlite3
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from local import local
@@ -18,7 +19,7 @@ from training.store import Store
 REQUEST = JobRequest(recipe="resnet", overrides={"epochs": 2})
 
 
-def opened(runs: Path, **settings: int) -> Jobs:
+def opened(runs: Path, **settings: Any) -> Jobs:
     jobs = Jobs(Settings(runs=runs, **settings))
     jobs.open()
     return jobs
@@ -68,6 +69,17 @@ def test_a_running_job_that_cannot_be_told_to_stop_goes_on(jobs: Jobs) -> None:
     with pytest.raises(Unavailable, match="cannot be used"):
         jobs.cancel(job_id)
     assert jobs.state(job_id) is State.RUNNING
+
+
+def test_versions_that_waiting_jobs_learn_from_are_needed(published_store: Path, tmp_path: Path) -> None:
+    jobs = opened(tmp_path, models=published_store)
+    assert jobs.needed("resnet") == set()
+    job = jobs.submit(JobRequest(recipe="resnet", overrides={"weights": "resnet/1", "width": 8}))
+    jobs.submit(JobRequest(recipe="resnet18", overrides={"teacher": "resnet/1"}))
+    assert jobs.needed("resnet") == {1}
+    assert jobs.needed("resnet18") == set()
+    jobs.cancel(job.id)
+    assert jobs.needed("resnet") == {1}
 
 
 def test_a_job_keeps_its_recipe_whatever_the_defaults_become(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:

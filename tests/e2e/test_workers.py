@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import httpx
 from processes import children
 from server import wait_for
 from service import TINY, finished, service
+
+from app.workers import Worker
 
 WORKERS = 2
 
@@ -82,6 +85,20 @@ def test_a_worker_that_hangs_is_replaced_and_keeps_no_service_from_ending(tmp_pa
         os.kill(max(workers), signal.SIGSTOP)
         supervisor.terminate()
         assert supervisor.wait(60) == 0
+
+
+def test_a_worker_that_hangs_while_it_loads_is_killed_later() -> None:
+    line, its_line = socket.socketpair()
+    with its_line:
+        process = subprocess.Popen(["sleep", "1000"], stdin=its_line)
+    worker = Worker(process, line, replaces=False)
+    for _ in range(1000):  # 200 seconds of polls
+        worker.kill_if_hanging()
+    assert process.poll() is None
+    for _ in range(1000):
+        worker.kill_if_hanging()
+    assert process.wait(10) == -signal.SIGKILL
+    worker.end()
 
 
 def test_no_worker_outlives_its_supervisor(tmp_path: Path, models: Path) -> None:

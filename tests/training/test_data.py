@@ -74,6 +74,12 @@ def test_the_folder_may_come_from_the_environment(tmp_path: Path, monkeypatch: p
     assert_same(load(), arrays())
 
 
+def test_a_file_is_not_taken_for_the_folder(tmp_path: Path) -> None:
+    written(tmp_path, arrays())
+    with pytest.raises(DataError, match=r"cifar100\.npz is a file; name the folder that holds cifar100\.npz"):
+        load(str(tmp_path / "cifar100.npz"))
+
+
 def test_the_fingerprint_changes_with_one_pixel_and_with_one_label(tmp_path: Path) -> None:
     content = arrays()
     fingerprints = []

@@ -282,6 +282,13 @@ def test_old_versions_are_removed_but_never_the_live_one(live: int, keep: int, l
         store.prune("resnet", 0)
 
 
+def test_a_version_that_is_needed_is_not_removed(store: Store) -> None:
+    for _ in range(4):
+        published(store)
+    assert store.prune("resnet", 1, needed={2}) == [1, 3]
+    assert store.versions("resnet") == [2, 4]
+
+
 def test_removing_and_promoting_at_once_never_leaves_a_live_version_that_is_gone(store: Store) -> None:
     refused: list[StoreError] = []
 

@@ -65,7 +65,7 @@ def test_images_that_the_version_was_trained_on_cannot_be_held_out(models: Path,
 
 
 def test_a_version_that_does_not_fit_is_an_error(models: Path, dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="resnet/1 is of another network or width"):
+    with pytest.raises(RecipeError, match="resnet/1 has width=8, which does not fit width=16"):
         warmed(models, dataset, width=16)
     with pytest.raises(StoreError, match="there is no version 7 of resnet"):
         warmed(models, dataset, weights="resnet/7")
