@@ -157,9 +157,8 @@ def main(promotions: int, workers: int) -> int:
     failed = len(answers) - len(good)
     wrong = sum(value > TOLERANCE for value in differences)
     return conclude(
-        "hot_swap" if workers == 1 else "hot_swap_workers",
-        f"{promotions} promotions, workers: {workers}, connections: {CONNECTIONS}, {len(answers):,} requests "
-        f"in {took:.0f} s.",
+        "hot_swap",
+        f"{promotions} promotions, {CONNECTIONS} connections, {len(answers):,} requests in {took:.0f} s.",
         [
             Check("failed requests", f"{failed}", "0", failed == 0),
             Check("answers of a version that was not live", f"{len(strangers)}", "0", not strangers),
@@ -172,6 +171,7 @@ def main(promotions: int, workers: int) -> int:
             Check("until one by another process is, median", f"{statistics.median(seconds[1::2]) * 1000:.0f} ms"),
             Check("a request: median, 99th percentile, slowest", f"{median:.0f}, {late:.0f}, {longest:.0f} ms"),
         ],
+        workers,
     )
 
 

@@ -26,17 +26,20 @@ class Check:
     met: bool | None = None
 
 
-def conclude(name: str, ran: str, checks: list[Check]) -> int:
-    """Print the table and write it to `results/NAME.md`.
+def conclude(name: str, ran: str, checks: list[Check], workers: int = 1) -> int:
+    """Print the table and write it to `results/NAME.md`, or for several workers to `results/NAME_workers.md`.
 
     Args:
         name: of the program.
         ran: what was run, in a sentence.
+        workers: processes of the service.
 
     Returns:
         The exit status: 1 if a target was missed.
     """
     missed = [check for check in checks if check.met is False]
+    if workers > 1:
+        name, ran = f"{name}_workers", f"{workers} workers: {ran}"
     lines = [f"{ran} {datetime.now(UTC):%Y-%m-%d}, {machine()}.", "", *table(checks)]
     print("\n".join(lines), flush=True)
     RESULTS.mkdir(exist_ok=True)

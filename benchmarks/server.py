@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import httpx
-from processes import children
+import processes
 
 DATA = "synthetic:4"
 READY_S = 60.0
@@ -62,16 +62,22 @@ class Server:
 
     @property
     def address(self) -> str | None:
-        """Its URL, once it takes requests."""
+        """Its URL, once it takes requests in all its processes."""
         with self.log.open("rb") as log:
             log.seek(self._heard)
-            found = re.search(rb"running on (http://[\d.:]+)", log.read())
-        return found[1].decode() if found else None
+            found: list[bytes] = re.findall(rb"running on (http://[\d.:]+)", log.read())
+        return found[0].decode() if len(found) >= self._workers else None
 
-    @property
-    def serving(self) -> set[int]:
-        """The processes that answer: itself, or its workers."""
-        return children(self.process.pid) if self._workers > 1 else {self.process.pid}
+    def memory_mib(self, field: str = "VmRSS") -> float:
+        """Of all processes that answer; fields are those of `processes.memory_mib`."""
+        return sum(processes.memory_mib(process, field) for process in self._answering())
+
+    def open_files(self) -> int:
+        """Of all processes that answer."""
+        return sum(map(processes.open_files, self._answering()))
+
+    def _answering(self) -> set[int]:
+        return processes.children(self.process.pid) if self._workers > 1 else {self.process.pid}
 
     def client(self, timeout_s: float = 60.0) -> httpx.Client:
         """Talks to a server that takes requests."""

@@ -25,7 +25,6 @@ import numpy as np
 import tiny_models
 from mutations import damaged, samples
 from PIL import Image
-from processes import memory_mib, open_files
 from results import Check, conclude
 from server import Server
 from tiny_models import NAME, TINY
@@ -142,8 +141,8 @@ def main(minutes: float, workers: int) -> int:
             while time.monotonic() - started < minutes * 60 and server.process.poll() is None:
                 time.sleep(SAMPLE_S)
                 with suppress(OSError, StopIteration):  # a worker has ended since it was listed
-                    held, files = (sum(map(measure, server.serving)) for measure in (memory_mib, open_files))
-                    rows.append(((time.monotonic() - started) / 60, held, round(files)))
+                    held, files = server.memory_mib(), server.open_files()
+                    rows.append(((time.monotonic() - started) / 60, held, files))
             over.set()
             for client in clients:
                 client.join(60)
@@ -161,8 +160,8 @@ def main(minutes: float, workers: int) -> int:
     course = ", ".join(f"{rows[round(at)][1]:.0f}" for at in np.linspace(0, len(rows) - 1, MOMENTS))
     flat = more <= MOST_FILES_MORE * workers
     return conclude(
-        "soak" if workers == 1 else "soak_workers",
-        f"{minutes:g} minutes, workers: {workers}, {len(load.turns())} clients, {total:,} requests, {load.jobs} jobs.",
+        "soak",
+        f"{minutes:g} minutes, {len(load.turns())} clients, {total:,} requests, {load.jobs} jobs.",
         [
             *(Check(kind, f"{count:,}") for kind, count in sorted(load.answers.items())),
             Check("unexpected answers", f"{wrong}", "0", wrong == 0),
@@ -173,6 +172,7 @@ def main(minutes: float, workers: int) -> int:
             Check("open files, least and most", f"{min(files)}, {max(files)}"),
             Check("open files, last third over first", f"{more:+.0f}", f"<= {MOST_FILES_MORE * workers}", flat),
         ],
+        workers,
     )
 
 
