@@ -103,7 +103,9 @@ def ours(chosen: Recipe, dataset: Dataset, device: torch.device) -> float:
 def measure(network: str, variant: str, batches: int, source: str | None) -> dict[str, float]:
     """One measurement, in this process."""
     short: dict[str, Any] = {"epochs": 2, "validation_images": 0}
-    chosen = recipe(network, short | ({"weights": "none", "finetune_epochs": 0} if network == "resnet18" else {}))
+    if network == "resnet18":
+        short |= {"weights": "none", "image_size": 224, "finetune_epochs": 0, "finetune_crop_padding": 0}
+    chosen = recipe(network, short)
     if "without" in variant:
         chosen = chosen.model_copy(update={"cache_features": False})
     whole = data.load(source)

@@ -112,6 +112,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="NAME for the live version, or NAME/VERSION.")],
     split: Annotated[Literal["test", "train"], typer.Option(help="What to measure on.")] = "test",
     int8: Annotated[bool, typer.Option("--int8", help="Its quantised form, with OpenVINO.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="The mean answer to an image and its mirror image.")] = False,
     data_source: Data = None,
     models: Models = Path("models"),
 ) -> None:
@@ -119,21 +120,29 @@ def evaluate(
     with _errors_reported():
         store = Store(models)
         name, version = store.parse(model)
-        folder = store.verify(store.card(name, version))
+        card = store.card(name, version)
+        folder = store.verify(card)
         if int8 and not (folder / openvino_ir.INT8).exists():
             raise StoreError(f"{name} version {version} has no int8 form")
+        dataset = data.load(data_source)
+        if card.classes != list(dataset.classes):
+            raise StoreError(f"{name}/{version} was trained on other classes than those of this data set")
         device = torch.device("cpu") if int8 else default_device()
-        images, labels = to_device(getattr(data.load(data_source), split), device)
+        images, labels = to_device(getattr(dataset, split), device)
         network = (
             openvino_ir.Compiled(folder / openvino_ir.INT8).on_tensors
             if int8
             else torchscript.load(folder / MODEL, device)
         )
         started = time.perf_counter()
-        result = measure(predict(network, images), labels.cpu())
+        logits = predict(network, images)
+        if flip:
+            logits = (logits + predict(network, images.flip(2))) / 2
         seconds = time.perf_counter() - started
+        result = measure(logits, labels.cpu())
+        views = f"{result.images} {split} images" + (" and their mirror images" if flip else "")
         console.print(
-            f"{name}/{version} on {result.images} {split} images: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
+            f"{name}/{version} on {views}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
             f"loss {result.loss:.4f}, ECE {result.ece:.2%} ({result.images / seconds:.0f} images/s)"
         )
 
@@ -203,6 +212,9 @@ def _train(folder: Run, chosen: Recipe, dataset: data.Dataset, store: Store) -> 
         done = len(folder.epochs())
         console.print(f"stopped; {done} epochs are kept, go on with --run {folder.path} --resume")
         raise typer.Exit(STOPPED) from None
+    except (RecipeError, StoreError, WeightsError):
+        folder.discard()
+        raise
     console.print(f"peak memory: {peak_memory(device)}")
 
 
@@ -239,8 +251,18 @@ def _errors_reported() -> Iterator[None]:
     try:
         yield
     except _REPORTED as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _say(f"{error}")
         raise typer.Exit(_EXIT_CODES.get(type(error), 1)) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        reason = (str(error).splitlines() or ["no memory"])[0]
+        _say(f"out of memory: {reason}; a smaller batch_size or image_size needs less")
+        raise typer.Exit(1) from None
+
+
+def _say(error: str) -> None:
+    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ MIN_TEMPERATURE = 0.05  # faultless predictions would have none at all
 _BISECTIONS = 40
 
 
-def predict(model: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 500) -> Tensor:
+def predict(model: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 100) -> Tensor:
     """Logits of all images.
 
     Args:

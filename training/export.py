@@ -141,9 +141,7 @@ def _top1_in_views(network: openvino_ir.Compiled, images: Tensor, labels: Tensor
 def restore(run: Run, recipe: Recipe, dataset: Dataset) -> tuple[Classifier, int]:
     """The classifier of a run's last checkpoint, on the CPU in evaluation mode, and the epoch it is from."""
     state = run.load(dataset.fingerprint)
-    # The checkpoint overwrites every weight, so pretrained ones need not be fetched again.
-    blank = recipe.model_copy(update={"weights": "none", "reinitialise": ()})
-    classifier = build(blank, len(dataset.classes))
+    classifier = build(recipe.blank, len(dataset.classes))
     classifier.load_state_dict(state["classifier"])
     return classifier.eval(), state["epoch"]
 

@@ -6,10 +6,12 @@ first stages do not train, and the images.  Out: float16 features, mapped into m
 images uses the file again; another one replaces it.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 
@@ -20,7 +22,6 @@ from training.augment import draw
 from training.networks import Classifier, TransferResNet18
 from training.preparation import Pace, Preparation
 from training.recipes import Recipe
-from training.store import abandoned
 
 DEFAULT_FOLDER = "~/.cache/cifar100/features"
 BATCH_SIZE = 100
@@ -104,6 +105,7 @@ def prepare(
     pace = Pace(message, total)
     try:
         with partial.open("wb") as output:
+            fcntl.flock(output, fcntl.LOCK_EX)
             for part, mirrored in parts:
                 for batch in part.split(BATCH_SIZE):
                     output.write(compute(batch, mirrored).cpu().contiguous().numpy().data)
@@ -133,8 +135,9 @@ def _make_room(folder: Path) -> None:
     for file in folder.glob("*.float16"):
         file.unlink(missing_ok=True)
     for partial in folder.glob("*.partial"):
-        if abandoned(partial):
-            partial.unlink(missing_ok=True)
+        with suppress(OSError), partial.open("rb") as left:  # its writer holds the lock
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
 
 
 def _key(

@@ -114,7 +114,9 @@ def train(
         RunError: the run was started with other data.
     """
     torch.manual_seed(recipe.seed)
-    classifier = build(recipe, len(dataset.classes)).to(device).to(memory_format=torch.channels_last)
+    resumed = run.checkpoint_file.exists()
+    classifier = build(recipe.blank if resumed else recipe, len(dataset.classes))
+    classifier = classifier.to(device).to(memory_format=torch.channels_last)
     network = classifier.network
     optimizer = make_optimizer(recipe, classifier)
     dtype = precision(recipe, device)
@@ -122,7 +124,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
     finished = 0
-    if run.checkpoint_file.exists():
+    if resumed:
         state = run.load(dataset.fingerprint)
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
@@ -161,6 +163,7 @@ def train(
                 features.evaluation,
                 lambda batch: network.head(batch.to(device).float()),
             )
+        del features  # their memory is free again once their stage is over
 
     for epoch in range(finished + 1, recipe.total_epochs + 1):
         if epoch > recipe.epochs and isinstance(network, TransferResNet18):
@@ -195,8 +198,8 @@ def train(
             seen += len(rows)
             now = time.perf_counter()
             if step == steps or now - ticked > TICK_S:
-                ticked = now
-                mean_loss = loss_sum.item() / seen
+                mean_loss = loss_sum.item() / seen  # waits for a GPU to have done what it was told
+                now = ticked = time.perf_counter()
                 if not math.isfinite(mean_loss):
                     raise TrainingError(_non_finite(epoch, step, rate, epoch - 1))
                 pace = (now - started) / step

@@ -118,6 +118,11 @@ class Recipe(BaseModel):
         return "resnet18" if self.network == "resnet18" else "resnet"
 
     @property
+    def blank(self) -> Self:
+        """The same from random weights: for a network whose every weight a checkpoint will overwrite."""
+        return self.model_copy(update={"weights": "none", "reinitialise": ()})
+
+    @property
     def predecessor(self) -> str | None:
         """The published version whose weights training starts from, if there is one."""
         return self.weights if re.fullmatch(_VERSION, self.weights) else None
@@ -206,15 +211,18 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             name="resnet18",
             network="resnet18",
-            epochs=15,
+            epochs=6,
             batch_size=128,
             optimizer="adam",
             learning_rate=1e-3,
             label_smoothing=0.1,
-            image_size=224,
+            image_size=160,
             weights="imagenet",
             trainable=("layer4", "fc"),
-            finetune_epochs=5,
+            finetune_epochs=6,
+            finetune_learning_rate=2e-4,
+            finetune_crop_padding=4,
+            validation_images=1000,
         ),
     )
 }

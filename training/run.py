@@ -112,6 +112,11 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self.recipe_file, recipe.model_dump_json(indent=2) + "\n")
 
+    def discard(self) -> None:
+        """Free the folder for another run, unless an epoch is finished."""
+        if not self.checkpoint_file.exists():
+            self.recipe_file.unlink(missing_ok=True)
+
     def recipe(self) -> Recipe:
         """The recipe the run was started with.
 
@@ -158,7 +163,12 @@ class Run:
         _write(self.metrics_file, "".join(kept))
 
     def save(self, state: State) -> None:
-        """Replace the checkpoint atomically: a crash leaves the previous one or this one, whole."""
+        """Replace the checkpoint atomically: a crash leaves the previous one or this one, whole.
+
+        What was published of an earlier one is not what the run has come to any more.
+        """
+        self.announcement_file.unlink(missing_ok=True)
+        self.publication_file.unlink(missing_ok=True)
         _write_durably(self.checkpoint_file, _serialised(state))
 
     def load(self, fingerprint: str | None = None) -> State:

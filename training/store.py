@@ -231,7 +231,7 @@ class Store:
         model = self._model(name)
         model.mkdir(parents=True, exist_ok=True)
         for path in model.glob(".draft-*"):
-            if abandoned(path):
+            if _abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=".draft-", dir=model))
         try:
@@ -350,7 +350,7 @@ def _locked(model: Path) -> Iterator[None]:
         yield
 
 
-def abandoned(path: Path) -> bool:
+def _abandoned(path: Path) -> bool:
     """Whether a temporary file or folder is that of a killed process: untouched for a day."""
     try:
         return time.time() - path.stat().st_mtime > _ABANDONED_S

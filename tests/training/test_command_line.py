@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -125,6 +126,58 @@ def test_a_constant_run_is_extended_by_asking_for_more_epochs(tmp_path: Path) ->
     assert "epoch 2/2" in resumed.output
     assert "epoch 1/2" not in resumed.output
     assert Run(tmp_path).load()["epoch"] == Run(tmp_path).recipe().epochs == 2
+
+
+def test_a_run_that_went_on_after_it_was_published_is_published_again(tmp_path: Path) -> None:
+    words = ("train", "resnet-seed", "width=8", "int8=False", "--run", str(tmp_path / "run"), "--data", "synthetic:1")
+    words += ("--models", str(tmp_path / "models"))
+    assert typed(*words, "epochs=1").exit_code == 0
+    assert typed(*words, "epochs=2", "--resume", "--no-publish").exit_code == 0
+    assert "published resnet/2" in said(typed(*words, "--resume"))
+    assert len(Store(tmp_path / "models").card("resnet", 2).curve) == 2
+
+
+def test_a_folder_in_which_nothing_could_be_trained_is_free_for_another_run(tmp_path: Path) -> None:
+    words = ("train", "resnet18", "image_size=32", "epochs=1", "finetune_epochs=0", "validation_images=0")
+    words += ("--run", str(tmp_path), "--data", "synthetic:1", "--no-publish")
+    failed = typed(*words, f"weights={tmp_path / 'typo.pth'}")
+    assert failed.exit_code == 1
+    assert "typo.pth" in said(failed)
+    assert typed(*words, "weights=none", "cache_features=false").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes."
+        ),
+    ],
+)
+def test_too_little_memory_is_an_error_of_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("training.__main__.training_events", fail)
+    result = typed("train", "resnet", "validation_images=0", "--run", str(tmp_path), "--data", "synthetic:1")
+    assert result.exit_code == 1
+    last = result.output.strip().splitlines()[-1]
+    assert last.startswith("error: out of memory: ")
+    assert last.endswith("a smaller batch_size or image_size needs less")
+
+
+def test_evaluate_may_average_mirror_images_and_refuses_other_classes(models: Path, tmp_path: Path) -> None:
+    words = ("evaluate", "resnet", "--models", str(models), "--data", "synthetic:1")
+    assert "on 100 test images and their mirror images: top-1" in said(typed(*words, "--flip"))
+    card = models / "resnet" / "1" / "card.json"
+    card.write_text(card.read_text().replace('"red_disc"', '"tomato"'))
+    refused = typed(*words)
+    assert refused.exit_code == 1
+    assert "resnet/1 was trained on other classes" in said(refused)
 
 
 def test_export_publishes_a_run_again_and_the_live_version_stays_if_told_to(finished_run: Run, models: Path) -> None:

@@ -1,5 +1,6 @@
 """The frozen stages' features: the same training as without them, one file, and what happens when it has no room."""
 
+import fcntl
 import resource
 from collections import namedtuple
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from training.recipes import Recipe, recipe
 from training.run import Run
 
 CPU = torch.device("cpu")
-SMALL = {"weights": "none", "image_size": 64, "batch_size": 32, "precision": "float32", "finetune_epochs": 0}
+SMALL = {"weights": "none", "image_size": 64, "batch_size": 32, "precision": "float32", "validation_images": 0}
+SMALL |= {"finetune_epochs": 0}
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,17 @@ def test_without_room_for_the_file_nothing_is_written(
     assert features is None
     assert event.message.startswith("no room for 0.0 GB of features")
     assert list(folder.iterdir()) == []
+
+
+def test_what_a_killed_run_has_left_makes_room_and_what_is_being_written_stays(dataset: Dataset, folder: Path) -> None:
+    folder.mkdir()
+    left, growing = folder / "left.1.partial", folder / "growing.2.partial"
+    left.touch()
+    with growing.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        prepared(chosen(), built(chosen()), dataset)
+    assert growing.exists()
+    assert not left.exists()
 
 
 @contextmanager

@@ -291,6 +291,7 @@ def test_the_loop_follows_the_schedule(uninterrupted: Run) -> None:
 def transfer(tiny: Dataset, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Run folders of resnet18 as they were before the first epoch and after each of 1 + 2 epochs."""
     fields = {"weights": "none", "image_size": 32, "epochs": 1, "finetune_epochs": 2, "finetune_learning_rate": 0.01}
+    fields |= {"validation_images": 0, "finetune_crop_padding": 0}
     chosen = recipe("resnet18", fields | {"optimizer": "sgd", "momentum": 0, "schedule": "constant"})
     root = tmp_path_factory.mktemp("transfer")
     run = started(root / "run", chosen)
@@ -322,6 +323,8 @@ def test_a_run_resumed_within_the_finetune_stage_goes_on_as_if_uninterrupted(
     transfer: list[Path], tiny: Dataset, tmp_path: Path
 ) -> None:
     resumed = Run(shutil.copytree(transfer[2], tmp_path / "run"))
+    recipe = resumed.recipe_file.read_text()
+    resumed.recipe_file.write_text(recipe.replace('"weights": "none"', '"weights": "/gone/resnet18.pth"'))
     finish(resumed, tiny)
     assert_identical(resumed.load()["classifier"], Run(transfer[3]).load()["classifier"])
 

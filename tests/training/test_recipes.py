@@ -107,7 +107,7 @@ def test_strings_are_parsed() -> None:
     assert parsed.trainable == ("layer3", "layer4", "fc")
     assert parsed.reinitialise == ("layer4",)
     assert parsed.weights == "/data/resnet18.pth"
-    assert parsed.total_epochs == 3 + 5
+    assert parsed.total_epochs == 3 + 6
 
 
 @pytest.mark.parametrize("name", RECIPES)
