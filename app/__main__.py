@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from app import logs, workers
 from app.settings import Settings
@@ -16,7 +17,11 @@ def main(
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Serve the models of the store. Further settings are environment variables, see app/settings.py."""
-    settings = Settings()
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        faults = (f"CIFAR100_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in error.errors())
+        sys.exit("; ".join(faults))
     update = {"host": host or settings.host, "port": settings.port if port is None else port}
     count = settings.workers or workers.processors()
     if count > 1 and sys.platform != "linux":

@@ -137,4 +137,5 @@ def _network(host: str) -> str:
         address = ipaddress.ip_address(host)
     except ValueError:
         return host or "unknown"
-    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else host
+    address = getattr(address, "ipv4_mapped", None) or address
+    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else str(address)

@@ -11,6 +11,7 @@ import asyncio
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ Logits = NDArray[np.float32]
 class _Work:
     images: Images
     result: asyncio.Future[Logits]
-    deadline: float | None  # of the monotonic clock
+    deadline: float | None
 
 
 class Batcher:
@@ -39,10 +40,14 @@ class Batcher:
         engine: called with up to `max_batch` images, by one thread at a time.
         max_batch: images computed together.
         max_queue: images that may wait.
+        observe: told of every batch, in the engine's thread: how many images, and how many seconds they took.
     """
 
-    def __init__(self, engine: Engine, max_batch: int, max_queue: int):
+    def __init__(
+        self, engine: Engine, max_batch: int, max_queue: int, observe: Callable[[int, float], None] = lambda *_: None
+    ):
         self.engine = engine
+        self._observe = observe
         self.max_batch = max_batch
         self.max_queue = max_queue
         self.queued = 0
@@ -52,12 +57,12 @@ class Batcher:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=engine.name)
 
-    async def run(self, images: Images, timeout_s: float | None = None) -> Logits:
+    async def run(self, images: Images, deadline: float | None = None) -> Logits:
         """Logits [N, classes] of uint8 images [N, 3, 32, 32].
 
         Args:
             images: at most `max_batch` of them.
-            timeout_s: how long the images may wait to be started.
+            deadline: of the monotonic clock; what has not been begun by then is refused.
 
         Raises:
             Unavailable: the queue is full, or the deadline passed.
@@ -65,7 +70,6 @@ class Batcher:
         if len(images) > self.max_batch:
             raise ValueError(f"{len(images)} images at once, the limit is {self.max_batch}")
         loop = asyncio.get_running_loop()
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         work = _Work(images, loop.create_future(), deadline)
         with self._lock:
             if self._queue and self.queued + len(images) > self.max_queue:
@@ -82,12 +86,14 @@ class Batcher:
         with suppress(RuntimeError):  # the event loop has ended, and with it all who wait
             while batch := self._next_batch(loop):
                 images = batch[0].images if len(batch) == 1 else np.concatenate([work.images for work in batch])
+                started = time.perf_counter()
                 try:
                     logits = self.engine(images)
                 except Exception as error:  # the engine's failure belongs to those who wait for it
                     loop.call_soon_threadsafe(_fail, batch, error)
                 else:
                     loop.call_soon_threadsafe(_answer, batch, logits)
+                    self._observe(len(images), time.perf_counter() - started)
 
     def _next_batch(self, loop: asyncio.AbstractEventLoop) -> list[_Work]:
         batch: list[_Work] = []

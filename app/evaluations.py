@@ -123,11 +123,16 @@ class Evaluations:
             oldest = next(key for key in self._jobs if key not in self._tasks)
             del self._jobs[oldest]
         task = self._tasks[job.id] = asyncio.create_task(self._see_through(job, model, read))
-        task.add_done_callback(lambda _: self._tasks.pop(job.id))
+        task.add_done_callback(lambda task: self._over(job.id, task))
         done, _ = await asyncio.wait([task], timeout=self._settings.evaluate_wait_s)
         if done and isinstance(error := task.exception(), Problem):
             raise error
         return job
+
+    def _over(self, evaluation_id: str, task: "asyncio.Task[None]") -> None:
+        del self._tasks[evaluation_id]
+        if not task.cancelled():
+            task.exception()  # the job tells it; asyncio would log it as one that nobody has noticed
 
     def get(self, evaluation_id: str) -> EvaluationJob:
         """One evaluation as it stands now.

@@ -46,13 +46,18 @@ _DECODE_ERRORS = (
 )
 
 
-def decode(data: bytes, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
+class Large(Exception):
+    """An image whose decoding takes much memory."""
+
+
+def decode(data: bytes, max_bytes: int, max_pixels: int, large: bool = True) -> NDArray[np.uint8]:
     """The central square of an image, upright, over white, as 32x32 RGB.
 
     Args:
         data: a JPEG, PNG, WebP, GIF (first frame), BMP or TIFF file.
         max_bytes: of the file.
         max_pixels: width times height; checked before anything is decoded.
+        large: whether to wait for other images that take much memory, or to raise `Large`, if this one does.
 
     Returns:
         uint8 [3, 32, 32].
@@ -61,6 +66,7 @@ def decode(data: bytes, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
         UnsupportedImage: the bytes are not an image of these formats.
         DamagedImage: empty, truncated or otherwise undecodable.
         TooLarge: over one of the limits.
+        Large: it is not to be decoded here.
     """
     if not data:
         raise DamagedImage("the image is empty; send the bytes of a file")
@@ -69,7 +75,7 @@ def decode(data: bytes, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise UnsupportedImage(f"the bytes are not an image; supported are {', '.join(FORMATS)}") from None
+        raise UnsupportedImage(f"the bytes are not an image known here; supported are {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLarge(str(error)) from None
     except _DECODE_ERRORS as error:
@@ -80,6 +86,8 @@ def decode(data: bytes, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
         raise TooLarge(f"the image has {width}x{height} pixels, the limit is {max_pixels:,}; send a smaller one")
     # A JPEG that is not progressive is decoded at a fraction of its size.
     small = width * height <= _LARGE_PIXELS or (isinstance(image, JpegImageFile) and "progressive" not in image.info)
+    if not (small or large):
+        raise Large
     try:
         with nullcontext() if small else _one_large:
             pixels = np.asarray(_square(image), np.uint8)

@@ -12,7 +12,7 @@ takes the jobs from here one at a time; the child process it starts writes a run
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -34,7 +34,7 @@ from training.store import Promotion, Store, StoreError
 log = logging.getLogger(__name__)
 
 DATABASE = "jobs.sqlite"
-_EVENT_POLL_S = 0.3
+_EVENT_POLL_S = 1.0
 _HEARTBEAT_S = 15.0  # proxies close streams in which nothing happens
 _MAX_CRASHES = 1  # a job is resumed once
 
@@ -194,27 +194,33 @@ class Jobs:
             _finish(row, State.CANCELLED)
         return self._job(row)
 
-    async def events(self, job_id: str, after: int) -> AsyncGenerator[tuple[int, dict[str, Any]] | None]:
+    async def events(
+        self, job_id: str, after: int, over: Callable[[], bool]
+    ) -> AsyncGenerator[tuple[int, dict[str, Any]] | None]:
         """A job's metrics as they come, numbered from 1; ends when the job has finished.
 
         A resumed job measures its last epoch again: what it has sent of that epoch before is not sent twice.
 
         Args:
             after: number of the last event that is known already.
+            over: whether to end although the job goes on.
 
         Yields:
             Number and metrics, or None where nothing has happened for a while.
         """
         run = self.run(job_id)
-        quiet_s = 0.0
+        quiet_s, read = 0.0, -1
         self.followers += 1
         try:
-            while True:
+            while not over():
                 finished = (await asyncio.to_thread(self.state, job_id)).finished
-                for metrics in await asyncio.to_thread(lambda: list(run.metrics(after))):  # noqa: B023
-                    after += 1
-                    quiet_s = 0.0
-                    yield after, metrics
+                size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
+                if size != read:
+                    read = size
+                    for metrics in await asyncio.to_thread(lambda: list(run.metrics(after))):  # noqa: B023
+                        after += 1
+                        quiet_s = 0.0
+                        yield after, metrics
                 if finished:
                     return
                 if quiet_s >= _HEARTBEAT_S:

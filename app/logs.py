@@ -18,6 +18,9 @@ from app.settings import Style
 
 log = logging.getLogger(__name__)
 
+LEFT = 499
+"""Stands for the status of a request whose client has left before the answer, as with nginx."""
+
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PROBES = ("/health/live", "/health/ready", "/metrics")  # asked every few seconds
 _request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -69,7 +72,7 @@ class RequestLog:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else f"{getrandbits(128):032x}"  # no secret, so no system call
         _request_id.set(request_id)
-        status = 0  # stays so where the client leaves before the answer
+        status = LEFT
 
         async def identified(message: Message) -> None:
             nonlocal status

@@ -5,8 +5,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 
 from app import errors
@@ -14,7 +16,7 @@ from app.access import Access
 from app.headers import SecurityHeaders
 from app.limits import BodyLimit
 from app.logs import RequestLog
-from app.metrics import Measured, Metrics
+from app.metrics import Measured
 from app.routes import evaluate, health, models, page, predict, train
 from app.services import Services
 from app.settings import Settings
@@ -30,12 +32,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """
     settings = settings or Settings()
     services = Services.create(settings)
-    metrics = Metrics(services.pool)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await services.start()
-        following = asyncio.create_task(metrics.follow())
+        following = asyncio.create_task(services.metrics.follow(services.pool))
         yield
         following.cancel()
         await services.stop()
@@ -51,11 +52,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.services = services
-    app.state.metrics = metrics
     app.state.access = Access(settings)
     errors.install(app)
     for resource in (predict, evaluate, train, models, health, page):
         app.include_router(resource.router)
+        _answer_head(app, resource.router)
     app.mount("/web", StaticFiles(directory=page.WEB))
     # The last one added is the first to see a request.
     app.add_middleware(predict.Shortcut)
@@ -66,9 +67,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(SecurityHeaders)
-    app.add_middleware(Measured, metrics=metrics)
+    app.add_middleware(Measured, metrics=services.metrics)
     app.add_middleware(RequestLog)
     return app
+
+
+def _answer_head(app: FastAPI, router: APIRouter) -> None:
+    """HEAD as well as GET, which many monitors send; the server leaves the body out. Streams have no end to tell of."""
+    for route in router.routes:
+        if isinstance(route, APIRoute) and route.methods == {"GET"} and route.response_class is not StreamingResponse:
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def _version() -> str:

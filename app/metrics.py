@@ -1,4 +1,4 @@
-"""Prometheus metrics: requests by route and status, latency, queues, live versions.
+"""Prometheus metrics: requests by route and status, latency, queues, batches, live versions.
 
 Several workers keep theirs in files of one folder, and whichever is asked adds them up.
 """
@@ -11,18 +11,20 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.errors import Unavailable
+from app.logs import LEFT
 from app.pool import Pool
 from app.workers import METRICS
 
 _SAMPLE_S = 1.0
+_BUCKETS_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class Metrics:
     """The registry of one application."""
 
-    def __init__(self, pool: Pool):
-        self.pool = pool
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.version = Gauge(
             "cifar100_live_version",
@@ -49,23 +51,47 @@ class Metrics:
             registry=self.registry,
         )
 
-    def text(self) -> bytes:
+        self.batch_images = Histogram(
+            "cifar100_batch_images",
+            "Images that were computed together.",
+            ("model",),
+            buckets=_BUCKETS_IMAGES,
+            registry=self.registry,
+        )
+        self.batch_seconds = Histogram(
+            "cifar100_batch_seconds",
+            "Time that the engine took for a batch.",
+            ("model",),
+            buckets=_BUCKETS_S,
+            registry=self.registry,
+        )
+
+    def observe_batch(self, model: str, images: int, seconds: float) -> None:
+        """One batch that an engine has computed."""
+        self.batch_images.labels(model).observe(images)
+        self.batch_seconds.labels(model).observe(seconds)
+
+    def count_shed(self) -> None:
+        """One prediction that was refused before anything else was done."""
+        self.requests.labels("POST", "/predict", str(Unavailable.status.value)).inc()
+
+    def text(self, pool: Pool) -> bytes:
         """In Prometheus' text format, of all workers."""
-        self._sample()
+        self._sample(pool)
         registry = self.registry
         if METRICS in os.environ:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)
         return generate_latest(registry)
 
-    async def follow(self) -> None:
+    async def follow(self, pool: Pool) -> None:
         """Keep the values of this process up to date for the other workers."""
         while True:
-            self._sample()
+            self._sample(pool)
             await asyncio.sleep(_SAMPLE_S)
 
-    def _sample(self) -> None:
-        for name, model in self.pool.live().items():
+    def _sample(self, pool: Pool) -> None:
+        for name, model in pool.live().items():
             self.version.labels(name).set(model.card.version)
             self.queued.labels(name).set(model.batcher.queued)
 
@@ -82,7 +108,7 @@ class Measured:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        status = 500
+        status = LEFT
 
         async def noted(message: Message) -> None:
             nonlocal status

@@ -6,10 +6,16 @@ finish on it, later ones get the new one, and the old one is freed with its last
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from typing import Annotated
+
+from pydantic import Field
 
 from app import engines
 from app.batching import Batcher
@@ -20,6 +26,10 @@ from training.store import MODEL, ModelCard, Store, StoreError
 log = logging.getLogger(__name__)
 
 _MAX_OLD_VERSIONS = 2
+_RETRY_S = 30.0  # after a live version could not be loaded
+
+Version = Annotated[int, Field(ge=1, lt=10**9)]
+"""The number of a version, as a client gives it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +47,20 @@ class Pool:
     Args:
         settings: device, batch and queue sizes, poll interval.
         store: where models come from.
+        observe: told of every batch: model, images, seconds.
     """
 
-    def __init__(self, settings: Settings, store: Store):
+    def __init__(self, settings: Settings, store: Store, observe: Callable[[str, int, float], None]):
         self.store = store
+        self._observe = observe
         self.errors: dict[str, str] = {}
         """Why the version that the store calls live is not served, by model."""
         self._settings = settings
         self._live: dict[str, Model] = {}
         self._others: OrderedDict[tuple[str, int], Model] = OrderedDict()
-        self._lock = asyncio.Lock()
+        self._refreshing = asyncio.Lock()
+        self._loading = asyncio.Lock()  # of a version that is not live
+        self._failures: dict[str, tuple[int, float]] = {}  # of live versions, and when they happened
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -73,16 +87,17 @@ class Pool:
         """The live model of this name, by default as for `get`; None if there is none."""
         return self._live.get(name or self._default() or "")
 
-    async def get(self, name: str | None = None, version: int | None = None) -> Model:
+    async def get(self, name: str | None = None, version: int | None = None, patient: bool = False) -> Model:
         """A model to predict with. A live one is returned without giving way to other tasks.
 
         Args:
             name: by default the configured model, or the most accurate live one.
-            version: by default the live one; another is loaded on demand.
+            version: by default the live one; another is loaded on demand, one at a time.
+            patient: whether to wait while another one is loaded, or to refuse.
 
         Raises:
             NotFound: no such model or version.
-            Unavailable: the model exists but cannot be served.
+            Unavailable: the model exists but cannot be served, or not now.
         """
         if name is None:
             name = self._default()
@@ -93,11 +108,14 @@ class Pool:
             return model
         if version is None:
             raise self._missing(name)
-        return await self._other(name, version)
+        if (name, version) in self._others:
+            self._others.move_to_end((name, version))
+            return self._others[name, version]
+        return await self._other(name, version, patient)
 
     async def refresh(self) -> None:
         """Load what the store calls live and is not in memory yet."""
-        async with self._lock:
+        async with self._refreshing:
             names = await asyncio.to_thread(self.store.names)
             for name in names:
                 try:
@@ -108,7 +126,12 @@ class Pool:
                         continue
                     model = self._others.pop((name, version), None)  # a request may have asked for it before
                     if model is None:
+                        failed, at = self._failures.get(name, (None, 0.0))
+                        if failed == version and time.monotonic() < at + _RETRY_S:
+                            continue
+                        self._failures[name] = version, time.monotonic()
                         model = await asyncio.to_thread(self._load, name, version)
+                    self._failures.pop(name, None)
                     self._live[name] = model
                     self.errors.pop(name, None)
                     log.info("%s version %d is live (%s)", name, version, model.batcher.engine.name)
@@ -142,22 +165,24 @@ class Pool:
         card = self.store.card(name, version)
         folder = self.store.verify(card)
         engine = engines.load(folder / MODEL, self._settings.device, self._settings.runtime)
-        return Model(card, Batcher(engine, self._settings.max_batch, self._settings.max_queue))
+        observe = partial(self._observe, name)
+        return Model(card, Batcher(engine, self._settings.max_batch, self._settings.max_queue, observe))
 
-    async def _other(self, name: str, version: int) -> Model:
-        async with self._lock:
-            model = self._others.get((name, version))
+    async def _other(self, name: str, version: int, patient: bool) -> Model:
+        self._find(name, version)
+        if self._loading.locked() and not patient:
+            raise Unavailable("another version is being loaded; try again later")
+        async with self._loading:
+            model = self._others.get((name, version))  # somebody else may just have had it loaded
             if model is None:
-                self._find(name, version)
                 try:
                     model = await asyncio.to_thread(self._load, name, version)
                 except (StoreError, OSError, RuntimeError) as error:
                     self._find(name, version)  # a training job may just have removed it
                     raise Unavailable(f"{name} version {version} cannot be loaded: {error}") from error
                 self._others[name, version] = model
-            self._others.move_to_end((name, version))
-            while len(self._others) > _MAX_OLD_VERSIONS:
-                self._others.popitem(last=False)
+                while len(self._others) > _MAX_OLD_VERSIONS:
+                    self._others.popitem(last=False)
             return model
 
     def _find(self, name: str, version: int) -> None:

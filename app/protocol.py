@@ -7,7 +7,7 @@ than reading its bytes.
 import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from fastapi.responses import JSONResponse
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -18,6 +18,10 @@ _MAX_HEAD_BYTES = 32 << 10
 _HEAD_TIMEOUT_S = 10.0
 _READ_TIMEOUT_S = 30.0
 _MAX_CONNECTIONS = 900  # fewer than the file descriptors that a process usually may open
+
+
+ON_LEAVING = "cifar100.on_leaving"
+"""Key of a request's scope: what is to be called if its client leaves before it is answered."""
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -45,6 +49,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self.cycle and (leave := cast(dict[str, Any], self.cycle.scope).get(ON_LEAVING)):
+            leave()
         self._end_head()
         self._end_stall()
 
@@ -75,7 +81,7 @@ class BoundedHttp(HttpToolsProtocol):
             raise ValueError(size)  # which uvicorn answers with `send_400_response`
         self._count_anew()
         self._unset_keepalive_if_required()
-        if self._idle and self._sheds(self.url):
+        if self._idle and self.parser.get_method() == b"POST" and self._sheds(self.url):
             self._shedding = True  # the head counts as going on until the body is there
             if self.expect_100_continue:
                 self._refuse(_unavailable(_OVERLOADED))

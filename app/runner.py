@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from app import workers
+from app.errors import Unavailable
 from app.jobs import Jobs, JobSummary, State
 from app.settings import Settings
 from training.recipes import RECIPES, Recipe, as_text
@@ -117,7 +118,8 @@ class Runner:
             Its exit status, negative for a signal.
         """
         run.path.mkdir(parents=True, exist_ok=True)
-        threads = str(self._settings.training_threads or max(1, (os.cpu_count() or 1) - 1))
+        processors = len(workers.processors_of_all()) if self._settings.workers > 1 else workers.processors()
+        threads = str(self._settings.training_threads or max(1, processors - 1))
         environment = {name: value for name, value in os.environ.items() if name.upper() not in _SECRETS}
         environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if self._settings.data:
@@ -144,8 +146,9 @@ class Runner:
         try:
             while alive():
                 await asyncio.sleep(_POLL_S)
-                if await asyncio.to_thread(self._jobs.state, job.id) is State.CANCELLED:
-                    break
+                with suppress(Unavailable):  # a database that fails for a while is no reason to end it
+                    if await asyncio.to_thread(self._jobs.state, job.id) is State.CANCELLED:
+                        break
         finally:
             await _terminate(pid, alive)
 

@@ -124,6 +124,7 @@ def serve(settings: Settings, listening: socket.socket | None = None) -> int:
         server_header=False,
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies,
+        timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=_STOP_S,
     )
     server = DrainingServer(app, config, settings.drain_s, supervised=listening is not None)

@@ -1,7 +1,6 @@
 """What the routes work with: one object, made at start-up, handed to them by FastAPI."""
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -10,15 +9,14 @@ from urllib.parse import parse_qsl
 
 from fastapi import Depends, Request
 
+from app.decoding import Decoders
 from app.evaluations import Evaluations
 from app.jobs import Jobs
+from app.metrics import Metrics
 from app.pool import Pool
 from app.runner import Runner
 from app.settings import Settings
-from app.workers import processors
 from training.store import Store
-
-_MAX_DECODERS = 8
 
 
 @dataclass
@@ -31,8 +29,8 @@ class Services:
     jobs: Jobs
     runner: Runner
     evaluations: Evaluations
-    decoders: ThreadPoolExecutor
-    """Decode images. There are few, as each may need memory for an image of the largest size."""
+    decoders: Decoders
+    metrics: Metrics
     draining: bool = False
     """Whether the service is about to stop and wants no further requests."""
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -41,7 +39,8 @@ class Services:
     @classmethod
     def create(cls, settings: Settings) -> "Services":
         store = Store(settings.models)
-        pool = Pool(settings, store)
+        metrics = Metrics()
+        pool = Pool(settings, store, metrics.observe_batch)
         jobs = Jobs(settings)
         return cls(
             settings,
@@ -50,7 +49,8 @@ class Services:
             jobs,
             Runner(settings, jobs, pool.refresh),
             Evaluations(settings),
-            ThreadPoolExecutor(min(processors(), _MAX_DECODERS), "decoder"),
+            Decoders(settings),
+            metrics,
         )
 
     @property
@@ -68,7 +68,8 @@ class Services:
         model = self.pool.peek(_model_in(query)) if path == b"/predict" else None
         if model is None:
             return False
-        if model.batcher.queued + self._arriving >= model.batcher.max_queue:
+        if model.batcher.queued + self.decoders.waiting + self._arriving >= model.batcher.max_queue:
+            self.metrics.count_shed()
             return True
         self._arriving += 1
         asyncio.get_running_loop().call_soon(self._arrived)
@@ -87,7 +88,7 @@ class Services:
         self.jobs.close()
         await self.evaluations.stop()
         await self.pool.stop()
-        self.decoders.shutdown(wait=False)
+        self.decoders.close()
 
 
 @lru_cache(256)

@@ -32,7 +32,10 @@ class Settings(BaseSettings):
     """Environment variables carry the prefix CIFAR100_."""
 
     model_config = SettingsConfigDict(
-        env_prefix="CIFAR100_", use_attribute_docstrings=True, arbitrary_types_allowed=True
+        env_prefix="CIFAR100_",
+        use_attribute_docstrings=True,
+        arbitrary_types_allowed=True,
+        hide_input_in_errors=True,  # which may be a key
     )
 
     host: str = "127.0.0.1"
@@ -58,6 +61,10 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     drain_s: float = Field(default=0.0, ge=0)
     """How long the service still takes requests after SIGTERM, while /health/ready says no already."""
+
+    keep_alive_s: int = Field(default=65, gt=0)
+    """How long a connection may be idle; longer than with most load balancers (60), which would use it otherwise just
+    when it is closed."""
 
     models: Path = Path("models")
     """The model store."""

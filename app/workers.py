@@ -44,12 +44,18 @@ _LOAD_S = 300.0  # a worker that has loaded its models sends its first beat soon
 _SILENCE_S = 20.0  # a worker that sends no beat for so long hangs
 _STOP_S = 30.0  # a worker told to end gives the requests under way 20
 _PACE_S = 2.0  # between two starts in one place
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # Linux' control groups, version 2
 _PACKAGES = Path(__file__).parents[1]
 
 
 def processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many this process may use; a container may have the time of some of the machine's only."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _CPU_MAX.read_text().split()
+    except (OSError, ValueError):
+        return allowed
+    return allowed if quota == "max" else min(allowed, math.ceil(int(quota) / int(period)))
 
 
 class Worker:

@@ -1,18 +1,18 @@
 """/evaluate: how accurate the live models are, as recorded and as measured now."""
 
-import asyncio
 from functools import partial
 from http import HTTPStatus
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
 from app.access import ForOperators
-from app.errors import BadRequest
-from app.evaluations import EvaluationJob, read_split, read_zip
-from app.services import FromApp
+from app.errors import BadRequest, Problem, UnsupportedImage
+from app.evaluations import EvaluationJob, Labelled, read_split, read_zip
+from app.pool import Model, Version
+from app.services import FromApp, Services
 from training.store import Evaluation
 
 router = APIRouter(prefix="/evaluate", tags=["evaluate"])
@@ -62,7 +62,7 @@ async def evaluate(
     response: Response,
     services: FromApp,
     model: Annotated[str | None, Query(description="By default the most accurate live model.")] = None,
-    version: Annotated[int | None, Query(ge=1, description="By default the live one.")] = None,
+    version: Annotated[Version | None, Query(description="By default the live one.")] = None,
     split: Annotated[Literal["test", "train"], Query(description="Of the data set; ignored for a zip.")] = "test",
     limit: Annotated[int | None, Query(ge=1, description="Measure on this many images only.")] = None,
 ) -> EvaluationJob:
@@ -70,15 +70,17 @@ async def evaluate(
 
     What takes longer than a few seconds goes on in the background: 202 and where to look.
     """
-    chosen = await services.pool.get(model, version)
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        async with request.form(max_files=1, max_fields=0) as form:
-            upload = form.get("file")
-            if not isinstance(upload, UploadFile):
-                raise BadRequest("the form has no field 'file' with a zip: curl -F file=@photos.zip")
-            # Read here, as the file is gone with the form while the measuring may go on.
-            labelled = await asyncio.to_thread(read_zip, services.settings, upload.file, chosen.card.classes)
-        job = await services.evaluations.start(chosen, lambda: labelled)
+    chosen = await services.pool.get(model, version, patient=True)
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "multipart/form-data":
+        upload = (await request.form(max_files=1, max_fields=0)).get("file")
+        if not isinstance(upload, UploadFile):
+            raise BadRequest("the form has no field 'file' with a zip: curl -F file=@photos.zip")
+        job = await _measured_on_zip(services, chosen, upload.file)
+    elif content_type or request.headers.get("content-length", "0") != "0":
+        raise UnsupportedImage(
+            f"the body is {content_type or 'of no type'}; send a zip as curl -F file=@photos.zip does"
+        )
     else:
         job = await services.evaluations.start(
             chosen, partial(read_split, services.settings, split, limit, chosen.card.classes)
@@ -87,6 +89,18 @@ async def evaluate(
         response.status_code = HTTPStatus.ACCEPTED
         response.headers["Location"] = f"/evaluate/{job.id}"
     return job
+
+
+async def _measured_on_zip(services: Services, model: Model, file: BinaryIO) -> EvaluationJob:
+    def read() -> Labelled:
+        with file:
+            return read_zip(services.settings, file, model.card.classes)
+
+    try:
+        return await services.evaluations.start(model, read)
+    except Problem:
+        file.close()  # which is not read at all where too many evaluations are running
+        raise
 
 
 @router.get("/{evaluation_id}", summary="A measurement that was started earlier")

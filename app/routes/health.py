@@ -3,12 +3,11 @@
 import asyncio
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Literal, cast
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from app.metrics import Metrics
 from app.services import FromApp
 
 router = APIRouter(tags=["health"])
@@ -83,6 +82,5 @@ async def ready(services: FromApp, response: Response) -> Status:
 
 
 @router.get("/metrics", response_class=Response, summary="Metrics for Prometheus")
-async def metrics(request: Request) -> Response:
-    text = cast(Metrics, request.app.state.metrics).text()
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+async def metrics(services: FromApp) -> Response:
+    return Response(services.metrics.text(services.pool), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from app.access import ForOperators
 from app.errors import NotFound, Unavailable
+from app.pool import Version
 from app.services import FromApp, Services
 from training.store import ModelCard, StoreError
 
@@ -33,7 +34,7 @@ class ModelDetails(ModelSummary):
 class Live(BaseModel):
     """The version to serve."""
 
-    version: int
+    version: Version
 
 
 @router.get("", summary="All models")
@@ -56,8 +57,8 @@ async def promote(name: str, live: Live, services: FromApp) -> ModelSummary:
     _known(services, name)
     try:
         # Loaded before it is promoted: a version that cannot be served never becomes live.
-        await services.pool.get(name, live.version)
-        services.store.promote(name, live.version)
+        await services.pool.get(name, live.version, patient=True)
+        await asyncio.to_thread(services.store.promote, name, live.version)
     except StoreError as error:
         raise NotFound(str(error)) from None
     except OSError as error:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, cast
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
@@ -16,11 +16,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 from starlette.datastructures import QueryParams, UploadFile
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import images
 from app.access import let_predictor_pass
-from app.errors import EXPECTED, BadRequest, Problem, TooLarge, UnsupportedImage, answer
+from app.decoding import File
+from app.errors import EXPECTED, BadRequest, TooLarge, UnsupportedImage, answer
+from app.pool import Version
+from app.protocol import ON_LEAVING
 from app.services import services_of
 from app.settings import Settings
 from app.workers import processors
@@ -31,8 +35,6 @@ from training.store import ModelCard
 _SMALL_BYTES, _SMALL_PIXELS = (128 << 10, 512 * 512) if processors() == 1 else (8 << 10, 64 * 64)
 
 _PATH = "/predict"
-
-File = tuple[str | None, BinaryIO]
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _DESCRIPTION: dict[str, Any] = {
@@ -58,7 +60,7 @@ class Asked(BaseModel, frozen=True):
     """The query of a prediction."""
 
     model: str | None = Field(default=None, description="By default the most accurate live model.")
-    version: int | None = Field(default=None, ge=1, description="By default the live one.")
+    version: Version | None = Field(default=None, description="By default the live one.")
     top_k: int = Field(default=5, ge=1, le=100, description="How many classes per image.")
 
 
@@ -101,13 +103,13 @@ async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Predict
     settings = services.settings
     async with _files(request, settings) as files:
         started = time.perf_counter()
+        deadline = time.monotonic() + settings.deadline_s
         pixels = _decode_small(files, settings)
         if pixels is None:
-            loop = asyncio.get_running_loop()
-            pixels = await loop.run_in_executor(services.decoders, _decode, files, settings)
+            pixels = await services.decoders.run(files, deadline)
     # Between here and the queue nothing else runs, so a swap cannot slip in between.
     chosen = await services.pool.get(asked.model, asked.version)
-    logits = await chosen.batcher.run(pixels, settings.deadline_s)
+    logits = await chosen.batcher.run(pixels, deadline)
     return Predictions(
         model=chosen.card.name,
         version=chosen.card.version,
@@ -122,7 +124,8 @@ async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Predict
 class Shortcut:
     """ASGI middleware: what is meant for `predict` gets there at once, past FastAPI's routing, dependencies and checks.
 
-    Those would take as long as everything else around the network's computation. The answers are the same.
+    Those would take as long as everything else around the network's computation. The answers are the same. What waits
+    for a client that leaves is dropped.
     """
 
     def __init__(self, app: ASGIApp):
@@ -134,12 +137,27 @@ class Shortcut:
             return
         scope["route"] = router.routes[0]
         request = Request(scope, receive)
+        task, left = cast("asyncio.Task[None]", asyncio.current_task()), False
+
+        def leave() -> None:
+            nonlocal left
+            left = True
+            task.cancel()
+
+        scope[ON_LEAVING] = leave
         try:
             predictions = await predict(request, _asked(scope["query_string"]))
         except EXPECTED as error:
             response: Response = await answer(request, error)
+        except asyncio.CancelledError:
+            if not left:
+                raise
+            task.uncancel()
+            raise ClientDisconnect from None
         else:
             response = Response(to_json(predictions), media_type="application/json")
+        finally:
+            del scope[ON_LEAVING]
         await response(scope, receive, send)
 
 
@@ -197,18 +215,4 @@ def _decode_small(files: list[File], settings: Settings) -> NDArray[np.uint8] | 
     try:
         return images.decode(file.read(max_bytes + 1), max_bytes, max_pixels)[None]
     except TooLarge:
-        file.seek(0)
         return None
-
-
-def _decode(files: list[File], settings: Settings) -> NDArray[np.uint8]:
-    pixels = []
-    for name, file in files:
-        try:
-            content = file.read(settings.max_image_bytes + 1)
-            pixels.append(images.decode(content, settings.max_image_bytes, settings.max_image_pixels))
-        except Problem as error:
-            if len(files) > 1:
-                error.detail = f"{name}: {error.detail}"
-            raise
-    return np.stack(pixels)

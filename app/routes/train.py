@@ -18,6 +18,8 @@ router = APIRouter(prefix="/train", tags=["train"])
 _TO_JOB = {"parameters": {"job_id": "$response.body#/id"}}
 _LINKS = {operation: {"operationId": operation, **_TO_JOB} for operation in ("job", "events", "cancel")}
 
+_STREAMED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold events back
+
 # Routes that are no coroutines run in threads: the database may have to wait for a disk.
 
 
@@ -67,10 +69,12 @@ def events(job_id: str, services: FromApp, last_event_id: Annotated[int, Header(
     services.jobs.require_room()
 
     async def stream() -> AsyncIterator[str]:
-        async with aclosing(services.jobs.events(job_id, last_event_id)) as events:
+        stopping = lambda: services.draining  # noqa: E731
+        async with aclosing(services.jobs.events(job_id, last_event_id, stopping)) as events:
             async for event in events:
                 yield event_stream(*event) if event else ": nothing new\n\n"
         ended = await asyncio.to_thread(services.jobs.get, job_id)
-        yield f"event: end\ndata: {ended.model_dump_json()}\n\n"
+        if ended.state.finished:  # otherwise the service stops, and the client may follow the next one
+            yield f"event: end\ndata: {ended.model_dump_json()}\n\n"
 
-    return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    return StreamingResponse(stream(), media_type="text/event-stream", headers=_STREAMED)

@@ -2,6 +2,7 @@
 
 const element = (id) => document.getElementById(id);
 let image = null;
+let asking = new AbortController();
 
 async function json(url, options) {
   const response = await fetch(url, options);
@@ -43,15 +44,19 @@ function show(classes) {
 
 async function classify() {
   if (!image) return;
+  asking.abort(); // the answer about another image or of another model
+  asking = new AbortController();
+  const { signal } = asking;
   const form = new FormData();
   form.append("file", image);
   say("…");
   try {
     const query = new URLSearchParams({ model: element("model").value });
-    const { model, version, milliseconds, predictions } = await json(`/predict?${query}`, { method: "POST", body: form });
+    const { model, version, milliseconds, predictions } = await json(`/predict?${query}`, { method: "POST", body: form, signal });
     show(predictions[0].classes);
     say(`${model}, version ${version}, ${milliseconds.toFixed(1)} ms`);
   } catch (error) {
+    if (signal.aborted) return;
     show([]);
     say(error.message, true);
   }

@@ -4,8 +4,11 @@ import io
 import json
 import os
 import shutil
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from fastapi.testclient import TestClient
 from local import local
 from PIL import Image
 
+from app import engines
 from app.main import create_app
 from app.routes.predict import Class, Shortcut, top_classes
 from app.settings import Settings
@@ -158,6 +162,8 @@ def test_other_bodies_are_problems(client: TestClient, image: bytes) -> None:
 def test_unknown_models_and_versions_are_404(client: TestClient, image: bytes) -> None:
     for params in ({"model": "vgg"}, {"model": "resnet", "version": 9}, {"model": "../secrets", "version": 1}):
         assert_problem(client.post("/predict", files={"file": image}, params=params), 404, "GET /models")
+    for version in (0, 10**300):
+        assert client.post("/predict", files={"file": image}, params={"version": version}).status_code == 422
     assert_problem(client.get("/models/vgg"), 404, "resnet")
     assert_problem(client.put("/models/resnet/live", json={"version": 9}), 404, "version 9")
     assert_problem(client.get("/nowhere"), 404, "")
@@ -175,6 +181,47 @@ def test_a_version_that_is_removed_while_it_is_loaded_is_404(
 
     monkeypatch.setattr("app.engines.load", pruned)
     assert_problem(client.put("/models/resnet/live", json={"version": 2}), 404, "no version 2 of resnet")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # what one thread ignores others may bring back
+def test_versions_that_are_not_live_are_loaded_one_at_a_time(
+    client: TestClient, models: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second_version(models)
+    right, begun, gate = engines.load, threading.Event(), threading.Event()
+
+    def slow(*given: Any) -> engines.Engine:
+        begun.set()
+        assert gate.wait(10)
+        return right(*given)
+
+    monkeypatch.setattr("app.engines.load", slow)
+    wanted: dict[str, Any] = {"files": {"file": image}, "params": {"model": "resnet", "version": 2}}
+    with ThreadPoolExecutor(2) as clients:
+        first = clients.submit(client.post, "/predict", **wanted)
+        assert begun.wait(10)
+        assert_problem(client.post("/predict", **wanted), 503, "is being loaded")
+        promoted = clients.submit(client.put, "/models/resnet/live", json={"version": 2})  # waits
+        gate.set()
+        assert first.result().json()["version"] == 2
+        assert promoted.result().json()["live"] == 2
+
+
+def test_a_live_version_that_cannot_be_loaded_is_not_tried_all_the_time(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = list[Path]()
+
+    def failing(model: Path, *_: object) -> None:
+        tried.append(model)
+        raise engines.EngineError("no such instructions")
+
+    monkeypatch.setattr("app.engines.load", failing)
+    with local(create_app(Settings(models=models, runs=tmp_path / "runs", store_poll_s=0.01))) as client:
+        before = len(tried)
+        time.sleep(0.3)
+        assert "no such instructions" in client.get("/health").json()["errors"]["resnet"]
+        assert len(tried) == before <= 2  # as live, and as the last resort
 
 
 def test_evaluate_tells_the_recorded_accuracy(client: TestClient, models: Path) -> None:
@@ -235,6 +282,10 @@ def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:
         return client.post("/evaluate", files={"file": content})
 
     assert_problem(send(b"hello"), 422, "zip cannot be read")
+    assert_problem(client.post("/evaluate", content=zipped({})), 415, "of no type")
+    assert_problem(
+        client.post("/evaluate", content=b"", headers={"Content-Type": "application/zip"}), 415, "send a zip"
+    )
     assert_problem(send(zipped({})), 422, "no images")
     # A few kilobytes of bzip2 or LZMA may unpack to gigabytes at once, whatever size the entry claims.
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
@@ -250,6 +301,17 @@ def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:
     assert_problem(send(zipped({"red_disc/1.zip": zipped({"red_disc/1.png": image})})), 415, "red_disc/1.zip")
     assert_problem(send(zipped({"red_disc/1.png": bytes(30_000)})), 413, "red_disc/1.png")
     assert_problem(send(zipped({f"red_disc/{number}.png": b"" for number in range(101)})), 413, "100 entries")
+
+
+def test_a_zip_that_takes_long_is_read_in_the_background(models: Path, tmp_path: Path, image: bytes) -> None:
+    settings = Settings(models=models, runs=tmp_path / "runs", evaluate_wait_s=0)
+    with local(create_app(settings)) as client:
+        for name, state in (("red_disc/1.png", "succeeded"), ("sofa/1.png", "failed")):
+            begun = client.post("/evaluate", files={"file": zipped({name: image})})
+            assert begun.status_code == 202
+            while (job := client.get(begun.headers["location"]).json())["state"] == "running":
+                time.sleep(0.01)
+            assert job["state"] == state, job
 
 
 def test_bad_training_requests_are_refused_before_anything_starts(client: TestClient, tmp_path: Path) -> None:
@@ -283,6 +345,10 @@ def test_health_and_readiness(client: TestClient) -> None:
     assert health["status"] == "ready"
     assert health["models"]["resnet"]["version"] == 1
     assert health["models"]["resnet"]["engine"].startswith("torchscript")
+    for path in ("/", "/docs", "/health", "/health/ready", "/metrics", "/models/resnet", "/train"):
+        answer = client.head(path)
+        assert (answer.status_code, answer.headers["content-length"]) != (200, "0"), path
+        assert answer.status_code == 200, path
 
 
 def test_without_models_the_service_is_alive_but_not_ready(tmp_path: Path, image: bytes) -> None:
@@ -382,6 +448,8 @@ def test_metrics_count_requests(client: TestClient, image: bytes) -> None:
     assert 'cifar100_requests_total{method="POST",route="/predict",status="200"} 1.0' in text
     assert 'cifar100_requests_total{method="POST",route="/predict",status="415"} 1.0' in text
     assert 'cifar100_live_version{model="resnet"} 1.0' in text
+    assert 'cifar100_batch_images_bucket{le="1.0",model="resnet"} 1.0' in text
+    assert 'cifar100_batch_seconds_count{model="resnet"} 1.0' in text
 
 
 def test_the_page_and_its_files_are_served(client: TestClient) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -88,8 +89,8 @@ def test_work_past_its_deadline_is_refused_and_not_computed() -> None:
         engine = SlowEngine()
         batcher = Batcher(engine, max_batch=4, max_queue=100)
         first = await busy(batcher, engine)
-        late = asyncio.create_task(batcher.run(pictures(1), timeout_s=0.001))
-        patient = asyncio.create_task(batcher.run(pictures(2), timeout_s=60))
+        late = asyncio.create_task(batcher.run(pictures(1), time.monotonic() + 0.001))
+        patient = asyncio.create_task(batcher.run(pictures(2), time.monotonic() + 60))
         await asyncio.sleep(0.05)
         engine.gate.set()
         with pytest.raises(Unavailable, match="deadline"):

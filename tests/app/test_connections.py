@@ -1,6 +1,7 @@
 """Connections over real sockets: large heads, slow and stalled clients, bodies of all sizes and paces."""
 
 import asyncio
+import io
 import json
 import socket
 import threading
@@ -10,14 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+import httpx
+import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from numpy.typing import NDArray
+from PIL import Image
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from app import limits, protocol
 from app.batching import Batcher
+from app.engines import Engine
 from app.limits import BodyLimit
 from app.main import create_app
 from app.protocol import BoundedHttp
@@ -239,6 +245,10 @@ def test_requests_that_come_at_once_count_before_they_are_queued(app: FastAPI) -
         assert not services.sheds(b"/health")
         await asyncio.sleep(0)
         assert not services.sheds(b"/predict")
+        services.decoders.waiting = limit
+        assert services.sheds(b"/predict")
+        refused = b'cifar100_requests_total{method="POST",route="/predict",status="503"} 2.0'
+        assert refused in services.metrics.text(services.pool)
 
     asyncio.run(scenario())
 
@@ -286,6 +296,44 @@ def test_a_refused_prediction_does_not_hold_its_connection(
         body = b"abc" if line.startswith(b"Connection") else b"ab"
         connection.sendall(upload(3).replace(b"\r\n\r\n", b"\r\n" + line + b"\r\n\r\n") + body)
         assert answer(connection).count(b"HTTP/1.1 503 ") == answers
+
+
+def test_only_predictions_are_refused_early(address: Address, overloaded: Batcher) -> None:
+    with connect(address) as connection:
+        connection.sendall(b"GET /predict HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert status_line(connection) == b"HTTP/1.1 405 Method Not Allowed"
+    assert overloaded.queued
+
+
+def test_what_waits_for_a_client_that_leaves_is_not_computed(app: FastAPI, address: Address) -> None:
+    batcher: Batcher = app.state.services.pool.live()["resnet"].batcher
+    engine, computed, started, gate = batcher.engine, list[int](), threading.Event(), threading.Event()
+
+    def gated(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        computed.append(len(images))
+        started.set()
+        assert gate.wait(10)
+        return engine(images)
+
+    batcher.engine = cast(Engine, gated)
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "PNG")
+    request = upload(len(file.getvalue())) + file.getvalue()
+    with connect(address) as stays:
+        stays.sendall(request)
+        assert started.wait(10)
+        leaving = [connect(address) for _ in range(2)]
+        for connection in leaving:
+            connection.sendall(request)
+        eventually(lambda: batcher.queued == 2)
+        for connection in leaving:
+            connection.close()
+        left = 'cifar100_requests_total{method="POST",route="/predict",status="499"} 2.0'
+        eventually(lambda: left in httpx.get(f"http://{address[0]}:{address[1]}/metrics").text)
+        gate.set()
+        assert status_line(stays) == b"HTTP/1.1 200 OK"
+    eventually(lambda: batcher.queued == 0)
+    assert computed == [1]
 
 
 def test_a_client_that_does_not_read_is_cut_off(address: Address) -> None:

@@ -111,6 +111,14 @@ def test_only_so_many_clients_follow_events(jobs: Jobs, tmp_path: Path) -> None:
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
 
 
+def test_who_follows_events_is_let_go_when_the_service_stops(jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs.submit(REQUEST)
+    with local(create_app(Settings(models=tmp_path, runs=tmp_path))) as client:
+        client.app.state.services.draining = True  # type: ignore[attr-defined]
+        answer = client.get(f"/train/{job.id}/events")
+        assert (answer.text, answer.headers["x-accel-buffering"]) == ("", "no")
+
+
 def test_what_was_asked_for_is_kept_as_it_was_understood(jobs: Jobs) -> None:
     asked = JobRequest(recipe="resnet18", overrides={"epochs": "3", "seed": False, "trainable": "layer4,fc"})
     understood = {"epochs": 3, "seed": 0, "trainable": ["layer4", "fc"]}
