@@ -29,7 +29,7 @@ def main(folder: str) -> None:
     run = Run(Path(folder))
     recipe = run.recipe()
     dataset = data.load()
-    per_use, epoch = restore(run, recipe, dataset)
+    per_use, state = restore(run, recipe, dataset)
     single = build(recipe.model_copy(update={"batch_norm_statistics": "shared"}), len(dataset.classes))
     weights = {name: value for name, value in per_use.state_dict().items() if ".bn.running" not in name}
     single.load_state_dict(weights, strict=False)
@@ -42,7 +42,7 @@ def main(folder: str) -> None:
         for (batch, _), _ in zip(batches, range(GATHERING_BATCHES), strict=False):
             single(batch)
 
-    print(f"{recipe.name}, epoch {epoch}, 10,000 test images, evaluation mode")
+    print(f"{recipe.name}, epoch {state['epoch']}, 10,000 test images, evaluation mode")
     print("| running statistics | top-1 | loss |\n| --- | --- | --- |")
     for name, classifier in (("for every use", per_use), ("one set", single.eval())):
         report(name, classifier, dataset)

@@ -30,10 +30,10 @@ from torchvision import transforms
 
 from training import data
 from training.data import Dataset, Split
-from training.export import device_name
 from training.loop import Epoch, default_device, precision, train
 from training.networks import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEAN, IMAGENET_STD, build
 from training.optimizers import make_optimizer
+from training.provenance import device_name
 from training.recipes import Recipe, recipe
 from training.run import Run
 

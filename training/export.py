@@ -3,9 +3,6 @@
 In: a run folder with a checkpoint.  Out: `models/<name>/<version>/`, live if it is good enough.
 """
 
-import importlib.metadata
-import platform
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,11 +14,11 @@ from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
 from training.loop import splits, to_device
 from training.networks import Classifier, build
+from training.provenance import provenance
 from training.recipes import Recipe
-from training.run import Publication, Run
+from training.run import Publication, Run, State
 from training.store import MODEL, EpochSummary, ModelCard, Promotion, Quantised, Store, sha256
 
-LIBRARIES = ("torch", "torchvision", "numpy", "openvino", "nncf")
 CALIBRATION_IMAGES = 300
 JUDGED_IMAGES = 1000  # where a recipe holds none out
 MOST_LOST = 0.003
@@ -46,7 +43,7 @@ def publish(
     begun = run.announced_publication()
     if begun and (card := store.find(recipe.model, begun)):  # the last attempt crashed just after publishing
         return _conclude(run, store, card, promotion)
-    classifier, epoch = restore(run, recipe, dataset)
+    classifier, state = restore(run, recipe, dataset)
     torchscript.round_weights(classifier)
     if recipe.validation_images:
         _, _, validation = splits(recipe, dataset)
@@ -59,7 +56,7 @@ def publish(
         images, labels = to_device(dataset.test, CPU)
         logits = predict(torchscript.load(draft / MODEL), images)
         int8 = quantise(draft / MODEL, recipe, dataset) if recipe.int8 else None
-        curve = [EpochSummary.model_validate(metrics) for metrics in run.epochs() if metrics["epoch"] <= epoch]
+        curve = [EpochSummary.model_validate(metrics) for metrics in run.epochs() if metrics["epoch"] <= state["epoch"]]
         card = ModelCard(
             name=recipe.model,
             version=0,
@@ -77,9 +74,7 @@ def publish(
             int8=int8,
             curve=curve,
             training_seconds=sum(point.seconds for point in curve),
-            device=device_name(),
-            libraries={library: importlib.metadata.version(library) for library in LIBRARIES},
-            commit=_commit(),
+            **(state.get("provenance") or provenance()),  # which runs of earlier releases do not tell
             notes=notes,
             files={},
         )
@@ -138,24 +133,9 @@ def _top1_in_views(network: openvino_ir.Compiled, images: Tensor, labels: Tensor
     return torch.stack(hits).mean().item()
 
 
-def restore(run: Run, recipe: Recipe, dataset: Dataset) -> tuple[Classifier, int]:
-    """The classifier of a run's last checkpoint, on the CPU in evaluation mode, and the epoch it is from."""
+def restore(run: Run, recipe: Recipe, dataset: Dataset) -> tuple[Classifier, State]:
+    """The classifier of a run's last checkpoint, on the CPU in evaluation mode, and the whole checkpoint."""
     state = run.load(dataset.fingerprint)
     classifier = build(recipe.blank, len(dataset.classes))
     classifier.load_state_dict(state["classifier"])
-    return classifier.eval(), state["epoch"]
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    return f"{cpu}, {torch.get_num_threads()} threads"
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return classifier.eval(), state

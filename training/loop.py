@@ -25,6 +25,7 @@ from training.features import prepare
 from training.networks import TransferResNet18, build
 from training.optimizers import make_optimizer, set_learning_rate
 from training.preparation import Preparation
+from training.provenance import provenance
 from training.recipes import ALL_STAGES, Recipe
 from training.run import TICK_S, Run
 from training.store import Store
@@ -138,6 +139,7 @@ def train(
     images, labels = to_device(split, device)
     eval_images, eval_labels = to_device(eval_split, device)
     steps = math.ceil(len(split) / recipe.batch_size)
+    made_by = provenance()
 
     taught = None
     if recipe.teachers:
@@ -242,6 +244,7 @@ def train(
             {
                 "epoch": epoch,
                 "data": dataset.fingerprint,
+                "provenance": made_by,
                 "classifier": classifier.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),

@@ -17,6 +17,7 @@ from training.data import Dataset
 from training.evaluate import evaluate, expected_calibration_error, predict
 from training.export import publish, restore
 from training.networks import Classifier, build
+from training.provenance import device_name
 from training.recipes import from_dict, recipe
 from training.run import Publication, Run, RunError
 from training.store import Store
@@ -111,8 +112,8 @@ def test_the_warnings_of_torch_jit_are_silenced_within_export_only(published_sto
 def test_the_published_file_computes_what_the_run_has_learnt(
     published_store: Path, finished_run: Run, dataset: Dataset
 ) -> None:
-    classifier, epoch = restore(finished_run, finished_run.recipe(), dataset)
-    assert epoch == 1
+    classifier, state = restore(finished_run, finished_run.recipe(), dataset)
+    assert state["epoch"] == 1
     temperature = Store(published_store).card("resnet", 1).temperature
     assert temperature != 1
     classifier.temperature.fill_(temperature)
@@ -133,6 +134,7 @@ def test_the_card_says_how_the_model_was_made_and_how_good_it_is(
     assert card.data == dataset.fingerprint
     assert card.parameters == sum(each.numel() for each in build(finished_run.recipe()).parameters())
     assert card.libraries["torch"] == importlib.metadata.version("torch")
+    assert card.device == device_name()
 
     exported = torchscript.load(published_store / "resnet" / "1" / "model.pt")
     logits = predict(exported, torch.from_numpy(dataset.test.images))
@@ -253,17 +255,22 @@ def test_a_finished_run_needs_its_pretrained_weights_no_more(dataset: Dataset, t
     run = Run(tmp_path)
     run.create(recipe("resnet18", {"weights": "/gone/resnet18.pth", "reinitialise": "layer4"}))
     run.save({"epoch": 4, "data": dataset.fingerprint, "classifier": trained.state_dict()})
-    classifier, epoch = restore(run, run.recipe(), dataset)
-    assert epoch == 4
+    classifier, _ = restore(run, run.recipe(), dataset)
     assert all(torch.equal(value, trained.state_dict()[name]) for name, value in classifier.state_dict().items())
 
 
-def test_the_card_names_the_weights_file_but_not_where_it_lay(dataset: Dataset, tmp_path: Path) -> None:
+def test_the_card_tells_of_the_training_and_names_the_weights_file_but_not_where_it_lay(
+    dataset: Dataset, tmp_path: Path
+) -> None:
     chosen = recipe("resnet18", {"weights": "/home/somebody/resnet18.pth", "image_size": 32, "int8": False})
     run = Run(tmp_path / "run")
     run.create(chosen)
     trained = build(chosen.model_copy(update={"weights": "none"}))
-    run.save({"epoch": 1, "data": dataset.fingerprint, "classifier": trained.state_dict()})
+    elsewhere = {"device": "a GPU", "libraries": {"torch": "2.0"}, "commit": "0" * 40}
+    state = {"epoch": 1, "data": dataset.fingerprint, "classifier": trained.state_dict(), "provenance": elsewhere}
+    run.save(state)
     publish(run, dataset, Store(tmp_path / "models"))
-    assert Store(tmp_path / "models").card("resnet18", 1).recipe["weights"] == "resnet18.pth"
+    card = Store(tmp_path / "models").card("resnet18", 1)
+    assert card.recipe["weights"] == "resnet18.pth"
+    assert (card.device, card.libraries, card.commit) == ("a GPU", {"torch": "2.0"}, "0" * 40)
     assert "somebody" not in (tmp_path / "models/resnet18/1/card.json").read_text()

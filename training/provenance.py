@@ -1,0 +1,39 @@
+"""Where and with what a run was trained, for its model card."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("torch", "torchvision", "numpy", "openvino", "nncf")
+
+
+def provenance() -> dict[str, Any]:
+    """Of what this process trains: the fields device, libraries and commit of `store.ModelCard`."""
+    return {
+        "device": device_name(),
+        "libraries": {library: importlib.metadata.version(library) for library in LIBRARIES},
+        "commit": _commit(),
+    }
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str | None:
+    """The checked-out commit, with "-dirty" if files differ from it; None where this file is not of a checkout."""
+    file = Path(__file__)
+    try:
+        for command in (["ls-files", "--error-unmatch", file.name], ["describe", "--always", "--abbrev=40", "--dirty"]):
+            git = ["git", "-C", str(file.parent), *command]
+            told = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told
