@@ -7,6 +7,7 @@ only difference. Finally ours is overloaded, with requests that leave on schedul
 tables are printed and written to benchmarks/results/serving.md.
 
     python benchmarks/serving.py [--servers ours mosec ...] [--rounds 3] [--seconds 3] [--models models]
+        [--image-size 224]
 
 Needs wrk (`apt-get install wrk`) and, for the peers, `.venv-peers`; `make serving` makes that first.
 """
@@ -30,6 +31,7 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
+from engines import images_per_s
 from numpy.typing import NDArray
 from peers.catalogue import HERE as PEERS
 from peers.catalogue import OURS, ROOT, SERVERS, Server
@@ -38,12 +40,14 @@ from PIL import Image, ImageDraw
 from results import RESULTS, Check, machine, table
 from server import wait_for
 
+from app.engines import load as load_engine
 from app.settings import Settings
 from app.workers import only_on
-from training import data, torchscript
-from training.export import publish
+from training import data, openvino_ir, torchscript
+from training.export import publish, quantisation_images
 from training.loop import train
-from training.recipes import recipe
+from training.networks import build
+from training.recipes import from_dict, recipe
 from training.run import Run
 from training.store import MODEL, Store
 
@@ -93,9 +97,11 @@ class Measured:
 
     loads: dict[Scenario, list[Load]] = field(default_factory=lambda: defaultdict(list))
     start_s: list[float] = field(default_factory=list)
-    """From the command to the first answer, with `resnet`."""
+    """From the command to the first answer, with the first model."""
     memory_mib: list[float] = field(default_factory=list)
-    """Of all processes after the load on `resnet`; pages that they share count once."""
+    """Of all processes after the load on it; pages that they share count once."""
+    engines: dict[str, str] = field(default_factory=dict)
+    """By model, of ours: which one it has chosen."""
     agreement: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
     error: str = ""
@@ -150,6 +156,29 @@ def complete(store: Store, folder: Path) -> tuple[Store, str]:
     return copy, "The store has no `resnet18`; one with random weights shows its speed."
 
 
+def at_size(store: Store, folder: Path, size: int) -> tuple[Store, str]:
+    """A store with the live `resnet18` exported once more, for images upsampled to another size; what to say about it.
+
+    It is as fast as one that was trained at that size, and has an int8 form of which nothing is known but its speed.
+    """
+    card = store.card("resnet18", store.live("resnet18") or 0)
+    resized = from_dict(card.recipe).blank.model_copy(update={"image_size": size})
+    classifier = build(resized, len(card.classes)).eval()
+    classifier.load_state_dict(torchscript.load_weights(live(store, "resnet18") / MODEL))
+    samples, _ = quantisation_images(resized, data.load())
+    copy = Store(folder / "models")
+    with copy.draft("resnet18") as draft:
+        torchscript.save(classifier, draft / MODEL)
+        openvino_ir.quantise(draft / MODEL, samples, in_float=[0])
+        copy.promote("resnet18", copy.publish(draft, card).version)
+    engine = load_engine(live(copy, "resnet18") / MODEL, "cpu", "auto")
+    rate = statistics.median(images_per_s(engine, 32, 2) for _ in range(3))
+    return copy, (
+        f"`resnet18` is the live version with images upsampled to {size} pixels, not {card.recipe['image_size']}. "
+        f"Its engine alone ({engine.name}) computes {rate:.0f} images a second in batches of 32."
+    )
+
+
 def live(store: Store, model: str) -> Path:
     """Folder of a model's live version."""
     return store.folder(model, store.live(model) or 0).resolve()
@@ -191,9 +220,10 @@ class Benchmark:
         store: has `resnet` and `resnet18`.
         seconds: of every load.
         folder: for logs and requests.
+        models: that are asked.
     """
 
-    def __init__(self, store: Store, seconds: int, folder: Path):
+    def __init__(self, store: Store, seconds: int, folder: Path, models: Sequence[str] = tuple(CHECKED)):
         self.store = store
         self.seconds = seconds
         self.folder = folder
@@ -216,24 +246,29 @@ class Benchmark:
                 [dataset.classes[label] for label in dataset.test.labels[:count]],
             )
             for model, count in CHECKED.items()
+            if model in models
         }
+        self.scenarios = [scenario for scenario in SCENARIOS if scenario.model in models]
 
     def visit(self, server: Server, engine: str) -> None:
         """Start a server for each model and drive it with every scenario. Its failure is noted, and ends its visits."""
         measured = self.measured[server, engine]
-        for model in CHECKED:
+        first, *_ = self.checks
+        for model in self.checks:
             if measured.error:
                 return
             try:
                 with self._running(server, engine, model) as running:
                     if model not in measured.agreement:
                         measured.agreement[model], measured.accuracy[model] = self.checks[model].of(running)
-                    for scenario in SCENARIOS:
+                    if server.workers is not None:
+                        measured.engines[model] = _engine(running, model)
+                    for scenario in self.scenarios:
                         if scenario.model == model:
                             load = self._drive(running, scenario)
                             measured.loads[scenario].append(load)
                             _progress(f"{server.name} {engine}: {scenario}: {load.requests_per_s:.0f} req/s")
-                    if model == PEAK.model:
+                    if model == first:
                         measured.start_s.append(running.start_s)
                         measured.memory_mib.append(resident_mib())
             except FAILURES as error:
@@ -317,6 +352,12 @@ class Benchmark:
         return paths
 
 
+def _engine(running: Running, model: str) -> str:
+    """Of ours: what computes a model."""
+    with running.client() as http:
+        return str(http.get("/health").json()["models"][model]["engine"])
+
+
 def _first_steps(job: dict[str, Any]) -> int:
     """How many a training job has done so far."""
     progress = job["progress"]
@@ -349,9 +390,9 @@ def report(benchmark: Benchmark, rounds: int, checks: dict[str, list[Check]], no
             server: benchmark.measured[server, engine] for server in SERVERS if (server, engine) in benchmark.measured
         }
         lines += ["", f"## {title}"]
-        for scenario in SCENARIOS:
+        for scenario in benchmark.scenarios:
             lines += ["", f"### {scenario}", "", *_loads(rows, scenario)]
-        lines += ["", "### Start, memory, accuracy", "", *_servers(rows, versions)]
+        lines += ["", "### Start, memory, accuracy", "", *_servers(rows, versions, list(benchmark.checks))]
     for title, rows_of_checks in checks.items():
         lines += ["", f"## {title}", "", *table(rows_of_checks)]
     return "\n".join(lines) + "\n"
@@ -382,21 +423,24 @@ def _loads(rows: dict[Server, Measured], scenario: Scenario) -> list[str]:
         soonest = min(peers, key=medians.__getitem__)
         lines += [
             "",
-            f"Ours answers **{rates[OURS] / rates[most]:.2f} times** as many requests as the best peer, {most.title}; "
-            f"its p50 is **{medians[OURS] / medians[soonest]:.2f}** of that of the quickest, {soonest.title}.",
+            f"Ours, with {rows[OURS].engines[scenario.model]}, answers **{rates[OURS] / rates[most]:.2f} times** as many "
+            f"requests as the best peer, {most.title}; its p50 is **{medians[OURS] / medians[soonest]:.2f}** of that of the quickest, {soonest.title}.",
         ]
     return lines
 
 
-def _servers(rows: dict[Server, Measured], versions: dict[str, str]) -> list[str]:
-    heads = [f"{what}, `{model}`" for model in CHECKED for what in ("top-1 as TorchScript float32", "accuracy")]
-    lines = [f"| server | version | start s | memory MiB | {' | '.join(heads)} |", "| --- | --- " + "| --: " * 6 + "|"]
+def _servers(rows: dict[Server, Measured], versions: dict[str, str], models: list[str]) -> list[str]:
+    heads = [f"{what}, `{model}`" for model in models for what in ("top-1 as TorchScript float32", "accuracy")]
+    lines = [
+        f"| server | version | start s | memory MiB | {' | '.join(heads)} |",
+        "| --- | --- " + "| --: " * (2 + len(heads)) + "|",
+    ]
     for server, measured in rows.items():
         start = f"{statistics.median(measured.start_s):.1f}" if measured.start_s else ""
         memory = f"{statistics.median(measured.memory_mib):.0f}" if measured.memory_mib else ""
         shares = [
             f"{share[model]:.1%}" if model in share else ""
-            for model in CHECKED
+            for model in models
             for share in (measured.agreement, measured.accuracy)
         ]
         lines.append(
@@ -421,20 +465,22 @@ def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main(names: Sequence[str], rounds: int, seconds: int, models: Path) -> None:
+def main(names: Sequence[str], rounds: int, seconds: int, models: Path, image_size: int | None) -> None:
     if not shutil.which("wrk"):
         sys.exit("wrk is missing: apt-get install wrk")
     adopt()
     chosen = [server for server in SERVERS if server.name in names]
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
         store, notes = complete(Store(models.resolve()), Path(name))
-        benchmark = Benchmark(store, seconds, Path(name))
+        if image_size:
+            store, notes = at_size(store, Path(name, str(image_size)), image_size)
+        benchmark = Benchmark(store, seconds, Path(name), ("resnet18",) if image_size else tuple(CHECKED))
         for _ in range(rounds):
             for server in chosen:
                 for engine in ENGINES:
                     benchmark.visit(server, engine)
         checks = {}
-        if OURS in chosen:
+        if OURS in chosen and not image_size:
             checks = {
                 "Overload of ours, which has one processor, and who asks the others": unless_it_fails(
                     benchmark.overload
@@ -444,7 +490,7 @@ def main(names: Sequence[str], rounds: int, seconds: int, models: Path) -> None:
     text = report(benchmark, rounds, checks, notes)
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "serving.md").write_text(text)
+    (RESULTS / (f"serving_{image_size}.md" if image_size else "serving.md")).write_text(text)
 
 
 if __name__ == "__main__":
@@ -454,5 +500,6 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3, help="of every load")
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="the model store")
+    parser.add_argument("--image-size", type=int, help="only `resnet18`, upsampled to this, into serving_SIZE.md")
     options = parser.parse_args()
-    main(options.servers, options.rounds, options.seconds, options.models)
+    main(options.servers, options.rounds, options.seconds, options.models, options.image_size)
