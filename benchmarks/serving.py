@@ -421,10 +421,11 @@ def _loads(rows: dict[Server, Measured], scenario: Scenario) -> list[str]:
     if OURS in rates and peers:
         most = max(peers, key=rates.__getitem__)
         soonest = min(peers, key=medians.__getitem__)
+        ahead, wait = rates[OURS] / rates[most], medians[OURS] / medians[soonest]
         lines += [
             "",
-            f"Ours, with {rows[OURS].engines[scenario.model]}, answers **{rates[OURS] / rates[most]:.2f} times** as many "
-            f"requests as the best peer, {most.title}; its p50 is **{medians[OURS] / medians[soonest]:.2f}** of that of the quickest, {soonest.title}.",
+            f"Ours, with {rows[OURS].engines[scenario.model]}, answers **{ahead:.2f} times** as many requests as the "
+            f"best peer, {most.title}; its p50 is **{wait:.2f}** of that of the quickest, {soonest.title}.",
         ]
     return lines
 
