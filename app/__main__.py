@@ -20,7 +20,7 @@ def main(
     try:
         settings = Settings()
     except ValidationError as error:
-        faults = (f"CIFAR100_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in error.errors())
+        faults = (f"{'_'.join(map(str, ('CIFAR100', *each['loc']))).upper()}: {each['msg']}" for each in error.errors())
         sys.exit("; ".join(faults))
     update = {"host": host or settings.host, "port": settings.port if port is None else port}
     count = settings.workers or workers.processors()

@@ -1,5 +1,9 @@
-"""Security headers on every answer. Pages set their own content security policy, everything else may load nothing."""
+"""Headers: the media type that a request names, and what is for security on every answer.
 
+Pages set their own content security policy, everything else may load nothing.
+"""
+
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _HEADERS = (
@@ -10,6 +14,11 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
 )
+
+
+def media_type(request: Request) -> str:
+    """Of a request's body, without parameters, in lower case; empty if it names none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 class SecurityHeaders:

@@ -29,7 +29,7 @@ from app.errors import BadRequest, NotFound, Unavailable
 from app.settings import Settings
 from training.recipes import RECIPES, Recipe, RecipeError, from_dict, recipe
 from training.run import Publication, Run
-from training.store import Promotion, Store, StoreError
+from training.store import ModelCard, Promotion, Store, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -313,14 +313,13 @@ class Jobs:
                 log.info("training job %s is interrupted: %s", row.id, crash or "the service stops")
 
     def _validated(self, request: JobRequest) -> Recipe:
-        store = Store(self._settings.models)
         try:
             wanted = recipe(request.recipe, request.overrides)
-            for version in wanted.sources:
-                card = store.card(*store.parse(version))
-                if version == wanted.predecessor:
-                    wanted.require_fit(card.recipe)
-        except (RecipeError, StoreError) as error:
+            for version in wanted.teachers:
+                self._card("teacher", version)
+            if wanted.predecessor:
+                wanted.require_fit(self._card("weights", wanted.predecessor).recipe)
+        except RecipeError as error:
             raise BadRequest(f"{error}") from None
         if wanted.weights not in ("none", "imagenet", wanted.predecessor):
             raise BadRequest("weights must be none, imagenet or a version here; files are for the command line")
@@ -331,6 +330,13 @@ class Jobs:
             if value > limit:
                 raise BadRequest(f"{field}={value} is more than this service trains: at most {limit}")
         return wanted
+
+    def _card(self, field: str, version: str) -> ModelCard:
+        store = Store(self._settings.models)
+        try:
+            return store.card(*store.parse(version))
+        except StoreError as error:
+            raise BadRequest(f"{field}: {error}") from None
 
     @contextmanager
     def _transaction(self) -> Iterator[Session]:

@@ -11,6 +11,7 @@ from starlette.datastructures import UploadFile
 from app.access import ForOperators
 from app.errors import BadRequest, Problem, UnsupportedImage
 from app.evaluations import EvaluationJob, Labelled, read_split, read_zip
+from app.headers import media_type
 from app.pool import Model, Version
 from app.services import FromApp, Services
 from training.store import Evaluation
@@ -71,7 +72,7 @@ async def evaluate(
     What takes longer than a few seconds goes on in the background: 202 and where to look.
     """
     chosen = await services.pool.get(model, version, patient=True)
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = media_type(request)
     if content_type == "multipart/form-data":
         upload = (await request.form(max_files=1, max_fields=0)).get("file")
         if not isinstance(upload, UploadFile):

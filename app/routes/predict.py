@@ -23,6 +23,7 @@ from app import images
 from app.access import let_predictor_pass
 from app.decoding import File
 from app.errors import EXPECTED, BadRequest, TooLarge, UnsupportedImage, answer
+from app.headers import media_type
 from app.pool import Version
 from app.protocol import ON_LEAVING
 from app.services import services_of
@@ -184,7 +185,7 @@ def top_classes(logits: NDArray[np.float32], card: ModelCard, top_k: int) -> lis
 @asynccontextmanager
 async def _files(request: Request, settings: Settings) -> AsyncIterator[list[File]]:
     """Names and contents of the images sent. A form's larger files are on disk and closed at the end."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = media_type(request)
     if content_type == "multipart/form-data":
         max_files = min(settings.max_images, settings.max_batch)
         async with request.form(max_files=max_files, max_fields=8) as form:

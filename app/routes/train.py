@@ -69,8 +69,7 @@ def events(job_id: str, services: FromApp, last_event_id: Annotated[int, Header(
     services.jobs.require_room()
 
     async def stream() -> AsyncIterator[str]:
-        stopping = lambda: services.draining  # noqa: E731
-        async with aclosing(services.jobs.events(job_id, last_event_id, stopping)) as events:
+        async with aclosing(services.jobs.events(job_id, last_event_id, lambda: services.draining)) as events:
             async for event in events:
                 yield event_stream(*event) if event else ": nothing new\n\n"
         ended = await asyncio.to_thread(services.jobs.get, job_id)

@@ -255,7 +255,8 @@ def test_a_finished_run_needs_its_pretrained_weights_no_more(dataset: Dataset, t
     run = Run(tmp_path)
     run.create(recipe("resnet18", {"weights": "/gone/resnet18.pth", "reinitialise": "layer4"}))
     run.save({"epoch": 4, "data": dataset.fingerprint, "classifier": trained.state_dict()})
-    classifier, _ = restore(run, run.recipe(), dataset)
+    classifier, state = restore(run, run.recipe(), dataset)
+    assert state["epoch"] == 4
     assert all(torch.equal(value, trained.state_dict()[name]) for name, value in classifier.state_dict().items())
 
 
