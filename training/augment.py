@@ -4,6 +4,7 @@ Selecting, mirroring and shifting are all a choice of which pixel to read, so a 
 operation on the uint8 data set: no per-image Python, no worker processes, no intermediate copies.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -66,23 +67,39 @@ def batches(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Itera
         yield pixels.permute(0, 3, 1, 2), picked
 
 
-def mix(batch: Tensor, strength: float, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
-    """Blend a batch with itself in another order (mixup, Zhang et al. 2018, arXiv:1710.09412).
+def combine(batch: Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """Combine a batch with itself in another order, all of it by one share drawn from Beta(s, s).
+
+    `mixup=s` blends every pixel (Zhang et al. 2018, arXiv:1710.09412), `cutmix=s` replaces a rectangle of that share of
+    the image, as far as it lies within (Yun et al. 2019, arXiv:1905.04899).
 
     Args:
         batch: images or features [B, C, H, W].
-        strength: of Beta(strength, strength), from which the share is drawn.
+        recipe: with either of the two.
         generator: see `draw`.
 
     Returns:
-        The blend, of the same type as the batch; int64 [B] on the CPU, each one's partner in the batch; and the share
-        of the batch itself in the blend, 0-1, its partners have the rest.
+        The combination, of the same type as the batch; int64 [B] on the CPU, each one's partner in the batch; and the
+        share of the batch itself in the combination, 0-1, its partners have the rest.
     """
-    seed = int(torch.randint(2**31, (), generator=generator))
-    share = float(np.random.default_rng(seed).beta(strength, strength))
+    random = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+    strength = recipe.mixup or recipe.cutmix
+    share = float(random.beta(strength, strength))
     partners = torch.randperm(len(batch), generator=generator)
-    blend = torch.lerp(batch[partners].float(), batch.float(), share)
-    return (blend if batch.is_floating_point() else blend.round()).to(batch.dtype), partners, share
+    if recipe.mixup:
+        blend = torch.lerp(batch[partners].float(), batch.float(), share)
+        return (blend if batch.is_floating_point() else blend.round()).to(batch.dtype), partners, share
+    rows, columns = (_part(length, math.sqrt(1 - share), random) for length in batch.shape[2:])
+    combined = batch.clone()
+    combined[:, :, rows, columns] = batch[:, :, rows, columns][partners]
+    replaced = combined[0, 0, rows, columns].numel() / combined[0, 0].numel()
+    return combined, partners, 1 - replaced
+
+
+def _part(length: int, share: float, random: np.random.Generator) -> slice:
+    """A part of a side of this length, around a random place, cut off where it would reach beyond."""
+    centre, reach = random.integers(length), round(length * share) / 2
+    return slice(max(0, math.ceil(centre - reach)), min(length, math.ceil(centre + reach)))
 
 
 def source_pixels(drawn: Draw) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ class Tick:
     loss: float
     """Mean training loss since the epoch began."""
     accuracy: float
-    """Training top-1 since the epoch began, 0-1; of blended images (mixup) against the labels of the batch itself."""
+    """Training top-1 since the epoch began, 0-1; of combined images (mixup, cutmix) by the labels of the batch."""
     images_per_s: float
     remaining_s: float
     """Estimate for the rest of the run."""
@@ -180,14 +180,14 @@ def train(
         seen = 0
         generator = torch.Generator().manual_seed(seed)
         for step, (batch, rows) in enumerate(source.batches(generator), start=1):
-            if recipe.mixup:
-                batch, partners, share = augment.mix(batch, recipe.mixup, generator)
+            if recipe.combines:
+                batch, partners, share = augment.combine(batch, recipe, generator)
             rate = learning_rate(recipe, epoch - 1 + (step - 0.5) / steps)
             set_learning_rate(optimizer, rate)
             with autocast():
                 logits = source.logits(batch)
                 loss = objective(logits, rows)
-                if recipe.mixup:
+                if recipe.combines:
                     loss = torch.lerp(objective(logits, rows[partners]), loss, share)
             optimizer.zero_grad()
             scaler.scale(loss).backward()

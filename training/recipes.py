@@ -61,6 +61,8 @@ class Recipe(BaseModel):
     """Shift each training image by up to this many pixels, filling by reflection."""
     mixup: float = Field(default=0.0, ge=0, le=10)
     """Blend each batch with itself in another order, by a share drawn from Beta(mixup, mixup) (Zhang et al. 2018)."""
+    cutmix: float = Field(default=0.0, ge=0, le=10)
+    """Give each image a rectangle of another one, of a share drawn likewise (Yun et al. 2019)."""
 
     # Multiples of 8 only: oneDNN's AVX2 convolutions crash on other channel counts in channels-last (torch 2.14.1).
     width: int = Field(default=32, ge=8, le=256, multiple_of=8)
@@ -108,6 +110,8 @@ class Recipe(BaseModel):
                 f"weights={self.weights} applies to network=resnet18, not to {self.network}, "
                 "which takes a version such as resnet/3"
             )
+        if self.mixup and self.cutmix:
+            raise ValueError("mixup and cutmix exclude each other")
         if "fc" not in self.trainable:
             raise ValueError("trainable must contain fc, the classifier itself")
         return self
@@ -136,6 +140,11 @@ class Recipe(BaseModel):
     def sources(self) -> tuple[str, ...]:
         """The published versions that training needs: its teachers and where it starts."""
         return self.teachers + ((self.predecessor,) if self.predecessor else ())
+
+    @property
+    def combines(self) -> bool:
+        """Whether images are trained on in combination with others."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def total_epochs(self) -> int:

@@ -10,8 +10,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.augment import batches, mix
-from training.recipes import Recipe, recipe
+from training.augment import batches, combine
+from training.recipes import Recipe, RecipeError, recipe
 
 PLAIN = {"flip": False, "crop_padding": 0, "batch_size": 64}
 
@@ -90,19 +90,46 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
 def test_a_blend_has_as_much_of_each_image_as_its_share_says(dtype: torch.dtype) -> None:
     batch = (noise(40).permute(0, 3, 1, 2) / (1 if dtype is torch.uint8 else 256)).to(dtype)
-    blend, partners, share = mix(batch, 0.5, torch.Generator().manual_seed(0))
+    blend, partners, share = combine(batch, chosen(mixup=0.5), torch.Generator().manual_seed(0))
     assert blend.dtype is dtype
     assert 0.05 < share < 0.95
     assert not torch.equal(partners, torch.arange(40))
     expected = share * batch.double() + (1 - share) * batch[partners].double()
     torch.testing.assert_close(blend.double(), expected, rtol=1e-3, atol=0.5001 if dtype is torch.uint8 else 1e-3)
-    again, _, same = mix(batch, 0.5, torch.Generator().manual_seed(0))
+    again, _, same = combine(batch, chosen(mixup=0.5), torch.Generator().manual_seed(0))
     assert torch.equal(again, blend)
     assert same == share
 
 
 def test_shares_follow_the_beta_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
-    shares = torch.tensor([mix(torch.zeros(2, 1, 1, 1), 0.2, generator)[2] for _ in range(2000)])
+    shares = torch.tensor([combine(torch.zeros(2, 1, 1, 1), chosen(mixup=0.2), generator)[2] for _ in range(2000)])
     assert shares.mean() == pytest.approx(0.5, abs=0.04)
     assert shares.var() == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.08)  # of Beta(a, a)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_cutmix_replaces_one_rectangle_of_the_share_that_it_says(dtype: torch.dtype) -> None:
+    own = torch.arange(40, dtype=dtype)
+    batch = own[:, None, None, None].expand(40, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    generator, shares = torch.Generator().manual_seed(0), []
+    for _ in range(200):
+        combined, partners, share = combine(batch, chosen(cutmix=1.0), generator)
+        assert combined.dtype is dtype
+        one = int((partners != torch.arange(40)).nonzero()[0])
+        replaced = combined[one, 0] != own[one]
+        rows, columns = replaced.any(1).nonzero(), replaced.any(0).nonzero()
+        if replaced.any():
+            assert replaced[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+        assert share == 1 - replaced.double().mean()
+        mask = replaced.expand(40, 3, 32, 32)
+        assert torch.equal(combined, torch.where(mask, batch[partners], batch))
+        shares.append(share)
+    assert min(shares) < 0.3
+    assert max(shares) > 0.9
+    assert torch.equal(batch[:, 0, 0, 0], own)  # the batch itself stays as it was
+
+
+def test_mixup_and_cutmix_exclude_each_other() -> None:
+    with pytest.raises(RecipeError, match="exclude each other"):
+        chosen(mixup=0.2, cutmix=0.2)
