@@ -5,6 +5,7 @@ In: an exported `model.pt`.  Out: an `Engine`, warmed up, and compared with PyTo
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,8 @@ _WARMUP_SIZES = (1, 2, 4, 8, 16)
 _ROUNDING = 1e-4
 _REDUCED_PRECISION = 0.02
 _QUANTISED = 0.4  # on single images; whether all is well on the whole is measured when a model is quantised
+
+_SUFFIXES = {torch.float32: "", torch.float16: "-f16", torch.bfloat16: "-bf16"}
 
 # Without these instructions int8 is hardly faster than float32.
 _INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
@@ -47,17 +50,25 @@ class EngineError(RuntimeError):
 
 
 class TorchScriptEngine:
-    """PyTorch's own runtime, on any device."""
+    """PyTorch's own runtime, on any device.
 
-    def __init__(self, model: Path, device: torch.device):
-        self.name = f"torchscript-{device.type}"
-        self.tolerance = _ROUNDING if device.type == "cpu" else _REDUCED_PRECISION  # NVIDIA's convolve in TF32
-        self.device = device
+    Args:
+        dtype: of the activations: float32, or a half precision, for which images are laid out as tensor cores want.
+    """
+
+    def __init__(self, model: Path, device: torch.device, dtype: torch.dtype = torch.float32):
+        exact = device.type == "cpu" and dtype is torch.float32  # NVIDIA's convolve even float32 in TF32
+        self.name = f"torchscript-{device.type}" + _SUFFIXES[dtype]
+        self.tolerance = _ROUNDING if exact else _REDUCED_PRECISION
         self.module = torchscript.load(model, device)
+        self._device, self._dtype = device, dtype
+        self._layout = torch.contiguous_format if dtype is torch.float32 else torch.channels_last
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            logits: NDArray[np.float32] = self.module(torch.from_numpy(images).to(self.device)).cpu().numpy()
+        halved = torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not torch.float32)
+        with torch.inference_mode(), halved:
+            batch = torch.from_numpy(images).to(self._device, memory_format=self._layout)
+            logits: NDArray[np.float32] = self.module(batch).float().cpu().numpy()
         return logits
 
 
@@ -86,8 +97,8 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
         model: an exported `model.pt`.
         device: "auto" is CUDA where there is one.
         runtime: "auto" tries on the CPU, until one computes what the model does: its int8 form, if it has one and the
-            processor has instructions for that; "openvino"; TorchScript. "openvino" takes float32 where the precision
-            in which the processor is fastest is too coarse for the model.
+            processor has instructions for that; "openvino"; TorchScript. "openvino" on the CPU and TorchScript on CUDA
+            take float32 where the precision in which they are fastest is too coarse for the model.
 
     Raises:
         EngineError: the runtime that was asked for cannot be used.
@@ -100,10 +111,11 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
         candidates = ("openvino", "torchscript") if device == "cpu" else ("torchscript",)
         if device == "cpu" and int8.exists() and _computes_int8():
             candidates = ("int8", *candidates)
+    dtypes = (torch.float16, torch.float32) if device == "cuda" else (torch.float32,)
     makers: dict[Runtime, tuple[Callable[[], Engine], ...]] = {
         "int8": (lambda: OpenVinoEngine(int8),),
         "openvino": (lambda: OpenVinoEngine(model), lambda: OpenVinoEngine(model, "f32")),
-        "torchscript": (lambda: TorchScriptEngine(model, torch.device(device)),),
+        "torchscript": tuple(partial(TorchScriptEngine, model, torch.device(device), dtype) for dtype in dtypes),
     }
     failures = []
     for candidate in candidates:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from app import engines
-from app.engines import EngineError, OpenVinoEngine
+from app.engines import EngineError, OpenVinoEngine, TorchScriptEngine
 from training.data import Dataset
 from training.openvino_ir import Compiled, quantise
 from training.torchscript import load
@@ -39,6 +39,18 @@ def test_probabilities_are_those_of_the_exported_file(model: Path, dataset: Data
         logits = engine(images)
         assert (logits.shape, logits.dtype) == ((size, 100), np.float32)
         np.testing.assert_allclose(torch.from_numpy(logits).softmax(1), expected, atol=engine.tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "suffix"), [(torch.float16, "-f16"), (torch.bfloat16, "-bf16")])
+def test_torchscript_computes_in_half_precision(model: Path, dataset: Dataset, dtype: torch.dtype, suffix: str) -> None:
+    images = np.ascontiguousarray(dataset.test.images[:16].transpose(0, 3, 1, 2))
+    exact, halved = (TorchScriptEngine(model, torch.device("cpu"), each) for each in (torch.float32, dtype))
+    assert halved.name == exact.name + suffix
+    expected, logits = exact(images), halved(images)
+    assert logits.dtype == np.float32
+    assert not np.array_equal(logits, expected)
+    probabilities, expected_probabilities = (torch.from_numpy(each).softmax(1) for each in (logits, expected))
+    torch.testing.assert_close(probabilities, expected_probabilities, atol=halved.tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("runtime", ["torchscript", "openvino"])
