@@ -129,7 +129,8 @@ def train(
         state = run.load(dataset.fingerprint)
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty after epochs in another precision, on another machine
+            scaler.load_state_dict(state["scaler"])
         finished = state["epoch"]
     elif recipe.predecessor:
         warm_start.load(classifier, recipe, _needed(store, recipe.weights), dataset)

@@ -110,6 +110,11 @@ class Recipe(BaseModel):
                 f"weights={self.weights} applies to network=resnet18, not to {self.network}, "
                 "which takes a version such as resnet/3"
             )
+        for field in ("teacher_weight", "teacher_temperature"):
+            if not self.teachers and getattr(self, field) != Recipe.model_fields[field].default:
+                raise ValueError(f"{field} applies where there is a teacher")
+        if self.optimizer == "adam" and self.momentum != Recipe.model_fields["momentum"].default:
+            raise ValueError("momentum applies to optimizer=sgd or muon, not to adam")
         if self.mixup and self.cutmix:
             raise ValueError("mixup and cutmix exclude each other")
         if "fc" not in self.trainable:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.augment import batches, combine
-from training.recipes import Recipe, RecipeError, recipe
+from training.recipes import Recipe, recipe
 
 PLAIN = {"flip": False, "crop_padding": 0, "batch_size": 64}
 
@@ -128,8 +128,3 @@ def test_cutmix_replaces_one_rectangle_of_the_share_that_it_says(dtype: torch.dt
     assert min(shares) < 0.3
     assert max(shares) > 0.9
     assert torch.equal(batch[:, 0, 0, 0], own)  # the batch itself stays as it was
-
-
-def test_mixup_and_cutmix_exclude_each_other() -> None:
-    with pytest.raises(RecipeError, match="exclude each other"):
-        chosen(mixup=0.2, cutmix=0.2)

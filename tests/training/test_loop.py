@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training import data
+from training import data, loop
 from training.data import Dataset
 from training.loop import Epoch, TrainingError, learning_rate, train
 from training.networks import build
@@ -189,6 +189,20 @@ def test_the_metrics_of_a_resumed_run_have_every_epoch_once_wherever_it_crashed(
     assert [(line["event"], line["epoch"]) for line in run.metrics()] == [
         ("tick", 1), ("epoch", 1), ("tick", 2), ("epoch", 2)
     ]  # fmt: skip
+
+
+def test_a_run_can_be_resumed_where_another_precision_is_faster(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started(tmp_path, recipe("resnet", {"width": 8, "epochs": 2, "validation_images": 0}))
+    stopped = train(run.recipe(), tiny, run, CPU)
+    assert next(event for event in stopped if isinstance(event, Epoch)).epoch == 1
+    stopped.close()
+    assert run.load()["scaler"] == {}
+    monkeypatch.setattr(loop, "precision", lambda *_: torch.float16)
+    finish(run, tiny)
+    assert run.load()["epoch"] == 2
+    assert run.load()["scaler"]["scale"] > 0
 
 
 def test_a_line_of_metrics_that_was_cut_off_is_ignored_and_dropped(tmp_path: Path) -> None:
