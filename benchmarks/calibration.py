@@ -8,11 +8,10 @@ error of some points by chance alone.) The table is printed and written to bench
 """
 
 import argparse
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from results import RESULTS, machine
+from results import keep, occasion
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -64,14 +63,13 @@ def main(versions: list[str], count: int, models: Path) -> None:
     store, dataset = Store(models), data.load()
     lines = [
         f"Calibration error on one half of the images held out, temperature from the other; mean of {count} divisions. "
-        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}.",
+        f"{occasion()}.",
         "",
         f"| model | images | {' | '.join(METHODS)} | {' | '.join(f'temperature, {method}' for method in METHODS)} |",
         "| --- | --: | --: | --: | --: | --: |",
         *(compare(version, store, dataset, count) for version in versions),
     ]
-    print("\n".join(lines))
-    (RESULTS / "calibration.md").write_text("\n".join(lines) + "\n")
+    keep("calibration", lines)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from results import RESULTS, machine
+from numpy.typing import NDArray
+from results import keep, occasion
 
 from app import engines
 from app.settings import Runtime
@@ -26,7 +27,7 @@ SIZES = (1, 8, 32) if not torch.cuda.is_available() else (1, 32, 256)
 WARMUP_CALLS = 3
 
 
-def images_per_s(engine: engines.Engine, size: int, seconds: float) -> float:
+def images_per_s(engine: Callable[[NDArray[np.uint8]], NDArray[np.float32]], size: int, seconds: float) -> float:
     """How many images of batches of this size an engine computes in a second."""
     batch = np.random.default_rng(0).integers(0, 256, (size, 3, 32, 32), np.uint8)
     for _ in range(WARMUP_CALLS):
@@ -43,10 +44,11 @@ def main(rounds: int, seconds: float, models: Path) -> None:
     loaded = []
     failures = []
     for name in store.names():
-        file = store.folder(name, store.live(name) or 0) / MODEL
+        version = store.live(name) or 0
+        file = store.folder(name, version) / MODEL
         for runtime in RUNTIMES:
             try:
-                loaded.append((name, engines.load(file, "auto", runtime)))
+                loaded.append((f"{name}/{version}", engines.load(file, "auto", runtime)))
             except engines.EngineError as error:
                 failures.append(f"{name}, {runtime}: {error}")
     measured = defaultdict(list)
@@ -57,7 +59,7 @@ def main(rounds: int, seconds: float, models: Path) -> None:
     lines = [
         "# The engines alone",
         "",
-        f"Images a second by size of batch; {datetime.now(UTC):%Y-%m-%d}, {machine()}; "
+        f"Images a second by size of batch; {occasion()}; "
         f"{rounds} rounds of {seconds:g} s, medians. PyTorch {torch.__version__}.",
         "",
         f"| model | engine | {' | '.join(map(str, SIZES))} |",
@@ -67,8 +69,7 @@ def main(rounds: int, seconds: float, models: Path) -> None:
         rates = [f"{statistics.median(measured[name, engine.name, size]):,.0f}" for size in SIZES]
         lines.append(f"| `{name}` | {engine.name} | {' | '.join(rates)} |")
     lines += ["", *failures] if failures else []
-    print("\n".join(lines))
-    (RESULTS / "engines.md").write_text("\n".join(lines) + "\n")
+    keep("engines", lines)
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def main(wanted: list[str]) -> int:
                 print(f"{play.__name__}: expected that {missed}", file=sys.stderr)
             said = "; ".join(scene.said).replace(name, "…").replace("|", "\\|").replace("\n", " ")
             checks.append(Check(play.__name__.replace("_", " "), said, "clear, intact, recovers", not scene.missed))
-    return conclude("hostile_surroundings", f"{len(checks)} scenes.", checks)
+    return conclude("hostile_surroundings", f"{len(checks)} scenes.", checks, whole=not wanted)
 
 
 def _trained(http: httpx.Client) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""What the kernel tells about processes: memory, open files, who is alive. Linux only."""
+"""What the kernel tells about processes: memory, open files, who is alive. Linux only, but for `working_in`."""
 
 from pathlib import Path
+
+PROC = Path("/proc")
 
 
 def memory_mib(process: int, field: str = "VmRSS") -> float:
@@ -21,9 +23,9 @@ def open_files(process: int) -> int:
 
 
 def working_in(folder: Path, kind: str = "") -> list[int]:
-    """Processes whose command line names the folder or something in it, and has `kind` in it."""
+    """Processes whose command line names the folder or something in it, and has `kind` in it; none but on Linux."""
     found = []
-    for entry in Path("/proc").iterdir():
+    for entry in PROC.iterdir() if PROC.exists() else ():
         if entry.name.isdecimal():
             try:
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")

@@ -11,11 +11,10 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import torch
-from results import machine
+from engines import images_per_s
+from results import occasion
 from torch.nn import functional as F
 
 from training import data, openvino_ir
@@ -25,7 +24,7 @@ from training.loop import to_device
 from training.recipes import from_dict
 from training.store import MODEL, Store
 
-ROUNDS, BATCH = 5, 32
+ROUNDS, SECONDS, BATCH = 5, 0.5, 32
 
 
 def main(version: str, positions: list[int]) -> None:
@@ -35,34 +34,25 @@ def main(version: str, positions: list[int]) -> None:
     samples, judged = quantisation_images(from_dict(card.recipe), data.load())
     images, labels = to_device(judged, CPU)
 
-    print(f"{version}, {len(labels)} images, {machine()}")
+    print(f"{version}, {len(labels)} images, {occasion()}")
     print("\n| int8 | top-1 lost | KL | images/s |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(shutil.copy(published, folder))
         network = openvino_ir.Compiled(model)
         expected = predict(network.on_tensors, images).log_softmax(1)
-        print(f"| nothing ({network.precision}) | | | {_images_per_s(network, images):.0f} |", flush=True)
+        print(f"| nothing ({network.precision}) | | | {_rate(network):.0f} |", flush=True)
         for spared in [None, *positions]:
             quantised = openvino_ir.Compiled(openvino_ir.quantise(model, samples, [] if spared is None else [spared]))
             logits = predict(quantised.on_tensors, images).log_softmax(1)
             divergence = F.kl_div(logits, expected, log_target=True, reduction="batchmean").item()
             lost = (expected.argmax(1) == labels).double().mean() - (logits.argmax(1) == labels).double().mean()
             what = "throughout" if spared is None else f"but for convolution {spared}"
-            speed = _images_per_s(quantised, images)
+            speed = _rate(quantised)
             print(f"| {what} | {100 * lost:.2f} points | {divergence:.4f} | {speed:.0f} |", flush=True)
 
 
-def _images_per_s(network: openvino_ir.Compiled, images: torch.Tensor) -> float:
-    batch = images[:BATCH].permute(0, 3, 1, 2)
-    network.on_tensors(batch)
-
-    def once() -> float:
-        begun = time.perf_counter()
-        for _ in range(4):
-            network.on_tensors(batch)
-        return 4 * len(batch) / (time.perf_counter() - begun)
-
-    return statistics.median(once() for _ in range(ROUNDS))
+def _rate(network: openvino_ir.Compiled) -> float:
+    return statistics.median(images_per_s(network, BATCH, SECONDS) for _ in range(ROUNDS))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""What a proof has measured: printed as a table, kept in benchmarks/results/, told by the exit status."""
+"""What a program has measured: printed as a table, kept in benchmarks/results/, told by a proof's exit status."""
 
-import os
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+import torch
+
+from app.workers import processors
+from training.provenance import commit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,13 +31,23 @@ class Check:
     met: bool | None = None
 
 
-def conclude(name: str, ran: str, checks: list[Check], workers: int = 1) -> int:
-    """Print the table and write it to `results/NAME.md`, or for several workers to `results/NAME_workers.md`.
+def keep(name: str, lines: Iterable[str], whole: bool = True) -> None:
+    """Print lines of markdown, and write them to `results/NAME.md` unless a part is left out."""
+    text = "\n".join(lines)
+    print(text, flush=True)
+    if whole:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.md").write_text(text + "\n")
+
+
+def conclude(name: str, ran: str, checks: list[Check], workers: int = 1, whole: bool = True) -> int:
+    """Keep a table as `results/NAME.md`, or for several workers as `results/NAME_workers.md`.
 
     Args:
         name: of the program.
         ran: what was run, in a sentence.
         workers: processes of the service.
+        whole: whether it is kept.
 
     Returns:
         The exit status: 1 if a target was missed.
@@ -40,10 +55,7 @@ def conclude(name: str, ran: str, checks: list[Check], workers: int = 1) -> int:
     missed = [check for check in checks if check.met is False]
     if workers > 1:
         name, ran = f"{name}_workers", f"{workers} workers: {ran}"
-    lines = [f"{ran} {datetime.now(UTC):%Y-%m-%d}, {machine()}.", "", *table(checks)]
-    print("\n".join(lines), flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    keep(name, [f"{ran} {occasion()}.", "", *table(checks)], whole)
     return 1 if missed else 0
 
 
@@ -57,9 +69,17 @@ def table(checks: Iterable[Check]) -> list[str]:
     ]
 
 
+def occasion() -> str:
+    """When, of which commit and on what machine something is measured."""
+    sha, dash, dirty = (commit() or "").partition("-")
+    of = f", commit {sha[:7]}{dash}{dirty}" if sha else ""
+    return f"{datetime.now(UTC):%Y-%m-%d}{of}, {machine()}"
+
+
 def machine() -> str:
-    facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    processor = next(
-        (value.strip() for key, value in facts.items() if key.strip() == "model name"), "unknown processor"
-    )
-    return f"{processor}, {os.cpu_count()} cores"
+    """Its processor, how many of it this process may use, and its GPU."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{next(names, platform.processor() or platform.machine())}, {processors()} cores{gpu}"

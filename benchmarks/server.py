@@ -16,6 +16,8 @@ from typing import Self, TypeVar
 import httpx
 import processes
 
+from app.workers import processors
+
 DATA = "synthetic:4"
 READY_S = 60.0
 STOP_S = 30.0
@@ -39,7 +41,7 @@ class Server:
         chosen |= {"operator_rate_limit": "", "training_threads": "1"} | settings
         environment = os.environ | {f"CIFAR100_{name.upper()}": value for name, value in chosen.items()}
         self.log = log
-        self._workers = int(settings.get("workers", 1))
+        self._workers = int(settings.get("workers", 1)) or processors()
         self._heard = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:
             self.process = subprocess.Popen(

@@ -1,10 +1,11 @@
 """Our service against its peers: requests a second, latency, CPU, memory and start, at the same accuracy.
 
-Every server in turn is started, asked for the top-1 of 1,000 images, driven by wrk with each scenario, and stopped; no
-two run at once. A round takes each server once, the tables show medians over the rounds. Peers run the same `model.pt`
-twice: with TorchScript, as their documentation shows, and with OpenVINO as ours, which leaves the serving path as the
-only difference. Finally ours is overloaded, with requests that leave on schedule, and driven while it trains. The
-tables are printed and written to benchmarks/results/serving.md.
+Every server in turn is started, asked for the top-1 of some images, driven by wrk with each scenario, and stopped; no
+two run at once. One whose answers are others than TorchScript's in float32 is not compared. A round takes each server
+once, the tables show medians over the rounds. Peers run the same `model.pt` twice: with TorchScript, as their
+documentation shows, and with OpenVINO in the precision that ours takes without int8, which leaves the serving path as
+the only difference. Finally ours is overloaded, with requests that leave on schedule, and driven while it trains. The
+tables are printed and, with all servers, written to benchmarks/results/serving.md.
 
     python benchmarks/serving.py [--servers ours mosec ...] [--rounds 3] [--seconds 3] [--models models]
         [--image-size 224]
@@ -24,7 +25,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,34 +38,35 @@ from peers.catalogue import HERE as PEERS
 from peers.catalogue import OURS, ROOT, SERVERS, Server
 from peers.running import Load, Running, adopt, drive, resident_mib
 from PIL import Image, ImageDraw
-from results import RESULTS, Check, machine, table
+from results import Check, keep, occasion, table
 from server import wait_for
 
 from app.engines import load as load_engine
 from app.settings import Settings
 from app.workers import only_on
 from training import data, openvino_ir, torchscript
-from training.export import publish, quantisation_images
-from training.loop import train
+from training.export import quantisation_images
 from training.networks import build
-from training.recipes import from_dict, recipe
-from training.run import Run
+from training.recipes import from_dict
 from training.store import MODEL, Store
 
 ENGINES = {
     "torchscript": "Each as its documentation shows: the peers with TorchScript, ours as shipped",
-    "openvino": "All with the same engine: `model.pt` in OpenVINO",
+    "openvino": "All with the same engine: `model.pt` in OpenVINO, in one precision",
 }
 SHIPPED = "torchscript"
 PICTURES = 50  # different ones, so that no cache helps
-SYNTHETIC = "synthetic:40"
 CHECKED = {"resnet": 1000, "resnet18": 200}  # images whose top-1 is compared
+SAME = 0.95  # of them have TorchScript's top-1, or the answers are others
 WARMUP_S = 1
 OVERLOAD = 5.0
 OVERLOAD_S = 10.0  # long enough for what waits at the end, and is answered too late, to matter little
 TRAINING = {"recipe": "resnet", "overrides": {"epochs": 100}, "promote": "never"}
 TRAINING_STARTS_S = 120.0
-FAILURES = (RuntimeError, OSError, httpx.HTTPError, KeyError, ValueError)
+FAILURES = (
+    *(RuntimeError, OSError, subprocess.SubprocessError, httpx.HTTPError),
+    *(LookupError, TypeError, ValueError),  # an answer that is not understood
+)
 
 
 @dataclass(frozen=True)
@@ -138,25 +140,7 @@ def photo(seed: int) -> bytes:
     return file.getvalue()
 
 
-def complete(store: Store, folder: Path) -> tuple[Store, str]:
-    """A store that has `resnet18` for sure, and what to say about it.
-
-    Where there is none, random weights are published in a copy of the store: they are as fast as any.
-    """
-    if store.live("resnet18") is not None:
-        return store, ""
-    copy = Store(folder / "models")
-    shutil.copytree(store.root / "resnet", copy.root / "resnet")
-    untrained = {"weights": "none", "image_size": 224, "epochs": 1, "finetune_epochs": 0, "trainable": "fc"}
-    run = Run(folder / "resnet18")
-    run.create(recipe("resnet18", untrained | {"cache_features": False, "validation_images": 0}))
-    dataset = data.load("synthetic:1")
-    list(train(run.recipe(), dataset, run, torch.device("cpu")))
-    publish(run, dataset, copy, "always")
-    return copy, "The store has no `resnet18`; one with random weights shows its speed."
-
-
-def at_size(store: Store, folder: Path, size: int) -> tuple[Store, str]:
+def at_size(store: Store, folder: Path, size: int, dataset: data.Dataset) -> tuple[Store, str]:
     """A store with the live `resnet18` exported once more, for images upsampled to another size; what to say about it.
 
     It is as fast as one that was trained at that size, and has an int8 form of which nothing is known but its speed.
@@ -165,7 +149,7 @@ def at_size(store: Store, folder: Path, size: int) -> tuple[Store, str]:
     resized = from_dict(card.recipe).blank.model_copy(update={"image_size": size})
     classifier = build(resized, len(card.classes)).eval()
     classifier.load_state_dict(torchscript.load_weights(live(store, "resnet18") / MODEL))
-    samples, _ = quantisation_images(resized, data.load())
+    samples, _ = quantisation_images(resized, dataset)
     copy = Store(folder / "models")
     with copy.draft("resnet18") as draft:
         torchscript.save(classifier, draft / MODEL)
@@ -217,23 +201,18 @@ class Benchmark:
     """All measurements of all servers.
 
     Args:
-        store: has `resnet` and `resnet18`.
+        store: has a live version of the models.
+        dataset: whose test images are sent.
         seconds: of every load.
         folder: for logs and requests.
         models: that are asked.
     """
 
-    def __init__(self, store: Store, seconds: int, folder: Path, models: Sequence[str] = tuple(CHECKED)):
+    def __init__(self, store: Store, dataset: data.Dataset, seconds: int, folder: Path, models: Sequence[str]):
         self.store = store
         self.seconds = seconds
         self.folder = folder
         self.measured: dict[tuple[Server, str], Measured] = defaultdict(Measured)
-        try:
-            dataset = data.load()
-        except data.DataError:
-            dataset = data.load(SYNTHETIC)
-            os.environ["CIFAR100_DATA"] = SYNTHETIC  # for the training job
-        self.dataset = "CIFAR-100" if dataset.classes == data.CLASSES else "the synthetic data set"
         images = dataset.test.images
         self.pictures = {
             PNG: [png(image) for image in images[:PICTURES]],
@@ -249,6 +228,9 @@ class Benchmark:
             if model in models
         }
         self.scenarios = [scenario for scenario in SCENARIOS if scenario.model in models]
+        self.without_int8 = {
+            model: load_engine(live(store, model) / MODEL, "cpu", "openvino").name for model in self.checks
+        }
 
     def visit(self, server: Server, engine: str) -> None:
         """Start a server for each model and drive it with every scenario. Its failure is noted, and ends its visits."""
@@ -261,6 +243,8 @@ class Benchmark:
                 with self._running(server, engine, model) as running:
                     if model not in measured.agreement:
                         measured.agreement[model], measured.accuracy[model] = self.checks[model].of(running)
+                        if measured.agreement[model] < SAME:
+                            raise RuntimeError(f"only {measured.agreement[model]:.1%} of its answers are TorchScript's")
                     if server.workers is not None:
                         measured.engines[model] = _engine(running, model)
                     for scenario in self.scenarios:
@@ -314,15 +298,15 @@ class Benchmark:
     def beside_training(self) -> list[Check]:
         """Ours with every scenario, without and with a training job on the same processors."""
         with self._running(OURS, SHIPPED, PEAK.model) as running, running.client() as http:
-            quiet = [self._drive(running, scenario) for scenario in SCENARIOS]
+            quiet = [self._drive(running, scenario) for scenario in self.scenarios]
             job = f"/train/{http.post('/train', json=TRAINING).raise_for_status().json()['id']}"
             started = wait_for(lambda: _first_steps(http.get(job).json()), TRAINING_STARTS_S)
-            busy = [self._drive(running, scenario) for scenario in SCENARIOS]
+            busy = [self._drive(running, scenario) for scenario in self.scenarios]
             trained = http.delete(job).raise_for_status().json()
         steps = trained["progress"]["step"] - started  # all of them in the first epoch
         errors = sum(load.errors for load in quiet + busy)
         checks = []
-        for scenario, before, beside in zip(SCENARIOS, quiet, busy, strict=True):
+        for scenario, before, beside in zip(self.scenarios, quiet, busy, strict=True):
             growth = beside.p99_ms / max(before.p99_ms, 1e-3)
             told = f"{before.p99_ms:.1f} to {beside.p99_ms:.1f} ms, {growth:.1f} times; "
             told += f"{before.requests_per_s:,.0f} to {beside.requests_per_s:,.0f} req/s"
@@ -339,6 +323,8 @@ class Benchmark:
         return drive(running, scenario.connections, requests, self.seconds)
 
     def _running(self, server: Server, engine: str, model: str) -> Running:
+        if engine != SHIPPED:
+            engine = self.without_int8[model]
         return Running(server, engine, live(self.store, model), model, self.pictures[PNG][0], self.folder)
 
     def _requests(self, running: Running, scenario: Scenario) -> list[Path]:
@@ -372,18 +358,19 @@ def unless_it_fails(measure: Callable[[], list[Check]]) -> list[Check]:
         return [Check("not measured", " ".join(str(error).split()), met=False)]
 
 
-def report(benchmark: Benchmark, rounds: int, checks: dict[str, list[Check]], notes: str) -> str:
-    """Everything as markdown.
+def report(benchmark: Benchmark, rounds: int, checks: dict[str, list[Check]], notes: str) -> list[str]:
+    """Everything as lines of markdown.
 
     Args:
         checks: further tables, by their title.
     """
     versions = dict(line.split("==") for line in (PEERS / "requirements.txt").read_text().splitlines() if "==" in line)
+    served = " and ".join(f"{model}/{live(benchmark.store, model).name}" for model in benchmark.checks)
     lines = [
         "# Our service and its peers",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}; {rounds} rounds of {benchmark.seconds} s, medians. "
-        f"PyTorch {torch.__version__}, OpenVINO {versions['openvino']}. Images: {benchmark.dataset}. {notes}",
+        f"{occasion()}; {served}; {rounds} rounds of {benchmark.seconds} s, medians, and least to most. "
+        f"PyTorch {torch.__version__}, OpenVINO {version('openvino')}. {notes}".rstrip(),
     ]
     for engine, title in ENGINES.items():
         rows = {
@@ -395,7 +382,7 @@ def report(benchmark: Benchmark, rounds: int, checks: dict[str, list[Check]], no
         lines += ["", "### Start, memory, accuracy", "", *_servers(rows, versions, list(benchmark.checks))]
     for title, rows_of_checks in checks.items():
         lines += ["", f"## {title}", "", *table(rows_of_checks)]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _loads(rows: dict[Server, Measured], scenario: Scenario) -> list[str]:
@@ -414,9 +401,9 @@ def _loads(rows: dict[Server, Measured], scenario: Scenario) -> list[str]:
         p99 = measured.median(scenario, lambda load: load.p99_ms)
         cpu = measured.median(scenario, lambda load: load.cpu_ms)
         errors = sum(load.errors for load in measured.loads[scenario])
-        lines.append(
-            f"| {server.title} | {rates[server]:.0f} | {medians[server]:.1f} | {p99:.1f} | {cpu:.2f} | {errors} |"
-        )
+        every = sorted(load.requests_per_s for load in measured.loads[scenario])
+        rate = f"{rates[server]:.0f} ({every[0]:.0f}-{every[-1]:.0f})"
+        lines.append(f"| {server.title} | {rate} | {medians[server]:.1f} | {p99:.1f} | {cpu:.2f} | {errors} |")
     peers = [server for server in rates if server.workers is None]
     if OURS in rates and peers:
         most = max(peers, key=rates.__getitem__)
@@ -472,10 +459,10 @@ def main(names: Sequence[str], rounds: int, seconds: int, models: Path, image_si
     adopt()
     chosen = [server for server in SERVERS if server.name in names]
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
-        store, notes = complete(Store(models.resolve()), Path(name))
+        store, dataset, notes = Store(models.resolve()), data.load(), ""
         if image_size:
-            store, notes = at_size(store, Path(name, str(image_size)), image_size)
-        benchmark = Benchmark(store, seconds, Path(name), ("resnet18",) if image_size else tuple(CHECKED))
+            store, notes = at_size(store, Path(name), image_size, dataset)
+        benchmark = Benchmark(store, dataset, seconds, Path(name), ["resnet18"] if image_size else list(CHECKED))
         for _ in range(rounds):
             for server in chosen:
                 for engine in ENGINES:
@@ -488,10 +475,8 @@ def main(names: Sequence[str], rounds: int, seconds: int, models: Path, image_si
                 ),
                 "Ours beside a training job": unless_it_fails(benchmark.beside_training),
             }
-    text = report(benchmark, rounds, checks, notes)
-    print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / (f"serving_{image_size}.md" if image_size else "serving.md")).write_text(text)
+        lines = report(benchmark, rounds, checks, notes)
+    keep(f"serving_{image_size}" if image_size else "serving", lines, whole=len(chosen) == len(SERVERS))
 
 
 if __name__ == "__main__":

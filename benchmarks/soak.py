@@ -161,9 +161,10 @@ def main(minutes: float, workers: int) -> int:
     flat = more <= MOST_FILES_MORE * workers
     return conclude(
         "soak",
-        f"{minutes:g} minutes, {len(load.turns())} clients, {total:,} requests, {load.jobs} jobs.",
+        f"{minutes:g} minutes, {len(load.turns())} clients, {total:,} requests.",
         [
             *(Check(kind, f"{count:,}") for kind, count in sorted(load.answers.items())),
+            Check("training jobs", f"{load.jobs}", "> 0", load.jobs > 0),
             Check("unexpected answers", f"{wrong}", "0", wrong == 0),
             Check("errors with a traceback in the log", f"{traces}", "0", traces == 0),
             Check("exit status at the end", f"{stopped}", "0", stopped == 0),
@@ -182,7 +183,7 @@ def _go_on(turn: Turn, server: Server, load: Load, over: threading.Event) -> Non
         while not over.is_set():
             try:
                 turn(http)
-            except httpx.HTTPError as error:
+            except Exception as error:  # whatever it is, the client goes on
                 if not over.is_set():
                     load.unexpected[f"{turn.__name__}: {type(error).__name__}: {error}"] += 1
 

@@ -2,15 +2,14 @@
 
 The plain loop: one Python object per image, PIL transforms, a DataLoader with a worker per core, float32, NCHW. Ours is
 `training.loop.train` itself, as `python -m training train` runs it. Every measurement is a process of its own, the
-variants take turns, and the table shows medians; it is written to benchmarks/results/.
+variants take turns, and the table shows medians; memory is the most that the process and its workers hold, looked at
+four times a second. With both networks the table is kept in benchmarks/results/. Linux only.
 
     python benchmarks/training_speed.py [--network resnet|resnet18] [--batches N] [--rounds 3] [--data FOLDER]
 """
 
 import argparse
-import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers.running import resident_mib
 from PIL import Image
+from results import keep, occasion
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -33,11 +34,10 @@ from training.data import Dataset, Split
 from training.loop import Epoch, default_device, precision, train
 from training.networks import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEAN, IMAGENET_STD, build
 from training.optimizers import make_optimizer
-from training.provenance import device_name
 from training.recipes import Recipe, recipe
 from training.run import Run
 
-RESULTS = Path(__file__).parent / "results"
+LOOK_S = 0.25
 BATCHES = {"resnet": 20, "resnet18": 5}
 VARIANTS = {"resnet": ("plain", "ours"), "resnet18": ("plain", "ours without cached features", "ours")}
 
@@ -100,8 +100,8 @@ def ours(chosen: Recipe, dataset: Dataset, device: torch.device) -> float:
     return epochs[-1].images_per_s
 
 
-def measure(network: str, variant: str, batches: int, source: str | None) -> dict[str, float]:
-    """One measurement, in this process."""
+def measure(network: str, variant: str, batches: int, source: str | None) -> float:
+    """Images per second, measured in this process."""
     short: dict[str, Any] = {"epochs": 2, "validation_images": 0}
     if network == "resnet18":
         short |= {"weights": "none", "image_size": 224, "finetune_epochs": 0, "finetune_crop_padding": 0}
@@ -110,9 +110,7 @@ def measure(network: str, variant: str, batches: int, source: str | None) -> dic
         chosen = chosen.model_copy(update={"cache_features": False})
     whole = data.load(source)
     dataset = replace(whole, train=whole.train[: batches * chosen.batch_size], test=whole.test[:100])
-    rate = (plain if variant == "plain" else ours)(chosen, dataset, default_device())
-    used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return {"images_per_s": rate, "peak_gib": sum(used) / 2**20}
+    return (plain if variant == "plain" else ours)(chosen, dataset, default_device())
 
 
 def main() -> None:
@@ -121,46 +119,52 @@ def main() -> None:
     parser.add_argument("--batches", type=int, help=f"of an epoch; default: {BATCHES}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", help="folder of cifar100.npz, or synthetic:N")
-    parser.add_argument("--variant", help=argparse.SUPPRESS)  # one measurement, printed as JSON
+    parser.add_argument("--variant", help=argparse.SUPPRESS)  # one measurement, whose result is printed
     given = parser.parse_args()
     if given.variant:
-        print(json.dumps(measure(given.network[0], given.variant, given.batches, given.data)))
+        print(measure(given.network[0], given.variant, given.batches, given.data))
         return
 
     device = default_device()
     lines = [
-        f"{device_name()}; PyTorch {torch.__version__}; precision {precision(recipe('resnet'), device)}; "
+        f"{occasion()}; PyTorch {torch.__version__}; precision {precision(recipe('resnet'), device)}; "
         f"epochs of a few batches of 128, the second one timed; median of {given.rounds} rounds",
         "",
         "| network | batches | loop | images/s | of the plain loop | peak memory, GiB |",
         "| --- | --: | --- | --: | --: | --: |",
     ]
-    print("\n".join(lines))
-    for network in given.network or VARIANTS:
+    networks = given.network or list(VARIANTS)
+    for network in networks:
         batches = given.batches or BATCHES[network]
-        rounds: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS[network]}
+        rounds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS[network]}
         for _ in range(given.rounds):
             for variant, measured in rounds.items():
                 measured.append(_in_its_own_process(network, variant, batches, given.data))
-        rates = {variant: [each["images_per_s"] for each in measured] for variant, measured in rounds.items()}
+        rates = {variant: [rate for rate, _ in measured] for variant, measured in rounds.items()}
         for variant, measured in rounds.items():
             ratio = statistics.median(
                 mine / theirs for mine, theirs in zip(rates[variant], rates["plain"], strict=True)
             )
-            memory = statistics.median(each["peak_gib"] for each in measured)
+            memory = statistics.median(gib for _, gib in measured)
             rate = statistics.median(rates[variant])
             lines.append(f"| {network} | {batches} | {variant} | {rate:.0f} | {ratio:.2f} x | {memory:.2f} |")
-            print(lines[-1], flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "training_speed.md").write_text("\n".join(lines) + "\n")
+            print(lines[-1], file=sys.stderr, flush=True)
+    keep("training_speed", lines, whole=set(networks) == set(VARIANTS))
 
 
-def _in_its_own_process(network: str, variant: str, batches: int, source: str | None) -> dict[str, float]:
+def _in_its_own_process(network: str, variant: str, batches: int, source: str | None) -> tuple[float, float]:
+    """Images per second, and GiB of memory."""
     command = [sys.executable, __file__, "--network", network, "--variant", variant, "--batches", str(batches)]
     command += ["--data", source] if source else []
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    most = 0.0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            most = max(most, resident_mib())
+            time.sleep(LOOK_S)
+        told = process.stdout.read() if process.stdout else ""
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return float(told.splitlines()[-1]), most / 1024
 
 
 if __name__ == "__main__":

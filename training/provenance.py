@@ -16,7 +16,7 @@ def provenance() -> dict[str, Any]:
     return {
         "device": device_name(),
         "libraries": {library: importlib.metadata.version(library) for library in LIBRARIES},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -27,11 +27,14 @@ def device_name() -> str:
     return f"{cpu}, {torch.get_num_threads()} threads"
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checked-out commit, with "-dirty" if files differ from it; None where this file is not of a checkout."""
     file = Path(__file__)
     try:
-        for command in (["ls-files", "--error-unmatch", file.name], ["describe", "--always", "--abbrev=40", "--dirty"]):
+        for command in (
+            ["ls-files", "--error-unmatch", file.name],
+            ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"],
+        ):
             git = ["git", "-C", str(file.parent), *command]
             told = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from app.workers import processors
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PYTHON = ROOT / ".venv-peers" / "bin" / "python"
@@ -71,16 +73,18 @@ class Server:
 
         Args:
             folder: the version of a model in a store, which a peer serves; ours serves the whole store.
-            engine: that a peer uses; ours uses what suits the processor, or with "openvino" that very one.
+            engine: that a peer uses: torchscript, or OpenVINO in a precision, such as openvino-bf16. Ours uses what
+                suits the processor, or with OpenVINO this but no int8.
             runs: where ours may keep jobs.
         """
         if self.workers is not None:
             settings = {"CIFAR100_MODELS": str(folder.parent.parent), "CIFAR100_RUNS": str(runs)}
-            settings |= {"CIFAR100_WORKERS": str(self.workers)}
+            settings |= {"CIFAR100_WORKERS": str(self.workers), "CIFAR100_DEVICE": "cpu"}
             settings |= {"CIFAR100_LOG_LEVEL": "WARNING"}  # no line for every request, as with the peers
-            settings |= {"CIFAR100_RUNTIME": engine} if engine == "openvino" else {}
+            settings |= {"CIFAR100_RUNTIME": "openvino"} if engine.startswith("openvino") else {}
             return [sys.executable, "-m", "app", "--port", str(port)], os.environ | settings
         settings = {"CLASSIFIER_MODEL": str(folder), "CLASSIFIER_ENGINE": engine, "CLASSIFIER_PORT": str(port)}
+        settings |= {"CLASSIFIER_CORES": str(processors())}
         return [str(PYTHON), str(HERE / f"{self.name}_server.py")], os.environ | settings
 
     def request(self, port: int, model: str, image: bytes, media_type: str) -> bytes:

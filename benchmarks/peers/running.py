@@ -127,7 +127,7 @@ class Running:
             while True:
                 try:
                     self.ask(http, first)
-                except (httpx.HTTPError, KeyError, ValueError):
+                except (httpx.HTTPError, LookupError, TypeError, ValueError):
                     if self.process.poll() is not None or time.monotonic() > end:
                         raise RuntimeError(self._last_words()) from None
                     time.sleep(0.02)
