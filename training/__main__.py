@@ -25,7 +25,7 @@ from training.networks.transfer import WeightsError
 from training.progress import show
 from training.recipes import RECIPES, Recipe, RecipeError, as_text, recipe
 from training.run import Publication, Run, RunBusy, RunError
-from training.store import MODEL, Promotion, Store, StoreError
+from training.store import MODEL, ModelCard, Promotion, Store, StoreError
 
 STOPPED = 130  # the exit status of what Ctrl-C has ended
 STOP_POLL_S = 0.5
@@ -110,7 +110,10 @@ def export(
 @cli.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="NAME for the live version, or NAME/VERSION.")],
-    split: Annotated[Literal["test", "train"], typer.Option(help="What to measure on.")] = "test",
+    split: Annotated[
+        Literal["test", "train", "validation"],
+        typer.Option(help="What to measure on; validation is what its recipe held out of train."),
+    ] = "test",
     int8: Annotated[bool, typer.Option("--int8", help="Its quantised form, with OpenVINO.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="The mean answer to an image and its mirror image.")] = False,
     data_source: Data = None,
@@ -128,7 +131,7 @@ def evaluate(
         if card.classes != list(dataset.classes):
             raise StoreError(f"{name}/{version} was trained on other classes than those of this data set")
         device = torch.device("cpu") if int8 else default_device()
-        images, labels = to_device(getattr(dataset, split), device)
+        images, labels = to_device(_split(dataset, split, card), device)
         network = (
             openvino_ir.Compiled(folder / openvino_ir.INT8).on_tensors
             if int8
@@ -158,6 +161,15 @@ def recipes() -> None:
             cell = texts["resnet"] if same else "\n".join(f"{name}: {text}" for name, text in texts.items())
             table.add_row(field, cell or "(none)", info.description or "")
     console.print(table)
+
+
+def _split(dataset: data.Dataset, name: str, card: ModelCard) -> data.Split:
+    if name != "validation":
+        return dataset.test if name == "test" else dataset.train
+    held_out: int = card.recipe.get("validation_images", 0)
+    if not held_out or card.data != dataset.fingerprint:
+        raise StoreError(f"{card.name}/{card.version} has held out none of these images")
+    return data.hold_out(dataset.train, held_out)[1]
 
 
 def _parse(overrides: list[str]) -> dict[str, str]:

@@ -170,6 +170,16 @@ def test_too_little_memory_is_an_error_of_one_line(
     assert last.endswith("a smaller batch_size or image_size needs less")
 
 
+def test_evaluate_measures_on_the_images_held_out_if_there_are_any(models: Path, finished_run: Run) -> None:
+    words = ("evaluate", "resnet", "--split", "validation", "--models", str(models))
+    held_out, top1 = finished_run.recipe().validation_images, finished_run.epochs()[-1]["top1"]
+    measured = typed(*words, "--data", "synthetic:4")
+    assert f"resnet/1 on {held_out} validation images: top-1 {top1:.2%}" in said(measured)
+    refused = typed(*words, "--data", "synthetic:1")
+    assert refused.exit_code == 1
+    assert "resnet/1 has held out none of these images" in said(refused)
+
+
 def test_evaluate_may_average_mirror_images_and_refuses_other_classes(models: Path, tmp_path: Path) -> None:
     words = ("evaluate", "resnet", "--models", str(models), "--data", "synthetic:1")
     assert "on 100 test images and their mirror images: top-1" in said(typed(*words, "--flip"))
