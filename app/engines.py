@@ -95,7 +95,7 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
 
     Args:
         model: an exported `model.pt`.
-        device: "auto" is CUDA where there is one.
+        device: "auto" is CUDA where there is one that can be used.
         runtime: "auto" tries on the CPU, until one computes what the model does: its int8 form, if it has one and the
             processor has instructions for that; "openvino"; TorchScript. "openvino" on the CPU and TorchScript on CUDA
             take float32 where the precision in which they are fastest is too coarse for the model.
@@ -104,7 +104,12 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
         EngineError: the runtime that was asked for cannot be used.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.cuda.is_available():
+            try:
+                return load(model, "cuda", runtime)
+            except EngineError:  # another process may have all its memory
+                log.warning("%s is computed on the CPU instead", model)
+        device = "cpu"
     int8 = model.with_name(INT8)
     candidates: tuple[Runtime, ...] = (runtime,)
     if runtime == "auto":

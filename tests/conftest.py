@@ -20,10 +20,11 @@ SYNTHETIC = "synthetic:4"
 
 @pytest.fixture(scope="session", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test leaves features of frozen stages in the home folder, and services start fast where it does not matter."""
+    """No test leaves features of frozen stages in the home folder; all compute on the CPU, and services start fast."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CIFAR100_FEATURES", str(tmp_path_factory.mktemp("features")))
         environment.setenv("CIFAR100_RUNTIME", "torchscript")
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")  # another device would compute other last bits
         yield
 
 

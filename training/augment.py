@@ -6,7 +6,8 @@ operation on the uint8 data set: no per-image Python, no worker processes, no in
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ class Draw:
     order: Tensor
     mirrored: Tensor
     shifts: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, **{name: drawn.to(device, non_blocking=True) for name, drawn in vars(self).items()})
 
 
 def draw(count: int, recipe: Recipe, generator: torch.Generator) -> Draw:
@@ -57,12 +61,11 @@ def batches(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Itera
     Yields:
         uint8 images [B, 3, 32, 32] in channels-last memory format, and int64 [B]: which of the N images they are.
     """
-    drawn = draw(len(images), recipe, generator)
-    rows, columns = (source.to(images.device) for source in source_pixels(drawn))
-    order = drawn.order.to(images.device)
+    drawn = draw(len(images), recipe, generator).to(images.device)
+    rows, columns = source_pixels(drawn)
     for start in range(0, len(images), recipe.batch_size):
         batch = slice(start, start + recipe.batch_size)
-        picked = order[batch]
+        picked = drawn.order[batch]
         pixels = images[picked[:, None, None], rows[batch, :, None], columns[batch, None, :]]
         yield pixels.permute(0, 3, 1, 2), picked
 
@@ -79,13 +82,13 @@ def combine(batch: Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[
         generator: see `draw`.
 
     Returns:
-        The combination, of the same type as the batch; int64 [B] on the CPU, each one's partner in the batch; and the
-        share of the batch itself in the combination, 0-1, its partners have the rest.
+        The combination, of the same type as the batch; int64 [B], each one's partner in the batch; and the share of the
+        batch itself in the combination, 0-1, its partners have the rest.
     """
     random = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
     strength = recipe.mixup or recipe.cutmix
     share = float(random.beta(strength, strength))
-    partners = torch.randperm(len(batch), generator=generator)
+    partners = torch.randperm(len(batch), generator=generator).to(batch.device, non_blocking=True)
     if recipe.mixup:
         blend = torch.lerp(batch[partners].float(), batch.float(), share)
         return (blend if batch.is_floating_point() else blend.round()).to(batch.dtype), partners, share
@@ -108,7 +111,7 @@ def source_pixels(drawn: Draw) -> tuple[Tensor, Tensor]:
     Returns:
         int64 [N, 32] each: pixel (i, j) of an augmented image is pixel (rows[i], columns[j]) of its source.
     """
-    rows, columns = (_reflect(torch.arange(32) + shift[:, None]) for shift in drawn.shifts)
+    rows, columns = (_reflect(torch.arange(32, device=shift.device) + shift[:, None]) for shift in drawn.shifts)
     return rows, torch.where(drawn.mirrored[:, None], columns.flip(1), columns)
 
 

@@ -6,6 +6,7 @@ costs what it costs without a teacher. A shifted image has the targets of the im
 """
 
 from collections.abc import Callable, Generator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,7 +42,13 @@ def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.d
         torchscript.load(file, device) if device.type == "cuda" else openvino_ir.Compiled(file).on_tensors
         for file in files
     ]
-    return lambda images: torch.stack([teacher(images).float() for teacher in teachers]).mean(0)
+    halved = partial(torch.autocast, "cuda", torch.float16, enabled=device.type == "cuda")
+
+    def mean(images: Tensor) -> Tensor:
+        with halved():
+            return torch.stack([teacher(images).float() for teacher in teachers]).mean(0)
+
+    return mean
 
 
 def teach(name: str, load: Callable[[], Teacher], images: Tensor, run: Run) -> Generator[Preparation, None, Tensor]:

@@ -26,7 +26,7 @@ def predict(model: Callable[[Tensor], Tensor], images: Tensor, batch_size: int =
         float32 [N, classes] on the CPU.
     """
     with torch.inference_mode():
-        return torch.cat([model(batch.permute(0, 3, 1, 2)).float().cpu() for batch in images.split(batch_size)])
+        return torch.cat([model(batch.permute(0, 3, 1, 2)).float() for batch in images.split(batch_size)]).cpu()
 
 
 def evaluate(logits: Tensor, labels: Tensor) -> Evaluation:

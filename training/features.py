@@ -49,10 +49,10 @@ class Features:
         Yields:
             float16 features [B, C, H, W] in channels-last memory format, and int64 [B]: of which images they are.
         """
-        drawn = draw(self._count, recipe, generator)
+        drawn = draw(self._count, recipe, generator).to(self._train.device)
         rows = drawn.order + self._count * drawn.mirrored
         for picked, row in zip(drawn.order.split(recipe.batch_size), rows.split(recipe.batch_size), strict=True):
-            batch = self._train.index_select(0, row.to(self._train.device))
+            batch = self._train.index_select(0, row)
             yield batch.permute(0, 3, 1, 2), picked
 
 

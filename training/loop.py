@@ -2,7 +2,7 @@
 
 Every epoch: draw batches on the device, forward, loss, backward, step; then evaluate, record metrics, checkpoint.
 Each epoch seeds its random generators from (seed, epoch), so a checkpoint needs no generator state and a resumed run
-gives the same weights as an uninterrupted one.
+gives the same weights as an uninterrupted one: on a CPU to the last bit.
 """
 
 import math
@@ -115,6 +115,7 @@ def train(
         RunError: the run was started with other data.
     """
     torch.manual_seed(recipe.seed)
+    torch.backends.cudnn.allow_tf32 = recipe.precision != "float32"
     resumed = run.checkpoint_file.exists()
     classifier = build(recipe.blank if resumed else recipe, len(dataset.classes))
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
@@ -181,6 +182,7 @@ def train(
         seen = 0
         generator = torch.Generator().manual_seed(seed)
         for step, (batch, rows) in enumerate(source.batches(generator), start=1):
+            rows = rows.to(device, non_blocking=True)
             if recipe.combines:
                 batch, partners, share = augment.combine(batch, recipe, generator)
             rate = learning_rate(recipe, epoch - 1 + (step - 0.5) / steps)

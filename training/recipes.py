@@ -28,7 +28,7 @@ Stages = Annotated[tuple[Stage, ...], BeforeValidator(_split_commas)]
 
 
 class Recipe(BaseModel):
-    """Everything that decides a run. Two runs of equal recipes on one machine give equal weights."""
+    """Everything that decides a run. Two runs of equal recipes on one machine's CPU give equal weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 

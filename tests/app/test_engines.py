@@ -118,6 +118,17 @@ def test_a_model_that_is_too_coarse_in_the_fastest_precision_is_computed_in_floa
     assert caplog.text.count("probabilities differ from float32") == 1
 
 
+def test_where_the_gpu_cannot_be_used_the_cpu_serves(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with caplog.at_level(logging.WARNING):
+        assert engines.load(model, "auto", "auto").name.startswith("openvino")
+    assert "computed on the CPU instead" in caplog.text
+    with pytest.raises(EngineError, match="torchscript cannot compute"):
+        engines.load(model, "cuda", "auto")
+
+
 def test_without_openvino_torchscript_serves(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert engines.load(model, "cpu", "auto").name == "torchscript-cpu"
