@@ -393,7 +393,7 @@ def _loads(rows: dict[Server, Measured], scenario: Scenario) -> list[str]:
     ]
     rates, medians = {}, {}
     for server, measured in rows.items():
-        if measured.error or not measured.loads[scenario]:
+        if not measured.loads[scenario]:
             lines.append(f"| {server.title} | {_cell(measured.error or 'not measured')} | | | | |")
             continue
         rates[server] = measured.median(scenario, lambda load: load.requests_per_s)
@@ -423,6 +423,7 @@ def _servers(rows: dict[Server, Measured], versions: dict[str, str], models: lis
         f"| server | version | start s | memory MiB | {' | '.join(heads)} |",
         "| --- | --- " + "| --: " * (2 + len(heads)) + "|",
     ]
+    failed = [f"{server.title} failed: {_cell(measured.error)}." for server, measured in rows.items() if measured.error]
     for server, measured in rows.items():
         start = f"{statistics.median(measured.start_s):.1f}" if measured.start_s else ""
         memory = f"{statistics.median(measured.memory_mib):.0f}" if measured.memory_mib else ""
@@ -434,7 +435,7 @@ def _servers(rows: dict[Server, Measured], versions: dict[str, str], models: lis
         lines.append(
             f"| {server.title} | {versions.get(server.package, '')} | {start} | {memory} | {' | '.join(shares)} |"
         )
-    return lines
+    return [*lines, "", *failed] if failed else lines
 
 
 def _cell(text: str) -> str:

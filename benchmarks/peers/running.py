@@ -55,7 +55,7 @@ class Running:
         folder: for its log and its runs.
 
     Raises:
-        RuntimeError: it ended, or gave no answer in time; with the last line that it wrote.
+        RuntimeError: it ended, or gave no answer in time; with the last lines that it wrote.
     """
 
     def __init__(self, server: Server, engine: str, version: Path, model: str, first: bytes, folder: Path):
@@ -136,7 +136,7 @@ class Running:
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1][-300:] if lines else f"no answer in {START_S:.0f} s"
+        return " ".join(lines[-3:])[-300:] if lines else f"no answer in {START_S:.0f} s"
 
 
 def descendants() -> list[int]:
