@@ -37,7 +37,7 @@ def dataset() -> data.Dataset:
 def finished_run(dataset: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of one epoch."""
     run = Run(tmp_path_factory.mktemp("run"))
-    fields = {"width": 8, "epochs": 1, "learning_rate": 0.05, "validation_images": 100, "int8": False}
+    fields = {"width": 8, "epochs": 1, "batch_size": 16, "learning_rate": 0.05, "validation_images": 100, "int8": False}
     run.create(recipe("resnet", fields))
     list(train(run.recipe(), dataset, run, torch.device("cpu")))
     return run
