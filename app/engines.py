@@ -104,7 +104,7 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
         EngineError: the runtime that was asked for cannot be used.
     """
     if device == "auto":
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and runtime in ("auto", "torchscript"):  # OpenVINO's are for the CPU
             try:
                 return load(model, "cuda", runtime)
             except EngineError:  # another process may have all its memory

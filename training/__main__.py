@@ -166,10 +166,9 @@ def recipes() -> None:
 def _split(dataset: data.Dataset, name: str, card: ModelCard) -> data.Split:
     if name != "validation":
         return dataset.test if name == "test" else dataset.train
-    held_out: int = card.recipe.get("validation_images", 0)
-    if not held_out or card.data != dataset.fingerprint:
+    if not card.held_out or card.data != dataset.fingerprint:
         raise StoreError(f"{card.name}/{card.version} has held out none of these images")
-    return data.hold_out(dataset.train, held_out)[1]
+    return data.hold_out(dataset.train, card.held_out)[1]
 
 
 def _parse(overrides: list[str]) -> dict[str, str]:

@@ -6,7 +6,6 @@ costs what it costs without a teacher. A shifted image has the targets of the im
 """
 
 from collections.abc import Callable, Generator
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,10 +41,9 @@ def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.d
         torchscript.load(file, device) if device.type == "cuda" else openvino_ir.Compiled(file).on_tensors
         for file in files
     ]
-    halved = partial(torch.autocast, "cuda", torch.float16, enabled=device.type == "cuda")
 
     def mean(images: Tensor) -> Tensor:
-        with halved():
+        with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
             return torch.stack([teacher(images).float() for teacher in teachers]).mean(0)
 
     return mean

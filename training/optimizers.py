@@ -122,7 +122,7 @@ def _orthogonal_steps(updates: list[Tensor]) -> list[Tensor]:
     for (rows, *columns), numbers in by_shape.items():
         filters = torch.stack([updates[number].movedim(1, 3) for number in numbers])
         scale = max(1, rows / math.prod(columns)) ** 0.5
-        orthogonals = orthogonal(filters.flatten(2)).mul(scale).reshape(filters.shape).movedim(4, 2)
+        orthogonals = orthogonal(filters.flatten(2)).mul(scale).contiguous().view(filters.shape).movedim(4, 2)
         for number, step in zip(numbers, orthogonals, strict=True):
             steps[number] = step
     return steps

@@ -100,7 +100,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for field, networks in _APPLIES_TO.items():
-            if self.network not in networks and getattr(self, field) != Recipe.model_fields[field].default:
+            if self.network not in networks and self._differs(field):
                 raise ValueError(f"{field} applies to network={' or '.join(networks)}, not to {self.network}")
         if self.predecessor:
             if self.reinitialise:
@@ -111,15 +111,19 @@ class Recipe(BaseModel):
                 "which takes a version such as resnet/3"
             )
         for field in ("teacher_weight", "teacher_temperature"):
-            if not self.teachers and getattr(self, field) != Recipe.model_fields[field].default:
+            if not self.teachers and self._differs(field):
                 raise ValueError(f"{field} applies where there is a teacher")
-        if self.optimizer == "adam" and self.momentum != Recipe.model_fields["momentum"].default:
+        if self.optimizer == "adam" and self._differs("momentum"):
             raise ValueError("momentum applies to optimizer=sgd or muon, not to adam")
         if self.mixup and self.cutmix:
             raise ValueError("mixup and cutmix exclude each other")
         if "fc" not in self.trainable:
             raise ValueError("trainable must contain fc, the classifier itself")
         return self
+
+    def _differs(self, field: str) -> bool:
+        """Whether a field has another value than its default."""
+        return bool(getattr(self, field) != Recipe.model_fields[field].default)
 
     @property
     def model(self) -> str:

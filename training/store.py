@@ -111,6 +111,11 @@ class ModelCard(BaseModel):
     files: dict[str, str]
     """sha256 of every file beside the card."""
 
+    @property
+    def held_out(self) -> int:
+        """How many training images its recipe kept for validation: they are unknown to it."""
+        return int(self.recipe.get("validation_images", 0))
+
 
 class Store:
     """A folder of models.
@@ -217,11 +222,10 @@ class Store:
         card = self.card(*self.parse(version))
         if card.classes != list(classes):
             raise StoreError(f"{version} was trained on other classes and cannot be learnt from")
-        unknown = card.recipe.get("validation_images", 0)
-        if card.data == data and validation_images > unknown:
+        if card.data == data and validation_images > card.held_out:
             raise StoreError(
-                f"{version} was trained on all but {unknown} images and knows those that validation_images="
-                f"{validation_images} holds out; give at most {unknown}"
+                f"{version} was trained on all but {card.held_out} images and knows those that validation_images="
+                f"{validation_images} holds out; give at most {card.held_out}"
             )
         return self.verify(card) / MODEL
 
