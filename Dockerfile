@@ -1,5 +1,6 @@
 # CPU by default:  docker build -t cifar100 .
-# NVIDIA GPU:      docker build -t cifar100 --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+# NVIDIA GPU:      docker build -t cifar100 --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 . and run it
+#                  with --gpus all
 FROM python:3.12-slim AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python -m venv /venv
@@ -22,7 +23,8 @@ RUN useradd --create-home --uid 1000 cifar100 && install -d -o cifar100 /data /s
 WORKDIR /srv/cifar100
 COPY --chown=cifar100 models models
 USER cifar100
-ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 CIFAR100_HOST=0.0.0.0 CIFAR100_PORT=8000 CIFAR100_DATA=/data
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 CIFAR100_HOST=0.0.0.0 CIFAR100_PORT=8000 CIFAR100_DATA=/data \
+    CIFAR100_FEATURES=/data/features
 EXPOSE 8000
 VOLUME ["/data", "/srv/cifar100/models", "/srv/cifar100/runs"]
 HEALTHCHECK --start-period=30s --interval=10s --timeout=3s \

@@ -1,11 +1,9 @@
-# make serve   creates .venv, installs, serves the shipped models; HOST and PORT choose the address
+# make serve   creates .venv, installs, serves the shipped models; HOST and PORT choose another address than 127.0.0.1:8000
 # make test    creates .venv, installs, runs the tests
 # make check   lint, format and types
 # make serving compares the service with its peers: half an hour; needs wrk, and Java for TorchServe
 # make proof   fuzzing, crashes, hot swaps, hostile surroundings: an hour; make soak takes half an hour more
 
-HOST ?= 127.0.0.1
-PORT ?= 8000
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -14,7 +12,7 @@ PROOFS = fuzz_images fuzz_http api_properties crash_store crash_points hot_swap 
 .PHONY: serve test check proof soak serving clean
 
 serve: .venv/installed
-	@exec $(BIN)/python -m app --host $(HOST) --port $(PORT)
+	@exec $(BIN)/python -m app $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal

@@ -51,7 +51,7 @@ from training.recipes import from_dict
 from training.store import MODEL, Store
 
 ENGINES = {
-    "torchscript": "Each as its documentation shows: the peers with TorchScript, ours as shipped",
+    "torchscript": "The peers with TorchScript, as their documentation shows, ours as it comes; none logs requests",
     "openvino": "All with the same engine: `model.pt` in OpenVINO, in one precision",
 }
 SHIPPED = "torchscript"
@@ -471,9 +471,7 @@ def main(names: Sequence[str], rounds: int, seconds: int, models: Path, image_si
         checks = {}
         if OURS in chosen and not image_size:
             checks = {
-                "Overload of ours, which has one processor, and who asks the others": unless_it_fails(
-                    benchmark.overload
-                ),
+                "Overload of ours on one processor, the load on the other": unless_it_fails(benchmark.overload),
                 "Ours beside a training job": unless_it_fails(benchmark.beside_training),
             }
         lines = report(benchmark, rounds, checks, notes)

@@ -153,7 +153,7 @@ def evaluate(
 @cli.command()
 def recipes() -> None:
     """List the recipes and all fields that FIELD=VALUE can change."""
-    table = Table(Column("field", no_wrap=True), Column("values", no_wrap=True), "meaning")
+    table = Table(Column("field", no_wrap=True), "values", Column("meaning", min_width=32))
     for field, info in Recipe.model_fields.items():
         if field != "name":
             texts = {name: as_text(getattr(each, field)) for name, each in RECIPES.items()}
@@ -277,4 +277,4 @@ def _say(error: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(prog_name="training"))
+    sys.exit(cli(prog_name="python -m training"))

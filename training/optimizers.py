@@ -30,7 +30,7 @@ def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
     parameters = list(module.parameters())
     match recipe.optimizer:
         case "adam":
-            optimizer: torch.optim.Optimizer = torch.optim.Adam(
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(
                 parameters, recipe.learning_rate, weight_decay=recipe.weight_decay
             )
         case "sgd":

@@ -35,18 +35,25 @@ class Recipe(BaseModel):
     name: str
     """The recipe this one was made from."""
     network: Literal["shared-resnet", "resnet", "resnet18"]
+    """Written by hand, the units of a block sharing their weights or each with its own; or torchvision's ResNet-18."""
 
     epochs: int = Field(ge=1, le=10_000)
+    """Passes over the training images; of the first stage, where there is a second."""
     batch_size: int = Field(ge=2, le=8192)
+    """Images of a step."""
     optimizer: Literal["adam", "sgd", "muon"] = "sgd"
-    """Adam (Kingma & Ba 2014), SGD with Nesterov momentum, or Muon (Jordan et al. 2024) with decoupled decay."""
+    """Adam (Kingma & Ba 2014) with decoupled decay, SGD with Nesterov momentum, or Muon (Jordan et al. 2024)."""
     learning_rate: float = Field(gt=0, le=100)
     """Peak of the schedule."""
     schedule: Literal["constant", "cosine", "one-cycle"] = "one-cycle"
     """Learning rate over the run: constant; cosine to zero; linear rise, then linear fall (Smith 2017)."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the last step's direction in the next one's (sgd, muon)."""
     weight_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Shrinks the weights in every step: by itself (adam; muon, which shrinks filters only), or as a part of the
+    gradient (sgd)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a label's probability that is spread over all classes (Szegedy et al. 2016)."""
     teacher: str = Field(default="none", pattern=rf"^(none|{_VERSION}(,{_VERSION})*)$")
     """Published versions whose answers on the training images are learnt too, such as resnet18/1,resnet18/2; or
     none."""
@@ -86,6 +93,7 @@ class Recipe(BaseModel):
     finetune_epochs: int = Field(default=0, ge=0, le=10_000)
     """A second stage of this many further epochs, in which every stage trains (resnet18)."""
     finetune_learning_rate: float = Field(default=1e-4, gt=0, le=100)
+    """Peak of the schedule of the second stage (resnet18)."""
     finetune_crop_padding: int = Field(default=0, ge=0, le=16)
     """As crop_padding, in the second stage, which needs no features (resnet18)."""
 
@@ -96,6 +104,7 @@ class Recipe(BaseModel):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the activations; auto takes bfloat16 or float16 where the machine computes faster in it."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of everything random."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

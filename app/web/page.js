@@ -3,10 +3,15 @@
 const element = (id) => document.getElementById(id);
 let image = null;
 let asking = new AbortController();
+let key = ""; // asked for where the service wants one
 
-async function json(url, options) {
-  const response = await fetch(url, options);
+async function json(url, options = {}) {
+  const response = await fetch(url, { ...options, headers: key ? { Authorization: `Bearer ${key}` } : {} });
   const body = await response.json();
+  if (response.status === 401) {
+    key = prompt(body.detail) ?? "";
+    if (key) return json(url, options);
+  }
   if (!response.ok) throw new Error(body.detail);
   return body;
 }
