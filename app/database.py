@@ -1,5 +1,9 @@
 """The history of training jobs: one table in SQLite, shared by every process that serves the same runs folder."""
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,8 @@ SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 10
 
 
-class DatabaseError(RuntimeError):
-    """A database that this release cannot use."""
+class NewerDatabase(RuntimeError):
+    """A database that a newer release has made."""
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -54,12 +58,22 @@ class JobRow(Base):
     published: Mapped[dict[str, Any] | None]
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def connect(path: Path) -> Engine:
     """Open the database, creating it where there is none.
 
     Raises:
-        DatabaseError: a newer release has made it.
-        sqlalchemy.exc.OperationalError: the file cannot be opened or written.
+        NewerDatabase: a newer release has made it.
+        sqlalchemy.exc.DatabaseError: the file cannot be opened or written, or is damaged.
     """
     engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _BUSY_TIMEOUT_S})
 
@@ -74,10 +88,11 @@ def connect(path: Path) -> Engine:
         # A transaction that reads first and then writes would fail if another process wrote in between.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    with engine.begin() as connection:
+    # Where several open a new database at once, SQLite does not wait until one of them has changed the journal's mode.
+    with _alone(path.parent), engine.begin() as connection:
         version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
         if version > SCHEMA_VERSION:
-            raise DatabaseError(f"{path} was made by a newer release (schema {version}, known {SCHEMA_VERSION})")
+            raise NewerDatabase(f"{path} was made by a newer release (schema {version}, known {SCHEMA_VERSION})")
         Base.metadata.create_all(connection)
         connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
     return engine

@@ -40,7 +40,7 @@ class Problem(Exception):
 
 
 class UnsupportedImage(Problem):
-    """The bytes are not an image of a supported format."""
+    """Neither an image of a supported format nor, for /evaluate, a form with a zip."""
 
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import re
 import struct
+import threading
 import time
 import zipfile
 import zlib
@@ -65,6 +66,10 @@ class Labelled(BaseModel, arbitrary_types_allowed=True):
     split: str
 
 
+Read = Callable[[threading.Event], Labelled]
+"""Gets the images of a measurement; is to end early once the event is set."""
+
+
 class EvaluationJob(BaseModel):
     """One measurement, running or finished."""
 
@@ -97,7 +102,7 @@ class Evaluations:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def start(self, model: Model, read: Callable[[], Labelled]) -> EvaluationJob:
+    async def start(self, model: Model, read: Read) -> EvaluationJob:
         """Measure a model; returns when it is done or after `evaluate_wait_s`, whichever comes first.
 
         Args:
@@ -106,7 +111,7 @@ class Evaluations:
 
         Raises:
             Unavailable: too many evaluations are running.
-            Problem: what `read` raised, if it did so in time.
+            Exception: what went wrong, if it did so in time.
         """
         if len(self._tasks) >= _MAX_RUNNING:
             raise Unavailable(f"{len(self._tasks)} evaluations are running; try again later")
@@ -125,7 +130,7 @@ class Evaluations:
         task = self._tasks[job.id] = asyncio.create_task(self._see_through(job, model, read))
         task.add_done_callback(lambda task: self._over(job.id, task))
         done, _ = await asyncio.wait([task], timeout=self._settings.evaluate_wait_s)
-        if done and isinstance(error := task.exception(), Problem):
+        if done and (error := task.exception()):
             raise error
         return job
 
@@ -176,7 +181,7 @@ class Evaluations:
     def _file(self, evaluation_id: str) -> Path:
         return self._folder / f"{evaluation_id}.json"
 
-    async def _see_through(self, job: EvaluationJob, model: Model, read: Callable[[], Labelled]) -> None:
+    async def _see_through(self, job: EvaluationJob, model: Model, read: Read) -> None:
         measuring = asyncio.create_task(self._measure(job, model, read))
         try:
             await asyncio.to_thread(self._prune)
@@ -196,9 +201,10 @@ class Evaluations:
                 log.warning("evaluation %s is known to this server only: %s", job.id, error)
         await measuring
 
-    async def _measure(self, job: EvaluationJob, model: Model, read: Callable[[], Labelled]) -> None:
+    async def _measure(self, job: EvaluationJob, model: Model, read: Read) -> None:
+        over = threading.Event()
         try:
-            labelled = await asyncio.to_thread(read)
+            labelled = await asyncio.to_thread(read, over)
             job.split = labelled.split
             chunk = min(_CHUNK, model.batcher.max_batch)
             logits = []
@@ -214,6 +220,9 @@ class Evaluations:
         except Exception as error:
             log.exception("evaluation %s failed", job.id)
             job.state, job.error = "failed", f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            over.set()
 
     async def _logits(self, model: Model, chunk: NDArray[np.uint8]) -> NDArray[np.float32]:
         while True:
@@ -242,10 +251,14 @@ def read_split(settings: Settings, split: Literal["test", "train"], limit: int |
     return Labelled(images=chosen.images.transpose(0, 3, 1, 2), labels=chosen.labels, split=split)
 
 
-def read_zip(settings: Settings, file: BinaryIO, classes: list[str]) -> Labelled:
+def read_zip(settings: Settings, file: BinaryIO, classes: list[str], over: threading.Event) -> Labelled:
     """The images of a zip whose folders are named by class.
 
+    Args:
+        over: ends this early once it is set.
+
     Raises:
+        Unavailable: it was.
         BadRequest: not a zip, no images, or a folder that is no class.
         TooLarge: it unpacks to more than the limit.
         Problem: an image that cannot be decoded.
@@ -260,9 +273,13 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str]) -> Labelled
             if sum(entry.file_size for entry in entries) > settings.max_archive_bytes:
                 raise TooLarge(f"the zip unpacks to more than {settings.max_archive_bytes:,} bytes")
             for entry in entries:
+                if over.is_set():
+                    raise Unavailable("the measurement was stopped")
                 folder = entry.filename.split("/")[-2] if "/" in entry.filename else ""
                 if _folder_name(folder) not in ids:
-                    raise BadRequest(f"{entry.filename}: the folder {folder!r} is not a class; GET /models names them")
+                    raise BadRequest(
+                        f"{entry.filename}: the folder {folder!r} is not a class; GET /models/{{name}} names them"
+                    )
                 if entry.file_size > settings.max_image_bytes:
                     raise TooLarge(f"{entry.filename} is larger than {settings.max_image_bytes:,} bytes")
                 if entry.compress_type not in _BOUNDED_METHODS:

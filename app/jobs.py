@@ -21,10 +21,10 @@ from uuid import uuid4
 
 from pydantic import BaseModel, Field
 from sqlalchemy import Engine, func, select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
-from app.database import DatabaseError, JobRow, connect
+from app.database import JobRow, NewerDatabase, connect
 from app.errors import BadRequest, NotFound, Unavailable
 from app.settings import Settings
 from training.recipes import RECIPES, Recipe, RecipeError, from_dict, recipe
@@ -122,7 +122,7 @@ class Jobs:
         try:
             self._settings.runs.mkdir(parents=True, exist_ok=True)
             self._engine = connect(self._settings.runs / DATABASE)
-        except (OSError, OperationalError, DatabaseError) as error:
+        except (OSError, DatabaseError, NewerDatabase) as error:
             log.error("training is unavailable, %s cannot be used: %s", self._settings.runs, error)
             return False
         return True
@@ -209,12 +209,13 @@ class Jobs:
             Number and metrics, or None where nothing has happened for a while.
         """
         run = self.run(job_id)
+        file = run.metrics_file
         quiet_s, read = 0.0, -1
         self.followers += 1
         try:
             while not over():
                 finished = (await asyncio.to_thread(self.state, job_id)).finished
-                size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
+                size = await asyncio.to_thread(lambda: file.stat().st_size if file.exists() else 0)
                 if size != read:
                     read = size
                     for metrics in await asyncio.to_thread(lambda: list(run.metrics(after))):  # noqa: B023
@@ -270,6 +271,8 @@ class Jobs:
                 return None
             try:
                 wanted = from_dict(row.recipe)
+                if wanted.name not in RECIPES:
+                    raise RecipeError(f"there is no recipe {wanted.name!r}")
             except RecipeError as error:
                 _finish(row, State.FAILED, f"this release cannot train the recipe that an earlier one queued: {error}")
                 return None
@@ -345,7 +348,7 @@ class Jobs:
         try:
             with Session(self._engine, expire_on_commit=False) as session, session.begin():
                 yield session
-        except OperationalError as error:
+        except DatabaseError as error:
             raise Unavailable(f"the job database cannot be used: {error.orig}") from error
         except OSError as error:
             raise Unavailable(f"{self._settings.runs} cannot be used: {error}") from error

@@ -14,7 +14,7 @@ from app.settings import MIB, Settings
 
 _OTHER_BYTES = MIB
 _MULTIPART_OVERHEAD = 64 << 10
-# A client may take this long, and as much longer as what it has sent takes at the slowest pace that is accepted.
+# A client may be silent for this long in all; what it sends gives it back as much as it takes at the slowest pace.
 _GRACE_S = 30.0
 _SLOWEST_BYTES_PER_S = 64 << 10
 
@@ -47,22 +47,23 @@ class BodyLimit:
             return
 
         refusal: JSONResponse | None = None
-        started = time.monotonic()
+        patience_s = _GRACE_S
         received = 0
         complete = declared == "0" and "transfer-encoding" not in headers
 
         async def bounded() -> Message:
-            nonlocal refusal, received, complete
+            nonlocal refusal, patience_s, received, complete
             if complete:
                 return await receive()  # the client's leaving, for which any time is right
-            left_s = started + _GRACE_S + received / _SLOWEST_BYTES_PER_S - time.monotonic()
+            asked = time.monotonic()
             try:
-                async with asyncio.timeout(left_s):
+                async with asyncio.timeout(patience_s):
                     message = await receive()
             except TimeoutError:
                 refusal = _refusal(HTTPStatus.REQUEST_TIMEOUT, "the request body arrives too slowly")
                 raise ClientDisconnect from None  # what a route already expects of a body that ends early
             size = len(message.get("body", b""))
+            patience_s = min(_GRACE_S, patience_s + asked - time.monotonic() + size / _SLOWEST_BYTES_PER_S)
             received += size
             self.pending += size
             complete = not message.get("more_body", False)

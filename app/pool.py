@@ -119,7 +119,7 @@ class Pool:
             names = await asyncio.to_thread(self.store.names)
             for name in names:
                 try:
-                    version = self.store.live(name)
+                    version = await asyncio.to_thread(self.store.live, name)
                     current = self._live.get(name)
                     if version is None or (current and current.card.version == version):
                         self.errors.pop(name, None)

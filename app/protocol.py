@@ -18,6 +18,7 @@ _MAX_HEAD_BYTES = 32 << 10
 _HEAD_TIMEOUT_S = 10.0
 _READ_TIMEOUT_S = 30.0
 _MAX_CONNECTIONS = 900  # fewer than the file descriptors that a process usually may open
+_MAX_PIPELINED = 32
 
 
 ON_LEAVING = "cifar100.on_leaving"
@@ -25,7 +26,9 @@ ON_LEAVING = "cifar100.on_leaving"
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Cuts off clients that send too large a head, or send or read too slowly, and refuses too many connections.
+    """Cuts off clients that send too large a head, too many requests ahead of the answers, or send or read too slowly.
+
+    Where there are too many connections, the one that has been idle for longest makes room for a new one.
 
     Args:
         sheds: whether a request for this URL is to be refused at once with 503, as the service has too much to do.
@@ -43,7 +46,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > _MAX_CONNECTIONS:
+        if len(self.connections) > _MAX_CONNECTIONS and not self._close_another():
             self._refuse(_unavailable("too many connections; try again later"))
         self._time_head()
 
@@ -80,6 +83,9 @@ class BoundedHttp(HttpToolsProtocol):
             self._head_bytes = size
             raise ValueError(size)  # which uvicorn answers with `send_400_response`
         self._count_anew()
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            self.transport.abort()
+            raise ValueError(len(self.pipeline))
         self._unset_keepalive_if_required()
         if self._idle and self.parser.get_method() == b"POST" and self._sheds(self.url):
             self._shedding = True  # the head counts as going on until the body is there
@@ -108,6 +114,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what cannot be read as a request, and close the connection."""
+        if self.transport.is_closing():
+            return
         if self._head_bytes > _MAX_HEAD_BYTES:
             detail = f"the request's line and headers are larger than {_MAX_HEAD_BYTES:,} bytes"
             self._refuse(problem(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, detail))
@@ -131,6 +139,17 @@ class BoundedHttp(HttpToolsProtocol):
         if not self.transport.is_closing():
             self._end_stall()
 
+    def _close_another(self) -> bool:
+        """Close the connection that has been idle for longest, if there is one."""
+        idle = {
+            each: each.timeout_keep_alive_task.when()
+            for each in cast("set[BoundedHttp]", self.connections)
+            if each.timeout_keep_alive_task and not each.transport.is_closing()
+        }
+        if idle:
+            min(idle, key=idle.__getitem__).transport.close()
+        return bool(idle)
+
     @property
     def _idle(self) -> bool:
         """Whether all requests so far have been answered."""
@@ -141,7 +160,13 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _time_head(self) -> None:
         if not self._head_timer:
-            self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_S, self.transport.abort)
+            self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_S, self._give_up)
+
+    def _give_up(self) -> None:
+        if self._shedding:  # its answer is known without the rest of its body
+            self._refuse(_unavailable(_OVERLOADED))
+        else:
+            self.transport.abort()
 
     def _end_head(self) -> None:
         self._in_head = False

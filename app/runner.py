@@ -92,11 +92,13 @@ class Runner:
                 if code == os.EX_TEMPFAIL:  # somebody was faster; the job stays running and is claimed again
                     return
                 if code > 0 and code != _INTERRUPTED and not run.publication():
-                    await asyncio.to_thread(self._jobs.fail, job.id, _last_line(run.path / _OUTPUT))
+                    said = await asyncio.to_thread(_last_line, run.path / _OUTPUT)
+                    await asyncio.to_thread(self._jobs.fail, job.id, said)
                     return
                 crash = _death(code, _killed_for_memory() > killed)
         except asyncio.CancelledError:
-            await asyncio.to_thread(self._jobs.interrupt, job.id)
+            with suppress(Unavailable):  # the next start finds it running without a process, and resumes it as well
+                await asyncio.to_thread(self._jobs.interrupt, job.id)
             raise
         except OSError as error:
             await asyncio.to_thread(self._jobs.fail, job.id, f"the training process could not be started: {error}")

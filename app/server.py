@@ -8,6 +8,7 @@ import ctypes
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -106,6 +107,7 @@ def serve(settings: Settings, listening: socket.socket | None = None) -> int:
         The exit status.
     """
     _bound_malloc()
+    _allow_files()
     if listening:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -130,6 +132,13 @@ def serve(settings: Settings, listening: socket.socket | None = None) -> int:
     server = DrainingServer(app, config, settings.drain_s, supervised=listening is not None)
     server.run([listening] if listening else None)
     return 0 if server.started else STARTUP_FAILURE
+
+
+def _allow_files() -> None:
+    """As many as this process may open: connections, and the files of forms beside them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # of a system that calls more than it gives unlimited
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _bound_malloc() -> None:

@@ -65,7 +65,9 @@ class Services:
         turn, most of them; until then they count as if they had.
         """
         path, _, query = url.partition(b"?")
-        model = self.pool.peek(_model_in(query)) if path == b"/predict" else None
+        if path != b"/predict" or b"version" in query:  # another version has a queue of its own
+            return False
+        model = self.pool.peek(_model_in(query))
         if model is None:
             return False
         if model.batcher.queued + self.decoders.waiting + self._arriving >= model.batcher.max_queue:

@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     """auto takes TorchScript on the GPU; on the CPU OpenVINO, and there the int8 form where a model has one and the
     processor has instructions for it; openvino never takes that form."""
     default_model: str | None = None
-    """What /predict uses when the request names no model; by default the most accurate live one."""
+    """What answers when a request names no model; by default the most accurate live one."""
 
     max_image_bytes: int = Field(default=10 * MIB, gt=0)
     max_image_pixels: int = Field(default=50_000_000, gt=0)

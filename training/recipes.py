@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4", "fc"]
 ALL_STAGES: tuple[Stage, ...] = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
-_VERSION = r"[a-z0-9][a-z0-9_-]*/[1-9][0-9]*"
+_VERSION = r"[a-z0-9][a-z0-9_-]*/[1-9][0-9]{0,8}"
 
 
 class RecipeError(ValueError):

@@ -1,7 +1,7 @@
 """/evaluate: how accurate the live models are, as recorded and as measured now."""
 
-from functools import partial
 from http import HTTPStatus
+from threading import Event
 from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -9,8 +9,9 @@ from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
 from app.access import ForOperators
-from app.errors import BadRequest, Problem, UnsupportedImage
+from app.errors import BadRequest, UnsupportedImage
 from app.evaluations import EvaluationJob, Labelled, read_split, read_zip
+from app.forms import read_form
 from app.headers import media_type
 from app.pool import Model, Version
 from app.services import FromApp, Services
@@ -62,7 +63,7 @@ async def evaluate(
     request: Request,
     response: Response,
     services: FromApp,
-    model: Annotated[str | None, Query(description="By default the most accurate live model.")] = None,
+    model: Annotated[str | None, Query(description="By default the same as for /predict.")] = None,
     version: Annotated[Version | None, Query(description="By default the live one.")] = None,
     split: Annotated[Literal["test", "train"], Query(description="Of the data set; ignored for a zip.")] = "test",
     limit: Annotated[int | None, Query(ge=1, description="Measure on this many images only.")] = None,
@@ -74,7 +75,7 @@ async def evaluate(
     chosen = await services.pool.get(model, version, patient=True)
     content_type = media_type(request)
     if content_type == "multipart/form-data":
-        upload = (await request.form(max_files=1, max_fields=0)).get("file")
+        upload = (await read_form(request, max_files=1, max_fields=0)).get("file")
         if not isinstance(upload, UploadFile):
             raise BadRequest("the form has no field 'file' with a zip: curl -F file=@photos.zip")
         job = await _measured_on_zip(services, chosen, upload.file)
@@ -84,7 +85,7 @@ async def evaluate(
         )
     else:
         job = await services.evaluations.start(
-            chosen, partial(read_split, services.settings, split, limit, chosen.card.classes)
+            chosen, lambda _: read_split(services.settings, split, limit, chosen.card.classes)
         )
     if job.state == "running":
         response.status_code = HTTPStatus.ACCEPTED
@@ -93,13 +94,13 @@ async def evaluate(
 
 
 async def _measured_on_zip(services: Services, model: Model, file: BinaryIO) -> EvaluationJob:
-    def read() -> Labelled:
+    def read(over: Event) -> Labelled:
         with file:
-            return read_zip(services.settings, file, model.card.classes)
+            return read_zip(services.settings, file, model.card.classes, over)
 
     try:
         return await services.evaluations.start(model, read)
-    except Problem:
+    except Exception:
         file.close()  # which is not read at all where too many evaluations are running
         raise
 

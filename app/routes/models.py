@@ -37,15 +37,18 @@ class Live(BaseModel):
     version: Version
 
 
+# Routes that are no coroutines run in threads: the store may be on a slow disk.
+
+
 @router.get("", summary="All models")
-async def models(services: FromApp) -> list[ModelSummary]:
-    return [await asyncio.to_thread(_details, services, name) for name in services.store.names()]
+def models(services: FromApp) -> list[ModelSummary]:
+    return [_details(services, name) for name in services.store.names()]
 
 
 @router.get("/{name}", summary="One model with its cards")
-async def model(name: str, services: FromApp) -> ModelDetails:
-    _known(services, name)
-    return await asyncio.to_thread(_details, services, name)
+def model(name: str, services: FromApp) -> ModelDetails:
+    _require(services, name)
+    return _details(services, name)
 
 
 @router.put("/{name}/live", dependencies=[ForOperators], summary="Promote or roll back")
@@ -54,7 +57,7 @@ async def promote(name: str, live: Live, services: FromApp) -> ModelSummary:
 
     Other workers, and other servers on the same store, follow within about a second.
     """
-    _known(services, name)
+    await asyncio.to_thread(_require, services, name)
     try:
         # Loaded before it is promoted: a version that cannot be served never becomes live.
         await services.pool.get(name, live.version, patient=True)
@@ -67,7 +70,7 @@ async def promote(name: str, live: Live, services: FromApp) -> ModelSummary:
     return await asyncio.to_thread(_details, services, name)
 
 
-def _known(services: Services, name: str) -> None:
+def _require(services: Services, name: str) -> None:
     names = services.store.names()
     if name not in names:
         raise NotFound(f"there is no model {name!r}; there are: {', '.join(names) or 'none'}")

@@ -23,6 +23,7 @@ from app import images
 from app.access import let_predictor_pass
 from app.decoding import File
 from app.errors import EXPECTED, BadRequest, TooLarge, UnsupportedImage, answer
+from app.forms import read_form
 from app.headers import media_type
 from app.pool import Version
 from app.protocol import ON_LEAVING
@@ -34,12 +35,14 @@ from training.store import ModelCard
 # An image up to this size is decoded before a thread would have begun to; where a thread would have to share the only
 # processor, one that takes a few milliseconds is better decoded at once, too.
 _SMALL_BYTES, _SMALL_PIXELS = (128 << 10, 512 * 512) if processors() == 1 else (8 << 10, 64 * 64)
+# Parts of a PNG that may grow a thousandfold, whatever its size in pixels.
+_COMPRESSED = (b"zTXt", b"iTXt", b"iCCP")
 
 _PATH = "/predict"
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _DESCRIPTION: dict[str, Any] = {
-    "security": [{}],  # or the key, where the service is set up to want one
+    "security": [{}, {"HTTPBearer": []}],  # the key where the service is set up to want one
     "requestBody": {
         "required": True,
         "content": {
@@ -60,7 +63,7 @@ _DESCRIPTION: dict[str, Any] = {
 class Asked(BaseModel, frozen=True):
     """The query of a prediction."""
 
-    model: str | None = Field(default=None, description="By default the most accurate live model.")
+    model: str | None = Field(default=None, description="By default the configured one, or the most accurate live one.")
     version: Version | None = Field(default=None, description="By default the live one.")
     top_k: int = Field(default=5, ge=1, le=100, description="How many classes per image.")
 
@@ -187,12 +190,14 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
     """Names and contents of the images sent. A form's larger files are on disk and closed at the end."""
     content_type = media_type(request)
     if content_type == "multipart/form-data":
-        max_files = min(settings.max_images, settings.max_batch)
-        async with request.form(max_files=max_files, max_fields=8) as form:
+        form = await read_form(request, min(settings.max_images, settings.max_batch), max_fields=8)
+        try:
             uploads = [part for part in form.getlist("file") if isinstance(part, UploadFile)]
             if not uploads:
                 raise BadRequest("the form has no field 'file' with an image: curl -F file=@photo.jpg")
             yield [(upload.filename, upload.file) for upload in uploads]
+        finally:
+            await form.close()
     elif content_type.startswith("image/") or content_type == "application/octet-stream":
         content = bytearray()
         async for chunk in request.stream():
@@ -207,13 +212,16 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
 
 
 def _decode_small(files: list[File], settings: Settings) -> NDArray[np.uint8] | None:
-    """The pixels of a small image; None where there are several or it is larger."""
+    """The pixels of a small image; None where there are several, or where decoding it may take longer."""
     max_bytes = min(_SMALL_BYTES, settings.max_image_bytes)
     max_pixels = min(_SMALL_PIXELS, settings.max_image_pixels)
     (_, file), *more = files
     if more:
         return None
+    content = file.read(max_bytes + 1)
+    if any(kind in content for kind in _COMPRESSED):
+        return None
     try:
-        return images.decode(file.read(max_bytes + 1), max_bytes, max_pixels)[None]
+        return images.decode(content, max_bytes, max_pixels)[None]
     except TooLarge:
         return None

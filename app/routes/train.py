@@ -62,7 +62,9 @@ def cancel(job_id: str, services: FromApp) -> Job:
 
 
 @router.get("/{job_id}/events", response_class=StreamingResponse, summary="A job's progress as server-sent events")
-def events(job_id: str, services: FromApp, last_event_id: Annotated[int, Header(ge=0)] = 0) -> StreamingResponse:
+def events(
+    job_id: str, services: FromApp, last_event_id: Annotated[int, Header(ge=0, lt=2**31)] = 0
+) -> StreamingResponse:
     """Every tick and epoch from the start, or after `Last-Event-ID`; ends with an event `end` that holds the job."""
     # What can be refused is refused before the stream begins.
     services.jobs.get(job_id)

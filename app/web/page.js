@@ -56,7 +56,8 @@ async function classify() {
   form.append("file", image);
   say("…");
   try {
-    const query = new URLSearchParams({ model: element("model").value });
+    const chosen = element("model").value; // none while no model is live
+    const query = new URLSearchParams(chosen ? { model: chosen } : {});
     const { model, version, milliseconds, predictions } = await json(`/predict?${query}`, { method: "POST", body: form, signal });
     show(predictions[0].classes);
     say(`${model}, version ${version}, ${milliseconds.toFixed(1)} ms`);

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import numpy as np
@@ -20,8 +21,11 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from local import local
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from app import engines
+from app import engines, images
+from app.errors import Unavailable
+from app.evaluations import read_zip
 from app.main import create_app
 from app.routes.predict import Class, Shortcut, top_classes
 from app.settings import Settings
@@ -155,6 +159,10 @@ def test_other_bodies_are_problems(client: TestClient, image: bytes) -> None:
     streamed = client.post("/train", content=iter([bytes(1 << 20)] * 3))
     assert_problem(streamed, 413, "larger than")
     assert streamed.headers["connection"] == "close"
+    part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="+2AA-"\r\n\r\n' + image + b"\r\n--x--\r\n"
+    for charset, status in (("undefined", 422), ("utf-7", 200), ("unheard-of", 200)):
+        form = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+        assert client.post("/predict", content=part, headers=form).status_code == status, charset
     too_many = [("file", image)] * 33
     assert_problem(client.post("/predict", files=too_many), 400, "Too many files")
 
@@ -314,6 +322,26 @@ def test_a_zip_that_takes_long_is_read_in_the_background(models: Path, tmp_path:
             assert job["state"] == state, job
 
 
+def test_a_measurement_that_fails_is_a_500_and_known_as_failed(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))
+    with local(app) as client:
+        broken = AsyncMock(side_effect=RuntimeError("out of memory"))
+        monkeypatch.setattr(app.state.services.pool.live()["resnet"].batcher, "run", broken)
+        assert_problem(client.post("/evaluate?limit=4"), 500, "the server's log")
+        (evaluation,) = (tmp_path / "runs" / "evaluations").glob("*.json")
+        job = client.get(f"/evaluate/{evaluation.stem}").json()
+        assert (job["state"], job["error"]) == ("failed", "RuntimeError: out of memory")
+
+
+def test_reading_a_zip_ends_when_its_measurement_is_over(image: bytes) -> None:
+    over = threading.Event()
+    over.set()
+    with pytest.raises(Unavailable, match="stopped"):
+        read_zip(Settings(), io.BytesIO(zipped({"apple/1.png": image})), ["apple"], over)
+
+
 def test_bad_training_requests_are_refused_before_anything_starts(client: TestClient, tmp_path: Path) -> None:
     for body, words in (
         ({"recipe": "vgg"}, "choose one of"),
@@ -322,6 +350,8 @@ def test_bad_training_requests_are_refused_before_anything_starts(client: TestCl
         ({"recipe": "resnet18", "overrides": {"weights": "/etc/passwd"}}, "command line"),
         ({"recipe": "resnet", "overrides": {"teacher": "/etc/passwd"}}, "teacher"),
         ({"recipe": "resnet", "overrides": {"teacher": "resnet/99"}}, "teacher: there is no version 99 of resnet"),
+        ({"recipe": "resnet", "overrides": {"teacher": "resnet/" + 300 * "1"}}, "teacher"),
+        ({"recipe": "resnet", "overrides": {"weights": "resnet/" + 5000 * "1"}}, "weights"),
         ({"recipe": "resnet", "overrides": {"weights": "resnet/99"}}, "weights: there is no version 99 of resnet"),
         ({"recipe": "resnet", "overrides": {"weights": "resnet/1"}}, "width=8, which does not fit width=32"),
         ({"recipe": "resnet", "promote": "maybe"}, "promote"),
@@ -336,6 +366,7 @@ def test_bad_training_requests_are_refused_before_anything_starts(client: TestCl
     assert not [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
     for response in (client.get("/train/x"), client.delete("/train/x"), client.get("/train/x/events")):
         assert_problem(response, 404, "no training job 'x'")
+    assert_problem(client.get("/train/x/events", headers={"Last-Event-ID": "1" + 20 * "0"}), 422, "last-event-id")
 
 
 def test_health_and_readiness(client: TestClient) -> None:
@@ -439,6 +470,29 @@ def test_limits_hold_for_what_is_decoded_at_once(client: TestClient, monkeypatch
         assert in_a_thread.status_code == at_once.status_code == status
         if status == 200:
             assert in_a_thread.json()["predictions"] == at_once.json()["predictions"]
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_what_may_grow_a_thousandfold_is_not_decoded_in_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, kind: bytes
+) -> None:
+    buffer = io.BytesIO()
+    text = PngInfo()
+    text.add_text("a", 100_000 * "b", zip=True)
+    profile = {"icc_profile": bytes(100_000)} if kind == b"iCCP" else {"pnginfo": text}
+    Image.new("RGB", (32, 32)).save(buffer, "PNG", **profile)
+    assert kind in buffer.getvalue()
+    assert len(buffer.getvalue()) < 1000
+    threads = set()
+    decode = images.decode
+
+    def noted(*given: Any) -> Any:
+        threads.add(threading.current_thread().name.partition("_")[0])
+        return decode(*given)
+
+    monkeypatch.setattr(images, "decode", noted)
+    assert client.post("/predict", files={"file": buffer.getvalue()}).status_code == 200
+    assert threads == {"decoder"}
 
 
 def test_metrics_count_requests(client: TestClient, image: bytes) -> None:

@@ -184,6 +184,17 @@ def test_a_body_that_comes_steadily_may_take_longer(address: Address, monkeypatc
         assert connection.recv(100).startswith(b"HTTP/1.1 415 ")
 
 
+def test_a_body_that_begins_fast_may_not_be_silent_for_longer(
+    address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "_SLOWEST_BYTES_PER_S", 1000)
+    with connect(address) as connection:
+        connection.sendall(upload(100_001) + bytes(100_000))  # as much as may take 100 seconds
+        started = time.monotonic()
+        assert answer(connection).startswith(b"HTTP/1.1 408 ")
+        assert time.monotonic() - started < 5
+
+
 def test_bodies_of_all_requests_together_are_bounded() -> None:
     async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive()).get("more_body"):
@@ -247,6 +258,7 @@ def test_requests_that_come_at_once_count_before_they_are_queued(app: FastAPI) -
         assert not services.sheds(b"/predict")
         services.decoders.waiting = limit
         assert services.sheds(b"/predict")
+        assert not services.sheds(b"/predict?version=1")  # has a queue of its own
         refused = b'cifar100_requests_total{method="POST",route="/predict",status="503"} 2.0'
         assert refused in services.metrics.text(services.pool)
 
@@ -288,14 +300,12 @@ def test_predictions_are_refused_before_they_cost_anything_while_the_queue_is_fu
     assert alive(address)
 
 
-@pytest.mark.parametrize(("line", "answers"), [(b"Expect: 100-continue", 1), (b"Connection: close", 1), (b"A: b", 0)])
-def test_a_refused_prediction_does_not_hold_its_connection(
-    address: Address, overloaded: Batcher, line: bytes, answers: int
-) -> None:
+@pytest.mark.parametrize("line", [b"Expect: 100-continue", b"Connection: close", b"A: b"])
+def test_a_refused_prediction_does_not_hold_its_connection(address: Address, overloaded: Batcher, line: bytes) -> None:
     with connect(address) as connection:
         body = b"abc" if line.startswith(b"Connection") else b"ab"
         connection.sendall(upload(3).replace(b"\r\n\r\n", b"\r\n" + line + b"\r\n\r\n") + body)
-        assert answer(connection).count(b"HTTP/1.1 503 ") == answers
+        assert answer(connection).count(b"HTTP/1.1 503 ") == 1
 
 
 def test_only_predictions_are_refused_early(address: Address, overloaded: Batcher) -> None:
@@ -336,6 +346,17 @@ def test_what_waits_for_a_client_that_leaves_is_not_computed(app: FastAPI, addre
     assert computed == [1]
 
 
+def test_only_so_many_requests_are_taken_ahead_of_their_answers(address: Address) -> None:
+    request = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    with connect(address) as connection:
+        connection.sendall(20 * request)
+        assert status_line(connection) == b"HTTP/1.1 200 OK"
+    with connect(address) as connection:
+        connection.sendall(4000 * request)
+        assert answer(connection).count(b"HTTP/1.1 200 OK") < 40
+    assert alive(address)
+
+
 def test_a_client_that_does_not_read_is_cut_off(address: Address) -> None:
     with connect(address) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -371,3 +392,16 @@ def test_connections_are_bounded(address: Address) -> None:
     for connection in held:
         connection.close()
     eventually(lambda: alive(address))
+
+
+def test_an_idle_connection_makes_room_for_a_new_one(address: Address) -> None:
+    held = [connect(address) for _ in range(5)]
+    for connection in held:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert status_line(connection) == b"HTTP/1.1 200 OK"
+    assert alive(address)
+    assert answer(held[0]) == b""  # the one that was idle for longest
+    held[1].sendall(HEALTH)
+    assert answer(held[1]).startswith(b"HTTP/1.1 200 ")
+    for connection in held:
+        connection.close()

@@ -1,9 +1,12 @@
 """The queue and history of training jobs: what the database keeps, and what it does when it cannot."""
 
+import asyncio
 import sqlite3
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from local import local
@@ -11,6 +14,7 @@ from local import local
 from app.errors import BadRequest, NotFound, Unavailable
 from app.jobs import JobRequest, Jobs, JobSummary, State
 from app.main import create_app
+from app.runner import Runner
 from app.settings import Settings
 from training.recipes import recipe
 from training.run import Publication
@@ -99,6 +103,38 @@ def test_a_job_whose_recipe_this_release_does_not_know_fails(jobs: Jobs, monkeyp
     assert jobs.get(foreign.id).state is State.FAILED
     assert "unheard_of" in (jobs.get(foreign.id).error or "")
     assert claimed(jobs).id == own.id
+
+
+def test_a_job_of_a_recipe_that_is_no_more_fails(jobs: Jobs) -> None:
+    job = jobs.submit(REQUEST)
+    with sqlite3.connect(jobs.run("jobs.sqlite").path) as database:
+        database.execute("UPDATE jobs SET recipe = json_set(recipe, '$.name', 'vgg') WHERE id = ?", (job.id,))
+    assert jobs.claim() is None
+    assert "no recipe 'vgg'" in (jobs.get(job.id).error or "")
+
+
+def test_a_runner_that_is_stopped_ends_even_if_it_cannot_note_so(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        started = asyncio.Event()
+
+        async def child(*_: object) -> int:
+            started.set()
+            await asyncio.sleep(60)
+            return 0
+
+        def full(*_: object) -> None:
+            raise Unavailable("the disk is full")
+
+        job = jobs.submit(REQUEST)
+        runner = Runner(Settings(runs=jobs.run(job.id).path.parent), jobs, AsyncMock())
+        monkeypatch.setattr(runner, "_child", child)
+        monkeypatch.setattr(jobs, "interrupt", full)
+        runner.start()
+        await asyncio.wait_for(started.wait(), 10)
+        await asyncio.wait_for(runner.stop(), 10)
+        assert jobs.state(job.id) is State.RUNNING  # which the next start claims first
+
+    asyncio.run(scenario())
 
 
 def test_only_so_many_clients_follow_events(jobs: Jobs, tmp_path: Path) -> None:
@@ -224,6 +260,31 @@ def test_without_a_runs_folder_there_is_no_training_but_everything_else(models: 
         for answer in (client.post("/train", json={"recipe": "resnet"}), client.get("/train"), client.get("/train/x")):
             assert answer.status_code == 503
             assert "training is unavailable" in answer.json()["detail"]
+
+
+def test_without_a_readable_database_there_is_no_training_but_everything_else(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "jobs.sqlite").write_bytes(b"garbage" * 1000)
+    with local(create_app(Settings(models=models, runs=tmp_path, data="synthetic:4"))) as client:
+        assert client.get("/health/ready").status_code == 200
+        assert client.get("/train").status_code == 503
+
+
+def test_a_database_that_is_damaged_later_makes_training_unavailable(jobs: Jobs) -> None:
+    jobs.submit(REQUEST)
+    jobs.close()
+    database = jobs.run("jobs.sqlite").path
+    database.with_name("jobs.sqlite-wal").unlink(missing_ok=True)
+    database.write_bytes(b"garbage" * 1000)
+    with pytest.raises(Unavailable, match="cannot be used"):
+        jobs.newest(1)
+    assert jobs.running() is None
+
+
+def test_several_servers_may_start_at_once(tmp_path: Path) -> None:
+    for number in range(5):
+        (folder := tmp_path / str(number)).mkdir()
+        with ThreadPoolExecutor(8) as threads:
+            assert all(threads.map(lambda _: Jobs(Settings(runs=folder)).open(), range(8)))
 
 
 def test_the_database_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+"""Forms: what a browser or `curl -F` sends."""
+
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request
+
+from app.errors import BadRequest
+
+
+async def read_form(request: Request, max_files: int, max_fields: int) -> FormData:
+    """The parts of a multipart form, to be closed by the caller; larger files are on disk.
+
+    Raises:
+        BadRequest: it cannot be decoded by the charset that it names.
+        starlette.exceptions.HTTPException: it is damaged, or has more parts than that.
+    """
+    try:
+        form = await request.form(max_files=max_files, max_fields=max_fields)
+    except UnicodeError:
+        raise BadRequest("the form cannot be decoded by the charset that its Content-Type names") from None
+    for part in form.getlist("file"):
+        if isinstance(part, UploadFile) and part.filename:  # some charsets can give what no UTF-8 has
+            part.filename = part.filename.encode("utf-8", "replace").decode()
+    return form
