@@ -8,6 +8,7 @@ batch. The queue is bounded; work whose deadline has passed or whose client has 
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -15,12 +16,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.engines import Engine
 from app.errors import Unavailable
+
+log = logging.getLogger(__name__)
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
@@ -83,17 +87,19 @@ class Batcher:
 
     def _drain(self, loop: asyncio.AbstractEventLoop) -> None:
         """Compute until nothing waits; in the engine's thread."""
-        with suppress(RuntimeError):  # the event loop has ended, and with it all who wait
-            while batch := self._next_batch(loop):
+        while batch := self._next_batch(loop):
+            started = time.perf_counter()
+            try:
                 images = batch[0].images if len(batch) == 1 else np.concatenate([work.images for work in batch])
-                started = time.perf_counter()
-                try:
-                    logits = self.engine(images)
-                except Exception as error:  # the engine's failure belongs to those who wait for it
-                    loop.call_soon_threadsafe(_fail, batch, error)
-                else:
-                    loop.call_soon_threadsafe(_answer, batch, logits)
-                    self._observe(len(images), time.perf_counter() - started)
+                logits = self.engine(images)
+            except Exception as error:  # the engine's failure belongs to those who wait for it
+                _tell(loop, _fail, batch, error)
+                continue
+            _tell(loop, _answer, batch, logits)
+            try:
+                self._observe(len(images), time.perf_counter() - started)
+            except Exception:  # what is counted must not stop what is computed
+                log.exception("a batch could not be counted")
 
     def _next_batch(self, loop: asyncio.AbstractEventLoop) -> list[_Work]:
         batch: list[_Work] = []
@@ -113,8 +119,13 @@ class Batcher:
                 room -= len(work.images)
             self._busy = bool(batch)
         if late:
-            loop.call_soon_threadsafe(_refuse, late)
+            _tell(loop, _refuse, late)
         return batch
+
+
+def _tell(loop: asyncio.AbstractEventLoop, tell: Callable[..., None], *what: Any) -> None:
+    with suppress(RuntimeError):  # the event loop has ended, and with it all who wait
+        loop.call_soon_threadsafe(tell, *what)
 
 
 def _answer(batch: list[_Work], logits: Logits) -> None:

@@ -22,10 +22,11 @@ log = logging.getLogger(__name__)
 # OpenVINO prepares itself for each size of batch, TorchScript in the course of its first calls.
 _WARMUP_SIZES = (1, 2, 4, 8, 16)
 
-# Probabilities may differ by this much from those in float32.
-_ROUNDING = 1e-4
-_REDUCED_PRECISION = 0.02
-_QUANTISED = 0.4  # on single images; whether all is well on the whole is measured when a model is quantised
+# By how much logits may deviate from those in float32, see `deviation`. With the shipped models they do by 0.8 to 1.3 %
+# in bfloat16, and by 8 to 12 % in int8, whose accuracy is measured when a model is quantised.
+_ROUNDING = 0.001
+_REDUCED_PRECISION = 0.03
+_QUANTISED = 0.3
 
 _SUFFIXES = {torch.float32: "", torch.float16: "-f16", torch.bfloat16: "-bf16"}
 
@@ -38,7 +39,7 @@ class Engine(Protocol):
 
     name: str
     tolerance: float
-    """By how much probabilities may differ from TorchScript's in float32."""
+    """The largest `deviation` from TorchScript's logits in float32."""
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [N, 3, 32, 32] to float32 [N, classes]."""
@@ -148,13 +149,18 @@ def _ready(make: Callable[[], Engine], model: Path) -> Engine:
     """
     engine = make()
     images = torchscript.example_images(max(_WARMUP_SIZES)).numpy()
-    expected = _probabilities(TorchScriptEngine(model, torch.device("cpu"))(images))
+    expected = TorchScriptEngine(model, torch.device("cpu"))(images)
     for size in _WARMUP_SIZES:
-        difference = np.abs(_probabilities(engine(images[:size])) - expected[:size]).max().item()
-        if not difference <= engine.tolerance:
-            raise EngineError(f"{engine.name}: probabilities differ from float32 by up to {difference:.2g}")
+        deviates = deviation(engine(images[:size]), expected[:size])
+        if not deviates <= engine.tolerance:
+            raise EngineError(f"{engine.name}: logits deviate from those in float32 by {deviates:.2%}")
     return engine
 
 
-def _probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    return torch.from_numpy(logits).softmax(1).numpy()
+def deviation(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """How far logits [N, classes] are from those expected, as a share of what these tell: 1 where they tell nothing.
+
+    Only differences between classes count, as in probabilities. Answers of little certainty may not deviate by more.
+    """
+    centred, right = (each - each.mean(1, keepdims=True) for each in (logits, expected))
+    return float(np.linalg.norm(centred - right) / np.linalg.norm(right))

@@ -102,6 +102,37 @@ def test_work_past_its_deadline_is_refused_and_not_computed() -> None:
     asyncio.run(scenario())
 
 
+def test_what_cannot_be_counted_is_computed_all_the_same() -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    async def scenario() -> None:
+        engine = SlowEngine()
+        engine.gate.set()
+        batcher = Batcher(engine, 8, 8, full)
+        for _ in range(2):
+            assert (await asyncio.wait_for(batcher.run(pictures(3)), 10)).tolist() == [[3]]
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_that_cannot_be_put_together_fails_and_the_next_one_is_computed() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, 8, 8)
+        first = await busy(batcher, engine)
+        others = [asyncio.create_task(batcher.run(each)) for each in (pictures(1), pictures(2)[:, :, :5])]
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await first
+        for other in others:
+            with pytest.raises(ValueError, match="dimension"):
+                await other
+        assert (await asyncio.wait_for(batcher.run(pictures(3)), 10)).tolist() == [[3]]
+
+    asyncio.run(scenario())
+
+
 def test_a_cancelled_request_costs_nothing() -> None:
     async def scenario() -> None:
         engine = SlowEngine()
