@@ -199,7 +199,7 @@ class Jobs:
     ) -> AsyncGenerator[tuple[int, dict[str, Any]] | None]:
         """A job's metrics as they come, numbered from 1; ends when the job has finished.
 
-        A resumed job measures its last epoch again: what it has sent of that epoch before is not sent twice.
+        A resumed job measures its last epoch again and tells of it again.
 
         Args:
             after: number of the last event that is known already.
@@ -218,10 +218,9 @@ class Jobs:
                 size = await asyncio.to_thread(lambda: file.stat().st_size if file.exists() else 0)
                 if size != read:
                     read = size
-                    for metrics in await asyncio.to_thread(lambda: list(run.metrics(after))):  # noqa: B023
-                        after += 1
-                        quiet_s = 0.0
-                        yield after, metrics
+                    for number, metrics in await asyncio.to_thread(lambda: list(run.numbered_metrics(after))):  # noqa: B023
+                        after, quiet_s = number, 0.0
+                        yield number, metrics
                 if finished:
                     return
                 if quiet_s >= _HEARTBEAT_S:

@@ -86,12 +86,12 @@ class Runner:
                 log.info("training job %s is still running as process %d", job.id, holder)
                 await self._watch(job, holder, lambda: run.holder() == holder)
                 crash = "the training process has died"
-            elif not run.publication():
+            elif not run.outcome():
                 killed = _killed_for_memory()
                 code = await self._child(job, recipe, run)
                 if code == os.EX_TEMPFAIL:  # somebody was faster; the job stays running and is claimed again
                     return
-                if code > 0 and code != _INTERRUPTED and not run.publication():
+                if code > 0 and code != _INTERRUPTED and not run.outcome():
                     said = await asyncio.to_thread(_last_line, run.path / _OUTPUT)
                     await asyncio.to_thread(self._jobs.fail, job.id, said)
                     return
@@ -103,7 +103,7 @@ class Runner:
         except OSError as error:
             await asyncio.to_thread(self._jobs.fail, job.id, f"the training process could not be started: {error}")
             return
-        if publication := run.publication():
+        if publication := run.outcome():
             await asyncio.to_thread(self._jobs.succeed, job.id, publication)
             if self._settings.keep_versions:
                 needed = await asyncio.to_thread(self._jobs.needed, publication.model)

@@ -81,12 +81,17 @@ def train(
         with folder.lock(), _ended_when_asked(folder):
             if resume:
                 chosen = _resumed(folder, chosen, changes)
-                if (published := folder.publication()) and len(folder.epochs()) == chosen.total_epochs:
+                if published := folder.outcome():
                     console.print(f"the run is finished and published as {published.model}/{published.version}")
                     return
             else:
                 folder.create(chosen)
-            _train(folder, chosen, dataset, Store(models))
+            try:
+                _train(folder, chosen, dataset, Store(models))
+            except (RecipeError, StoreError, WeightsError):
+                if not resume:
+                    folder.discard()
+                raise
             if publish:
                 _report(publish_run(folder, dataset, Store(models), promote, notes))
                 _draw(folder, dataset)
@@ -102,9 +107,10 @@ def export(
 ) -> None:
     """Export a run's last checkpoint into the model store."""
     with _errors_reported():
-        dataset = data.load(data_source)
-        _report(publish_run(Run(run), dataset, Store(models), promote, notes))
-        _draw(Run(run), dataset)
+        dataset, folder = data.load(data_source), Run(run)
+        with folder.lock():
+            _report(publish_run(folder, dataset, Store(models), promote, notes))
+            _draw(folder, dataset)
 
 
 @cli.command()
@@ -223,9 +229,6 @@ def _train(folder: Run, chosen: Recipe, dataset: data.Dataset, store: Store) -> 
         done = len(folder.epochs())
         console.print(f"stopped; {done} epochs are kept, go on with --run {folder.path} --resume")
         raise typer.Exit(STOPPED) from None
-    except (RecipeError, StoreError, WeightsError):
-        folder.discard()
-        raise
     console.print(f"peak memory: {peak_memory(device)}")
 
 

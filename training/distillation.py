@@ -49,18 +49,21 @@ def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.d
     return mean
 
 
-def teach(name: str, load: Callable[[], Teacher], images: Tensor, run: Run) -> Generator[Preparation, None, Tensor]:
+def teach(
+    name: str, load: Callable[[], Teacher], images: Tensor, fingerprint: str, run: Run
+) -> Generator[Preparation, None, Tensor]:
     """What a teacher makes of every training image, computed or found in the run folder; yields progress.
 
     Args:
-        name: of the teacher, for messages.
+        name: of the teacher.
         load: makes the teacher; called only if it is needed.
         images: uint8 [N, 32, 32, 3] on the teacher's device.
+        fingerprint: of the data set that they are from.
 
     Returns:
         float32 logits [N, classes] on the same device.
     """
-    if (known := run.teacher_logits()) is not None and len(known) == len(images):
+    if (known := run.teacher_logits(name, fingerprint)) is not None and len(known) == len(images):
         return known.to(images.device)
     teacher = load()
     message = f"{name} looks at the training images"
@@ -73,7 +76,7 @@ def teach(name: str, load: Callable[[], Teacher], images: Tensor, run: Run) -> G
         if report := pace.advance(len(batch)):
             yield report
     logits = torch.cat(parts)
-    run.save_teacher_logits(logits.cpu())
+    run.save_teacher_logits(logits.cpu(), name, fingerprint)
     return logits
 
 

@@ -6,15 +6,20 @@ first stages do not train, and the images.  Out: float16 features, mapped into m
 images uses the file again; another one replaces it.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
+import warnings
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from math import prod
 from pathlib import Path
+from typing import IO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,24 +92,26 @@ def prepare(
 
     shape = (total, *compute(images[:1], False).shape[1:])
     folder = Path(os.environ.get("CIFAR100_FEATURES", DEFAULT_FOLDER)).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{_key(recipe, classifier, network, parts, dtype)}.float16"
     size = 2 * prod(shape)
     what = f"{size / 1e9:.1f} GB of features of the frozen stages"
-    if file.exists():
+    with suppress(OSError), file.open("rb") as known:
+        values = _map(known, shape)
         yield Preparation(f"{what} are in {file}", total, total)
-        return Features(_map(file, shape, images.device), len(images), views)
-    _make_room(folder)
-    if size + SPARE_BYTES > shutil.disk_usage(folder).free:
-        yield Preparation(f"no room for {what} in {folder}: they are computed in every epoch", 0, 0)
-        return None
+        return Features(_on(images.device, values), len(images), views)
 
-    message = f"{what} go to {file}"
-    yield Preparation(message, 0, total)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    pace = Pace(message, total)
+    partial: Path | None = None
     try:
-        with partial.open("wb") as output:
+        folder.mkdir(parents=True, exist_ok=True)
+        _make_room(folder)
+        if size + SPARE_BYTES > shutil.disk_usage(folder).free:
+            yield Preparation(f"no room for {what} in {folder}: they are computed in every epoch", 0, 0)
+            return None
+        message = f"{what} go to {file}"
+        yield Preparation(message, 0, total)
+        pace = Pace(message, total)
+        with tempfile.NamedTemporaryFile("w+b", dir=folder, suffix=".partial", delete=False) as output:
+            partial = Path(output.name)
             fcntl.flock(output, fcntl.LOCK_EX)
             for part, mirrored in parts:
                 for batch in part.split(BATCH_SIZE):
@@ -113,18 +120,32 @@ def prepare(
                         yield report
             output.flush()
             os.fsync(output.fileno())
-        partial.replace(file)
+            values = _map(output, shape)
+            partial.replace(file)
     except OSError as error:
-        yield Preparation(f"{partial}: {error.strerror}: the features are computed in every epoch", 0, 0)
+        yield Preparation(f"{partial or folder}: {error.strerror}: the features are computed in every epoch", 0, 0)
         return None
     finally:
-        partial.unlink(missing_ok=True)
-    return Features(_map(file, shape, images.device), len(images), views)
+        if partial:
+            partial.unlink(missing_ok=True)
+    return Features(_on(images.device, values), len(images), views)
 
 
-def _map(file: Path, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """A file of float16 values as a tensor: on a GPU if it has the room, mapped into memory otherwise."""
-    values = torch.from_file(str(file), shared=True, size=prod(shape), dtype=torch.float16).view(shape)
+def _map(file: IO[bytes], shape: tuple[int, ...]) -> Tensor:
+    """An open file of float16 values, mapped into memory; it stays whole if somebody deletes the file.
+
+    Raises:
+        OSError: the file is not as long as that.
+    """
+    if os.fstat(file.fileno()).st_size != 2 * prod(shape):
+        raise OSError(errno.EIO, "the file is not whole", file.name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # nor is it to be
+        return torch.from_numpy(np.memmap(file, np.float16, "r", shape=shape))
+
+
+def _on(device: torch.device, values: Tensor) -> Tensor:
+    """The same values on a GPU, if that has the room; where they are otherwise."""
     if device.type == "cuda" and 2 * values.nbytes < torch.cuda.mem_get_info(device)[0]:
         return values.to(device)
     return values

@@ -92,12 +92,18 @@ class Source:
     Attributes:
         batches: a seeded generator to one epoch of batches, each with the rows of its images.
         evaluation: [M, H, W, C], what is evaluated after every epoch.
-        logits: a batch [B, C, H, W] to logits [B, classes].
+        inputs: a batch [B, C, H, W] to what `head` takes, and mixup and cutmix combine: the images themselves or, where
+            stages are frozen, their features.
+        head: those to logits [B, classes].
     """
 
     batches: Callable[[torch.Generator], Iterator[tuple[Tensor, Tensor]]]
     evaluation: Tensor
-    logits: Callable[[Tensor], Tensor]
+    inputs: Callable[[Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
+
+    def logits(self, batch: Tensor) -> Tensor:
+        return self.head(self.inputs(batch))
 
 
 def train(
@@ -146,7 +152,8 @@ def train(
     taught = None
     if recipe.teachers:
         load_teacher = partial(distillation.load_teacher, recipe, _needed(store, recipe.teacher), dataset, device)
-        taught = yield from recorded(distillation.teach(recipe.teacher, load_teacher, images, run), run)
+        teaching = distillation.teach(recipe.teacher, load_teacher, images, dataset.fingerprint, run)
+        taught = yield from recorded(teaching, run)
 
     def objective(logits: Tensor, rows: Tensor) -> Tensor:
         """The loss against the labels of these images and, where there is one, their teacher's answers."""
@@ -156,16 +163,18 @@ def train(
         learnt = distillation.loss(logits, taught[rows], recipe.teacher_temperature)
         return torch.lerp(loss, learnt, recipe.teacher_weight)
 
-    source = Source(partial(augment.batches, images, recipe), eval_images, classifier)
+    source = Source(partial(augment.batches, images, recipe), eval_images, lambda batch: batch, classifier)
     cropped = recipe.model_copy(update={"crop_padding": recipe.finetune_crop_padding})
     finetuning = replace(source, batches=partial(augment.batches, images, cropped))
-    if isinstance(network, TransferResNet18) and finished < recipe.epochs:
+    if isinstance(network, TransferResNet18) and network.frozen and finished < recipe.epochs:
         features = yield from recorded(prepare(recipe, classifier, images, eval_images, dtype), run)
+        source = replace(source, inputs=lambda batch: network.features(classifier.preprocess(batch)), head=network.head)
         if features:
-            source = Source(
-                partial(features.batches, recipe),
-                features.evaluation,
-                lambda batch: network.head(batch.to(device).float()),
+            source = replace(
+                source,
+                batches=partial(features.batches, recipe),
+                evaluation=features.evaluation,
+                inputs=lambda batch: batch.to(device).float(),
             )
         del features  # their memory is free again once their stage is over
 
@@ -183,12 +192,13 @@ def train(
         generator = torch.Generator().manual_seed(seed)
         for step, (batch, rows) in enumerate(source.batches(generator), start=1):
             rows = rows.to(device, non_blocking=True)
-            if recipe.combines:
-                batch, partners, share = augment.combine(batch, recipe, generator)
             rate = learning_rate(recipe, epoch - 1 + (step - 0.5) / steps)
             set_learning_rate(optimizer, rate)
             with autocast():
-                logits = source.logits(batch)
+                inputs = source.inputs(batch)
+                if recipe.combines:
+                    inputs, partners, share = augment.combine(inputs, recipe, generator)
+                logits = source.head(inputs)
                 loss = objective(logits, rows)
                 if recipe.combines:
                     loss = torch.lerp(objective(logits, rows[partners]), loss, share)
@@ -276,10 +286,12 @@ def recorded(preparing: Generator[Preparation, None, Prepared], run: Run) -> Gen
 
 def splits(recipe: Recipe, dataset: Dataset) -> tuple[Split, str, Split]:
     """What a recipe trains on, and the name and images of what every epoch is evaluated on."""
+    train, name, evaluation = dataset.train, "test", dataset.test
     if recipe.validation_images:
-        remaining, validation = hold_out(dataset.train, recipe.validation_images)
-        return remaining, "validation", validation
-    return dataset.train, "test", dataset.test
+        name, (train, evaluation) = "validation", hold_out(dataset.train, recipe.validation_images)
+    if len(train) % recipe.batch_size == 1:  # one image alone in the last batch could not be normalised
+        train = train[: len(train) - 1]
+    return train, name, evaluation
 
 
 def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ class Compiled:
 
     def on_tensors(self, images: Tensor) -> Tensor:
         """The same, as `evaluate.predict` calls a model."""
-        return torch.from_numpy(self(np.ascontiguousarray(images.numpy())).copy())
+        return torch.from_numpy(self(np.ascontiguousarray(images.numpy())))
 
 
 def quantise(model: Path, images: Tensor, in_float: Collection[int] = ()) -> Path:

@@ -50,8 +50,8 @@ class Recipe(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Share of the last step's direction in the next one's (sgd, muon)."""
     weight_decay: float = Field(default=0.0, ge=0, lt=1)
-    """Shrinks the weights in every step: by itself (adam; muon, which shrinks filters only), or as a part of the
-    gradient (sgd)."""
+    """Shrinks the weights in every step: by itself (adam; the filters with muon, which gives all others 5e-4), or as a
+    part of the gradient (sgd)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of a label's probability that is spread over all classes (Szegedy et al. 2016)."""
     teacher: str = Field(default="none", pattern=rf"^(none|{_VERSION}(,{_VERSION})*)$")
@@ -67,9 +67,11 @@ class Recipe(BaseModel):
     crop_padding: int = Field(default=0, ge=0, le=16)
     """Shift each training image by up to this many pixels, filling by reflection."""
     mixup: float = Field(default=0.0, ge=0, le=10)
-    """Blend each batch with itself in another order, by a share drawn from Beta(mixup, mixup) (Zhang et al. 2018)."""
+    """Blend each batch with itself in another order, by a share drawn from Beta(mixup, mixup) (Zhang et al. 2018).
+    Where stages are frozen, it is what they make of the images that is blended (Verma et al. 2019)."""
     cutmix: float = Field(default=0.0, ge=0, le=10)
-    """Give each image a rectangle of another one, of a share drawn likewise (Yun et al. 2019)."""
+    """Give each image, or what frozen stages make of it, a rectangle of another one, of a share drawn likewise (Yun et
+    al. 2019)."""
 
     # Multiples of 8 only: oneDNN's AVX2 convolutions crash on other channel counts in channels-last (torch 2.14.1).
     width: int = Field(default=32, ge=8, le=256, multiple_of=8)

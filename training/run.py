@@ -9,20 +9,21 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
 from training.recipes import Recipe, from_dict
-from training.store import Evaluation
+from training.store import Evaluation, sync
 
 State = dict[str, Any]
+Parsed = TypeVar("Parsed")
 TICK_S = 5.0  # between two lines of metrics within an epoch
 
 
@@ -34,6 +35,8 @@ class Publication(BaseModel):
     live: bool
     """Whether the new version was made live."""
     test: Evaluation
+    epoch: int | None = None
+    """Of the checkpoint that was exported; earlier releases do not tell."""
 
 
 class RunError(ValueError):
@@ -74,11 +77,8 @@ class Run:
         if not self.path.is_dir():
             raise RunError(f"there is no run in {self.path}")
         with self.lock_file.open("a+") as file:
-            file.seek(0)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunBusy(f"process {_read_pid(file)} is working in {self.path}") from None
+            if not _acquire(file):
+                raise RunBusy(f"process {_read_pid(file) or '(unknown)'} is working in {self.path}")
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()
@@ -110,7 +110,7 @@ class Run:
         if self.recipe_file.exists():
             raise RunError(f"{self.path} holds a run already; give --resume to go on with it, or another folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.recipe_file, recipe.model_dump_json(indent=2) + "\n")
+        _write_durably(self.recipe_file, recipe.model_dump_json(indent=2).encode())
 
     def discard(self) -> None:
         """Free the folder for another run, unless an epoch is finished."""
@@ -121,11 +121,12 @@ class Run:
         """The recipe the run was started with.
 
         Raises:
-            RunError: there is no run in this folder.
+            RunError: there is no run in this folder, or its recipe is damaged.
+            RecipeError: it is one that this release does not know.
         """
         if not self.recipe_file.exists():
             raise RunError(f"there is no run in {self.path}")
-        return from_dict(json.loads(self.recipe_file.read_text()))
+        return from_dict(_read(self.recipe_file, json.loads))
 
     def extend(self, epochs: int) -> Recipe:
         """Give a run of a constant learning rate more epochs; what it has learnt so far stays valid.
@@ -139,28 +140,40 @@ class Run:
         if epochs < recipe.epochs:
             raise RunError(f"the run was started for {recipe.epochs} epochs and cannot be shortened to {epochs}")
         recipe = from_dict(recipe.model_dump() | {"epochs": epochs})
-        _write(self.recipe_file, recipe.model_dump_json(indent=2) + "\n")
+        _write_durably(self.recipe_file, recipe.model_dump_json(indent=2).encode())
         return recipe
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Append one line of metrics."""
+        """Append one line of metrics; that of an epoch is on the disk when this returns."""
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            if metrics["event"] == "epoch":
+                os.fsync(file.fileno())
 
-    def metrics(self, after: int = 0) -> Iterator[dict[str, Any]]:
-        """All complete lines of metrics from the given number on, oldest first."""
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """All lines of metrics, oldest first."""
+        return (metrics for _, metrics in self.numbered_metrics())
+
+    def numbered_metrics(self, after: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """All lines of metrics whose number, counted from 1, is greater than `after`: number and metrics."""
         if self.metrics_file.exists():
             with self.metrics_file.open() as file:
-                yield from (json.loads(line) for line in islice(file, after, None) if line.endswith("\n"))
+                for number, line in islice(enumerate(file, start=1), after, None):
+                    with suppress(json.JSONDecodeError):  # forgotten, or what a crash or a full disk has left of it
+                        yield number, json.loads(line)
 
     def epochs(self) -> list[dict[str, Any]]:
         """The metrics of every finished epoch."""
         return [metrics for metrics in self.metrics() if metrics["event"] == "epoch"]
 
     def forget_after(self, epoch: int) -> None:
-        """Drop the metrics of epochs later than `epoch`, which a resumed run will measure again."""
-        kept = [json.dumps(metrics) + "\n" for metrics in self.metrics() if metrics["epoch"] <= epoch]
-        _write(self.metrics_file, "".join(kept))
+        """Drop the metrics of epochs later than `epoch`, which a resumed run will measure again; numbers stay taken."""
+        lines = dict[int, str]()
+        for number, metrics in self.numbered_metrics():
+            lines[number] = json.dumps(metrics) if metrics["epoch"] <= epoch else ""
+        content = "".join(lines.get(number, "") + "\n" for number in range(1, max(lines, default=0) + 1))
+        _write_durably(self.metrics_file, content.encode())
 
     def save(self, state: State) -> None:
         """Replace the checkpoint atomically: a crash leaves the previous one or this one, whole.
@@ -178,11 +191,11 @@ class Run:
             fingerprint: of the data set at hand, to make sure that it is the one the run was trained on.
 
         Raises:
-            RunError: no epoch has been finished yet, or the run was trained on other data.
+            RunError: no epoch has been finished yet, the checkpoint is damaged, or the run was trained on other data.
         """
         if not self.checkpoint_file.exists():
             raise RunError(f"{self.path} has no checkpoint: no epoch has been finished yet")
-        state: State = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
+        state: State = _read(self.checkpoint_file, _deserialised)
         if fingerprint and state["data"] != fingerprint:
             raise RunError(
                 f"{self.path} was trained on other data (fingerprint {state['data'][:8]}, now {fingerprint[:8]}); "
@@ -190,20 +203,23 @@ class Run:
             )
         return state
 
-    def save_teacher_logits(self, logits: Tensor) -> None:
-        """Keep what the teacher makes of the training images: float [N, classes]."""
-        _write_durably(self.teacher_file, _serialised(logits))
+    def save_teacher_logits(self, logits: Tensor, teacher: str, fingerprint: str) -> None:
+        """Keep what a teacher makes of the training images of a data set: float [N, classes]."""
+        _write_durably(self.teacher_file, _serialised({"logits": logits, "teacher": teacher, "data": fingerprint}))
 
-    def teacher_logits(self) -> Tensor | None:
-        """What the teacher makes of the training images, or None before it was asked."""
+    def teacher_logits(self, teacher: str, fingerprint: str) -> Tensor | None:
+        """What this teacher makes of the training images of this data set, or None before it was asked."""
         if not self.teacher_file.exists():
             return None
-        logits: Tensor = torch.load(self.teacher_file, weights_only=True)
+        saved = _read(self.teacher_file, _deserialised)
+        if not isinstance(saved, dict) or (saved["teacher"], saved["data"]) != (teacher, fingerprint):
+            return None
+        logits: Tensor = saved["logits"]
         return logits
 
     def save_test_logits(self, logits: Tensor, temperature: float) -> None:
         """Keep what the exported model makes of the test set: calibrated logits, float32 [N, classes]."""
-        self.logits_file.write_bytes(_serialised({"logits": logits, "temperature": temperature}))
+        _write_durably(self.logits_file, _serialised({"logits": logits, "temperature": temperature}))
 
     def test_logits(self) -> tuple[Tensor, float]:
         """Calibrated logits of the test set, and the temperature in them.
@@ -213,12 +229,12 @@ class Run:
         """
         if not self.logits_file.exists():
             raise RunError(f"{self.path} has not been exported yet; python -m training export {self.path} does it")
-        saved = torch.load(self.logits_file, weights_only=True)
+        saved = _read(self.logits_file, _deserialised)
         return saved["logits"], saved["temperature"]
 
     def announce_publication(self, sha256: str) -> None:
         """Note the checksum of the file that is about to be published, to find it in the store after a crash."""
-        _write(self.announcement_file, sha256 + "\n")
+        _write_durably(self.announcement_file, sha256.encode())
 
     def announced_publication(self) -> str | None:
         """The checksum of a file whose publication was begun but not recorded."""
@@ -226,21 +242,57 @@ class Run:
 
     def record_publication(self, publication: Publication) -> None:
         """Note which version of which model the run has become."""
-        _write(self.publication_file, publication.model_dump_json(indent=1) + "\n")
+        _write_durably(self.publication_file, publication.model_dump_json(indent=1).encode())
         self.announcement_file.unlink(missing_ok=True)
 
     def publication(self) -> Publication | None:
         """What the run has become in the model store, or None so far."""
         if not self.publication_file.exists():
             return None
-        return Publication.model_validate_json(self.publication_file.read_bytes())
+        return _read(self.publication_file, Publication.model_validate_json)
+
+    def outcome(self) -> Publication | None:
+        """What the run has become with all its epochs, or None so far."""
+        published = self.publication()
+        if published and (published.epoch or len(self.epochs())) == self.recipe().total_epochs:
+            return published
+        return None
 
 
-def _read_pid(file: TextIO) -> int:
-    while not (text := file.read()):  # its holder is just about to write it
-        time.sleep(0.01)
+def _acquire(file: TextIO) -> bool:
+    """Lock a file, if no other process holds it; who only looks whether one does holds it for a moment."""
+    for _ in range(5):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _read_pid(file: TextIO) -> int | None:
+    for _ in range(100):
         file.seek(0)
-    return int(text)
+        if text := file.read():
+            return int(text)
+        time.sleep(0.01)  # its holder is just about to write it
+    return None
+
+
+def _read(path: Path, parse: Callable[[bytes], Parsed]) -> Parsed:
+    """What is in a file.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    content = path.read_bytes()
+    try:
+        return parse(content)
+    except Exception as error:  # PyTorch raises many unrelated types
+        raise RunError(f"{path} is damaged: {error}") from error
+
+
+def _deserialised(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _serialised(value: Any) -> memoryview:
@@ -250,7 +302,7 @@ def _serialised(value: Any) -> memoryview:
     return content.getbuffer()
 
 
-def _write_durably(path: Path, content: memoryview) -> None:
+def _write_durably(path: Path, content: bytes | memoryview) -> None:
     """Atomically, and on the disk when this returns."""
     partial = path.with_suffix(".partial")
     try:
@@ -262,9 +314,4 @@ def _write_durably(path: Path, content: memoryview) -> None:
         partial.unlink(missing_ok=True)  # what remains of a full disk is needed to say so
         raise
     partial.replace(path)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    sync(path.parent)

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -193,7 +192,7 @@ class Store:
             The version's folder.
 
         Raises:
-            StoreError: a file is missing or its sha256 differs.
+            StoreError: a file is missing, its sha256 differs, or there is one too many.
         """
         folder = self.folder(card.name, card.version)
         for file, expected in card.files.items():
@@ -202,6 +201,11 @@ class Store:
                 raise StoreError(f"{path} is missing")
             if sha256(path) != expected:
                 raise StoreError(f"{path} is damaged: its sha256 is not the one in {CARD}")
+        for path in folder.iterdir():
+            if path.name not in (CARD, *card.files) and not path.name.startswith("."):
+                raise StoreError(f"{path} does not belong to this version: it is not in {CARD}")
+        if MODEL not in card.files:
+            raise StoreError(f"{folder / CARD} names no {MODEL}")
         return folder
 
     def learnable(self, version: str, classes: Sequence[str], data: str, validation_images: int) -> Path:
@@ -260,16 +264,16 @@ class Store:
             card = card.model_copy(update={"version": version, "files": files})
             (draft / CARD).write_text(card.model_dump_json(indent=1) + "\n")
             for path in draft.iterdir():
-                _sync(path)
+                sync(path)
             draft.chmod(0o755)  # mkdtemp makes private folders
-            _sync(draft)
+            sync(draft)
             try:
                 draft.rename(model / str(version))
             except OSError:
                 if not (model / str(version)).exists():
                     raise
                 continue  # somebody else published this number first
-            _sync(model)
+            sync(model)
             return card
 
     def promote(self, name: str, version: int) -> None:
@@ -278,15 +282,19 @@ class Store:
         Raises:
             StoreError: there is no such version.
         """
-        model = self._model(name)
         self.folder(name, version)
-        with _locked(model):
+        with _locked(self._model(name)):
             self.folder(name, version)  # it may have been removed while this waited
-            partial = model / f".{LIVE}-{os.getpid()}-{threading.get_ident()}"
-            partial.write_text(f"{version}\n")
-            _sync(partial)
-            partial.replace(model / LIVE)
-            _sync(model)
+            self._point(name, version)
+
+    def _point(self, name: str, version: int) -> None:
+        """Replace the pointer to the live version; to be called by one at a time."""
+        model = self._model(name)
+        partial = model / f".{LIVE}"
+        partial.write_text(f"{version}\n")
+        sync(partial)
+        partial.replace(model / LIVE)
+        sync(model)
 
     def promote_if(self, card: ModelCard, promotion: Promotion) -> bool:
         """Make a version live if the rule says so.
@@ -299,15 +307,16 @@ class Store:
         Returns:
             Whether it was made live.
         """
-        live = self.live(card.name)
-        if promotion == "if-better" and live is not None:
-            current = self.card(card.name, live)
-            better = card.data == current.data and card.test.top1 >= current.test.top1
-        else:
-            better = promotion != "never"
-        if better:
-            self.promote(card.name, card.version)
-        return better
+        with _locked(self._model(card.name)):  # two that are better than the live version may come at once
+            live = self.live(card.name)
+            if promotion == "if-better" and live is not None:
+                current = self.card(card.name, live)
+                better = card.data == current.data and card.test.top1 >= current.test.top1
+            else:
+                better = promotion != "never"
+            if better:
+                self._point(card.name, card.version)
+            return better
 
     def find(self, name: str, file_sha256: str) -> ModelCard | None:
         """The newest version that has a file of this checksum."""
@@ -355,7 +364,7 @@ def _locked(model: Path) -> Iterator[None]:
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether a temporary file or folder is that of a killed process: untouched for a day."""
+    """Whether a draft is that of a killed process: untouched for a day."""
     try:
         return time.time() - path.stat().st_mtime > _ABANDONED_S
     except FileNotFoundError:  # its owner has finished it in the meantime
@@ -379,7 +388,8 @@ def _numbers(model: Path) -> list[int]:
     return sorted(int(path.name) for path in model.iterdir() if path.name.isdecimal())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have what a file or folder holds on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

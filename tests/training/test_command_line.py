@@ -11,7 +11,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from training.__main__ import cli
-from training.recipes import RECIPES, Recipe
+from training.recipes import RECIPES, Recipe, recipe
 from training.run import Run
 from training.store import Store
 
@@ -188,6 +188,20 @@ def test_evaluate_may_average_mirror_images_and_refuses_other_classes(models: Pa
     refused = typed(*words)
     assert refused.exit_code == 1
     assert "resnet/1 was trained on other classes" in said(refused)
+
+
+def test_a_run_that_cannot_be_resumed_now_can_be_later(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.create(recipe("resnet18", {"weights": str(tmp_path / "not yet.pth")}))
+    result = typed("train", "resnet18", "--run", str(run.path), "--data", "synthetic:20", "--resume")
+    assert (result.exit_code, "does not exist" in said(result)) == (1, True)
+    assert run.recipe_file.exists()
+
+
+def test_a_run_that_is_trained_just_now_is_not_exported(finished_run: Run, tmp_path: Path) -> None:
+    with finished_run.lock():
+        result = typed("export", str(finished_run.path), "--data", "synthetic:1", "--models", str(tmp_path))
+    assert (result.exit_code, "is working in" in said(result)) == (75, True)
 
 
 def test_export_publishes_a_run_again_and_the_live_version_stays_if_told_to(finished_run: Run, models: Path) -> None:

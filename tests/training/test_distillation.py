@@ -30,8 +30,10 @@ def started(path: Path, **fields: Any) -> Run:
     return run
 
 
-def taught(run: Run, teacher: distillation.Teacher, images: Tensor) -> tuple[Tensor, list[Preparation]]:
-    return watched(distillation.teach("resnet/1", lambda: teacher, images, run))
+def taught(
+    run: Run, teacher: distillation.Teacher, images: Tensor, name: str = "resnet/1", data: str = "d"
+) -> tuple[Tensor, list[Preparation]]:
+    return watched(distillation.teach(name, lambda: teacher, images, data, run))
 
 
 def test_the_gradient_is_the_difference_of_softened_answers_times_the_temperature() -> None:
@@ -62,6 +64,10 @@ def test_a_teacher_is_asked_once_about_every_image_and_its_mirror_image(tmp_path
     again, events = taught(run, forgetful, images)
     assert torch.equal(again, logits)
     assert events == []
+    with pytest.raises(AssertionError, match="asked again"):
+        taught(run, forgetful, images, name="resnet/2")
+    with pytest.raises(AssertionError, match="asked again"):
+        taught(run, forgetful, images, data="other images")
     assert len(taught(run, left_column, images[:100])[0]) == 100  # what is kept is of other images
 
 

@@ -84,11 +84,12 @@ def finished(path: Path, recipe: Recipe, dataset: Dataset) -> tuple[list[Epoch],
     return epochs, run.load()["classifier"]
 
 
+@pytest.mark.parametrize("combination", [{}, {"mixup": 0.5}, {"cutmix": 0.5}], ids=str)
 def test_training_on_features_gives_what_training_on_images_gives(
-    dataset: Dataset, tmp_path: Path, folder: Path
+    dataset: Dataset, tmp_path: Path, folder: Path, combination: dict[str, float]
 ) -> None:
     """But for rounding to float16: the weights end up closer to each other than 1 % of the way they went."""
-    fields = {"epochs": 3, "batch_size": 50, "optimizer": "sgd", "learning_rate": 0.01}
+    fields = {"epochs": 3, "batch_size": 50, "optimizer": "sgd", "learning_rate": 0.01, **combination}
     images = finished(tmp_path / "images", chosen(**fields, cache_features=False), dataset)
     assert not folder.exists()
     features = finished(tmp_path / "features", chosen(**fields), dataset)
@@ -157,6 +158,27 @@ def test_what_a_killed_run_has_left_makes_room_and_what_is_being_written_stays(d
         prepared(chosen(), built(chosen()), dataset)
     assert growing.exists()
     assert not left.exists()
+
+
+def test_a_file_that_is_not_whole_is_computed_again(dataset: Dataset, folder: Path) -> None:
+    recipe = chosen()
+    first, _ = prepared(recipe, built(recipe), dataset)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    file.unlink()  # as another run does
+    assert first is not None
+    assert first.evaluation.any()
+    file.write_bytes(whole[:-2])
+    _, events = prepared(recipe, built(recipe), dataset)
+    assert events[0].done == 0
+    assert file.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_does_not_end_training(dataset: Dataset, folder: Path) -> None:
+    folder.write_text("a file, not a folder")
+    features, (event,) = prepared(chosen(), built(chosen()), dataset)
+    assert features is None
+    assert "computed in every epoch" in event.message
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from training import data, loop
 from training.data import Dataset
-from training.loop import Epoch, TrainingError, learning_rate, train
+from training.loop import Epoch, TrainingError, learning_rate, splits, train
 from training.networks import build
 from training.optimizers import make_optimizer
 from training.recipes import Recipe, recipe
@@ -357,6 +357,12 @@ def test_frozen_weights_get_no_weight_decay_either(tiny: Dataset, tmp_path: Path
 
 def test_what_is_evaluated_is_the_held_out_split_where_there_is_one(finished_run: Run) -> None:
     assert [epoch["split"] for epoch in finished_run.epochs()] == ["validation"]
+
+
+def test_an_image_that_would_be_alone_in_the_last_batch_is_left_out(tiny: Dataset) -> None:
+    for batch_size, trained in ((99, 99), (50, 100), (33, 99)):
+        split, _, _ = splits(recipe("resnet", {"validation_images": 0, "batch_size": batch_size}), tiny)
+        assert len(split) == trained
 
 
 def test_runs_of_other_seeds_differ(tiny: Dataset, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """A run folder belongs to one process at a time, whatever becomes of that process."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 from training.recipes import recipe
-from training.run import Run, RunBusy, RunError
+from training.run import Publication, Run, RunBusy, RunError
+from training.store import Store
 
 HOLD = """
 import sys, time
@@ -64,6 +67,65 @@ def test_a_folder_that_does_not_exist_is_not_locked(tmp_path: Path) -> None:
     assert Run(tmp_path / "none").holder() is None
     with pytest.raises(RunError, match="there is no run in"), Run(tmp_path / "none").lock():
         pass
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 100, b"{"])
+def test_a_damaged_file_is_an_error_naming_it(tmp_path: Path, left: bytes) -> None:
+    run = Run(tmp_path)
+    for file, read in (
+        (run.recipe_file, run.recipe),
+        (run.checkpoint_file, run.load),
+        (run.publication_file, run.publication),
+        (run.teacher_file, lambda: run.teacher_logits("resnet/1", "data")),
+        (run.logits_file, run.test_logits),
+    ):
+        file.write_bytes(left)
+        with pytest.raises(RunError, match=f"{file.name} is damaged"):
+            read()
+
+
+def test_metrics_that_a_crash_has_damaged_are_left_out(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.record({"event": "tick", "epoch": 1})
+    with run.metrics_file.open("a") as file:
+        file.write('{"event": "ti\n')
+    run.record({"event": "epoch", "epoch": 1})
+    assert [metrics["event"] for metrics in run.metrics()] == ["tick", "epoch"]
+
+
+def test_numbers_of_forgotten_metrics_are_not_given_again(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for event, epoch in (("tick", 1), ("epoch", 1), ("tick", 2), ("tick", 2)):
+        run.record({"event": event, "epoch": epoch})
+    run.forget_after(1)
+    run.record({"event": "epoch", "epoch": 2})
+    numbered = [(number, metrics["event"], metrics["epoch"]) for number, metrics in run.numbered_metrics(after=1)]
+    assert numbered == [(2, "epoch", 1), (5, "epoch", 2)]
+    run.forget_after(0)
+    assert list(run.metrics()) == []
+
+
+def test_what_an_earlier_epoch_has_become_is_not_the_outcome(published_store: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.create(recipe("resnet", {"epochs": 2}))
+    test = Store(published_store).card("resnet", 1).test
+    run.record_publication(Publication(model="resnet", version=1, live=True, test=test, epoch=1))
+    assert run.publication() is not None
+    assert run.outcome() is None
+    run.record_publication(published := Publication(model="resnet", version=2, live=True, test=test, epoch=2))
+    assert run.outcome() == published
+
+
+def test_who_only_looks_whether_a_run_is_locked_does_not_hinder_one_that_starts(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.lock_file.touch()
+    with run.lock_file.open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        with pytest.raises(RunBusy, match="unknown"), run.lock():
+            pass
+        threading.Timer(0.1, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with run.lock():
+            assert run.holder() == os.getpid()
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(tmp_path: Path) -> None:

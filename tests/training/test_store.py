@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,35 @@ def test_one_changed_byte_is_found_and_the_file_named(store: Store) -> None:
     (store.root / "resnet" / "1" / "model.pt").write_text("weighty")
     with pytest.raises(StoreError, match=r"resnet/1/model\.pt is damaged"):
         store.verify(original)
+
+
+def test_a_file_too_many_is_found_and_named(store: Store) -> None:
+    card = published(store)
+    (store.root / "resnet" / "1" / ".DS_Store").touch()  # a file manager's
+    store.verify(card)
+    (store.root / "resnet" / "1" / "int8.xml").touch()
+    with pytest.raises(StoreError, match=r"int8\.xml does not belong to this version"):
+        store.verify(card)
+
+
+def test_a_card_that_does_not_know_its_model_is_refused(store: Store) -> None:
+    card = published(store)
+    other = card.model_copy(update={"files": {}})
+    with pytest.raises(StoreError, match=r"model\.pt does not belong to this version"):
+        store.verify(other)
+    (store.root / "resnet" / "1" / "model.pt").unlink()
+    with pytest.raises(StoreError, match=r"card\.json names no model\.pt"):
+        store.verify(other)
+
+
+def test_of_versions_that_are_published_at_once_the_best_goes_live(store: Store) -> None:
+    store.promote_if(published(store, top1=0.5), "always")
+    for _ in range(20):
+        cards = [published(store, top1=top1) for top1 in (0.8, 0.6, 0.7)]
+        store.promote("resnet", 1)
+        with ThreadPoolExecutor(3) as threads:
+            list(threads.map(lambda card: store.promote_if(card, "if-better"), cards))
+        assert store.live("resnet") == cards[0].version
 
 
 def test_a_missing_file_is_found_and_named(store: Store) -> None:

@@ -127,7 +127,7 @@ def _channels(width: int) -> tuple[int, ...]:
 
 
 class Unit(nn.Module):
-    """One residual unit that owns its weights (He et al. 2015, basic block)."""
+    """One residual unit that owns its weights (He et al. 2015, basic block; its projection is not normalised)."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
