@@ -1,10 +1,11 @@
-"""From a finished run to a version in the model store: calibrate, export, measure, write the card, publish.
+"""From a finished run to a version in the model store: settle its statistics, calibrate, export, measure, publish.
 
 In: a run folder with a checkpoint.  Out: `models/<name>/<version>/`, live if it is good enough.
 """
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,14 @@ from training import openvino_ir, torchscript
 from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
 from training.loop import splits, to_device
-from training.networks import Classifier, build
+from training.networks import Classifier, TransferResNet18, build
 from training.provenance import provenance
-from training.recipes import Recipe
+from training.recipes import ALL_STAGES, Recipe
 from training.run import Publication, Run, State
 from training.store import MODEL, EpochSummary, ModelCard, Promotion, Quantised, Store, sha256
 
+STATISTICS_IMAGES = 5120
+STATISTICS_BATCH = 128
 CALIBRATION_IMAGES = 300
 JUDGED_IMAGES = 1000  # where a recipe holds none out
 MOST_LOST = 0.003
@@ -45,8 +48,9 @@ def publish(
         return _conclude(run, store, card, promotion)
     classifier, state = restore(run, recipe, dataset)
     torchscript.round_weights(classifier)
+    training, _, validation = splits(recipe, dataset)
+    renew_statistics(classifier, sample(training, STATISTICS_IMAGES))
     if recipe.validation_images:
-        _, _, validation = splits(recipe, dataset)
         images, labels = to_device(validation, CPU)
         classifier.temperature.fill_(fit_temperature(predict(classifier, images), labels))
     temperature = classifier.temperature.item()
@@ -86,7 +90,8 @@ def publish(
 
 def _conclude(run: Run, store: Store, card: ModelCard, promotion: Promotion) -> Publication:
     live = store.promote_if(card, promotion)
-    published = Publication(model=card.name, version=card.version, live=live, test=card.test)
+    epoch = card.curve[-1].epoch if card.curve else None
+    published = Publication(model=card.name, version=card.version, live=live, test=card.test, epoch=epoch)
     run.record_publication(published)
     return published
 
@@ -122,9 +127,36 @@ def quantisation_images(recipe: Recipe, dataset: Dataset) -> tuple[Tensor, Split
     """Training images to calibrate a quantised form with, uint8 [CALIBRATION_IMAGES, 32, 32, 3], and others to judge it
     by: those that the recipe holds out, if it does."""
     training, judged = hold_out(dataset.train, recipe.validation_images or min(JUDGED_IMAGES, len(dataset.train) // 2))
-    images, _ = to_device(training, CPU)
-    shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[shuffled[:CALIBRATION_IMAGES]], judged
+    return sample(training, CALIBRATION_IMAGES), judged
+
+
+def sample(split: Split, count: int) -> Tensor:
+    """The same `count` images of a split every time, in an order that mixes the classes: uint8 [count, 32, 32, 3]."""
+    images, _ = to_device(split, CPU)
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
+
+
+def renew_statistics(classifier: Classifier, images: Tensor) -> None:
+    """Give batch normalisation the mean statistics of many batches of images as they are, with the final weights.
+
+    While a network trains it keeps a running mean over the last few batches instead, of shifted images and of weights
+    that still change (Wu & Johnson 2021, arXiv:2105.07576, section 3). Stages that did not train keep theirs.
+
+    Args:
+        classifier: in evaluation mode, changed in place; its weights stay.
+        images: uint8 [N, 32, 32, 3] of the training split.
+    """
+    classifier.train()
+    trained: list[Any] = [each for each in classifier.modules() if hasattr(each, "running_mean") and each.training]
+    classifier.eval()
+    for module in trained:
+        module.train()
+    with torch.no_grad():
+        for number, batch in enumerate(images.split(STATISTICS_BATCH), start=1):
+            for module in trained:
+                module.momentum = 1 / number  # a running mean becomes that of all batches so far
+            classifier(batch.permute(0, 3, 1, 2))
+    classifier.eval()
 
 
 def _top1_in_views(network: openvino_ir.Compiled, images: Tensor, labels: Tensor) -> float:
@@ -138,4 +170,6 @@ def restore(run: Run, recipe: Recipe, dataset: Dataset) -> tuple[Classifier, Sta
     state = run.load(dataset.fingerprint)
     classifier = build(recipe.blank, len(dataset.classes))
     classifier.load_state_dict(state["classifier"])
+    if isinstance(classifier.network, TransferResNet18) and state["epoch"] > recipe.epochs:
+        classifier.network.set_trainable(ALL_STAGES)
     return classifier.eval(), state

@@ -10,7 +10,11 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+from training import torchscript
 from training.__main__ import cli
+from training.data import Dataset
+from training.evaluate import evaluate, predict
+from training.loop import splits
 from training.recipes import RECIPES, Recipe, recipe
 from training.run import Run
 from training.store import Store
@@ -170,11 +174,16 @@ def test_too_little_memory_is_an_error_of_one_line(
     assert last.endswith("a smaller batch_size or image_size needs less")
 
 
-def test_evaluate_measures_on_the_images_held_out_if_there_are_any(models: Path, finished_run: Run) -> None:
+def test_evaluate_measures_on_the_images_held_out_if_there_are_any(
+    models: Path, finished_run: Run, dataset: Dataset
+) -> None:
     words = ("evaluate", "resnet", "--split", "validation", "--models", str(models))
-    held_out, top1 = finished_run.recipe().validation_images, finished_run.epochs()[-1]["top1"]
+    _, _, held_out = splits(finished_run.recipe(), dataset)
+    logits = predict(torchscript.load(models / "resnet" / "1" / "model.pt"), torch.from_numpy(held_out.images))
+    expected = evaluate(logits, torch.from_numpy(held_out.labels))
     measured = typed(*words, "--data", "synthetic:4")
-    assert f"resnet/1 on {held_out} validation images: top-1 {top1:.2%}" in said(measured)
+    assert f"resnet/1 on 100 validation images: top-1 {expected.top1:.2%}" in said(measured)
+    assert f"loss {expected.loss:.4f}" in said(measured)
     refused = typed(*words, "--data", "synthetic:1")
     assert refused.exit_code == 1
     assert "resnet/1 has held out none of these images" in said(refused)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from training import export, openvino_ir, torchscript
 from training.data import Dataset
 from training.evaluate import evaluate, expected_calibration_error, predict
-from training.export import publish, restore
+from training.export import publish, renew_statistics, restore, sample
+from training.loop import splits, train
 from training.networks import Classifier, build
 from training.provenance import device_name
 from training.recipes import from_dict, recipe
@@ -118,7 +119,47 @@ def test_the_published_file_computes_what_the_run_has_learnt(
     assert temperature != 1
     classifier.temperature.fill_(temperature)
     torchscript.round_weights(classifier)
+    training, _, _ = splits(finished_run.recipe(), dataset)
+    renew_statistics(classifier, sample(training, 5120))
     assert_close_to(classifier, torchscript.load(published_store / "resnet" / "1" / "model.pt"))
+
+
+def test_statistics_are_renewed_by_the_mean_over_batches_where_a_stage_has_trained() -> None:
+    changes = {"weights": "none", "image_size": 32, "trainable": "layer3,layer4,fc"}
+    classifier = random_classifier("resnet18", **changes)
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    images = torch.randint(0, 256, (256, 32, 32, 3), dtype=torch.uint8)
+    seen: list[Tensor] = []
+    first = classifier.network.get_submodule("backbone.layer3.0.conv1")
+    first.register_forward_hook(lambda *given: seen.append(given[2].transpose(0, 1).flatten(1)))
+    renew_statistics(classifier, images)
+    after = classifier.state_dict()
+    key = "network.backbone.layer3.0.bn1.running_"
+    assert len(seen) == 2
+    torch.testing.assert_close(after[key + "mean"], torch.stack([each.mean(1) for each in seen]).mean(0))
+    torch.testing.assert_close(after[key + "var"], torch.stack([each.var(1) for each in seen]).mean(0))
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed
+    assert all(".layer3." in name or ".layer4." in name for name in changed)
+    assert {name.rsplit(".", 1)[1] for name in changed} == {"running_mean", "running_var", "num_batches_tracked"}
+    assert not any(module.training for module in classifier.modules())
+
+
+def test_stages_that_a_second_stage_of_training_has_trained_are_renewed_as_well(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    run = Run(tmp_path)
+    changes = {"weights": "none", "image_size": 32, "epochs": 1, "finetune_epochs": 1, "validation_images": 100}
+    run.create(chosen := recipe("resnet18", changes | {"trainable": "fc", "cache_features": False, "batch_size": 100}))
+    for event in train(chosen, dataset, run, torch.device("cpu")):
+        if event.event == "epoch":
+            classifier, state = restore(run, chosen, dataset)
+            renewed = build(chosen.blank)
+            renewed.load_state_dict(state["classifier"])
+            renew_statistics(classifier, sample(dataset.train, 100))
+            key = "network.backbone.layer1.0.bn1.running_mean"
+            same = torch.equal(classifier.state_dict()[key], renewed.state_dict()[key])
+            assert same == (state["epoch"] == 1)
 
 
 def test_the_card_says_how_the_model_was_made_and_how_good_it_is(

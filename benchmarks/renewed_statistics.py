@@ -1,0 +1,61 @@
+"""What it brings to renew batch normalisation's statistics before a model is exported.
+
+Only images that a version's recipe has held out are looked at. `running` are the statistics of the version as it is (if
+it was exported before they were renewed), `renewed` those that `training.export` gathers now. The table is printed and
+written to benchmarks/results/renewed_statistics.md.
+
+    python benchmarks/renewed_statistics.py resnet/3 resnet18/1 resnet18/2 resnet18/4 [--models models]
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from results import keep, occasion
+
+from training import data, torchscript
+from training.evaluate import evaluate, predict
+from training.export import STATISTICS_IMAGES, renew_statistics, sample
+from training.loop import splits
+from training.networks import TransferResNet18, build
+from training.recipes import ALL_STAGES, from_dict
+from training.store import MODEL, Store
+
+
+def compare(version: str, store: Store, dataset: data.Dataset) -> str:
+    """One row of the table."""
+    card = store.card(*store.parse(version))
+    recipe = from_dict(card.recipe)
+    training, _, validation = splits(recipe, dataset)
+    classifier = build(recipe.blank, len(dataset.classes))
+    classifier.load_state_dict(torchscript.load_weights(store.verify(card) / MODEL))
+    if isinstance(classifier.network, TransferResNet18) and recipe.finetune_epochs:
+        classifier.network.set_trainable(ALL_STAGES)
+    classifier.eval()
+    images, labels = torch.from_numpy(validation.images), torch.from_numpy(validation.labels)
+    running = evaluate(predict(classifier, images), labels)
+    renew_statistics(classifier, sample(training, STATISTICS_IMAGES))
+    renewed = evaluate(predict(classifier, images), labels)
+    measures = " | ".join(f"{each.top1:.2%} | {each.loss:.4f}" for each in (running, renewed))
+    return f"| `{version}` | {len(labels):,} | {measures} |"
+
+
+def main(versions: list[str], models: Path) -> None:
+    store, dataset = Store(models), data.load()
+    lines = [
+        f"Batch normalisation with the statistics that training leaves, and with those of {STATISTICS_IMAGES:,} "
+        f"training images as they are: accuracy and loss on the images held out. {occasion()}.",
+        "",
+        "| model | images | top-1, running | loss, running | top-1, renewed | loss, renewed |",
+        "| --- | --: | --: | --: | --: | --: |",
+        *(compare(version, store, dataset) for version in versions),
+    ]
+    keep("renewed_statistics", lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="+")
+    parser.add_argument("--models", type=Path, default=Path("models"))
+    chosen = parser.parse_args()
+    main(chosen.versions, chosen.models)
