@@ -21,7 +21,7 @@ from app.errors import Unavailable
 from app.jobs import Jobs, JobSummary, State
 from app.settings import Settings
 from training.recipes import RECIPES, Recipe, as_text
-from training.run import Run
+from training.run import Run, RunError
 from training.store import Store
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,8 @@ class Runner:
             with suppress(Unavailable):  # the next start finds it running without a process, and resumes it as well
                 await asyncio.to_thread(self._jobs.interrupt, job.id)
             raise
-        except OSError as error:
-            await asyncio.to_thread(self._jobs.fail, job.id, f"the training process could not be started: {error}")
+        except (OSError, RunError) as error:  # no process can be started, or its folder is damaged
+            await asyncio.to_thread(self._jobs.fail, job.id, f"the job cannot go on: {error}")
             return
         if publication := run.outcome():
             await asyncio.to_thread(self._jobs.succeed, job.id, publication)

@@ -146,13 +146,14 @@ def renew_statistics(classifier: Classifier, images: Tensor) -> None:
         classifier: in evaluation mode, changed in place; its weights stay.
         images: uint8 [N, 32, 32, 3] of the training split.
     """
+    batches = [batch for batch in images.split(STATISTICS_BATCH) if len(batch) == STATISTICS_BATCH] or [images]
     classifier.train()
     trained: list[Any] = [each for each in classifier.modules() if hasattr(each, "running_mean") and each.training]
     classifier.eval()
     for module in trained:
         module.train()
     with torch.no_grad():
-        for number, batch in enumerate(images.split(STATISTICS_BATCH), start=1):
+        for number, batch in enumerate(batches, start=1):
             for module in trained:
                 module.momentum = 1 / number  # a running mean becomes that of all batches so far
             classifier(batch.permute(0, 3, 1, 2))

@@ -113,6 +113,29 @@ def test_a_job_of_a_recipe_that_is_no_more_fails(jobs: Jobs) -> None:
     assert "no recipe 'vgg'" in (jobs.get(job.id).error or "")
 
 
+def test_a_job_whose_folder_is_damaged_fails_and_the_next_one_runs(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def child(*_: object) -> int:
+        await asyncio.sleep(60)
+        return 0
+
+    async def scenario() -> None:
+        damaged, job = jobs.submit(REQUEST), jobs.submit(REQUEST)
+        run = jobs.run(damaged.id)
+        run.path.mkdir()
+        run.publication_file.write_text("{")
+        runner = Runner(Settings(runs=run.path.parent), jobs, AsyncMock())
+        monkeypatch.setattr(runner, "_child", child)
+        runner.start()
+        async with asyncio.timeout(60):
+            while jobs.running() != job.id:  # noqa: ASYNC110  the database announces nothing
+                await asyncio.sleep(0.05)
+        await runner.stop()
+        assert jobs.state(damaged.id) is State.FAILED
+        assert "published.json is damaged" in (jobs.get(damaged.id).error or "")
+
+    asyncio.run(scenario())
+
+
 def test_a_runner_that_is_stopped_ends_even_if_it_cannot_note_so(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         started = asyncio.Event()
