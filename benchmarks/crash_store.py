@@ -133,9 +133,9 @@ def _cleared(model: Path) -> Counter[str]:
     for path in model.glob(".draft-*"):
         found["draft"] += 1
         shutil.rmtree(path)
-    for path in model.glob(f".{LIVE}-*"):
+    if (pointer := model / f".{LIVE}").exists():
         found["live"] += 1
-        path.unlink()
+        pointer.unlink()
     return found
 
 
