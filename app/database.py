@@ -1,9 +1,5 @@
 """The history of training jobs: one table in SQLite, shared by every process that serves the same runs folder."""
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +7,8 @@ from typing import Any
 from sqlalchemy import JSON, DateTime, Dialect, Engine, create_engine, event
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
+
+from training.store import locked
 
 SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 10
@@ -58,16 +56,6 @@ class JobRow(Base):
     published: Mapped[dict[str, Any] | None]
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def connect(path: Path) -> Engine:
     """Open the database, creating it where there is none.
 
@@ -89,7 +77,7 @@ def connect(path: Path) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     # Where several open a new database at once, SQLite does not wait until one of them has changed the journal's mode.
-    with _alone(path.parent), engine.begin() as connection:
+    with locked(path.parent), engine.begin() as connection:
         version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
         if version > SCHEMA_VERSION:
             raise NewerDatabase(f"{path} was made by a newer release (schema {version}, known {SCHEMA_VERSION})")

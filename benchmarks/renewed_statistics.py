@@ -17,8 +17,8 @@ from training import data, torchscript
 from training.evaluate import evaluate, predict
 from training.export import STATISTICS_IMAGES, renew_statistics, sample
 from training.loop import splits
-from training.networks import TransferResNet18, build
-from training.recipes import ALL_STAGES, from_dict
+from training.networks import build
+from training.recipes import from_dict
 from training.store import MODEL, Store
 
 
@@ -27,10 +27,9 @@ def compare(version: str, store: Store, dataset: data.Dataset) -> str:
     card = store.card(*store.parse(version))
     recipe = from_dict(card.recipe)
     training, _, validation = splits(recipe, dataset)
-    classifier = build(recipe.blank, len(dataset.classes))
+    stages = recipe.trainable_in(recipe.total_epochs)
+    classifier = build(recipe.blank.model_copy(update={"trainable": stages}), len(dataset.classes))
     classifier.load_state_dict(torchscript.load_weights(store.verify(card) / MODEL))
-    if isinstance(classifier.network, TransferResNet18) and recipe.finetune_epochs:
-        classifier.network.set_trainable(ALL_STAGES)
     classifier.eval()
     images, labels = torch.from_numpy(validation.images), torch.from_numpy(validation.labels)
     running = evaluate(predict(classifier, images), labels)

@@ -158,8 +158,8 @@ def at_size(store: Store, folder: Path, size: int, dataset: data.Dataset) -> tup
     engine = load_engine(live(copy, "resnet18") / MODEL, "cpu", "auto")
     rate = statistics.median(images_per_s(engine, 32, 2) for _ in range(3))
     return copy, (
-        f"`resnet18` is the live version with images upsampled to {size} pixels, not {card.recipe['image_size']}. "
-        f"Its engine alone ({engine.name}) computes {rate:.0f} images a second in batches of 32."
+        f"resnet18/1 is here version {card.version} with images upsampled to {size} pixels, not "
+        f"{card.recipe['image_size']}. Its engine alone ({engine.name}) computes {rate:.0f} images a second in batches of 32."
     )
 
 

@@ -14,9 +14,9 @@ from training import openvino_ir, torchscript
 from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
 from training.loop import splits, to_device
-from training.networks import Classifier, TransferResNet18, build
+from training.networks import Classifier, build
 from training.provenance import provenance
-from training.recipes import ALL_STAGES, Recipe
+from training.recipes import Recipe
 from training.run import Publication, Run, State
 from training.store import MODEL, EpochSummary, ModelCard, Promotion, Quantised, Store, sha256
 
@@ -169,8 +169,7 @@ def _top1_in_views(network: openvino_ir.Compiled, images: Tensor, labels: Tensor
 def restore(run: Run, recipe: Recipe, dataset: Dataset) -> tuple[Classifier, State]:
     """The classifier of a run's last checkpoint, on the CPU in evaluation mode, and the whole checkpoint."""
     state = run.load(dataset.fingerprint)
-    classifier = build(recipe.blank, len(dataset.classes))
+    stages = recipe.trainable_in(state["epoch"])
+    classifier = build(recipe.blank.model_copy(update={"trainable": stages}), len(dataset.classes))
     classifier.load_state_dict(state["classifier"])
-    if isinstance(classifier.network, TransferResNet18) and state["epoch"] > recipe.epochs:
-        classifier.network.set_trainable(ALL_STAGES)
     return classifier.eval(), state

@@ -26,7 +26,7 @@ from training.networks import TransferResNet18, build
 from training.optimizers import make_optimizer, set_learning_rate
 from training.preparation import Preparation
 from training.provenance import provenance
-from training.recipes import ALL_STAGES, Recipe
+from training.recipes import Recipe
 from training.run import TICK_S, Run
 from training.store import Store
 
@@ -180,7 +180,7 @@ def train(
 
     for epoch in range(finished + 1, recipe.total_epochs + 1):
         if epoch > recipe.epochs and isinstance(network, TransferResNet18):
-            network.set_trainable(ALL_STAGES)
+            network.set_trainable(recipe.trainable_in(epoch))
             source = finetuning
         started = ticked = time.perf_counter()
         seed = recipe.seed * 10_000 + epoch

@@ -166,6 +166,10 @@ class Recipe(BaseModel):
         """Whether images are trained on in combination with others."""
         return self.mixup > 0 or self.cutmix > 0
 
+    def trainable_in(self, epoch: int) -> tuple[Stage, ...]:
+        """The stages that train in an epoch, counted from 1: in the second stage of training all."""
+        return ALL_STAGES if epoch > self.epochs else self.trainable
+
     @property
     def total_epochs(self) -> int:
         return self.epochs + self.finetune_epochs

@@ -283,7 +283,7 @@ class Store:
             StoreError: there is no such version.
         """
         self.folder(name, version)
-        with _locked(self._model(name)):
+        with locked(self._model(name)):
             self.folder(name, version)  # it may have been removed while this waited
             self._point(name, version)
 
@@ -307,7 +307,7 @@ class Store:
         Returns:
             Whether it was made live.
         """
-        with _locked(self._model(card.name)):  # two that are better than the live version may come at once
+        with locked(self._model(card.name)):  # two that are better than the live version may come at once
             live = self.live(card.name)
             if promotion == "if-better" and live is not None:
                 current = self.card(card.name, live)
@@ -342,7 +342,7 @@ class Store:
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one version must stay")
         model = self._model(name)
-        with _locked(model):
+        with locked(model):
             gone = [each for each in self.versions(name)[:-keep] if each != self.live(name) and each not in needed]
             with tempfile.TemporaryDirectory(prefix=".draft-", dir=model) as trash:
                 for version in gone:
@@ -356,9 +356,9 @@ class Store:
 
 
 @contextmanager
-def _locked(model: Path) -> Iterator[None]:
-    """Keep other processes and threads from promoting and removing versions of a model."""
-    with (model / ".lock").open("w") as file:
+def locked(folder: Path) -> Iterator[None]:
+    """Keep out other processes and threads that lock a folder as well."""
+    with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
