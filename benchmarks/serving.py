@@ -159,7 +159,8 @@ def at_size(store: Store, folder: Path, size: int, dataset: data.Dataset) -> tup
     rate = statistics.median(images_per_s(engine, 32, 2) for _ in range(3))
     return copy, (
         f"resnet18/1 is here version {card.version} with images upsampled to {size} pixels, not "
-        f"{card.recipe['image_size']}. Its engine alone ({engine.name}) computes {rate:.0f} images a second in batches of 32."
+        f"{card.recipe['image_size']}. Its engine alone ({engine.name}) computes {rate:.0f} images a second in batches "
+        "of 32."
     )
 
 
