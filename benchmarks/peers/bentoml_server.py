@@ -8,15 +8,17 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("CLASSIFIER_WORKERS", os.environ.get("CLASSIFIER_CORES", str(os.cpu_count())))
+
 import bentoml
-from classifier import CORES, MAX_BATCH, PORT, Answer, Classifier, pixels
+from classifier import MAX_BATCH, PORT, WORKERS, Answer, Classifier, pixels
 from PIL.Image import Image
 
 
-@bentoml.service(workers=CORES, metrics={"enabled": False}, logging={"access": {"enabled": False}})
+@bentoml.service(workers=WORKERS, metrics={"enabled": False}, logging={"access": {"enabled": False}})
 class Service:
     def __init__(self) -> None:
-        self.classifier = Classifier(threads=1)
+        self.classifier = Classifier()
 
     @bentoml.api(batchable=True, max_batch_size=MAX_BATCH, max_latency_ms=30_000)
     def predict(self, images: list[Image]) -> list[Answer]:

@@ -8,6 +8,7 @@ Each peer adds only its own serving path around `decode`, `Classifier` and the s
                         precision: openvino-bf16
     CLASSIFIER_PORT     of the loopback address
     CLASSIFIER_CORES    processors that it may use
+    CLASSIFIER_WORKERS  processes that compute, each with its share of the processors; by default what is best
 
 Of each peer's settings those are taken that answer most requests a second over 32 connections, on two cores.
 """
@@ -33,7 +34,8 @@ ENGINE, _, PRECISION = os.environ.get("CLASSIFIER_ENGINE", "torchscript").partit
 PORT = int(os.environ.get("CLASSIFIER_PORT", "8000"))
 CORES = int(os.environ.get("CLASSIFIER_CORES", os.cpu_count() or 1))
 # Measured: TorchScript gains little from a second thread, so it gets a process per core; OpenVINO does best as one.
-WORKERS, THREADS = (CORES, 1) if ENGINE == "torchscript" else (1, CORES)
+WORKERS = int(os.environ.get("CLASSIFIER_WORKERS", CORES if ENGINE == "torchscript" else 1))
+THREADS = max(1, CORES // WORKERS)
 MAX_BATCH = 32
 
 SIZE = 32
@@ -61,15 +63,11 @@ def pixels(image: Image.Image) -> Images:
 
 
 class Classifier:
-    """A loaded and warm model. To be called by one thread at a time.
+    """A loaded and warm model. To be called by one thread at a time."""
 
-    Args:
-        threads: that compute one batch.
-    """
-
-    def __init__(self, threads: int = THREADS):
+    def __init__(self) -> None:
         self.labels: list[str] = json.loads((MODEL / "card.json").read_text())["classes"]
-        self._logits = {"torchscript": _torchscript, "openvino": _openvino}[ENGINE](MODEL / "model.pt", threads)
+        self._logits = {"torchscript": _torchscript, "openvino": _openvino}[ENGINE](MODEL / "model.pt", THREADS)
         for size in _WARMUP_SIZES:
             self(list(np.zeros((size, 3, SIZE, SIZE), np.uint8)))
 

@@ -5,16 +5,19 @@ one worker of two threads 750, 1709, and with a wait of 1 instead of 2 ms 862, 1
 slower.
 """
 
+import os
 import sys
 
-from classifier import CORES, MAX_BATCH, PORT, Answer, Classifier, decode
+os.environ.setdefault("CLASSIFIER_WORKERS", "1")
+
+from classifier import MAX_BATCH, PORT, WORKERS, Answer, Classifier, decode
 from mosec import Server, Worker
 
 
 class Classify(Worker):
     def __init__(self) -> None:
         super().__init__()
-        self.classifier = Classifier(threads=CORES)
+        self.classifier = Classifier()
 
     def deserialize(self, data: memoryview) -> bytes:
         return bytes(data)
@@ -26,5 +29,5 @@ class Classify(Worker):
 if __name__ == "__main__":
     sys.argv += ["--address", "127.0.0.1", "--port", str(PORT), "--timeout", "30000", "--log-level", "warning"]
     server = Server()
-    server.append_worker(Classify, num=1, max_batch_size=MAX_BATCH, max_wait_time=1)
+    server.append_worker(Classify, num=WORKERS, max_batch_size=MAX_BATCH, max_wait_time=1)
     server.run()
