@@ -1,7 +1,8 @@
 """BentoML with its adaptive batching. Its batches are lists, which it takes as multipart forms only.
 
-Tried on two cores beside other work, requests a second with 32 connections (TorchScript, OpenVINO): two workers of one
-thread 529, 628; one worker of two threads 382, 444 to 519. A lower latency limit made no difference.
+Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO; `CLASSIFIER_WORKERS`): two workers of
+one thread 522, 374; one worker of two threads 347, 393. On another processor two were better with OpenVINO, too: 628
+against 444 to 519. A lower latency limit made no difference.
 """
 
 import os

@@ -1,7 +1,8 @@
 """Plain FastAPI as everyone writes it: one request, one call of the model, no batching.
 
-Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO): two processes of one thread 401, 591;
-one process of two threads 120, 1171. The model in a thread pool instead of the event loop gained nothing.
+Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO; `CLASSIFIER_WORKERS`): two processes
+of one thread 300, 332; one process of two threads 107, 572. The model in a thread pool instead of the event loop gained
+nothing.
 """
 
 import os

@@ -1,8 +1,8 @@
 """LitServe with its dynamic batching.
 
-Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO): two workers of one thread 423, 737;
-one worker of two threads 451, 1001, but with TorchScript a p50 of 11 instead of 7 ms at one connection. A wait of 1 ms,
-the slower queue and a second API server did not help beyond the noise.
+Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO; `CLASSIFIER_WORKERS`): two workers of
+one thread 502, 421; one worker of two threads 409, 579. A wait of 1 ms, the slower queue and a second API server did
+not help beyond the noise.
 """
 
 from typing import Annotated

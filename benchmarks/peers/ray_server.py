@@ -1,7 +1,8 @@
 """Ray Serve with its dynamic batching, and with what its guide to high throughput switches on.
 
-Tried on two cores beside other work, requests a second with 32 connections (TorchScript, OpenVINO): without HAProxy two
-replicas of one thread 252, 262; with it 775, 649; with it one replica of two threads 147, 821.
+Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO; `CLASSIFIER_WORKERS`): two replicas of
+one thread 628, 453; one replica of two threads 496, 686. On another processor, without HAProxy two replicas 252, 262
+instead of 775, 649.
 """
 
 import os

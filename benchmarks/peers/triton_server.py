@@ -2,8 +2,8 @@
 
 The image is one string of the inference protocol, sent in its binary form; a raw body would need one size for all.
 
-Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO): two functions of one thread and a
-delay of 2 ms 589, 765; beside other work, one function of two threads 506, 799, and with 1 ms 484, 864.
+Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO; `CLASSIFIER_WORKERS`): two functions
+of one thread 550, 416; one function of two threads 445, 594. A delay of 1 or 2 ms made no difference beyond the noise.
 """
 
 import os
