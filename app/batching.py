@@ -4,11 +4,13 @@
 
 A batch starts at once when the engine is idle; there is no timer, so a lone request never waits. The engine's thread
 takes the next batch itself, so it does not idle while the event loop answers the last one, which it wakes once per
-batch. The queue is bounded; work whose deadline has passed or whose client has gone is dropped before it is computed.
+batch. Where that thread has no processor of its own, a lone image that takes little time is computed in the event loop.
+The queue is bounded; work whose deadline has passed or whose client has gone is dropped before it is computed.
 """
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -23,8 +25,13 @@ from numpy.typing import NDArray
 
 from app.engines import Engine
 from app.errors import Unavailable
+from app.workers import processors
 
 log = logging.getLogger(__name__)
+
+# Waking a thread, and then the loop again, would take a fifth as long as the computation itself. With a processor for
+# the thread, though, the loop does better to receive what else arrives.
+_BRIEF_S = 0.005 if processors() == 1 else 0.0
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
@@ -44,7 +51,7 @@ class Batcher:
         engine: called with up to `max_batch` images, by one thread at a time.
         max_batch: images computed together.
         max_queue: images that may wait.
-        observe: told of every batch, in the engine's thread: how many images, and how many seconds they took.
+        observe: told of every batch, where it was computed: how many images, and how many seconds they took.
     """
 
     def __init__(
@@ -57,7 +64,8 @@ class Batcher:
         self.queued = 0
         """Images waiting."""
         self._queue: deque[_Work] = deque()
-        self._busy = False  # whether the thread will look into the queue again
+        self._busy = False  # whether the queue will be looked into again
+        self._lone_s = math.inf  # what the last image that was computed alone took
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=engine.name)
 
@@ -82,11 +90,17 @@ class Batcher:
             self.queued += len(images)
             idle, self._busy = not self._busy, True
         if idle:
-            loop.call_soon(self._thread.submit, self._drain, loop)  # with what else arrives in this turn of the loop
+            loop.call_soon(self._begin, loop)  # with what else arrives in this turn of the loop
         return await work.result
 
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self.queued == 1 and self._lone_s < _BRIEF_S:
+            self._drain(loop)
+        else:
+            self._thread.submit(self._drain, loop)
+
     def _drain(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Compute until nothing waits; in the engine's thread."""
+        """Compute until nothing waits."""
         while batch := self._next_batch(loop):
             started = time.perf_counter()
             try:
@@ -96,8 +110,11 @@ class Batcher:
                 _tell(loop, _fail, batch, error)
                 continue
             _tell(loop, _answer, batch, logits)
+            seconds = time.perf_counter() - started
+            if len(images) == 1:
+                self._lone_s = seconds
             try:
-                self._observe(len(images), time.perf_counter() - started)
+                self._observe(len(images), seconds)
             except Exception:  # what is counted must not stop what is computed
                 log.exception("a batch could not be counted")
 

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from app import batching
 from app.batching import Batcher
 from app.errors import Unavailable
+
+
+@pytest.fixture(autouse=True)
+def engine_has_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As most of these tests wait in the event loop for what the engine's thread does."""
+    monkeypatch.setattr(batching, "_BRIEF_S", 0.0)
 
 
 class SlowEngine:
@@ -50,6 +57,41 @@ def test_a_lone_request_is_computed_at_once() -> None:
         assert engine.batches == [2]
 
     asyncio.run(scenario())
+
+
+def test_a_lone_image_is_computed_in_the_loop_where_the_thread_has_no_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Engine:
+        name = "noting"
+        takes_s = 0.0
+
+        def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            in_loop.append(threading.current_thread() is threading.main_thread())
+            time.sleep(self.takes_s)
+            return images[:, :1, 0, 0].astype(np.float32)
+
+    async def scenario() -> None:
+        engine = Engine()
+        batcher = Batcher(engine, 8, 8)
+
+        async def answered(*values: int) -> None:
+            logits = await asyncio.gather(*(batcher.run(pictures(value)) for value in values))
+            assert np.concatenate(logits)[:, 0].tolist() == list(values)
+            await asyncio.wrap_future(batcher._thread.submit(int))  # the thread has looked into the queue once more
+
+        await answered(1)
+        await answered(2)
+        await answered(3, 4)
+        engine.takes_s = 0.6
+        await answered(5)
+        await answered(6)
+
+    in_loop: list[bool] = []
+    monkeypatch.setattr(batching, "_BRIEF_S", 0.5)
+    asyncio.run(scenario())
+    # How long it takes is not known at first; several images, and one that takes long, go to the thread.
+    assert in_loop == [False, True, False, True, False]
 
 
 def test_what_queues_while_the_engine_is_busy_is_computed_together() -> None:
