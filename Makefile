@@ -1,7 +1,7 @@
 # make serve   creates .venv, installs, serves the shipped models; HOST and PORT choose another address than 127.0.0.1:8000
 # make test    creates .venv, installs, runs the tests
 # make check   lint, format and types
-# make serving compares the service with its peers: half an hour; needs wrk, and Java for TorchServe
+# make serving compares the service with its peers: forty minutes; needs wrk, and Java for TorchServe
 # make proof   fuzzing, crashes, hot swaps, hostile surroundings: an hour; make soak takes half an hour more
 
 PYTHON ?= python3
