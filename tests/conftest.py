@@ -19,12 +19,14 @@ SYNTHETIC = "synthetic:4"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test leaves features of frozen stages in the home folder; all compute on the CPU, and services start fast."""
+def surroundings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test leaves features of frozen stages in the home folder; services start fast, and all compute on the CPU but
+    with `-m gpu`."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CIFAR100_FEATURES", str(tmp_path_factory.mktemp("features")))
         environment.setenv("CIFAR100_RUNTIME", "torchscript")
-        environment.setenv("CUDA_VISIBLE_DEVICES", "")  # another device would compute other last bits
+        if request.config.option.markexpr != "gpu":
+            environment.setenv("CUDA_VISIBLE_DEVICES", "")  # another device would compute other last bits
         yield
 
 

@@ -13,12 +13,11 @@ from torch.nn import functional as F
 
 from training import openvino_ir, torchscript
 from training.data import Dataset
+from training.evaluate import BATCH_SIZES
 from training.preparation import Pace, Preparation
 from training.recipes import Recipe
 from training.run import Run
 from training.store import Store
-
-BATCH_SIZE = 100
 
 Teacher = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, 32, 32] to logits [B, classes]."""
@@ -69,7 +68,7 @@ def teach(
     message = f"{name} looks at the training images"
     yield Preparation(message, 0, len(images))
     parts, pace = list[Tensor](), Pace(message, len(images))
-    for batch in images.split(BATCH_SIZE):
+    for batch in images.split(BATCH_SIZES[images.device.type]):
         pixels = batch.permute(0, 3, 1, 2)
         with torch.inference_mode():
             parts.append((teacher(pixels) + teacher(pixels.flip(3))) / 2)

@@ -1,9 +1,10 @@
-"""What the frozen stages of a transfer network make of every image, computed once and kept in a file.
+"""What the frozen stages of a transfer network make of every image, computed once and kept.
 
 Frozen stages give the same features in every epoch, so no epoch needs to compute them again. In: a classifier whose
 first stages do not train, and the images.  Out: float16 features, mapped into memory from a file in the cache folder
 (the environment variable CIFAR100_FEATURES, or ~/.cache/cifar100/features). A later run with the same frozen stages and
-images uses the file again; another one replaces it.
+images uses the file again; another one replaces it. A GPU that has the room keeps them itself: it computes them faster
+than a disk writes them.
 """
 
 import errno
@@ -24,12 +25,12 @@ import torch
 from torch import Tensor
 
 from training.augment import draw
+from training.evaluate import BATCH_SIZES
 from training.networks import Classifier, TransferResNet18
 from training.preparation import Pace, Preparation
 from training.recipes import Recipe
 
 DEFAULT_FOLDER = "~/.cache/cifar100/features"
-BATCH_SIZE = 100
 SPARE_BYTES = 1 << 30  # stays free on the disk
 
 
@@ -90,15 +91,31 @@ def prepare(
         with torch.inference_mode(), torch.autocast(images.device.type, dtype, enabled=dtype is not torch.float32):
             return network.features(classifier.preprocess(pixels.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).half()
 
+    def compute_all() -> Iterator[Tensor]:
+        for part, mirrored in parts:
+            for batch in part.split(BATCH_SIZES[images.device.type]):
+                yield compute(batch, mirrored)
+
     shape = (total, *compute(images[:1], False).shape[1:])
-    folder = Path(os.environ.get("CIFAR100_FEATURES", DEFAULT_FOLDER)).expanduser()
-    file = folder / f"{_key(recipe, classifier, network, parts, dtype)}.float16"
     size = 2 * prod(shape)
     what = f"{size / 1e9:.1f} GB of features of the frozen stages"
+    if images.is_cuda and 2 * size < torch.cuda.mem_get_info(images.device)[0]:
+        message = f"{what} stay in the memory of the GPU"
+        yield Preparation(message, 0, total)
+        pace = Pace(message, total)
+        values = torch.empty(shape, dtype=torch.float16, device=images.device)
+        for features in compute_all():
+            values[pace.done : pace.done + len(features)] = features
+            if report := pace.advance(len(features)):
+                yield report
+        return Features(values, len(images), views)
+
+    folder = Path(os.environ.get("CIFAR100_FEATURES", DEFAULT_FOLDER)).expanduser()
+    file = folder / f"{_key(recipe, classifier, network, parts, dtype)}.float16"
     with suppress(OSError), file.open("rb") as known:
         values = _map(known, shape)
         yield Preparation(f"{what} are in {file}", total, total)
-        return Features(_on(images.device, values), len(images), views)
+        return Features(values, len(images), views)
 
     partial: Path | None = None
     try:
@@ -113,11 +130,10 @@ def prepare(
         with tempfile.NamedTemporaryFile("w+b", dir=folder, suffix=".partial", delete=False) as output:
             partial = Path(output.name)
             fcntl.flock(output, fcntl.LOCK_EX)
-            for part, mirrored in parts:
-                for batch in part.split(BATCH_SIZE):
-                    output.write(compute(batch, mirrored).cpu().contiguous().numpy().data)
-                    if report := pace.advance(len(batch)):
-                        yield report
+            for features in compute_all():
+                output.write(features.cpu().contiguous().numpy().data)
+                if report := pace.advance(len(features)):
+                    yield report
             output.flush()
             os.fsync(output.fileno())
             values = _map(output, shape)
@@ -128,7 +144,7 @@ def prepare(
     finally:
         if partial:
             partial.unlink(missing_ok=True)
-    return Features(_on(images.device, values), len(images), views)
+    return Features(values, len(images), views)
 
 
 def _map(file: IO[bytes], shape: tuple[int, ...]) -> Tensor:
@@ -142,13 +158,6 @@ def _map(file: IO[bytes], shape: tuple[int, ...]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # nor is it to be
         return torch.from_numpy(np.memmap(file, np.float16, "r", shape=shape))
-
-
-def _on(device: torch.device, values: Tensor) -> Tensor:
-    """The same values on a GPU, if that has the room; where they are otherwise."""
-    if device.type == "cuda" and 2 * values.nbytes < torch.cuda.mem_get_info(device)[0]:
-        return values.to(device)
-    return values
 
 
 def _make_room(folder: Path) -> None:

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training import augment, distillation, warm_start
+from training.cuda_graph import Recorded
 from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
 from training.features import prepare
 from training.networks import TransferResNet18, build
-from training.optimizers import make_optimizer, set_learning_rate
+from training.optimizers import load_state, make_optimizer, set_learning_rate
 from training.preparation import Preparation
 from training.provenance import provenance
 from training.recipes import Recipe
@@ -122,6 +123,7 @@ def train(
     """
     torch.manual_seed(recipe.seed)
     torch.backends.cudnn.allow_tf32 = recipe.precision != "float32"
+    torch.backends.cudnn.benchmark = True  # a GPU tries the algorithms that it has for a convolution
     resumed = run.checkpoint_file.exists()
     classifier = build(recipe.blank if resumed else recipe, len(dataset.classes))
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
@@ -135,7 +137,7 @@ def train(
     if resumed:
         state = run.load(dataset.fingerprint)
         classifier.load_state_dict(state["classifier"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_state(optimizer, state["optimizer"])
         if state["scaler"]:  # empty after epochs in another precision, on another machine
             scaler.load_state_dict(state["scaler"])
         finished = state["epoch"]
@@ -178,38 +180,51 @@ def train(
             )
         del features  # their memory is free again once their stage is over
 
+    loss_sum, hits = torch.zeros(2, device=device)
+
+    def learn(inputs: Tensor, rows: Tensor, *combination: Tensor) -> None:
+        """One step on a batch, or on a combination with the partners and share given; adds to loss_sum and hits."""
+        with autocast():
+            logits = source.head(inputs)
+            loss = objective(logits, rows)
+            if combination:
+                partners, share = combination
+                loss = torch.lerp(objective(logits, rows[partners]), loss, share)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        with autocast():  # for Muon's products of matrices
+            scaler.step(optimizer)
+        scaler.update()
+        loss_sum.add_(loss.detach() * len(rows))
+        hits.add_((logits.detach().argmax(1) == labels[rows]).sum())
+
+    # What a scaler does next depends on what has come out, which only the processor can look at.
+    records = device.type == "cuda" and not scaler.is_enabled()
+    train_on = Recorded(learn) if records else learn
     for epoch in range(finished + 1, recipe.total_epochs + 1):
-        if epoch > recipe.epochs and isinstance(network, TransferResNet18):
+        if epoch > recipe.epochs and isinstance(network, TransferResNet18) and source is not finetuning:
             network.set_trainable(recipe.trainable_in(epoch))
             source = finetuning
+            train_on = Recorded(learn) if records else learn
         started = ticked = time.perf_counter()
         seed = recipe.seed * 10_000 + epoch
         torch.manual_seed(seed)
         classifier.train()
-        loss_sum = torch.zeros((), device=device)
-        hits = torch.zeros((), device=device)
+        loss_sum.zero_()
+        hits.zero_()
         seen = 0
         generator = torch.Generator().manual_seed(seed)
         for step, (batch, rows) in enumerate(source.batches(generator), start=1):
-            rows = rows.to(device, non_blocking=True)
             rate = learning_rate(recipe, epoch - 1 + (step - 0.5) / steps)
             set_learning_rate(optimizer, rate)
+            rows = rows.to(device, non_blocking=True)
             with autocast():
                 inputs = source.inputs(batch)
-                if recipe.combines:
-                    inputs, partners, share = augment.combine(inputs, recipe, generator)
-                logits = source.head(inputs)
-                loss = objective(logits, rows)
-                if recipe.combines:
-                    loss = torch.lerp(objective(logits, rows[partners]), loss, share)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            with autocast():  # for Muon's products of matrices
-                scaler.step(optimizer)
-            scaler.update()
-
-            loss_sum += loss.detach() * len(rows)
-            hits += (logits.detach().argmax(1) == labels[rows]).sum()
+            if recipe.combines:
+                inputs, partners, share = augment.combine(inputs, recipe, generator)
+                train_on(inputs, rows, partners, torch.full((), share, device=device))
+            else:
+                train_on(inputs, rows)
             seen += len(rows)
             now = time.perf_counter()
             if step == steps or now - ticked > TICK_S:

@@ -5,6 +5,7 @@ accuracy of SGD in fewer epochs, at a few percent of a step's time; docs/results
 """
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -26,13 +27,21 @@ _OTHERS_WEIGHT_DECAY = 5e-4
 def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over all parameters: those of frozen stages get no gradient and stay as they are.
 
-    Every parameter group has a `rate_scale`, by which the schedule's learning rate is multiplied.
+    Every parameter group has a `rate_scale`, by which the schedule's learning rate is multiplied. On a GPU the rate is
+    a tensor there, so that a recorded step (`cuda_graph`) reads what `set_learning_rate` has written.
     """
     parameters = list(module.parameters())
+    on_gpu = parameters[0].is_cuda
     match recipe.optimizer:
         case "adam":
+            # Said of the first steps, which are not recorded yet.
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable")
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                parameters, recipe.learning_rate, weight_decay=recipe.weight_decay
+                parameters,
+                recipe.learning_rate,
+                weight_decay=recipe.weight_decay,
+                fused=on_gpu or None,
+                capturable=on_gpu,
             )
         case "sgd":
             optimizer = torch.optim.SGD(
@@ -41,6 +50,7 @@ def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
                 momentum=recipe.momentum,
                 weight_decay=recipe.weight_decay,
                 nesterov=recipe.momentum > 0,
+                fused=on_gpu or None,
             )
         case "muon":
             first, *filters = (parameter for parameter in parameters if parameter.ndim == 4)
@@ -48,13 +58,33 @@ def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
             optimizer = Muon(filters, others, recipe.learning_rate, recipe.momentum, recipe.weight_decay)
     for group in optimizer.param_groups:
         group.setdefault("rate_scale", 1.0)
+        if on_gpu:
+            group["lr"] = torch.tensor(group["lr"], device=parameters[0].device)
+    _begin_momenta(optimizer)
     return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Apply the schedule's learning rate to every group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate * group["rate_scale"])
+        else:
+            group["lr"] = rate * group["rate_scale"]
+
+
+def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take over what an optimizer has learnt, on whatever device that was; its settings are those of this device."""
+    optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
+    _begin_momenta(optimizer)
+
+
+def _begin_momenta(optimizer: torch.optim.Optimizer) -> None:
+    """PyTorch's fused SGD cannot begin with the gradients of some stages and go on with those of all."""
+    for group in optimizer.param_groups:
+        if group.get("fused") and group.get("nesterov"):
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 class Muon(torch.optim.Optimizer):
@@ -97,7 +127,8 @@ class Muon(torch.optim.Optimizer):
             else:
                 decayed = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
                 steps = self._nesterov(parameters, decayed, group)
-            torch._foreach_add_(parameters, steps, alpha=-group["lr"])
+            torch._foreach_mul_(steps, group["lr"])
+            torch._foreach_sub_(parameters, steps)
         return loss
 
     def _nesterov(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:

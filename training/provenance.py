@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,19 @@ LIBRARIES = ("torch", "torchvision", "numpy", "openvino", "nncf")
 
 def provenance() -> dict[str, Any]:
     """Of what this process trains: the fields device, libraries and commit of `store.ModelCard`."""
+    libraries = {library: _version(library) for library in LIBRARIES}
     return {
         "device": device_name(),
-        "libraries": {library: importlib.metadata.version(library) for library in LIBRARIES},
+        "libraries": {library: version for library, version in libraries.items() if version},
         "commit": commit(),
     }
+
+
+def _version(library: str) -> str | None:
+    """None where it is not installed: OpenVINO is for processors, and only needed to serve."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(library)
+    return None
 
 
 def device_name() -> str:
