@@ -1,12 +1,15 @@
 """The engines alone, without HTTP: images a second in one process. No service on this machine can answer more.
 
 Every engine that can compute a live model is given batches of random images, of one size after the other, for some
-seconds each; the median over the rounds is printed and written to benchmarks/results/engines.md.
+seconds each, and then whatever the service's batcher makes of calls that come as fast as they are answered: some of the
+largest size, or that many of one image each. The median over the rounds is printed and written to
+benchmarks/results/engines.md.
 
     python benchmarks/engines.py [--rounds 3] [--seconds 1] [--models models]
 """
 
 import argparse
+import asyncio
 import statistics
 import time
 from collections import defaultdict
@@ -19,12 +22,14 @@ from numpy.typing import NDArray
 from results import keep, occasion
 
 from app import engines
+from app.batching import Batcher
 from app.settings import Runtime
 from training.store import MODEL, Store
 
 RUNTIMES: tuple[Runtime, ...] = ("int8", "openvino", "torchscript")
 SIZES = (1, 8, 32) if not torch.cuda.is_available() else (1, 32, 256)
 WARMUP_CALLS = 3
+CALLERS = 4
 
 
 def images_per_s(engine: Callable[[NDArray[np.uint8]], NDArray[np.float32]], size: int, seconds: float) -> float:
@@ -39,6 +44,27 @@ def images_per_s(engine: Callable[[NDArray[np.uint8]], NDArray[np.float32]], siz
     return calls * size / elapsed
 
 
+def batched_per_s(engine: engines.Engine, size: int, callers: int, seconds: float) -> float:
+    """How many images a second a batcher has computed, if so many callers give it batches of this size from memory."""
+    images = np.random.default_rng(0).integers(0, 256, (size, 3, 32, 32), np.uint8)
+    most = max(SIZES)
+    batcher = Batcher(engine, most, callers * size)
+
+    async def call(end: float) -> int:
+        done = 0
+        while time.perf_counter() < end:
+            await batcher.run(images)
+            done += size
+        return done
+
+    async def measure() -> float:
+        started = time.perf_counter()
+        done = await asyncio.gather(*(call(started + seconds) for _ in range(callers)))
+        return sum(done) / (time.perf_counter() - started)
+
+    return asyncio.run(measure())
+
+
 def main(rounds: int, seconds: float, models: Path) -> None:
     store = Store(models)
     loaded = []
@@ -51,23 +77,27 @@ def main(rounds: int, seconds: float, models: Path) -> None:
                 loaded.append((f"{name}/{version}", engines.load(file, "auto", runtime)))
             except engines.EngineError as error:
                 failures.append(f"{name}, {runtime}: {error}")
+    most = max(SIZES)
+    columns = [*map(str, SIZES), f"batcher, {most} a call", "batcher, 1 a call"]
     measured = defaultdict(list)
     for _ in range(rounds):
         for name, engine in loaded:
-            for size in SIZES:
-                measured[name, engine.name, size].append(images_per_s(engine, size, seconds))
+            rates = [images_per_s(engine, size, seconds) for size in SIZES]
+            rates += [batched_per_s(engine, most, CALLERS, seconds), batched_per_s(engine, 1, 2 * most, seconds)]
+            for column, rate in zip(columns, rates, strict=True):
+                measured[name, engine.name, column].append(rate)
     lines = [
         "# The engines alone",
         "",
         f"Images a second by size of batch; {occasion()}; "
         f"{rounds} rounds of {seconds:g} s, medians. PyTorch {torch.__version__}.",
         "",
-        f"| model | engine | {' | '.join(map(str, SIZES))} |",
-        f"| --- | --- {'| --: ' * len(SIZES)}|",
+        f"| model | engine | {' | '.join(columns)} |",
+        f"| --- | --- {'| --: ' * len(columns)}|",
     ]
     for name, engine in loaded:
-        rates = [f"{statistics.median(measured[name, engine.name, size]):,.0f}" for size in SIZES]
-        lines.append(f"| `{name}` | {engine.name} | {' | '.join(rates)} |")
+        medians = [f"{statistics.median(measured[name, engine.name, column]):,.0f}" for column in columns]
+        lines.append(f"| `{name}` | {engine.name} | {' | '.join(medians)} |")
     lines += ["", *failures] if failures else []
     keep("engines", lines)
 

@@ -320,8 +320,8 @@ class Benchmark:
 
     def _drive(self, running: Running, scenario: Scenario) -> Load:
         requests = self._requests(running, scenario)
-        drive(running, scenario.connections, requests, WARMUP_S)
-        return drive(running, scenario.connections, requests, self.seconds)
+        drive(running.port, scenario.connections, requests, WARMUP_S)
+        return drive(running.port, scenario.connections, requests, self.seconds)
 
     def _running(self, server: Server, engine: str, model: str) -> Running:
         if engine != SHIPPED:

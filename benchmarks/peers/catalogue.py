@@ -58,6 +58,7 @@ class Server:
         message: makes a request of an image and its media type.
         best: the label of the most probable class in an answer.
         workers: of ours: how many processes serve, 0 is one for each processor; None for a peer.
+        device: of ours: where it computes.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Server:
     best: Callable[[Any], str]
     message: Callable[[bytes, str], Message] = raw
     workers: int | None = None
+    device: str = "cpu"
 
     def command(self, port: int, folder: Path, engine: str, runs: Path) -> tuple[list[str], dict[str, str]]:
         """Command line and environment of the server.
@@ -79,7 +81,7 @@ class Server:
         """
         if self.workers is not None:
             settings = {"CIFAR100_MODELS": str(folder.parent.parent), "CIFAR100_RUNS": str(runs)}
-            settings |= {"CIFAR100_WORKERS": str(self.workers), "CIFAR100_DEVICE": "cpu"}
+            settings |= {"CIFAR100_WORKERS": str(self.workers), "CIFAR100_DEVICE": self.device}
             settings |= {"CIFAR100_LOG_LEVEL": "WARNING"}  # no line for every request, as with the peers
             settings |= {"CIFAR100_RUNTIME": "openvino"} if engine.startswith("openvino") else {}
             return [sys.executable, "-m", "app", "--port", str(port)], os.environ | settings

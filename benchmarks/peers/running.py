@@ -177,10 +177,10 @@ def resident_mib() -> float:
     return kib / 1024
 
 
-def drive(running: Running, connections: int, pictures: Sequence[Path], seconds: int) -> Load:
+def drive(port: int, connections: int, pictures: Sequence[Path], seconds: int, threads: int = 1) -> Load:
     """Load from wrk: every connection sends its next request as soon as it has its answer."""
-    script, url = str(HERE / "wrk.lua"), f"http://127.0.0.1:{running.port}"
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", script, url, "--"]
+    script, url = str(HERE / "wrk.lua"), f"http://127.0.0.1:{port}"
+    command = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", script, url, "--"]
     before = cpu_ms()
     done = subprocess.run([*command, *map(str, pictures)], check=True, capture_output=True, text=True)
     used = cpu_ms() - before

@@ -1,0 +1,88 @@
+"""The service over HTTP on a machine with a GPU, where everything but the network's computation sets the pace.
+
+The service is started as one process and as several, and wrk asks each live model for the classes of 32x32 PNGs over
+many connections; medians of the rounds are printed and written to benchmarks/results/serving_gpu.md. What the engines
+could compute is in the table that benchmarks/engines.py prints.
+
+    python benchmarks/serving_gpu.py [--workers 1 8] [--rounds 3] [--seconds 2] [--models models] [--data FOLDER]
+
+Needs wrk (`apt-get install wrk`).
+"""
+
+import argparse
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from peers.catalogue import OURS
+from peers.running import Load, Running, adopt, drive
+from results import keep, occasion
+from serving import PICTURES, WARMUP_S, live, png
+
+from training import data
+from training.store import Store
+
+CONNECTIONS = (1, 64, 256)
+WRK_THREADS = 4
+
+
+def loads(running: Running, pictures: list[bytes], seconds: int, folder: Path) -> Iterator[tuple[int, Load]]:
+    """What a running server answers over each number of connections."""
+    files = [folder / f"request-{number}" for number in range(len(pictures))]
+    for file, picture in zip(files, pictures, strict=True):
+        file.write_bytes(running.server.request(running.port, running.model, picture, "image/png"))
+    for connections in CONNECTIONS:
+        threads = min(WRK_THREADS, connections)
+        drive(running.port, connections, files, WARMUP_S, threads)
+        yield connections, drive(running.port, connections, files, seconds, threads)
+
+
+def main(workers: list[int], rounds: int, seconds: int, models: Path, source: str | None) -> None:
+    adopt()
+    pictures = [png(image) for image in data.load(source).test.images[:PICTURES]]
+    store = Store(models)
+    measured: dict[tuple[str, str, int, int], list[Load]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for _ in range(rounds):
+            for count in workers:
+                for name in store.names():
+                    server = replace(OURS, workers=count, device="auto")
+                    with Running(server, "torchscript", live(store, name), name, pictures[0], folder) as running:
+                        with running.client() as http:
+                            engine = http.get("/health").json()["models"][name]["engine"]
+                        for connections, load in loads(running, pictures, seconds, folder):
+                            measured[name, engine, count, connections].append(load)
+    lines = [
+        "# Over HTTP, with a GPU",
+        "",
+        f"32x32 PNGs; {occasion()}; {rounds} rounds of {seconds} s, medians. CPU time is that of all processes.",
+        "",
+        "| model | engine | processes | connections | requests/s | p50, ms | p99, ms | CPU, ms a request | errors |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for (name, engine, count, connections), each in measured.items():
+        rate, p50, p99, cpu = (
+            statistics.median(getattr(load, field) for load in each)
+            for field in ("requests_per_s", "p50_ms", "p99_ms", "cpu_ms")
+        )
+        errors = sum(load.errors for load in each)
+        lines.append(
+            f"| `{name}` | {engine} | {count} | {connections} | {rate:,.0f} | {p50:.2f} | {p99:.2f} | {cpu:.2f} "
+            f"| {errors} |"
+        )
+    keep("serving_gpu", lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=2)
+    parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--data", help="folder of cifar100.npz, or synthetic:N")
+    chosen = parser.parse_args()
+    main(chosen.workers, chosen.rounds, chosen.seconds, chosen.models, chosen.data)
