@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# The values, formats and measures that both sides share; never a network definition or the training loop.
-SHARED = {"data", "evaluate", "openvino_ir", "recipes", "run", "store", "torchscript"}
+# The values, formats, measures and runtimes that both sides share; never a network definition or the training loop.
+SHARED = {"cuda_graph", "data", "evaluate", "openvino_ir", "recipes", "run", "store", "torchscript"}
 
 
 def imported_modules(source: Path) -> set[str]:
