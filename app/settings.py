@@ -93,7 +93,7 @@ class Settings(BaseSettings):
     """Of the bodies of all requests under way together."""
 
     max_batch: int = Field(default=64, gt=0)
-    """Images computed together."""
+    """Images computed together. A GPU is at its best with 256."""
     max_queue: int = Field(default=256, gt=0)
     """Images waiting for one model; further ones are refused."""
     deadline_s: float = Field(default=10.0, gt=0)

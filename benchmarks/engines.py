@@ -3,7 +3,7 @@
 Every engine that can compute a live model is given batches of random images, of one size after the other, for some
 seconds each, and then whatever the service's batcher makes of calls that come as fast as they are answered: some of the
 largest size, or that many of one image each. The median over the rounds is printed and written to
-benchmarks/results/engines.md.
+benchmarks/results/engines.md, or engines_gpu.md on a machine with a GPU.
 
     python benchmarks/engines.py [--rounds 3] [--seconds 1] [--models models]
 """
@@ -99,7 +99,7 @@ def main(rounds: int, seconds: float, models: Path) -> None:
         medians = [f"{statistics.median(measured[name, engine.name, column]):,.0f}" for column in columns]
         lines.append(f"| `{name}` | {engine.name} | {' | '.join(medians)} |")
     lines += ["", *failures] if failures else []
-    keep("engines", lines)
+    keep("engines_gpu" if torch.cuda.is_available() else "engines", lines)
 
 
 if __name__ == "__main__":
