@@ -1,9 +1,9 @@
 """The engines alone, without HTTP: images a second in one process. No service on this machine can answer more.
 
 Every engine that can compute a live model is given batches of random images, of one size after the other, for some
-seconds each, and then whatever the service's batcher makes of calls that come as fast as they are answered: some of the
-largest size, or that many of one image each. The median over the rounds is printed and written to
-benchmarks/results/engines.md, or engines_gpu.md on a machine with a GPU.
+seconds each, and then what the service's batcher makes of calls that come as fast as they are answered: from a few
+callers with as many images as the largest size, or from twice as many callers as that with one image each. The median
+over the rounds is printed and written to benchmarks/results/engines.md, or engines_gpu.md on a machine with a GPU.
 
     python benchmarks/engines.py [--rounds 3] [--seconds 1] [--models models]
 """

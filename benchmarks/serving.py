@@ -63,6 +63,7 @@ OVERLOAD = 5.0
 OVERLOAD_S = 10.0  # long enough for what waits at the end, and is answered too late, to matter little
 TRAINING = {"recipe": "resnet", "overrides": {"epochs": 100}, "promote": "never"}
 TRAINING_STARTS_S = 120.0
+BESIDE_S = 6  # of every load beside training, as a job tells every five seconds how far it has come
 FAILURES = (
     *(RuntimeError, OSError, subprocess.SubprocessError, httpx.HTTPError),
     *(LookupError, TypeError, ValueError),  # an answer that is not understood
@@ -299,10 +300,10 @@ class Benchmark:
     def beside_training(self) -> list[Check]:
         """Ours with every scenario, without and with a training job on the same processors."""
         with self._running(OURS, SHIPPED, PEAK.model) as running, running.client() as http:
-            quiet = [self._drive(running, scenario) for scenario in self.scenarios]
+            quiet = [self._drive(running, scenario, BESIDE_S) for scenario in self.scenarios]
             job = f"/train/{http.post('/train', json=TRAINING).raise_for_status().json()['id']}"
             started = wait_for(lambda: _first_steps(http.get(job).json()), TRAINING_STARTS_S)
-            busy = [self._drive(running, scenario) for scenario in self.scenarios]
+            busy = [self._drive(running, scenario, BESIDE_S) for scenario in self.scenarios]
             trained = http.delete(job).raise_for_status().json()
         steps = trained["progress"]["step"] - started  # all of them in the first epoch
         errors = sum(load.errors for load in quiet + busy)
@@ -318,10 +319,10 @@ class Benchmark:
             Check("training steps, meanwhile", str(steps), "> 0", steps > 0),
         ]
 
-    def _drive(self, running: Running, scenario: Scenario) -> Load:
+    def _drive(self, running: Running, scenario: Scenario, seconds: int | None = None) -> Load:
         requests = self._requests(running, scenario)
         drive(running.port, scenario.connections, requests, WARMUP_S)
-        return drive(running.port, scenario.connections, requests, self.seconds)
+        return drive(running.port, scenario.connections, requests, seconds or self.seconds)
 
     def _running(self, server: Server, engine: str, model: str) -> Running:
         if engine != SHIPPED:

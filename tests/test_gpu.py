@@ -1,5 +1,7 @@
 """What a GPU computes is what a CPU computes, but for rounding: `python -m pytest -m gpu` on a machine that has one."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor
 from app import engines
 from app.engines import deviation
 from training import distillation, loop
-from training.cuda_graph import Recorded
+from training.cuda_graph import WARMUP_CALLS, Recorded
 from training.data import Dataset
 from training.loop import Epoch, train
 from training.recipes import Recipe, recipe
@@ -41,6 +43,20 @@ def gpu() -> torch.device:
     return torch.device("cuda")
 
 
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[torch.cuda.CUDAGraph]:
+    """Gets a graph each time that one is replayed."""
+    replayed: list[torch.cuda.CUDAGraph] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def noted(graph: torch.cuda.CUDAGraph) -> None:
+        replayed.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", noted)
+    return replayed
+
+
 def trained(path: Path, chosen: Recipe, dataset: Dataset, device: torch.device) -> list[float]:
     """The losses of a run's epochs."""
     run = Run(path)
@@ -52,10 +68,16 @@ def trained(path: Path, chosen: Recipe, dataset: Dataset, device: torch.device) 
 
 @pytest.mark.parametrize(("name", "overrides"), RECIPES.values(), ids=RECIPES)
 def test_recorded_steps_learn_what_steps_on_the_cpu_learn(
-    name: str, overrides: dict[str, Any], dataset: Dataset, gpu: torch.device, tmp_path: Path
+    name: str,
+    overrides: dict[str, Any],
+    dataset: Dataset,
+    gpu: torch.device,
+    tmp_path: Path,
+    replays: list[torch.cuda.CUDAGraph],
 ) -> None:
     chosen = recipe(name, EXACT | overrides)
     here = trained(tmp_path / "gpu", chosen, dataset, gpu)
+    assert len(set(replays)) == (2 if chosen.finetune_epochs else 1)
     assert here == pytest.approx(trained(tmp_path / "cpu", chosen, dataset, torch.device("cpu")), rel=0.02)
 
 
@@ -68,21 +90,32 @@ def test_recording_changes_nothing(
     assert trained(tmp_path / "plain", chosen, dataset, gpu) == pytest.approx(recorded, rel=1e-3)
 
 
-def test_a_run_goes_on_on_another_device(dataset: Dataset, gpu: torch.device, tmp_path: Path) -> None:
-    chosen = recipe("resnet18", EXACT | FROZEN | {"schedule": "constant"})
+@pytest.mark.parametrize(("first", "second"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
+@pytest.mark.parametrize("name", ["muon", "features", "two stages, sgd"])
+def test_a_run_goes_on_on_another_device(
+    name: str, first: str, second: str, dataset: Dataset, gpu: torch.device, tmp_path: Path
+) -> None:
+    base, overrides = RECIPES[name]
+    chosen = recipe(base, EXACT | overrides)
     whole = trained(tmp_path / "whole", chosen, dataset, gpu)
-    for number, (first, second) in enumerate([("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")]):
-        path = tmp_path / str(number)
-        trained(path, chosen.model_copy(update={"epochs": 1}), dataset, torch.device(first))
-        Run(path).extend(2)
-        assert trained(path, chosen, dataset, torch.device(second)) == pytest.approx(whole[2:], rel=0.02)
+    run = Run(tmp_path / "run")
+    run.create(chosen)
+    for event in train(chosen, dataset, run, torch.device(first)):
+        if isinstance(event, Epoch):
+            break
+    assert trained(run.path, chosen, dataset, torch.device(second)) == pytest.approx(whole[2:], rel=0.02)
 
 
-def test_half_precision_is_recorded_too(dataset: Dataset, gpu: torch.device, tmp_path: Path) -> None:
+def test_half_precision_is_recorded_too(
+    dataset: Dataset, gpu: torch.device, tmp_path: Path, replays: list[torch.cuda.CUDAGraph]
+) -> None:
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("a scaler of float16 cannot be recorded")
     rough, exact = (
         trained(tmp_path / precision, recipe("resnet", EXACT | {"width": 8, "precision": precision}), dataset, gpu)
         for precision in ("auto", "float32")
     )
+    assert len(set(replays)) == 2
     assert rough == pytest.approx(exact, rel=0.1)
 
 
@@ -101,15 +134,29 @@ def test_the_engine_computes_any_number_of_images(models: Path, dataset: Dataset
     model = models / "resnet" / "1" / "model.pt"
     engine, exact = engines.load(model, "auto", "torchscript"), engines.TorchScriptEngine(model)
     assert engine.name == "torchscript-cuda-f16"
-    images = np.ascontiguousarray(dataset.test.images.transpose(0, 3, 1, 2))
+    images = np.ascontiguousarray(np.concatenate([dataset.train.images, dataset.test.images]).transpose(0, 3, 1, 2))
+    images = np.concatenate([images, 255 - images])
     expected = exact(images)
     kept = engine(images[:2])
-    for size in (1, 2, 8, 9, 100, len(images)):
+    for size in (1, 2, 8, 9, 33, 65, 129, 256, 257, len(images)):
         assert deviation(engine(images[-size:]), expected[-size:]) <= engine.tolerance
     assert deviation(kept, expected[:2]) <= engine.tolerance
 
 
-def test_a_graph_takes_new_arguments_and_passes_on_what_has_another_shape() -> None:
+def test_an_engine_that_is_not_needed_any_more_leaves_the_gpu(models: Path) -> None:
+    engine = engines.load(models / "resnet" / "1" / "model.pt", "cuda", "torchscript")
+    gone = weakref.ref(engine)
+    gc.disable()  # the service has none either, of what was loaded as it started
+    try:
+        del engine
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_graph_takes_new_arguments_and_passes_on_what_has_another_shape(
+    replays: list[torch.cuda.CUDAGraph],
+) -> None:
     total = torch.zeros((), device="cuda")
 
     def add(values: Tensor) -> Tensor:
@@ -120,4 +167,5 @@ def test_a_graph_takes_new_arguments_and_passes_on_what_has_another_shape() -> N
     for number in range(20):
         values = torch.full((3 if number % 3 else 2,), float(number), device="cuda")
         assert recorded(values).tolist() == (2 * values).tolist()
+    assert len(replays) == 20 - 13 - WARMUP_CALLS
     assert total.item() == sum(number * (3 if number % 3 else 2) for number in range(20))

@@ -6,14 +6,21 @@ launches all of them at once.
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-_recording = threading.Lock()  # there may be but one at a time
 WARMUP_CALLS = 3  # libraries choose their algorithms and take their memory; TorchScript optimises itself
+_recording = threading.Lock()  # of functions that are called as they are, too: one at a time has the side stream
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """What runs on the main one could not be recorded later. One for all: PyTorch has few, and gives them out again."""
+    return torch.cuda.Stream()
 
 
 class Recorded(Generic[Result]):
@@ -28,7 +35,6 @@ class Recorded(Generic[Result]):
     def __init__(self, function: Callable[..., Result], pool: Any = None):
         self._function = function
         self._pool = pool
-        self._stream = torch.cuda.Stream()
         self._calls = 0
         self._shapes: list[torch.Size] = []
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -47,7 +53,7 @@ class Recorded(Generic[Result]):
         if self._graph is None:
             self._arguments = tuple(argument.clone() for argument in arguments)
             graph = torch.cuda.CUDAGraph()
-            with _recording, torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            with _recording, torch.cuda.graph(graph, self._pool, _side_stream(), "thread_local"):
                 self._result = self._function(*self._arguments)
             self._graph = graph
         for kept, argument in zip(self._arguments, arguments, strict=True):
@@ -56,10 +62,10 @@ class Recorded(Generic[Result]):
         return self._result
 
     def _call(self, *arguments: Tensor) -> Result:
-        """Beside the main stream: what runs there could not be recorded later."""
-        before = torch.cuda.current_stream()
-        self._stream.wait_stream(before)
-        with torch.cuda.stream(self._stream):
-            result = self._function(*arguments)
-        before.wait_stream(self._stream)
+        before, side = torch.cuda.current_stream(), _side_stream()
+        with _recording:
+            side.wait_stream(before)
+            with torch.cuda.stream(side):
+                result = self._function(*arguments)
+            before.wait_stream(side)
         return result

@@ -5,7 +5,6 @@ accuracy of SGD in fewer epochs, at a few percent of a step's time; docs/results
 """
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -34,8 +33,6 @@ def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
     on_gpu = parameters[0].is_cuda
     match recipe.optimizer:
         case "adam":
-            # Said of the first steps, which are not recorded yet.
-            warnings.filterwarnings("ignore", "This instance was constructed with capturable")
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(
                 parameters,
                 recipe.learning_rate,
