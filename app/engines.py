@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 # OpenVINO prepares itself for each size of batch, TorchScript in the course of its first calls.
 _WARMUP_SIZES = (1, 2, 4, 8, 16)
 
-# By how much logits may deviate from those in float32, see `deviation`. With the shipped models they do by 0.8 to 1.3 %
-# in bfloat16, and by 8 to 12 % in int8, whose accuracy is measured when a model is quantised.
+# By how much logits may deviate from those in float32, see `deviation`. With the shipped models they do by 0.8 to 1.4 %
+# in bfloat16, and by 6 to 15 % in int8, whose accuracy is measured when a model is quantised.
 _ROUNDING = 0.001
 _REDUCED_PRECISION = 0.03
 _QUANTISED = 0.3
