@@ -99,29 +99,43 @@ def prepare(
     shape = (total, *compute(images[:1], False).shape[1:])
     size = 2 * prod(shape)
     what = f"{size / 1e9:.1f} GB of features of the frozen stages"
+    values: Tensor | None
     if images.is_cuda and 2 * size < torch.cuda.mem_get_info(images.device)[0]:
-        message = f"{what} stay in the memory of the GPU"
-        yield Preparation(message, 0, total)
-        pace = Pace(message, total)
-        values = torch.empty(shape, dtype=torch.float16, device=images.device)
-        for features in compute_all():
-            values[pace.done : pace.done + len(features)] = features
-            if report := pace.advance(len(features)):
-                yield report
-        return Features(values, len(images), views)
+        values = yield from _in_memory(what, compute_all(), torch.empty(shape, dtype=torch.float16, device="cuda"))
+    else:
+        folder = Path(os.environ.get("CIFAR100_FEATURES", DEFAULT_FOLDER)).expanduser()
+        file = folder / f"{_key(recipe, classifier, network, parts, dtype)}.float16"
+        values = yield from _in_file(what, compute_all(), shape, file)
+    return None if values is None else Features(values, len(images), views)
 
-    folder = Path(os.environ.get("CIFAR100_FEATURES", DEFAULT_FOLDER)).expanduser()
-    file = folder / f"{_key(recipe, classifier, network, parts, dtype)}.float16"
+
+def _in_memory(what: str, computed: Iterator[Tensor], values: Tensor) -> Generator[Preparation, None, Tensor]:
+    """Fill a tensor on a GPU with features as they are computed."""
+    message = f"{what} stay in the memory of the GPU"
+    yield Preparation(message, 0, len(values))
+    pace = Pace(message, len(values))
+    for features in computed:
+        values[pace.done : pace.done + len(features)] = features
+        if report := pace.advance(len(features)):
+            yield report
+    return values
+
+
+def _in_file(
+    what: str, computed: Iterator[Tensor], shape: tuple[int, ...], file: Path
+) -> Generator[Preparation, None, Tensor | None]:
+    """Map the file of features into memory; write it first, as they are computed, unless it is there already."""
+    total, folder = shape[0], file.parent
     with suppress(OSError), file.open("rb") as known:
         values = _map(known, shape)
         yield Preparation(f"{what} are in {file}", total, total)
-        return Features(values, len(images), views)
+        return values
 
     partial: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _make_room(folder)
-        if size + SPARE_BYTES > shutil.disk_usage(folder).free:
+        if 2 * prod(shape) + SPARE_BYTES > shutil.disk_usage(folder).free:
             yield Preparation(f"no room for {what} in {folder}: they are computed in every epoch", 0, 0)
             return None
         message = f"{what} go to {file}"
@@ -130,7 +144,7 @@ def prepare(
         with tempfile.NamedTemporaryFile("w+b", dir=folder, suffix=".partial", delete=False) as output:
             partial = Path(output.name)
             fcntl.flock(output, fcntl.LOCK_EX)
-            for features in compute_all():
+            for features in computed:
                 output.write(features.cpu().contiguous().numpy().data)
                 if report := pace.advance(len(features)):
                     yield report
@@ -144,7 +158,7 @@ def prepare(
     finally:
         if partial:
             partial.unlink(missing_ok=True)
-    return Features(values, len(images), views)
+    return values
 
 
 def _map(file: IO[bytes], shape: tuple[int, ...]) -> Tensor:
