@@ -101,20 +101,23 @@ class CudaEngine:
         self._graphs = {size: recorded(size) for size in sorted(_GPU_SIZES, reverse=True)}
         for size in self._graphs:
             for _ in range(WARMUP_CALLS + 1):
-                self._part(self._images[:size].numpy())
+                self(self._images[:size].numpy())
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        largest = len(self._images)
-        return np.concatenate([self._part(images[start : start + largest]) for start in range(0, len(images), largest)])
+        logits = np.empty((len(images), self._logits.shape[1]), np.float32)
+        for start in range(0, len(images), len(self._images)):
+            part = slice(start, start + len(self._images))
+            self._compute(images[part], logits[part])
+        return logits
 
-    def _part(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Logits of at most as many images as the largest size has."""
+    def _compute(self, images: NDArray[np.uint8], logits: NDArray[np.float32]) -> None:
+        """Fill in the logits of at most as many images as the largest size has."""
         count = len(images)
         self._images.numpy()[:count] = images
         with torch.cuda.stream(_serving_stream()):
             self._graphs[min(size for size in _GPU_SIZES if size >= count)]()
         _serving_stream().synchronize()
-        return self._logits.numpy()[:count].copy()
+        logits[:] = self._logits.numpy()[:count]
 
 
 @cache

@@ -101,7 +101,7 @@ def prepare(
     what = f"{size / 1e9:.1f} GB of features of the frozen stages"
     values: Tensor | None
     if images.is_cuda and 2 * size < torch.cuda.mem_get_info(images.device)[0]:
-        values = yield from _in_memory(what, compute_all(), torch.empty(shape, dtype=torch.float16, device="cuda"))
+        values = yield from _in_memory(what, compute_all(), images.new_empty(shape, dtype=torch.float16))
     else:
         folder = Path(os.environ.get("CIFAR100_FEATURES", DEFAULT_FOLDER)).expanduser()
         file = folder / f"{_key(recipe, classifier, network, parts, dtype)}.float16"
