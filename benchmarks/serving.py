@@ -248,7 +248,7 @@ class Benchmark:
                         if measured.agreement[model] < SAME:
                             raise RuntimeError(f"only {measured.agreement[model]:.1%} of its answers are TorchScript's")
                     if server.workers is not None:
-                        measured.engines[model] = _engine(running, model)
+                        measured.engines[model] = engine_of(running, model)
                     for scenario in self.scenarios:
                         if scenario.model == model:
                             load = self._drive(running, scenario)
@@ -330,17 +330,21 @@ class Benchmark:
         return Running(server, engine, live(self.store, model), model, self.pictures[PNG][0], self.folder)
 
     def _requests(self, running: Running, scenario: Scenario) -> list[Path]:
-        """Files with whole requests."""
-        paths = []
-        for number, picture in enumerate(self.pictures[scenario.picture]):
-            path = self.folder / f"request-{number}"
-            media_type = MEDIA_TYPES[scenario.picture]
-            path.write_bytes(running.server.request(running.port, scenario.model, picture, media_type))
-            paths.append(path)
-        return paths
+        pictures, media_type = self.pictures[scenario.picture], MEDIA_TYPES[scenario.picture]
+        return request_files(running, scenario.model, pictures, media_type, self.folder)
 
 
-def _engine(running: Running, model: str) -> str:
+def request_files(running: Running, model: str, pictures: Sequence[bytes], media_type: str, folder: Path) -> list[Path]:
+    """Files with whole requests to a model, one for each picture."""
+    paths = []
+    for number, picture in enumerate(pictures):
+        path = folder / f"request-{number}"
+        path.write_bytes(running.server.request(running.port, model, picture, media_type))
+        paths.append(path)
+    return paths
+
+
+def engine_of(running: Running, model: str) -> str:
     """Of ours: what computes a model."""
     with running.client() as http:
         return str(http.get("/health").json()["models"][model]["engine"])

@@ -1,4 +1,4 @@
-"""The service over HTTP on a machine with a GPU, where everything but the network's computation sets the pace.
+"""The service over HTTP on a machine with a GPU.
 
 The service is started as one process and as several, and wrk asks each live model for the classes of 32x32 PNGs over
 many connections; medians of the rounds are printed and written to benchmarks/results/serving_gpu.md. What the engines
@@ -20,7 +20,7 @@ from pathlib import Path
 from peers.catalogue import OURS
 from peers.running import Load, Running, adopt, drive
 from results import keep, occasion
-from serving import PICTURES, WARMUP_S, live, png
+from serving import MEDIA_TYPES, PICTURES, PNG, WARMUP_S, engine_of, live, png, request_files
 
 from training import data
 from training.store import Store
@@ -31,9 +31,7 @@ WRK_THREADS = 4
 
 def loads(running: Running, pictures: list[bytes], seconds: int, folder: Path) -> Iterator[tuple[int, Load]]:
     """What a running server answers over each number of connections."""
-    files = [folder / f"request-{number}" for number in range(len(pictures))]
-    for file, picture in zip(files, pictures, strict=True):
-        file.write_bytes(running.server.request(running.port, running.model, picture, "image/png"))
+    files = request_files(running, running.model, pictures, MEDIA_TYPES[PNG], folder)
     for connections in CONNECTIONS:
         threads = min(WRK_THREADS, connections)
         drive(running.port, connections, files, WARMUP_S, threads)
@@ -52,8 +50,7 @@ def main(workers: list[int], rounds: int, seconds: int, models: Path, source: st
                 for name in store.names():
                     server = replace(OURS, workers=count, device="auto")
                     with Running(server, "torchscript", live(store, name), name, pictures[0], folder) as running:
-                        with running.client() as http:
-                            engine = http.get("/health").json()["models"][name]["engine"]
+                        engine = engine_of(running, name)
                         for connections, load in loads(running, pictures, seconds, folder):
                             measured[name, engine, count, connections].append(load)
     lines = [
