@@ -36,7 +36,7 @@ from training.store import ModelCard
 # processor, one that takes a few milliseconds is better decoded at once, too.
 _SMALL_BYTES, _SMALL_PIXELS = (128 << 10, 512 * 512) if processors() == 1 else (8 << 10, 64 * 64)
 # Parts of a PNG that may grow a thousandfold, whatever its size in pixels.
-_COMPRESSED = (b"zTXt", b"iTXt", b"iCCP")
+_PNG, _COMPRESSED = b"\x89PNG", (b"zTXt", b"iTXt", b"iCCP")
 
 _PATH = "/predict"
 
@@ -219,9 +219,9 @@ def _decode_small(files: list[File], settings: Settings) -> NDArray[np.uint8] | 
     if more:
         return None
     content = file.read(max_bytes + 1)
-    if any(kind in content for kind in _COMPRESSED):
+    if content.startswith(_PNG) and any(kind in content for kind in _COMPRESSED):
         return None
     try:
-        return images.decode(content, max_bytes, max_pixels)[None]
-    except TooLarge:
+        return images.decode(content, max_bytes, max_pixels, large=False)[None]
+    except (TooLarge, images.Large):
         return None

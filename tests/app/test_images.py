@@ -170,3 +170,61 @@ def test_more_pixels_than_allowed_are_refused_before_decoding() -> None:
     # Only the header is left, so decoding it would be another error.
     with pytest.raises(TooLarge, match="5000x5000 pixels"):
         decode(bomb[:100])
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_of_endless_scans_is_refused_before_decoding(progressive: bool) -> None:
+    data = encode(Image.new("RGB", (64, 64), "teal"), "JPEG", progressive=progressive)
+    begin, end = data.index(b"\xff\xda"), len(data) - 2
+    last = 0 if progressive else 63  # a scan of the first component's mean values, or of all
+    scan = b"\xff\xda" + bytes([0, 8, 1, 1, 0, 0, last, 0])
+    decode(data)
+    decode(data[:begin] + 400 * scan + data[begin:])
+    with pytest.raises(TooLarge, match="500 scans"):
+        decode(data[:begin] + 500 * scan + data[begin:end])
+
+
+@pytest.mark.parametrize(
+    ("format", "before", "part"),
+    [
+        ("JPEG", b"\xff\xdb", b"\xff\xfe\0\x02"),
+        ("PNG", b"\0\0\0\0IEND", b"\0\0\0\0IDAT5\xaf\x06\x1e"),
+        ("GIF", b"\x2c\0\0", b"\x21\xfe\x01c\0"),
+    ],
+)
+def test_an_image_of_endless_parts_is_refused(format: str, before: bytes, part: bytes) -> None:  # noqa: A002
+    data = encode(Image.fromarray(noise(32, 32)), format)
+    place = data.index(before)
+    decode(data[:place] + 100 * part + data[place:])
+    with pytest.raises(TooLarge, match="50,000 parts"):
+        decode(data[:place] + 60_000 * part + data[place:])
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_a_tiff_of_endless_values_is_refused_before_it_is_opened(big: bool) -> None:
+    data = encode(Image.new("L", (1, 100_000)), "TIFF", big_tiff=big, tiffinfo={278: 1}, strip_size=1)
+    with pytest.raises(TooLarge, match="50,000 parts"):
+        decode(data)
+
+
+def test_a_bmp_that_pillow_decodes_in_python_is_unsupported() -> None:
+    palette = encode(Image.new("P", (32, 32)), "BMP")
+    with pytest.raises(UnsupportedImage, match="BMP with this compression"):
+        decode(palette[:30] + bytes([1, 0, 0, 0]) + palette[34:])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_exif_data_without_end_are_not_read(format: str) -> None:  # noqa: A002
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = decode(encode(Image.fromarray(pixels), format, exif=exif))
+    assert turned[0, 31].min() > 200
+    exif[0x010E] = "description" * 5_000
+    assert len(exif.tobytes()) < 65_000
+    description = decode(encode(Image.fromarray(pixels), format, exif=exif))
+    np.testing.assert_array_equal(description, turned)
+    if format != "JPEG":  # whose segments hold no more
+        exif[0x010E] = "description" * 6_000
+        assert decode(encode(Image.fromarray(pixels), format, exif=exif))[0, 0].min() > 200

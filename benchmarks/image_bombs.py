@@ -1,0 +1,159 @@
+"""No image that a client may send costs much more time or memory to decode than its bytes and pixels explain.
+
+Files are made as costly as their formats allow, under the service's own limits: endless scans of a JPEG, a million
+chunks, numbers where one is expected. Each is decoded in a process of its own.
+
+    python benchmarks/image_bombs.py
+"""
+
+import io
+import logging
+import multiprocessing
+import os
+import resource
+import struct
+import sys
+import time
+import warnings
+import zlib
+from multiprocessing.connection import Connection
+
+import PIL
+from PIL import Image
+from results import Check, conclude
+
+from app.errors import Problem
+from app.images import decode
+from app.settings import Settings
+
+MAX_S = 1.0  # of CPU; a photo of ten million pixels takes half of it
+MAX_MIB = 256
+
+SETTINGS = Settings()
+SIZE = SETTINGS.max_image_bytes
+ORIENTATION, X_RESOLUTION = 0x0112, 0x011A  # tags of TIFF and EXIF
+SHORT, LONG, RATIONAL = 3, 4, 5  # their types
+
+
+def bombs() -> dict[str, bytes]:
+    """Files by what is costly about them."""
+    first, last = b"\xff\xdb", b"\xff\xda"  # the markers of a JPEG's tables and scans
+    means, all_values = (last + bytes((0, 8, 1, 1, 0, 0, end, 0)) for end in (0, 63))
+    numbers = _tiff(ORIENTATION, RATIONAL, SIZE - 10_000)
+    return {
+        "JPEG, 3000x3000, 20,000 scans": _filled("JPEG", all_values, 200_000, last, side=3000),
+        "JPEG, 3000x3000, progressive, 20,000 scans": _filled(
+            "JPEG", means, 200_000, last, side=3000, progressive=True
+        ),
+        "JPEG of empty segments": _filled("JPEG", b"\xff\xe0\0\x02", SIZE, first),
+        "JPEG of empty comments": _filled("JPEG", b"\xff\xfe\0\x02", SIZE, first),
+        "JPEG of filling bytes": _filled("JPEG", b"\xff", SIZE, first),
+        "JPEG whose EXIF data are numbers": _filled("JPEG", _segments(b"Exif\0\0", numbers), SIZE, first),
+        "PNG of empty chunks": _filled("PNG", _chunk(b"abCd"), SIZE, _chunk(b"IEND")),
+        "PNG of texts": _filled("PNG", _chunk(b"tEXt", b"k\0v"), SIZE, _chunk(b"IEND")),
+        "PNG whose EXIF data are numbers": _filled("PNG", _chunk(b"eXIf", numbers), SIZE, _chunk(b"IEND")),
+        "WebP whose EXIF data are numbers": _encoded("WEBP", exif=numbers),
+        "GIF of comments": _filled("GIF", b"\x21\xfe\x01c\0", SIZE, b"\x2c\0\0"),
+        "GIF with one comment": _filled(
+            "GIF", b"\x21\xfe" + (b"\xff" + bytes(255)) * 40_000 + b"\0", SIZE, b"\x2c\0\0"
+        ),
+        "BMP, run-length encoded, 49,000,000x1": _bmp(49_000_000, 1, b"\1\1\0\0\0\1"),
+        "BMP, run-length encoded, 3000x3000": _bmp(3000, 3000, b"\0\0" * 5_000_000),
+        "TIFF of 2,000,000 strips": _tiff_strips(2_000_000),
+        "TIFF with numbers for its resolution": _tiff(X_RESOLUTION, RATIONAL, SIZE - 2000),
+        "TIFF with numbers for its orientation": _tiff(ORIENTATION, SHORT, SIZE - 2000),
+    }
+
+
+def main() -> int:
+    context = multiprocessing.get_context("fork")
+    checks = []
+    for name, data in bombs().items():
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_measure, args=(theirs, data))
+        process.start()
+        theirs.close()
+        try:
+            answer, seconds, mib = ours.recv()
+            fine = seconds < MAX_S and mib < MAX_MIB
+            measured = f"{answer}: {seconds:.2f} s, {mib:.0f} MiB"
+        except EOFError:
+            measured, fine = "the process ended", False
+        process.join()
+        checks.append(Check(f"{name}, {len(data):,} bytes", measured, f"< {MAX_S:.0f} s, < {MAX_MIB} MiB", fine))
+    ran = (
+        f"{len(checks)} files that cost as much as their formats allow, Pillow {PIL.__version__}; CPU time, and memory."
+    )
+    return conclude("image_bombs", ran, checks)
+
+
+def _measure(results: Connection, data: bytes) -> None:
+    warnings.simplefilter("ignore")
+    logging.disable()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff prints what it finds wrong
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        decode(data, SETTINGS.max_image_bytes, SETTINGS.max_image_pixels)
+        answer = "decoded"
+    except Problem as problem:
+        answer = type(problem).__name__
+    seconds = time.process_time() - started
+    results.send((answer, seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+def _encoded(kind: str, side: int = 32, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.new("P" if kind == "GIF" else "RGB", (side, side)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def _filled(kind: str, part: bytes, size: int, before: bytes, side: int = 32, **options: object) -> bytes:
+    """An image with as many copies of a part as the size allows, before the first occurrence of something."""
+    data = _encoded(kind, side, **options)
+    place = data.index(before)
+    return data[:place] + part * ((size - len(data)) // len(part)) + data[place:]
+
+
+def _chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _segments(kind: bytes, data: bytes) -> bytes:
+    """Of a JPEG, as one holds no more than 64 KiB."""
+    parts = (kind + data[start : start + 65_000] for start in range(0, len(data), 65_000))
+    return b"".join(b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part for part in parts)
+
+
+def _bmp(width: int, height: int, encoded: bytes) -> bytes:
+    palette = bytes(1024)
+    start = 14 + 40 + len(palette)
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(encoded), 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", start + len(encoded), 0, 0, start) + header + palette + encoded
+
+
+def _tiff(tag: int, kind: int, size: int) -> bytes:
+    """A grey image of 32x32, one of whose tags holds as many numbers as the size allows. EXIF data are the same."""
+    numbers = struct.pack("<II", 1, 3) * (size // 8)
+    count = len(numbers) // (8 if kind == RATIONAL else 2)
+    return _tiff_file({tag: (kind, count, numbers), 273: (LONG, 1, bytes(1024))}, 32, 32, 32)
+
+
+def _tiff_strips(rows: int) -> bytes:
+    """A grey image one pixel wide, each of whose rows is a strip of its own."""
+    places = struct.pack("<I", 8) * rows
+    return _tiff_file({273: (LONG, rows, places)}, 1, rows, 1)
+
+
+def _tiff_file(large: dict[int, tuple[int, int, bytes]], width: int, height: int, rows: int) -> bytes:
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 277: 1, 278: rows, 279: width * rows}
+    entries, place, end = {}, 8 + 2 + 12 * (len(tags) + len(large)) + 4, b""
+    for tag, (kind, count, content) in large.items():
+        entries[tag] = struct.pack("<HHII", tag, kind, count, place + len(end))
+        end += content
+    entries |= {tag: struct.pack("<HHII", tag, LONG, 1, value) for tag, value in tags.items()}
+    directory = b"".join(entries[tag] for tag in sorted(entries))
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + end
+
+
+if __name__ == "__main__":
+    sys.exit(main())
