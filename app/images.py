@@ -153,7 +153,7 @@ def _tiff_values(data: bytes) -> int:
     order = "<" if data.startswith(b"II") else ">"
     start, count, entry = ("8xQ", "Q", "2xHQ8x") if data[2:3] == b"+" else ("4xL", "H", "2xHL4x")
     values = 0
-    with suppress(struct.error):  # where the file ends, so does its directory
+    with suppress(struct.error, OverflowError):  # where the file ends, so does its directory
         (place,) = struct.unpack_from(order + start, data)
         (entries,) = struct.unpack_from(order + count, data, place)
         place += struct.calcsize(order + count)

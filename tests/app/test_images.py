@@ -207,6 +207,14 @@ def test_a_tiff_of_endless_values_is_refused_before_it_is_opened(big: bool) -> N
         decode(data)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, which `app.images` ignores as well
+@pytest.mark.parametrize("place", [0, 1, 2**32, 2**63])
+def test_a_tiff_whose_directory_is_not_in_the_file_is_a_problem(place: int) -> None:
+    for data in (b"II+\0\x08\0\0\0" + place.to_bytes(8, "little"), b"MM\0*" + place.to_bytes(8)[-4:]):
+        with pytest.raises(Problem):
+            decode(data)
+
+
 def test_a_bmp_that_pillow_decodes_in_python_is_unsupported() -> None:
     palette = encode(Image.new("P", (32, 32)), "BMP")
     with pytest.raises(UnsupportedImage, match="BMP with this compression"):
