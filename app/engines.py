@@ -36,8 +36,9 @@ _SUFFIXES = {torch.float32: "", torch.float16: "-f16", torch.bfloat16: "-bf16"}
 # Of batches on a GPU, which takes hardly longer for 32 images than for one.
 _GPU_SIZES = (1, 8, 32, 64, 128, 256)
 
-# Without these instructions int8 is hardly faster than float32.
+# Without these instructions neither is faster than float32.
 _INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
+_BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 
 
 class Engine(Protocol):
@@ -71,7 +72,7 @@ class TorchScriptEngine:
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         with _computing("cpu", self._dtype):
-            logits: NDArray[np.float32] = self._module(torch.from_numpy(images)).float().numpy()
+            logits: NDArray[np.float32] = self._module(_laid_out(torch.from_numpy(images), self._dtype)).float().numpy()
         return logits
 
 
@@ -82,7 +83,7 @@ class CudaEngine:
     which the GPU reads and writes by itself in the course of the graph.
 
     Args:
-        dtype: of the activations: a half precision, for which images are laid out as tensor cores want, or float32.
+        dtype: of the activations: a half precision or float32.
     """
 
     tolerance = _REDUCED_PRECISION  # NVIDIA's convolve even float32 in TF32
@@ -128,9 +129,13 @@ def _serving_stream() -> torch.cuda.Stream:
 
 def _logits_on_gpu(module: Callable[[Tensor], Tensor], dtype: torch.dtype, images: Tensor) -> Tensor:
     """float32 logits, on the GPU, of uint8 images in pinned memory."""
-    layout = torch.contiguous_format if dtype is torch.float32 else torch.channels_last
     with _computing("cuda", dtype):
-        return module(images.to("cuda", non_blocking=True).contiguous(memory_format=layout)).float()
+        return module(_laid_out(images.to("cuda", non_blocking=True), dtype)).float()
+
+
+def _laid_out(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """As convolutions want them that compute in a half precision, and hand on what they compute: channels last."""
+    return images if dtype is torch.float32 else images.contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
@@ -165,8 +170,8 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
         model: an exported `model.pt`.
         device: "auto" is CUDA where there is one that can be used.
         runtime: "auto" tries on the CPU, until one computes what the model does: its int8 form, if it has one and the
-            processor has instructions for that; "openvino"; TorchScript. "openvino" on the CPU and TorchScript on CUDA
-            take float32 where the precision in which they are fastest is too coarse for the model.
+            processor has instructions for that; "openvino"; TorchScript. "openvino" and TorchScript take float32 where
+            the precision in which they are fastest is too coarse for the model.
 
     Raises:
         EngineError: the runtime that was asked for cannot be used.
@@ -182,13 +187,16 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
     candidates: tuple[Runtime, ...] = (runtime,)
     if runtime == "auto":
         candidates = ("openvino", "torchscript") if device == "cpu" else ("torchscript",)
-        if device == "cpu" and int8.exists() and _computes_int8():
+        if device == "cpu" and int8.exists() and _has_one_of(_INT8_INSTRUCTIONS):
             candidates = ("int8", *candidates)
     on_gpu = (lambda: CudaEngine(model), lambda: CudaEngine(model, torch.float32))
+    on_cpu: tuple[Callable[[], Engine], ...] = (lambda: TorchScriptEngine(model),)
+    if _has_one_of(_BFLOAT16_INSTRUCTIONS):
+        on_cpu = (lambda: TorchScriptEngine(model, torch.bfloat16), *on_cpu)
     makers: dict[Runtime, tuple[Callable[[], Engine], ...]] = {
         "int8": (lambda: OpenVinoEngine(int8),),
         "openvino": (lambda: OpenVinoEngine(model), lambda: OpenVinoEngine(model, "f32")),
-        "torchscript": on_gpu if device == "cuda" else (lambda: TorchScriptEngine(model),),
+        "torchscript": on_gpu if device == "cuda" else on_cpu,
     }
     failures = []
     for candidate in candidates:
@@ -203,9 +211,9 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
     raise EngineError("; ".join(failures))
 
 
-def _computes_int8() -> bool:
+def _has_one_of(instructions: tuple[str, ...]) -> bool:
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(instructions) for instructions in _INT8_INSTRUCTIONS)
+    return any(capabilities.get(each) for each in instructions)
 
 
 def _ready(make: Callable[[], Engine], model: Path) -> Engine:

@@ -102,7 +102,7 @@ def test_a_runtime_that_computes_something_else_is_refused(
 
     monkeypatch.setattr(OpenVinoEngine, "__call__", wrong)
     with caplog.at_level(logging.WARNING):
-        assert engines.load(quantised, "cpu", "auto").name == "torchscript-cpu"
+        assert engines.load(quantised, "cpu", "auto").name.startswith("torchscript-cpu")
     assert "logits deviate from those in float32" in caplog.text
     for runtime in ("int8", "openvino"):
         with pytest.raises(EngineError, match="logits deviate"):
@@ -126,6 +126,23 @@ def test_a_model_that_is_too_coarse_in_the_fastest_precision_is_computed_in_floa
     assert caplog.text.count("logits deviate from those in float32") == 1
 
 
+@pytest.mark.parametrize(
+    ("instructions", "tolerance", "name"),
+    [
+        ("avx512_bf16", 0.03, "torchscript-cpu-bf16"),
+        ("avx512_bf16", 0.0, "torchscript-cpu"),
+        ("avx2", 0.03, "torchscript-cpu"),
+    ],
+    ids=["fast and fine", "too coarse", "not fast"],
+)
+def test_torchscript_takes_bfloat16_where_it_is_faster_and_fine_enough(
+    model: Path, monkeypatch: pytest.MonkeyPatch, instructions: str, tolerance: float, name: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True})
+    monkeypatch.setattr(engines, "_REDUCED_PRECISION", tolerance)
+    assert engines.load(model, "cpu", "torchscript").name == name
+
+
 def test_where_the_gpu_cannot_be_used_the_cpu_serves(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -139,6 +156,6 @@ def test_where_the_gpu_cannot_be_used_the_cpu_serves(
 
 def test_without_openvino_torchscript_serves(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert engines.load(model, "cpu", "auto").name == "torchscript-cpu"
+    assert engines.load(model, "cpu", "auto").name.startswith("torchscript-cpu")
     with pytest.raises(EngineError, match="openvino cannot compute"):
         engines.load(model, "cpu", "openvino")
