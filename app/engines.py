@@ -170,8 +170,9 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
         model: an exported `model.pt`.
         device: "auto" is CUDA where there is one that can be used.
         runtime: "auto" tries on the CPU, until one computes what the model does: its int8 form, if it has one and the
-            processor has instructions for that; "openvino"; TorchScript. "openvino" and TorchScript take float32 where
-            the precision in which they are fastest is too coarse for the model.
+            processor has instructions for that; "openvino"; TorchScript. These take float32 where the precision they
+            are fastest in is too coarse for the model. "torchscript" computes on the CPU always in float32, to the
+            last bit what offline evaluation does.
 
     Raises:
         EngineError: the runtime that was asked for cannot be used.
@@ -191,7 +192,7 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
             candidates = ("int8", *candidates)
     on_gpu = (lambda: CudaEngine(model), lambda: CudaEngine(model, torch.float32))
     on_cpu: tuple[Callable[[], Engine], ...] = (lambda: TorchScriptEngine(model),)
-    if _has_one_of(_BFLOAT16_INSTRUCTIONS):
+    if runtime == "auto" and _has_one_of(_BFLOAT16_INSTRUCTIONS):
         on_cpu = (lambda: TorchScriptEngine(model, torch.bfloat16), *on_cpu)
     makers: dict[Runtime, tuple[Callable[[], Engine], ...]] = {
         "int8": (lambda: OpenVinoEngine(int8),),

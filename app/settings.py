@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     device: Device = "auto"
     runtime: Runtime = "auto"
     """auto takes TorchScript on the GPU; on the CPU OpenVINO, and there the int8 form where a model has one and the
-    processor has instructions for it; openvino never takes that form."""
+    processor has instructions for it; openvino never takes that form, and torchscript computes there in float32."""
     default_model: str | None = None
     """What answers when a request names no model; by default the most accurate live one."""
 

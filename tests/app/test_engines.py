@@ -140,7 +140,9 @@ def test_torchscript_takes_bfloat16_where_it_is_faster_and_fine_enough(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True})
     monkeypatch.setattr(engines, "_REDUCED_PRECISION", tolerance)
-    assert engines.load(model, "cpu", "torchscript").name == name
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert engines.load(model, "cpu", "auto").name == name
+    assert engines.load(model, "cpu", "torchscript").name == "torchscript-cpu"
 
 
 def test_where_the_gpu_cannot_be_used_the_cpu_serves(
