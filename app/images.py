@@ -42,8 +42,9 @@ _SMALL_BYTES = 64 << 10
 _TOO_MANY = f"the image consists of more than {_MAX_PIECES:,} parts; save it anew"
 _BYTES_AS_THEY_ARE = (1, 2, 7)  # types of TIFF's values that stay in one piece
 
-# Orientations of the EXIF standard, and what turns the image upright. More than a JPEG's segment holds is not read.
-_MAX_EXIF_BYTES = 64 << 10
+# Orientations of the EXIF standard, and what turns the image upright. A JPEG's segment holds 64 KiB; as many numbers as
+# four of them hold, where one is expected, take 0.1 s.
+_MAX_EXIF_BYTES = 256 << 10
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -222,6 +222,6 @@ def _decode_small(files: list[File], settings: Settings) -> NDArray[np.uint8] | 
     if content.startswith(_PNG) and any(kind in content for kind in _COMPRESSED):
         return None
     try:
-        return images.decode(content, max_bytes, max_pixels, large=False)[None]
-    except (TooLarge, images.Large):
+        return images.decode(content, max_bytes, max_pixels)[None]
+    except TooLarge:
         return None

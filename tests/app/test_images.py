@@ -221,7 +221,7 @@ def test_a_bmp_that_pillow_decodes_in_python_is_unsupported() -> None:
         decode(palette[:30] + bytes([1, 0, 0, 0]) + palette[34:])
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
 def test_exif_data_without_end_are_not_read(format: str) -> None:  # noqa: A002
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[:16] = 255
@@ -229,10 +229,8 @@ def test_exif_data_without_end_are_not_read(format: str) -> None:  # noqa: A002
     exif[0x0112] = 3
     turned = decode(encode(Image.fromarray(pixels), format, exif=exif))
     assert turned[0, 31].min() > 200
-    exif[0x010E] = "description" * 5_000
-    assert len(exif.tobytes()) < 65_000
-    description = decode(encode(Image.fromarray(pixels), format, exif=exif))
-    np.testing.assert_array_equal(description, turned)
-    if format != "JPEG":  # whose segments hold no more
-        exif[0x010E] = "description" * 6_000
-        assert decode(encode(Image.fromarray(pixels), format, exif=exif))[0, 0].min() > 200
+    exif[0x010E] = "description" * 20_000
+    described = decode(encode(Image.fromarray(pixels), format, exif=exif))
+    np.testing.assert_array_equal(described, turned)
+    exif[0x010E] = "description" * 30_000
+    assert decode(encode(Image.fromarray(pixels), format, exif=exif))[0, 0].min() > 200
