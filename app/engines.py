@@ -23,10 +23,10 @@ from training.openvino_ir import INT8, Compiled
 log = logging.getLogger(__name__)
 
 # OpenVINO prepares itself for each size of batch, TorchScript in the course of its first calls.
-_CPU_SIZES = (1, 2, 4, 8, 16)
+_CPU_SIZES: tuple[int, ...] = (1, 2, 4, 8, 16)
 
 # Of batches on a GPU, which takes hardly longer for 32 images than for one.
-_GPU_SIZES = (1, 8, 32, 64, 128, 256)
+_GPU_SIZES: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
 
 _EXAMPLES = 16  # images with which engines are compared
 

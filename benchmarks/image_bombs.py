@@ -1,7 +1,7 @@
 """No image that a client may send costs much more time or memory to decode than its bytes and pixels explain.
 
 Files are made as costly as their formats allow, under the service's own limits: endless scans of a JPEG, a million
-chunks, numbers where one is expected. Each is decoded in a process of its own, as the service does it and by Pillow alone.
+chunks, numbers where one is expected. Each is decoded in a process of its own, by the service and by Pillow alone.
 
     python benchmarks/image_bombs.py
 """
