@@ -38,9 +38,8 @@ _QUANTISED = 0.3
 
 _SUFFIXES = {torch.float32: "", torch.float16: "-f16", torch.bfloat16: "-bf16"}
 
-# Without these instructions neither is faster than float32.
+# Without these instructions int8 is hardly faster than float32.
 _INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
-_BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 class Engine(Protocol):
@@ -197,11 +196,11 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
     candidates: tuple[Runtime, ...] = (runtime,)
     if runtime == "auto":
         candidates = ("openvino", "torchscript") if device == "cpu" else ("torchscript",)
-        if device == "cpu" and int8.exists() and _has_one_of(_INT8_INSTRUCTIONS):
+        if device == "cpu" and int8.exists() and _computes_int8():
             candidates = ("int8", *candidates)
     on_gpu = (lambda: CudaEngine(model), lambda: CudaEngine(model, torch.float32))
     on_cpu: tuple[Callable[[], Engine], ...] = (lambda: TorchScriptEngine(model),)
-    if runtime == "auto" and _has_one_of(_BFLOAT16_INSTRUCTIONS):
+    if runtime == "auto" and torchscript.computes_bfloat16():
         on_cpu = (lambda: TorchScriptEngine(model, torch.bfloat16), *on_cpu)
     makers: dict[Runtime, tuple[Callable[[], Engine], ...]] = {
         "int8": (lambda: OpenVinoEngine(int8),),
@@ -221,9 +220,9 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
     raise EngineError("; ".join(failures))
 
 
-def _has_one_of(instructions: tuple[str, ...]) -> bool:
+def _computes_int8() -> bool:
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(each) for each in instructions)
+    return any(capabilities.get(instructions) for instructions in _INT8_INSTRUCTIONS)
 
 
 def _ready(make: Callable[[], Engine], model: Path) -> Engine:

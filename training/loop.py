@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import augment, distillation, warm_start
+from training import augment, distillation, torchscript, warm_start
 from training.cuda_graph import Recorded
 from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
@@ -336,9 +336,7 @@ def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
         return dtype
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    capabilities = torch.cpu.get_capabilities()
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if torchscript.computes_bfloat16() else torch.float32
 
 
 def default_device() -> torch.device:

@@ -85,6 +85,12 @@ def save(classifier: nn.Module, path: Path) -> None:
         )
 
 
+def computes_bfloat16() -> bool:
+    """Whether PyTorch is faster in bfloat16 than in float32 on this processor."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(instructions) for instructions in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def load(path: Path, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
     """The classifier in an exported file, in evaluation mode."""
     with _deprecation_ignored():
