@@ -124,9 +124,7 @@ def _outcomes(files: dict[str, bytes], seed: int, first: int, stop: int) -> Iter
 
 
 def _decode_all(results: Connection, files: dict[str, bytes], seed: int, first: int, stop: int) -> None:
-    warnings.simplefilter("ignore")  # Pillow warns of what it tolerates
-    logging.disable()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff prints what it finds wrong
+    silence()
     settings = Settings()
     for data in files.values():  # loads all plugins and buffers before the first measurement
         try:
@@ -140,7 +138,7 @@ def _decode_all(results: Connection, files: dict[str, bytes], seed: int, first: 
         _, data = damaged(files, seed, number)
         signal.alarm(HANG_S)
         started = time.perf_counter()
-        result, failed = _decoded(data, settings)
+        result, failed = decoded(data, settings)
         seconds = time.perf_counter() - started
         signal.alarm(0)
         results.send(Outcome(number, result, seconds, failed))
@@ -148,7 +146,14 @@ def _decode_all(results: Connection, files: dict[str, bytes], seed: int, first: 
     results.send(Memory(before, memory_mib(process), memory_mib(process, "VmHWM")))
 
 
-def _decoded(data: bytes, settings: Settings) -> tuple[str, bool]:
+def silence() -> None:
+    """For the rest of a process: nothing is said of what is wrong with files."""
+    warnings.simplefilter("ignore")  # Pillow warns of what it tolerates
+    logging.disable()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff prints what it finds wrong
+
+
+def decoded(data: bytes, settings: Settings) -> tuple[str, bool]:
     """What `decode` gives, and whether that is wrong."""
     try:
         pixels = decode(data, settings.max_image_bytes, settings.max_image_pixels)

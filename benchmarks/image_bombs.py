@@ -7,25 +7,22 @@ chunks, numbers where one is expected. Each is decoded in a process of its own, 
 """
 
 import io
-import logging
 import math
 import multiprocessing
 import os
-import resource
 import struct
 import sys
 import time
-import warnings
-import zlib
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import PIL
+from fuzz_images import decoded, silence
+from mutations import chunk
 from PIL import Image, ImageOps
+from processes import memory_mib
 from results import Check, conclude
 
-from app.errors import Problem
-from app.images import decode
 from app.settings import Settings
 
 MAX_S = 1.0  # of CPU; a photo of ten million pixels takes half of it
@@ -51,9 +48,9 @@ def bombs() -> dict[str, bytes]:
         "JPEG of empty comments": _filled("JPEG", b"\xff\xfe\0\x02", SIZE, first),
         "JPEG of filling bytes": _filled("JPEG", b"\xff", SIZE, first),
         "JPEG whose EXIF data are numbers": _filled("JPEG", _segments(b"Exif\0\0", numbers), SIZE, first),
-        "PNG of empty chunks": _filled("PNG", _chunk(b"abCd"), SIZE, _chunk(b"IEND")),
-        "PNG of texts": _filled("PNG", _chunk(b"tEXt", b"k\0v"), SIZE, _chunk(b"IEND")),
-        "PNG whose EXIF data are numbers": _filled("PNG", _chunk(b"eXIf", numbers), SIZE, _chunk(b"IEND")),
+        "PNG of empty chunks": _filled("PNG", chunk(b"abCd"), SIZE, chunk(b"IEND")),
+        "PNG of texts": _filled("PNG", chunk(b"tEXt", b"k\0v"), SIZE, chunk(b"IEND")),
+        "PNG whose EXIF data are numbers": _filled("PNG", chunk(b"eXIf", numbers), SIZE, chunk(b"IEND")),
         "WebP whose EXIF data are numbers": _encoded("WEBP", exif=numbers),
         "GIF of comments": _filled("GIF", b"\x21\xfe\x01c\0", SIZE, b"\x2c\0\0"),
         "GIF with one comment": _filled(
@@ -102,21 +99,19 @@ def _measured(decoding: Callable[[bytes], str], data: bytes) -> tuple[str, float
 
 
 def _measure(results: Connection, decoding: Callable[[bytes], str], data: bytes) -> None:
-    warnings.simplefilter("ignore")
-    logging.disable()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff prints what it finds wrong
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    silence()
+    process = os.getpid()
+    before, started = memory_mib(process, "VmHWM"), time.process_time()
     result = decoding(data)
     seconds = time.process_time() - started
-    results.send((result, seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    results.send((result, seconds, memory_mib(process, "VmHWM") - before))
 
 
 def _as_the_service(data: bytes) -> str:
-    try:
-        decode(data, SETTINGS.max_image_bytes, SETTINGS.max_image_pixels)
-    except Problem as problem:
-        return type(problem).__name__
-    return "decoded"
+    result, wrong = decoded(data, SETTINGS)
+    if wrong:
+        raise RuntimeError(result)
+    return result
 
 
 def _with_pillow_alone(data: bytes) -> str:
@@ -140,10 +135,6 @@ def _filled(kind: str, part: bytes, size: int, before: bytes, side: int = 32, **
     data = _encoded(kind, side, **options)
     place = data.index(before)
     return data[:place] + part * ((size - len(data)) // len(part)) + data[place:]
-
-
-def _chunk(kind: bytes, data: bytes = b"") -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _segments(kind: bytes, data: bytes) -> bytes:

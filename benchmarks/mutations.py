@@ -80,8 +80,8 @@ def samples() -> dict[str, bytes]:
     files["tiff group4"] = (small.convert("1"), {"compression": "group4"})
     made = {name: _encoded(image, name.split()[0], options) for name, (image, options) in files.items()}
     text = zlib.compress(b"word " * 1000)
-    comments = _chunk(b"tEXt", b"Comment\0said") + _chunk(b"zTXt", b"Long\0\0" + text)
-    header = len(_PNG) + len(_chunk(b"IHDR", bytes(13)))
+    comments = chunk(b"tEXt", b"Comment\0said") + chunk(b"zTXt", b"Long\0\0" + text)
+    header = len(_PNG) + len(chunk(b"IHDR", bytes(13)))
     made["png text"] = made["png grey"][:header] + comments + made["png grey"][header:]
     made["png interlaced"] = _interlaced(small)
     return made
@@ -258,7 +258,8 @@ def _encoded(image: Image.Image, kind: str, options: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _chunk(kind: bytes, content: bytes) -> bytes:
+def chunk(kind: bytes, content: bytes = b"") -> bytes:
+    """Of a PNG."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
@@ -269,4 +270,4 @@ def _interlaced(image: Image.Image) -> bytes:
     rows = (row for left, top, right, down in passes for row in pixels[top::down, left::right])
     content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
     header = struct.pack(">IIBBBBB", *image.size, 8, 2, 0, 0, 1)
-    return _PNG + _chunk(b"IHDR", header) + _chunk(b"IDAT", content) + _chunk(b"IEND", b"")
+    return _PNG + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
