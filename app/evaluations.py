@@ -227,7 +227,7 @@ class Evaluations:
     async def _logits(self, model: Model, chunk: NDArray[np.uint8]) -> NDArray[np.float32]:
         while True:
             try:
-                return await model.batcher.run(chunk)
+                return (await model.batcher.run(chunk)).logits
             except Unavailable:  # predictions go first
                 await asyncio.sleep(0.05)
 

@@ -3,16 +3,14 @@
 import asyncio
 import io
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, cast
 
-import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 from starlette.datastructures import QueryParams, UploadFile
@@ -21,19 +19,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import images
 from app.access import let_predictor_pass
+from app.batching import Images, Scores
 from app.decoding import File
 from app.errors import EXPECTED, BadRequest, TooLarge, UnsupportedImage, answer
 from app.forms import read_form
 from app.headers import media_type
-from app.pool import Version
+from app.pool import Model, Version
 from app.protocol import ON_LEAVING
-from app.services import services_of
+from app.services import Services, services_of
 from app.settings import Settings
 from app.workers import processors
 from training.store import ModelCard
 
-# An image up to this size is decoded before a thread would have begun to; where a thread would have to share the only
-# processor, one that takes a few milliseconds is better decoded at once, too.
+# An image up to this size is decoded with its batch before a thread would have begun to; where a thread would have to
+# share the only processor, one that takes a few milliseconds is as well.
 _SMALL_BYTES, _SMALL_PIXELS = (128 << 10, 512 * 512) if processors() == 1 else (8 << 10, 64 * 64)
 # Parts of a PNG that may grow a thousandfold, whatever its size in pixels.
 _PNG, _COMPRESSED = b"\x89PNG", (b"zTXt", b"iTXt", b"iCCP")
@@ -108,21 +107,29 @@ async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Predict
     async with _files(request, settings) as files:
         started = time.perf_counter()
         deadline = time.monotonic() + settings.deadline_s
-        pixels = _decode_small(files, settings)
-        if pixels is None:
+        try:
+            pixels = _small(files, settings) or await services.decoders.run(files, deadline)
+            chosen, scores = await _computed(services, asked, pixels, deadline)
+        except images.Large:
             pixels = await services.decoders.run(files, deadline)
-    # Between here and the queue nothing else runs, so a swap cannot slip in between.
-    chosen = await services.pool.get(asked.model, asked.version)
-    logits = await chosen.batcher.run(pixels, deadline)
+            chosen, scores = await _computed(services, asked, pixels, deadline)
     return Predictions(
         model=chosen.card.name,
         version=chosen.card.version,
         milliseconds=round((time.perf_counter() - started) * 1000, 3),
         predictions=[
-            Prediction(name, top_classes(row, chosen.card, asked.top_k))
-            for (name, _), row in zip(files, logits, strict=True)
+            Prediction(name, classes)
+            for (name, _), classes in zip(files, top_classes(scores, chosen.card, asked.top_k), strict=True)
         ],
     )
+
+
+async def _computed(
+    services: Services, asked: Asked, pixels: Images | Callable[[], Images], deadline: float
+) -> tuple[Model, Scores]:
+    chosen = await services.pool.get(asked.model, asked.version)
+    # From there to the queue nothing else runs, so a swap cannot slip in between.
+    return chosen, await chosen.batcher.run(pixels, deadline)
 
 
 class Shortcut:
@@ -174,14 +181,12 @@ def _asked(query: bytes) -> Asked:
         raise RequestValidationError(faults) from None
 
 
-def top_classes(logits: NDArray[np.float32], card: ModelCard, top_k: int) -> list[Class]:
-    """The `top_k` most probable classes of logits [classes], best first."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    order = np.argsort(-exponentials, kind="stable")[:top_k]
-    probabilities = exponentials[order] / exponentials.sum()
+def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[Class]]:
+    """The `top_k` most probable classes of each image, best first."""
+    order, probabilities = (each[:, :top_k].tolist() for each in scores.ranking)
     return [
-        Class(number, card.classes[number], card.superclasses[number], probability)
-        for number, probability in zip(order.tolist(), probabilities.tolist(), strict=True)
+        [Class(number, card.classes[number], card.superclasses[number], probability) for number, probability in best]
+        for best in map(zip, order, probabilities)
     ]
 
 
@@ -211,17 +216,21 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
         )
 
 
-def _decode_small(files: list[File], settings: Settings) -> NDArray[np.uint8] | None:
-    """The pixels of a small image; None where there are several, or where decoding it may take longer."""
+def _small(files: list[File], settings: Settings) -> Callable[[], Images] | None:
+    """What decodes a small image, or raises `Large`; None where there are several, or where it may take longer."""
     max_bytes = min(_SMALL_BYTES, settings.max_image_bytes)
     max_pixels = min(_SMALL_PIXELS, settings.max_image_pixels)
     (_, file), *more = files
     if more:
         return None
     content = file.read(max_bytes + 1)
-    if content.startswith(_PNG) and any(kind in content for kind in _COMPRESSED):
+    if len(content) > max_bytes or (content.startswith(_PNG) and any(kind in content for kind in _COMPRESSED)):
         return None
-    try:
-        return images.decode(content, max_bytes, max_pixels)[None]
-    except TooLarge:
-        return None
+
+    def decode() -> Images:
+        try:
+            return images.decode(content, max_bytes, max_pixels)[None]
+        except TooLarge:
+            raise images.Large from None
+
+    return decode

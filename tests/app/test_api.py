@@ -24,6 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from app import engines, images
+from app.batching import Computed, Scores
 from app.errors import Unavailable
 from app.evaluations import read_zip
 from app.main import create_app
@@ -94,7 +95,8 @@ def test_predict_equals_offline_evaluation_bit_for_bit(client: TestClient, model
         with torch.inference_mode():
             logits = module(torch.from_numpy(dataset.test.images[row]).permute(2, 0, 1)[None])[0]
         classes = [Class(**each) for each in answer["predictions"][0]["classes"]]
-        assert classes == top_classes(logits.numpy(), card, top_k=100)
+        scores = Scores(Computed(logits[None].numpy()), slice(1))
+        assert [classes] == top_classes(scores, card, top_k=100)
         ranked = logits.argsort(descending=True, stable=True)
         assert [each.class_id for each in classes] == ranked.tolist()
         assert [each.label for each in classes] == [dataset.classes[i] for i in ranked]
@@ -456,7 +458,7 @@ def test_the_shortcut_answers_as_fastapi_does(models: Path, tmp_path: Path, imag
     assert answers(short) == answers(long)
 
 
-def test_limits_hold_for_what_is_decoded_at_once(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_hold_for_what_is_decoded_with_its_batch(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """As everything small is, and more where there is one processor only."""
     sizes = {96: 200, 400: 413}
     for side, status in sizes.items():
@@ -466,14 +468,14 @@ def test_limits_hold_for_what_is_decoded_at_once(client: TestClient, monkeypatch
         with monkeypatch.context() as one_processor:
             one_processor.setattr("app.routes.predict._SMALL_BYTES", 1 << 20)
             one_processor.setattr("app.routes.predict._SMALL_PIXELS", 1 << 20)
-            at_once = client.post("/predict", files={"file": buffer.getvalue()})
-        assert in_a_thread.status_code == at_once.status_code == status
+            with_its_batch = client.post("/predict", files={"file": buffer.getvalue()})
+        assert in_a_thread.status_code == with_its_batch.status_code == status
         if status == 200:
-            assert in_a_thread.json()["predictions"] == at_once.json()["predictions"]
+            assert in_a_thread.json()["predictions"] == with_its_batch.json()["predictions"]
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
-def test_what_may_grow_a_thousandfold_is_not_decoded_in_the_event_loop(
+def test_what_may_grow_a_thousandfold_does_not_keep_a_batch_waiting(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, kind: bytes
 ) -> None:
     buffer = io.BytesIO()

@@ -3,14 +3,15 @@
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from app import batching
-from app.batching import Batcher
-from app.errors import Unavailable
+from app.batching import Batcher, Computed, Scores
+from app.errors import DamagedImage, Unavailable
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def pictures(*values: int) -> NDArray[np.uint8]:
     return np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 3, 32, 32), np.uint8)
 
 
-async def busy(batcher: Batcher, engine: SlowEngine) -> "asyncio.Task[NDArray[np.float32]]":
+async def busy(batcher: Batcher, engine: SlowEngine) -> "asyncio.Task[Scores]":
     """Occupy the engine until its gate opens."""
     task = asyncio.create_task(batcher.run(pictures(0)))
     await asyncio.to_thread(engine.started.wait, 10)
@@ -53,7 +54,7 @@ def test_a_lone_request_is_computed_at_once() -> None:
     async def scenario() -> None:
         engine = SlowEngine()
         engine.gate.set()
-        assert (await Batcher(engine, 8, 8).run(pictures(3, 4))).tolist() == [[3], [4]]
+        assert (await Batcher(engine, 8, 8).run(pictures(3, 4))).logits.tolist() == [[3], [4]]
         assert engine.batches == [2]
 
     asyncio.run(scenario())
@@ -76,8 +77,8 @@ def test_a_lone_image_is_computed_in_the_loop_where_the_thread_has_no_processor(
         batcher = Batcher(engine, 8, 8)
 
         async def answered(*values: int) -> None:
-            logits = await asyncio.gather(*(batcher.run(pictures(value)) for value in values))
-            assert np.concatenate(logits)[:, 0].tolist() == list(values)
+            scores = await asyncio.gather(*(batcher.run(pictures(value)) for value in values))
+            assert [each.logits.item() for each in scores] == list(values)
             await asyncio.wrap_future(batcher._thread.submit(int))  # the thread has looked into the queue once more
 
         await answered(1)
@@ -104,11 +105,57 @@ def test_what_queues_while_the_engine_is_busy_is_computed_together() -> None:
         assert batcher.queued == 9
         engine.gate.set()
         await first
-        assert [(await other)[:, 0].tolist() for other in others] == [[1, 2, 3], [11, 12, 13], [21, 22, 23]]
+        assert [(await other).logits[:, 0].tolist() for other in others] == [[1, 2, 3], [11, 12, 13], [21, 22, 23]]
         assert engine.batches == [1, 6, 3]  # requests stay whole
         assert batcher.queued == 0
 
     asyncio.run(scenario())
+
+
+def test_images_are_decoded_with_their_batch_and_only_a_damaged_one_fails() -> None:
+    def decoding(value: int) -> Callable[[], NDArray[np.uint8]]:
+        def decode() -> NDArray[np.uint8]:
+            decoded.append((value, engine.batches.copy()))
+            if value < 0:
+                raise DamagedImage("truncated")
+            return pictures(value)
+
+        return decode
+
+    async def scenario() -> None:
+        batcher = Batcher(engine, max_batch=8, max_queue=4)
+        first = await busy(batcher, engine)
+        images = (decoding(1), decoding(-2), pictures(3), decoding(4))
+        others = [asyncio.create_task(batcher.run(each)) for each in images]
+        await asyncio.sleep(0)
+        assert batcher.queued == 4
+        assert decoded == []
+        with pytest.raises(Unavailable, match="4 images are waiting"):
+            await batcher.run(decoding(5))
+        engine.gate.set()
+        await first
+        with pytest.raises(DamagedImage, match="truncated"):
+            await others.pop(1)
+        assert [(await other).logits.item() for other in others] == [1, 3, 4]
+        with pytest.raises(DamagedImage):  # a batch of nothing else
+            await batcher.run(decoding(-6))
+        assert (await batcher.run(decoding(7))).logits.item() == 7
+
+    engine = SlowEngine()
+    decoded: list[tuple[int, list[int]]] = []
+    asyncio.run(scenario())
+    assert decoded == [(1, [1]), (-2, [1]), (4, [1]), (-6, [1, 3]), (7, [1, 3])]
+    assert engine.batches == [1, 3, 1]
+
+
+def test_classes_are_ranked_for_the_whole_batch() -> None:
+    logits = np.array([[0, 2, 1], [3, 3, -700], [-1, -2, 0]], np.float32)
+    computed = Computed(logits)
+    order, probabilities = Scores(computed, slice(1, 3)).ranking
+    assert order.tolist() == [[0, 1, 2], [2, 0, 1]]  # the first of equals first
+    softmax = np.exp(logits[1:].astype(float)) / np.exp(logits[1:].astype(float)).sum(1, keepdims=True)
+    np.testing.assert_allclose(probabilities, -np.sort(-softmax))
+    assert computed.ranking is computed.ranking
 
 
 def test_a_full_queue_refuses_at_once() -> None:
@@ -137,7 +184,7 @@ def test_work_past_its_deadline_is_refused_and_not_computed() -> None:
         engine.gate.set()
         with pytest.raises(Unavailable, match="deadline"):
             await late
-        assert (await patient).tolist() == [[2]]
+        assert (await patient).logits.tolist() == [[2]]
         await first
         assert engine.batches == [1, 1]
 
@@ -153,7 +200,7 @@ def test_what_cannot_be_counted_is_computed_all_the_same() -> None:
         engine.gate.set()
         batcher = Batcher(engine, 8, 8, full)
         for _ in range(2):
-            assert (await asyncio.wait_for(batcher.run(pictures(3)), 10)).tolist() == [[3]]
+            assert (await asyncio.wait_for(batcher.run(pictures(3)), 10)).logits.tolist() == [[3]]
 
     asyncio.run(scenario())
 
@@ -170,7 +217,7 @@ def test_a_batch_that_cannot_be_put_together_fails_and_the_next_one_is_computed(
         for other in others:
             with pytest.raises(ValueError, match="dimension"):
                 await other
-        assert (await asyncio.wait_for(batcher.run(pictures(3)), 10)).tolist() == [[3]]
+        assert (await asyncio.wait_for(batcher.run(pictures(3)), 10)).logits.tolist() == [[3]]
 
     asyncio.run(scenario())
 
@@ -186,7 +233,7 @@ def test_a_cancelled_request_costs_nothing() -> None:
         stays = asyncio.create_task(batcher.run(pictures(3)))
         await asyncio.sleep(0)
         engine.gate.set()
-        assert (await stays).tolist() == [[3]]
+        assert (await stays).logits.tolist() == [[3]]
         await first
         assert engine.batches == [1, 1]
 
@@ -200,6 +247,6 @@ def test_an_engine_failure_reaches_its_batch_only() -> None:
         batcher = Batcher(engine, max_batch=4, max_queue=100)
         with pytest.raises(RuntimeError, match="poisoned"):
             await batcher.run(pictures(255))
-        assert (await batcher.run(pictures(7))).tolist() == [[7]]
+        assert (await batcher.run(pictures(7))).logits.tolist() == [[7]]
 
     asyncio.run(scenario())
