@@ -108,7 +108,6 @@ def serve(settings: Settings, listening: socket.socket | None = None) -> int:
     """
     _bound_malloc()
     _allow_files()
-    _let_computation_go_on()
     if listening:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -140,17 +139,6 @@ def _allow_files() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # of a system that calls more than it gives unlimited
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _let_computation_go_on() -> None:
-    """Have Linux not interrupt a thread that computes as soon as something wakes another one: sched(7).
-
-    What arrives within the next few milliseconds is then read in one go, which costs less. Holds for all threads and
-    processes started from here.
-    """
-    if hasattr(os, "SCHED_BATCH"):
-        with suppress(OSError):  # of a container that forbids it
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _bound_malloc() -> None:

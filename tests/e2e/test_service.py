@@ -2,13 +2,11 @@
 
 import io
 import json
-import os
 import re
 import threading
 from pathlib import Path
 
 import httpx
-import pytest
 from PIL import Image
 from server import wait_for
 from service import TINY, service
@@ -47,12 +45,6 @@ def test_predict_evaluate_and_train_until_the_new_version_is_live(tmp_path: Path
 
         assert client.get("/models").json()[0] == {"name": "resnet", "live": 2, "versions": [1, 2], "error": None}
         assert [each["id"] for each in client.get("/train").json()] == [queued["id"], job["id"]]
-
-
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
-def test_what_wakes_up_does_not_interrupt_what_computes(tmp_path: Path, models: Path) -> None:
-    with service(models, tmp_path / "runs", tmp_path / "log") as (_, process):
-        assert os.sched_getscheduler(process.pid) == os.SCHED_BATCH
 
 
 def test_the_log_is_json_whatever_pillow_thinks_of_an_image(tmp_path: Path, models: Path) -> None:
