@@ -43,6 +43,7 @@ class Metrics:
         self.requests = Counter(
             "cifar100_requests", "HTTP requests.", ("method", "route", "status"), registry=self.registry
         )
+        self._shed = self.requests.labels("POST", "/predict", str(Unavailable.status.value))
         self.latency = Histogram(
             "cifar100_request_seconds",
             "Time from a request's headers to the end of its answer.",
@@ -73,7 +74,7 @@ class Metrics:
 
     def count_shed(self) -> None:
         """One prediction that was refused before anything else was done."""
-        self.requests.labels("POST", "/predict", str(Unavailable.status.value)).inc()
+        self._shed.inc()
 
     def text(self, pool: Pool) -> bytes:
         """In Prometheus' text format, of all workers."""

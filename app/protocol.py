@@ -87,7 +87,7 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.abort()
             raise ValueError(len(self.pipeline))
         self._unset_keepalive_if_required()
-        if self._idle and self.parser.get_method() == b"POST" and self._sheds(self.url):
+        if self._idle and self.parser.get_method() == b"POST" and not self._from_page and self._sheds(self.url):
             self._shedding = True  # the head counts as going on until the body is there
             if self.expect_100_continue:
                 self._refuse(_unavailable(_OVERLOADED))
@@ -154,6 +154,11 @@ class BoundedHttp(HttpToolsProtocol):
     def _idle(self) -> bool:
         """Whether all requests so far have been answered."""
         return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def _from_page(self) -> bool:
+        """Whether a web page made the request, which sees only answers with its origin: those of the application."""
+        return any(name == b"origin" for name, _ in self.headers)
 
     def _count_anew(self) -> None:
         self._unread = self._head_bytes = 0

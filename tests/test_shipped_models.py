@@ -12,6 +12,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from app.batching import Computed, Scores
 from app.main import create_app
 from app.routes.predict import Class, top_classes
 from app.settings import Settings
@@ -69,6 +70,6 @@ def test_predict_on_test_images_equals_offline_evaluation(cifar100: data.Dataset
             Image.fromarray(cifar100.test.images[row]).save(buffer, "PNG")
             answer = client.post("/predict?model=resnet", files={"file": buffer.getvalue()}).json()
             with torch.inference_mode():
-                logits = module(torch.from_numpy(cifar100.test.images[row]).permute(2, 0, 1)[None])[0].numpy()
+                logits = module(torch.from_numpy(cifar100.test.images[row]).permute(2, 0, 1)[None]).numpy()
             classes = [Class(**each) for each in answer["predictions"][0]["classes"]]
-            assert classes == top_classes(logits, card, top_k=5)
+            assert [classes] == top_classes(Scores(Computed(logits), slice(1)), card, top_k=5)

@@ -295,6 +295,8 @@ def test_predictions_are_refused_before_they_cost_anything_while_the_queue_is_fu
             assert status_line(connection) == b"HTTP/1.1 503 Service Unavailable"
         connection.sendall(upload(3).replace(b"/predict", b"/predict?model=other") + b"abc")
         assert status_line(connection) == b"HTTP/1.1 404 Not Found"  # no queue of that name is full
+        connection.sendall(upload(3).replace(b"Host", b"Origin: https://friend.example\r\nHost") + b"abc")
+        assert status_line(connection) == b"HTTP/1.1 415 Unsupported Media Type"  # by what adds its origin to answers
         connection.sendall(upload(100_000))
         for _ in range(10):
             time.sleep(0.01)
