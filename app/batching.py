@@ -58,10 +58,10 @@ class Computed:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Scores:
-    """Those of one request's images, as rows of the batch that they were computed in."""
+    """Those of one request's images: some rows of the batch that they were computed in, or all."""
 
     computed: Computed
-    rows: slice
+    rows: slice = slice(None)
 
     @property
     def logits(self) -> Logits:

@@ -28,6 +28,7 @@ from server import Server
 from tiny_models import NAME
 
 from app import engines
+from app.batching import Computed, Scores
 from app.images import decode
 from app.routes.predict import top_classes
 from app.settings import Settings
@@ -119,8 +120,7 @@ def expected(store: Store) -> dict[tuple[int, str], dict[int, float]]:
         engine = engines.load(store.folder(NAME, version) / MODEL, settings.device, settings.runtime)
         for name in PICTURES:
             pixels = decode(files[name], settings.max_image_bytes, settings.max_image_pixels)
-            (logits,) = engine(pixels[None])
-            classes = top_classes(logits, card, TOP_K)
+            (classes,) = top_classes(Scores(Computed(engine(pixels[None]))), card, TOP_K)
             found[version, name] = {each.class_id: each.probability for each in classes}
     return found
 

@@ -72,4 +72,4 @@ def test_predict_on_test_images_equals_offline_evaluation(cifar100: data.Dataset
             with torch.inference_mode():
                 logits = module(torch.from_numpy(cifar100.test.images[row]).permute(2, 0, 1)[None]).numpy()
             classes = [Class(**each) for each in answer["predictions"][0]["classes"]]
-            assert [classes] == top_classes(Scores(Computed(logits), slice(1)), card, top_k=5)
+            assert [classes] == top_classes(Scores(Computed(logits)), card, top_k=5)

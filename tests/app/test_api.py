@@ -95,7 +95,7 @@ def test_predict_equals_offline_evaluation_bit_for_bit(client: TestClient, model
         with torch.inference_mode():
             logits = module(torch.from_numpy(dataset.test.images[row]).permute(2, 0, 1)[None])[0]
         classes = [Class(**each) for each in answer["predictions"][0]["classes"]]
-        scores = Scores(Computed(logits[None].numpy()), slice(1))
+        scores = Scores(Computed(logits[None].numpy()))
         assert [classes] == top_classes(scores, card, top_k=100)
         ranked = logits.argsort(descending=True, stable=True)
         assert [each.class_id for each in classes] == ranked.tolist()
