@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +56,7 @@ class Computed:
         return order, np.take_along_axis(exponentials, order, 1) / exponentials.sum(1, keepdims=True)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Scores:
+class Scores(NamedTuple):
     """Those of one request's images: some rows of the batch that they were computed in, or all."""
 
     computed: Computed
