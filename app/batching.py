@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 _BRIEF_S = 0.005 if processors() == 1 else 0.0
 
 Images = NDArray[np.uint8]
+Source = Images | Callable[[], NDArray[np.uint8]]
+"""Images [N, 3, 32, 32], or what decodes a single one [3, 32, 32] in little time."""
+
 Logits = NDArray[np.float32]
 Ranking = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Classes [N, classes], most probable first, and their probabilities."""
@@ -75,7 +78,7 @@ class Scores(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    images: Images | Callable[[], Images]
+    images: Source
     count: int
     result: asyncio.Future[Scores]
     deadline: float | None
@@ -106,12 +109,11 @@ class Batcher:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=engine.name)
 
-    async def run(self, images: Images | Callable[[], Images], deadline: float | None = None) -> Scores:
+    async def run(self, images: Source, deadline: float | None = None) -> Scores:
         """What the engine makes of images.
 
         Args:
-            images: uint8 [N, 3, 32, 32], at most `max_batch` of them; or what decodes a single one in little time,
-                which is called with the others of its batch.
+            images: at most `max_batch` of them; what decodes one is called with the others of its batch.
             deadline: of the monotonic clock; what has not been begun by then is refused.
 
         Raises:
@@ -197,7 +199,7 @@ def _decoded(loop: asyncio.AbstractEventLoop, batch: list[_Work]) -> tuple[list[
     left: list[_Work] = []
     for work in batch:
         try:
-            pixels.append(work.images() if callable(work.images) else work.images)
+            pixels.append(work.images()[None] if callable(work.images) else work.images)
         except Exception as error:
             _tell(loop, _fail, [work], error)
         else:

@@ -4,13 +4,15 @@ import asyncio
 import io
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any, cast
 
+import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 from starlette.datastructures import QueryParams, UploadFile
@@ -19,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import images
 from app.access import let_predictor_pass
-from app.batching import Images, Scores
+from app.batching import Scores, Source
 from app.decoding import File
 from app.errors import EXPECTED, BadRequest, TooLarge, UnsupportedImage, answer
 from app.forms import read_form
@@ -107,12 +109,7 @@ async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Predict
     async with _files(request, settings) as files:
         started = time.perf_counter()
         deadline = time.monotonic() + settings.deadline_s
-        try:
-            pixels = _small(files, settings) or await services.decoders.run(files, deadline)
-            chosen, scores = await _computed(services, asked, pixels, deadline)
-        except images.Large:
-            pixels = await services.decoders.run(files, deadline)
-            chosen, scores = await _computed(services, asked, pixels, deadline)
+        chosen, scores = await _scores(services, asked, files, deadline)
     return Predictions(
         model=chosen.card.name,
         version=chosen.card.version,
@@ -124,12 +121,16 @@ async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Predict
     )
 
 
-async def _computed(
-    services: Services, asked: Asked, pixels: Images | Callable[[], Images], deadline: float
-) -> tuple[Model, Scores]:
-    chosen = await services.pool.get(asked.model, asked.version)
-    # From there to the queue nothing else runs, so a swap cannot slip in between.
-    return chosen, await chosen.batcher.run(pixels, deadline)
+async def _scores(services: Services, asked: Asked, files: list[File], deadline: float) -> tuple[Model, Scores]:
+    async def computed(pixels: Source) -> tuple[Model, Scores]:
+        chosen = await services.pool.get(asked.model, asked.version)
+        # From there to the queue nothing else runs, so a swap cannot slip in between.
+        return chosen, await chosen.batcher.run(pixels, deadline)
+
+    if decode := _small(files, services.settings):
+        with suppress(TooLarge):  # of few bytes, but many pixels
+            return await computed(decode)
+    return await computed(await services.decoders.run(files, deadline))
 
 
 class Shortcut:
@@ -216,8 +217,8 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
         )
 
 
-def _small(files: list[File], settings: Settings) -> Callable[[], Images] | None:
-    """What decodes a small image, or raises `Large`; None where there are several, or where it may take longer."""
+def _small(files: list[File], settings: Settings) -> Callable[[], NDArray[np.uint8]] | None:
+    """What decodes a small image, or raises `TooLarge`; None where there are several, or where it may take longer."""
     max_bytes = min(_SMALL_BYTES, settings.max_image_bytes)
     max_pixels = min(_SMALL_PIXELS, settings.max_image_pixels)
     (_, file), *more = files
@@ -226,11 +227,4 @@ def _small(files: list[File], settings: Settings) -> Callable[[], Images] | None
     content = file.read(max_bytes + 1)
     if len(content) > max_bytes or (content.startswith(_PNG) and any(kind in content for kind in _COMPRESSED)):
         return None
-
-    def decode() -> Images:
-        try:
-            return images.decode(content, max_bytes, max_pixels)[None]
-        except TooLarge:
-            raise images.Large from None
-
-    return decode
+    return partial(images.decode, content, max_bytes, max_pixels)

@@ -118,7 +118,7 @@ def test_images_are_decoded_with_their_batch_and_only_a_damaged_one_fails() -> N
             decoded.append((value, engine.batches.copy()))
             if value < 0:
                 raise DamagedImage("truncated")
-            return pictures(value)
+            return pictures(value)[0]
 
         return decode
 
