@@ -1,7 +1,6 @@
 """Runs the service: `python -m app --help`."""
 
 import sys
-from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -29,15 +28,14 @@ def main(
     settings = settings.model_copy(update=update | {"workers": count})
     logs.configure(settings.log_style, settings.log_level)
     if count > 1 and not worker:
-        with ExitStack() as held:
-            try:
-                listening = held.enter_context(workers.claimed(settings.host, settings.port))
-            except OSError as error:
-                sys.exit(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}")
-            sys.exit(workers.Supervisor(count, listening).run())
+        try:
+            listening = workers.listener(settings.host, settings.port)
+        except OSError as error:
+            sys.exit(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}")
+        sys.exit(workers.Supervisor(count, listening, settings.drain_s).run())
     from app.server import serve  # all that the supervisor does without
 
-    sys.exit(serve(settings, workers.listener(settings.host, settings.port) if worker else None))
+    sys.exit(serve(settings, supervised=worker))
 
 
 def cli() -> None:

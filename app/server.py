@@ -1,6 +1,6 @@
 """The service as a process that listens: one server, alone or one of several workers.
 
-In: settings, and for a worker its socket.  Out: an exit status, once a signal has ended it and requests are answered.
+In: settings, and for a worker connections.  Out: an exit status, once it was told to end and requests are answered.
 """
 
 import asyncio
@@ -41,74 +41,89 @@ class DrainingServer(uvicorn.Server):
         app: what it serves.
         config: how.
         drain_s: how long; a second signal ends it.
-        supervised: whether it takes orders from its supervisor, see `app.workers`, instead of signals.
+        supervised: whether it takes connections and orders from its supervisor, see `app.workers`, instead of listening
+            and of signals.
     """
 
     def __init__(self, app: FastAPI, config: uvicorn.Config, drain_s: float, supervised: bool):
         super().__init__(config)
         self._services = app.state.services
         self._drain_s = drain_s
-        self._supervised = supervised
+        self._line = socket.socket(fileno=os.dup(sys.stdin.fileno())) if supervised else None
+        self._adopting: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self._supervised:
+        if self._line:
             log.info("running on http://%s:%d", self.config.host, self.config.port)
-            os.set_blocking(sys.stdin.fileno(), False)
-            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._obey)
-            self._beat()
+            self._line.setblocking(False)
+            asyncio.get_running_loop().add_reader(self._line, self._obey, self._line)
+            self._beat(self._line)
         # What has been made so far stays: looking through it for garbage would stop the service for 0.1 s every second.
         gc.collect()
         gc.freeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._supervised:
+        if self._line:
             return
-        if sig == signal.SIGTERM and not self._services.draining:
-            self._drain()
+        if sig == signal.SIGTERM and not self._services.draining and self._drain_s:
+            self._services.draining = True
+            asyncio.get_running_loop().call_later(self._drain_s, self._end, signal.SIGTERM)
         else:
             self._end(sig, frame)
 
-    def _beat(self) -> None:
-        with suppress(OSError):  # it may be busy with something else, or gone
-            os.write(sys.stdin.fileno(), workers.BEAT)
-        asyncio.get_running_loop().call_later(workers.BEAT_S, self._beat)
+    def _beat(self, line: socket.socket) -> None:
+        with suppress(OSError):  # the supervisor may be busy with something else, or gone
+            line.send(workers.BEAT)
+        asyncio.get_running_loop().call_later(workers.BEAT_S, self._beat, line)
 
-    def _obey(self) -> None:
-        order = b""
-        with suppress(ConnectionResetError):  # a supervisor that was killed before it read the last beat
-            order = os.read(sys.stdin.fileno(), 1)
-        if order == workers.DRAIN:
-            self._drain()
-        else:
-            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-            self._end(signal.SIGTERM)
+    def _obey(self, line: socket.socket) -> None:
+        """Take what the supervisor has sent: connections and orders, and the end of it as the last one."""
+        loop = asyncio.get_running_loop()
+        order = workers.CONNECTION
+        while order:
+            try:
+                order, connections, _, _ = socket.recv_fds(line, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:  # a supervisor that was killed before it read the last beat
+                break
+            for descriptor in connections:
+                task = loop.create_task(self._adopt(socket.socket(fileno=descriptor)))
+                self._adopting.add(task)
+                task.add_done_callback(self._adopting.discard)
+            if order == workers.DRAIN:
+                self._services.draining = True
+        loop.remove_reader(line)
+        self._end(signal.SIGTERM)
 
-    def _drain(self) -> None:
-        self._services.draining = True
-        if self._drain_s:
-            asyncio.get_running_loop().call_later(self._drain_s, self._end, signal.SIGTERM)
-        else:
-            self._end(signal.SIGTERM)
+    async def _adopt(self, connection: socket.socket) -> None:
+        """Serve a connection that the supervisor has accepted."""
+        loop = asyncio.get_running_loop()
+        protocol = self.config.http_protocol_class(  # type: ignore[call-arg]  # as `super().startup` makes them
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
+        )
+        with suppress(OSError):  # its client may have gone
+            await loop.connect_accepted_socket(lambda: protocol, connection)
 
     def _end(self, sig: int, frame: FrameType | None = None) -> None:
         self._services.draining = True
         super().handle_exit(sig, frame)
 
 
-def serve(settings: Settings, listening: socket.socket | None = None) -> int:
-    """Serve until a signal comes.
+def serve(settings: Settings, supervised: bool = False) -> int:
+    """Serve until a signal comes, or as a worker until its supervisor says so.
 
     Args:
         settings: address included.
-        listening: of a worker, already bound to that address.
+        supervised: whether as a worker, see `app.workers`.
 
     Returns:
         The exit status.
     """
     _bound_malloc()
     _allow_files()
-    if listening:
+    if supervised:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     else:
@@ -129,8 +144,8 @@ def serve(settings: Settings, listening: socket.socket | None = None) -> int:
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=_STOP_S,
     )
-    server = DrainingServer(app, config, settings.drain_s, supervised=listening is not None)
-    server.run([listening] if listening else None)
+    server = DrainingServer(app, config, settings.drain_s, supervised)
+    server.run([] if supervised else None)
     return 0 if server.started else STARTUP_FAILURE
 
 

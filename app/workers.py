@@ -2,16 +2,19 @@
 
     supervisor --> worker, worker, ...    each of them the whole service, on its share of the processors
 
-The kernel spreads the connections over the workers. They share what all servers on one store and one runs folder do:
-models, jobs, measurements; their metrics are added up. A worker that dies or hangs is replaced. They ignore SIGTERM and
-SIGINT, which often go to a whole group of processes, and listen to the supervisor instead. A worker's standard input is
-a socket: the supervisor writes a byte to have it drain, and closes it, however it ends, to have it finish what is under
+The supervisor accepts connections and deals them out in turn, so that even a few are shared evenly; the kernel, which
+could spread them as well (SO_REUSEPORT), does so by chance. Until a worker has loaded its models, connections wait.
+Workers share what all servers on one store and one runs folder do: models, jobs, measurements; their metrics are added
+up. One that dies or hangs is replaced. They ignore SIGTERM and SIGINT, which often go to a whole group of processes,
+and listen to the supervisor instead. A worker's standard input is a socket, over which the supervisor sends
+connections, and a byte to have it drain, and which it closes, however it ends, to have the worker finish what is under
 way and end; the worker writes a byte every second, as long as it responds.
 """
 
 import logging
 import math
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -21,7 +24,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
 
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 
 METRICS = "PROMETHEUS_MULTIPROC_DIR"
 """Where the workers write their metrics: prometheus_client's environment variable."""
+
+CONNECTION = b"c"
+"""What the supervisor writes with the file descriptor of each connection."""
 
 DRAIN = b"d"
 """What the supervisor writes to have a worker drain."""
@@ -38,10 +43,12 @@ BEAT = b"b"
 
 BEAT_S = 1.0
 
+_BACKLOG = 2048  # connections that wait to be accepted
 _POLL_S = 0.2
 _START_S = 30.0  # a worker that gives up sooner cannot start at all
 _LOAD_S = 300.0  # a worker that has loaded its models sends its first beat sooner
-_SILENCE_S = 20.0  # a worker that sends no beat for so long hangs
+_QUIET_S = 3.0  # a worker that sends no beat for so long gets no connections
+_SILENCE_S = 20.0  # and for so long hangs
 _STOP_S = 30.0  # a worker told to end gives the requests under way 20
 _PACE_S = 2.0  # between two starts in one place
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # Linux' control groups, version 2
@@ -72,12 +79,18 @@ class Worker:
         self.replaces = replaces
         self._line = line
         self.started = time.monotonic()
-        self._polls_left = _LOAD_S / _POLL_S
+        self._heard = False
+        self._silent_s = 0.0
         line.setblocking(False)
 
     @property
     def age_s(self) -> float:
         return time.monotonic() - self.started
+
+    @property
+    def responds(self) -> bool:
+        """Whether it has loaded its models, and does not seem to hang."""
+        return self._heard and 0 <= self._silent_s < _QUIET_S
 
     def kill_if_hanging(self) -> None:
         """Kill it if it has sent no beat for too long; called at every poll.
@@ -87,11 +100,20 @@ class Worker:
         beats = b""
         with suppress(BlockingIOError, ConnectionResetError):
             beats = self._line.recv(4096)
-        self._polls_left = _SILENCE_S / _POLL_S if beats else self._polls_left - 1
-        if self._polls_left < 0 and self.process.poll() is None:
+        self._heard = self._heard or bool(beats)
+        self._silent_s = 0 if beats else self._silent_s + _POLL_S
+        if self._silent_s > (_SILENCE_S if self._heard else _LOAD_S) and self.process.poll() is None:
             log.error("worker %d does not respond and is killed", self.process.pid)
             self.process.kill()
-            self._polls_left = math.inf
+            self._silent_s = -math.inf
+
+    def take(self, connection: socket.socket) -> bool:
+        """Hand a connection over to it; false if it has ended, or has too many that it has not taken yet."""
+        try:
+            socket.send_fds(self._line, [CONNECTION], [connection.fileno()])
+        except OSError:
+            return False
+        return True
 
     def drain(self) -> None:
         with suppress(OSError):  # it may have just ended
@@ -102,18 +124,21 @@ class Worker:
 
 
 class Supervisor:
-    """Starts workers, replaces those that die or hang, and stops them.
+    """Starts workers, deals out connections, replaces workers that die or hang, and stops them.
 
     Args:
         workers: how many.
-        listening: a socket of `listener`, whose address the workers get.
+        listening: a socket of `listener`.
+        drain_s: how long they go on after SIGTERM, not ready any more.
     """
 
-    def __init__(self, workers: int, listening: socket.socket):
-        self._host, self._port = listening.getsockname()[:2]
+    def __init__(self, workers: int, listening: socket.socket, drain_s: float):
+        self._listening = listening
         self._workers = workers
+        self._drain_s = drain_s
         self._processors = sorted(os.sched_getaffinity(0))
         self._signals: list[int] = []
+        self._dealt = 0
 
     def run(self) -> int:
         """Supervise until SIGTERM or SIGINT comes, a second one cuts draining short, or until a worker cannot start.
@@ -127,7 +152,7 @@ class Supervisor:
             running = [self._start(place, metrics, replaces=False) for place in range(self._workers)]
             status = 0
             while not self._signals and not status:
-                time.sleep(_POLL_S)
+                self._deal(running)
                 for place, worker in enumerate(running):
                     worker.kill_if_hanging()
                     process = worker.process
@@ -147,10 +172,30 @@ class Supervisor:
             self._stop(running)
         return 128 + signal.SIGINT if signal.SIGINT in self._signals else status
 
+    def _deal(self, running: list[Worker]) -> None:
+        """Hand the connections that come until the next poll to those who respond, one after the other."""
+        end = time.monotonic() + _POLL_S
+        responding = [worker for worker in running if worker.responds]
+        while (left := end - time.monotonic()) > 0:
+            if not responding:
+                time.sleep(left)
+            elif select.select([self._listening], [], [], left)[0]:
+                try:
+                    connection, _ = self._listening.accept()
+                except OSError:  # it is gone already, or there are too many open files
+                    time.sleep(0.01)
+                    continue
+                with connection:
+                    for _ in responding:
+                        self._dealt += 1
+                        if responding[self._dealt % len(responding)].take(connection):
+                            break
+
     def _start(self, place: int, metrics: str, replaces: bool) -> Worker:
         share = self._processors[place :: self._workers] or [self._processors[place % len(self._processors)]]
         # This very package, whatever lies in the current folder.
-        command = [sys.executable, "-P", "-m", "app", "--host", self._host, "--port", str(self._port), "--worker"]
+        host, port, *_ = self._listening.getsockname()
+        command = [sys.executable, "-P", "-m", "app", "--host", host, "--port", str(port), "--worker"]
         search = os.pathsep.join(filter(None, (str(_PACKAGES), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {METRICS: metrics, "CIFAR100_WORKERS": str(self._workers), "PYTHONPATH": search}
         line, its_line = socket.socketpair()
@@ -165,10 +210,16 @@ class Supervisor:
     def _stop(self, running: list[Worker]) -> None:
         for worker in running:
             worker.drain()
-        while any(worker.process.poll() is None for worker in running) and len(self._signals) < 2:
+        end = time.monotonic() + self._drain_s
+        while (
+            any(worker.process.poll() is None for worker in running)
+            and time.monotonic() < end
+            and len(self._signals) < 2
+        ):
+            self._deal(running)
             for worker in running:
                 worker.kill_if_hanging()
-            time.sleep(_POLL_S)
+        self._listening.close()
         for worker in running:
             worker.end()
         latest = time.monotonic() + _STOP_S
@@ -181,11 +232,8 @@ class Supervisor:
                 worker.process.wait()
 
 
-@contextmanager
-def claimed(host: str, port: int) -> Iterator[socket.socket]:
-    """The address for the workers of one supervisor, and nobody else, to listen on.
-
-    Another service of this user on it would get some of the connections, without any error.
+def listener(host: str, port: int) -> socket.socket:
+    """A socket that listens on an address, so that nobody else can.
 
     Args:
         host: address to listen on.
@@ -194,26 +242,13 @@ def claimed(host: str, port: int) -> Iterator[socket.socket]:
     Raises:
         OSError: the address is in use, or no address of this machine.
     """
-    family, address = _resolved(host, port)
-    with socket.socket(family) as alone:
-        alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        alone.bind(address)
-    with listener(host, port) as listening, socket.socket(socket.AF_UNIX) as claim:
-        claim.bind("\0cifar100-{}-{}".format(*listening.getsockname()[:2]))  # as its workers do not listen yet
-        yield listening
-
-
-def listener(host: str, port: int) -> socket.socket:
-    """A socket for an address that further sockets of this user may have as well; connections go to those that listen.
-
-    Raises: as for `claimed`.
-    """
-    family, address = _resolved(host, port)
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listening = socket.socket(family)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listening.bind(address)
+        listening.listen(_BACKLOG)
+        listening.setblocking(False)
     except BaseException:
         listening.close()
         raise
@@ -234,8 +269,3 @@ def only_on(processors: set[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-def _resolved(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return family, address

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import httpx
@@ -23,14 +24,22 @@ def running(process: int) -> bool:
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-def heard_by(log: Path, message: str) -> set[int]:
-    """The processes that have logged a message."""
+def heard_by(log: Path, message: str) -> Counter[int]:
+    """How many times each process has logged a message."""
     lines = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return {line["process"] for line in lines if line["message"] == message}
+    return Counter(line["process"] for line in lines if line["message"] == message)
 
 
 def ready(log: Path, workers: set[int], address: httpx.URL) -> bool:
-    return workers <= heard_by(log, f"running on {address}")
+    return workers <= set(heard_by(log, f"running on {address}"))
+
+
+def live(address: httpx.URL) -> bool:
+    """Whether a new connection gets an answer."""
+    try:
+        return httpx.get(f"{address}/health/live", timeout=2).status_code == 200
+    except httpx.TimeoutException:
+        return False
 
 
 def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path) -> None:
@@ -42,10 +51,10 @@ def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path
         assert len(workers) == WORKERS
         wait_for(lambda: ready(log, workers, address), 60, log)
 
-        # Every call over a connection of its own, which either of them may get.
+        # Every call over a connection of its own, of which each of them gets every other.
         predicted = [httpx.post(f"{address}/predict", **sent).raise_for_status() for _ in range(30)]
         assert len({json.dumps(answer.json()["predictions"]) for answer in predicted}) == 1
-        wait_for(lambda: heard_by(log, "POST /predict 200") == workers, 10, log)
+        wait_for(lambda: heard_by(log, "POST /predict 200") == dict.fromkeys(workers, 15), 10, log)
         counted = 'cifar100_requests_total{method="POST",route="/predict",status="200"} 30.0'
         assert all(counted in httpx.get(f"{address}/metrics").text for _ in range(10))
 
@@ -77,6 +86,8 @@ def test_a_worker_that_hangs_is_replaced_and_keeps_no_service_from_ending(tmp_pa
         wait_for(lambda: ready(log, workers, client.base_url), 60, log)
         hanging = min(workers)
         os.kill(hanging, signal.SIGSTOP)
+        wait_for(lambda: all(live(client.base_url) for _ in range(4)), 15, log)
+        assert running(hanging)  # and gets no connections any more
         wait_for(lambda: not running(hanging), 60, log)
         assert f"worker {hanging} does not respond and is killed" in log.read_text()
         wait_for(lambda: ready(log, children(supervisor.pid), client.base_url), 60, log)
