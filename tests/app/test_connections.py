@@ -405,10 +405,11 @@ def test_connections_are_bounded(address: Address) -> None:
 @pytest.mark.parametrize("keep_alive_s", [60])  # so that none is closed for its own sake, however slow the machine
 def test_an_idle_connection_makes_room_for_a_new_one(address: Address) -> None:
     with ExitStack() as closed:
-        held = [closed.enter_context(connect(address)) for _ in range(5)]
-        for connection in held:
-            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert status_line(connection) == b"HTTP/1.1 200 OK"
+        held = []
+        for _ in range(5):
+            held.append(closed.enter_context(connect(address)))
+            held[-1].sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert status_line(held[-1]) == b"HTTP/1.1 200 OK"
             time.sleep(0.05)  # the loop's clock counts milliseconds
         assert alive(address)
         assert answer(held[0]) == b""  # the one that was idle for longest
