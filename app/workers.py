@@ -180,16 +180,20 @@ class Supervisor:
             if not responding:
                 time.sleep(left)
             elif select.select([self._listening], [], [], left)[0]:
-                try:
-                    connection, _ = self._listening.accept()
-                except OSError:  # it is gone already, or there are too many open files
-                    time.sleep(0.01)
-                    continue
-                with connection:
-                    for _ in responding:
-                        self._dealt += 1
-                        if responding[self._dealt % len(responding)].take(connection):
-                            break
+                self._hand_over(responding)
+
+    def _hand_over(self, responding: list[Worker]) -> None:
+        """Give a connection to the worker whose turn it is, or if it takes none to the next one."""
+        try:
+            connection, _ = self._listening.accept()
+        except OSError:  # it is gone already, or there are too many open files
+            time.sleep(0.01)
+            return
+        with connection:
+            for _ in responding:
+                self._dealt += 1
+                if responding[self._dealt % len(responding)].take(connection):
+                    break
 
     def _start(self, place: int, metrics: str, replaces: bool) -> Worker:
         share = self._processors[place :: self._workers] or [self._processors[place % len(self._processors)]]
