@@ -197,8 +197,8 @@ class Supervisor:
 
     def _start(self, place: int, metrics: str, replaces: bool) -> Worker:
         share = self._processors[place :: self._workers] or [self._processors[place % len(self._processors)]]
-        # This very package, whatever lies in the current folder.
         host, port, *_ = self._listening.getsockname()
+        # This very package, whatever lies in the current folder.
         command = [sys.executable, "-P", "-m", "app", "--host", host, "--port", str(port), "--worker"]
         search = os.pathsep.join(filter(None, (str(_PACKAGES), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {METRICS: metrics, "CIFAR100_WORKERS": str(self._workers), "PYTHONPATH": search}
