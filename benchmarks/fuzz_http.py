@@ -136,7 +136,7 @@ def main(inputs: int, seed: int, workers: int) -> int:
 
             def send(number: int) -> None:
                 kind, made = make(files, seed, number)
-                headers = {"Content-Type": made.content_type.encode("latin-1")} if made.content_type else {}
+                headers = {b"Content-Type": made.content_type.encode("latin-1")} if made.content_type else {}
                 try:
                     response = http.post(made.path, content=made.body, headers=headers)
                 except httpx.HTTPError as error:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,14 @@ def data_set_missing(scene: Scene) -> None:
         scene.expect_failure(http, "cifar100.npz")
         made = data.load(DATA)
         folder.mkdir(exist_ok=True)
-        arrays = {"x_train": made.train.images, "y_train": made.train.labels}
-        arrays |= {"x_test": made.test.images, "y_test": made.test.labels, "classes": np.array(data.CLASSES)}
-        np.savez(folder / data.ARCHIVE, **arrays)
+        np.savez(
+            folder / data.ARCHIVE,
+            x_train=made.train.images,
+            y_train=made.train.labels,
+            x_test=made.test.images,
+            y_test=made.test.labels,
+            classes=np.array(data.CLASSES),
+        )
         scene.expect_success(http)
         # The versions from before are of other classes.
         measured = http.post("/evaluate", params={"limit": 10, "version": 3})
@@ -216,13 +222,17 @@ def clock_jumps(scene: Scene) -> None:
     clock = scene.folder / "clock"
     faked = ("/usr/bin/env", f"LD_PRELOAD={FAKETIME}", "FAKETIME_NO_CACHE=1", "FAKETIME_DONT_FAKE_MONOTONIC=1")
     clock.write_text("+0")
+
+    def begun(job: str) -> bool:
+        return http.get(f"/train/{job}").json()["started"] is not None
+
     with (
         scene.server((*faked, f"FAKETIME_TIMESTAMP_FILE={clock}"), operator_rate_limit="20/minute") as server,
         server.client() as http,
     ):
         for jump in ("+40d", "-40d", "+0"):
             job = http.post("/train", json=JOB).raise_for_status().json()["id"]
-            wait_for(lambda job=job: http.get(f"/train/{job}").json()["started"], JOB_S, server.log)
+            wait_for(partial(begun, job), JOB_S, server.log)
             clock.write_text(jump)
             scene.expect_service(http, 2)
             ended = _ended(http, job)

@@ -8,7 +8,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -122,7 +122,7 @@ def set_bytes(data: bytes, _: bytes, random: Random) -> bytes:
 def set_field(data: bytes, _: bytes, random: Random) -> bytes:
     """A number of the header, or one anywhere, becomes an extreme."""
     size = int(random.choice((1, 2, 4)))
-    order = "big" if random.random() < 0.5 else "little"
+    order = _byte_order(random)
     within = len(data) if random.random() < 0.3 else min(len(data), _HEADER)
     start = int(random.integers(within + 1))
     extreme = int(random.choice(_EXTREMES)) % (1 << 8 * size)
@@ -132,7 +132,7 @@ def set_field(data: bytes, _: bytes, random: Random) -> bytes:
 def add_to_field(data: bytes, _: bytes, random: Random) -> bytes:
     """A 16-bit number of the header becomes a little larger, smaller, or a multiple."""
     start = int(random.integers(min(len(data), _HEADER) + 1))
-    order = "big" if random.random() < 0.5 else "little"
+    order = _byte_order(random)
     value = int.from_bytes(data[start : start + 2], order)
     value = value + int(random.integers(-4, 5)) if random.random() < 0.7 else value * int(random.integers(2, 200))
     return data[:start] + (value % (1 << 16)).to_bytes(2, order) + data[start + 2 :]
@@ -211,12 +211,16 @@ _MUTATIONS: tuple[Mutation, ...] = (
 )
 
 
+def _byte_order(random: Random) -> Literal["big", "little"]:
+    return "big" if random.random() < 0.5 else "little"
+
+
 def _positions(data: bytes, random: Random) -> list[int]:
     """Up to eight places, often in the header."""
     if not data:
         return []
     within = min(len(data), _HEADER) if random.random() < 0.5 else len(data)
-    return random.integers(within, size=random.integers(1, 9)).tolist()
+    return [int(place) for place in random.integers(within, size=random.integers(1, 9))]
 
 
 def _range(data: bytes, random: Random) -> tuple[int, int]:

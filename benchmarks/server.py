@@ -36,7 +36,7 @@ class Server:
         wrapper: a command that starts the server's command, such as one that shifts its clock.
     """
 
-    def __init__(self, models: Path, runs: Path, log: Path, wrapper: tuple[str, ...] = (), **settings: str):
+    def __init__(self, models: Path, runs: Path, log: Path, wrapper: tuple[str, ...] = (), /, **settings: str):
         chosen = {"models": str(models), "runs": str(runs), "data": DATA, "store_poll_s": "0.2"}
         chosen |= {"operator_rate_limit": "", "training_threads": "1"} | settings
         environment = os.environ | {f"CIFAR100_{name.upper()}": value for name, value in chosen.items()}
@@ -96,7 +96,7 @@ class Server:
         return self.process.wait(STOP_S)
 
 
-def wait_for(condition: Callable[[], Value], timeout_s: float, log: Path | None = None) -> Value:
+def wait_for(condition: Callable[[], Value | None], timeout_s: float, log: Path | None = None) -> Value:
     """The first true value of a condition.
 
     Raises:

@@ -11,9 +11,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training import data, loop
 from training.networks import Classifier, build
@@ -31,7 +32,7 @@ def he(classifier: nn.Module) -> None:
     for layer in classifier.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(cast(Tensor, layer.bias))
 
 
 def identity(classifier: nn.Module) -> None:
@@ -39,7 +40,7 @@ def identity(classifier: nn.Module) -> None:
     for block in classifier.modules():
         if isinstance(block, SharedBlock):
             nn.init.dirac_(block.shortcut.weight)
-            nn.init.zeros_(block.shortcut.bias)
+            nn.init.zeros_(cast(Tensor, block.shortcut.bias))
 
 
 def main(epochs: int) -> None:
@@ -47,7 +48,7 @@ def main(epochs: int) -> None:
     dataset = data.load()
     print("| initialisation | epoch | train loss | train top-1 | validation top-1 |\n| --- | --- | --- | --- | --- |")
     for initialise in (default, he, identity):
-        loop.build = _building(initialise)  # type: ignore[attr-defined]
+        loop.build = _building(initialise)  # type: ignore[assignment, attr-defined]
         with tempfile.TemporaryDirectory() as folder:
             run = Run(Path(folder, "run"))
             run.create(chosen)

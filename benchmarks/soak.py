@@ -141,8 +141,7 @@ def main(minutes: float, workers: int) -> int:
             while time.monotonic() - started < minutes * 60 and server.process.poll() is None:
                 time.sleep(SAMPLE_S)
                 with suppress(OSError, StopIteration):  # a worker has ended since it was listed
-                    held, files = server.memory_mib(), server.open_files()
-                    rows.append(((time.monotonic() - started) / 60, held, files))
+                    rows.append(((time.monotonic() - started) / 60, server.memory_mib(), server.open_files()))
             over.set()
             for client in clients:
                 client.join(60)

@@ -109,7 +109,7 @@ class Source:
 
 def train(
     recipe: Recipe, dataset: Dataset, run: Run, device: torch.device, store: Store | None = None
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Train, from the run's checkpoint if it has one; yields progress and the result of every epoch.
 
     Args:

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import AsyncMock
 
 import httpx
@@ -135,7 +135,8 @@ def test_several_images_are_answered_in_order(client: TestClient, dataset: Datas
 
 def test_bad_images_are_problems(client: TestClient, image: bytes) -> None:
     def send(content: bytes) -> httpx.Response:
-        return client.post("/predict", content=content, headers={"content-type": "image/png"})
+        answer: httpx.Response = client.post("/predict", content=content, headers={"content-type": "image/png"})
+        return answer
 
     assert_problem(send(b""), 422, "empty")
     assert_problem(send(b"hello"), 415, "not an image")
@@ -289,7 +290,8 @@ def test_evaluate_measures_a_zip_of_labelled_folders(client: TestClient, models:
 
 def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:
     def send(content: bytes) -> httpx.Response:
-        return client.post("/evaluate", files={"file": content})
+        answer: httpx.Response = client.post("/evaluate", files={"file": content})
+        return answer
 
     assert_problem(send(b"hello"), 422, "zip cannot be read")
     assert_problem(client.post("/evaluate", content=zipped({})), 415, "of no type")
@@ -454,7 +456,7 @@ def test_the_shortcut_answers_as_fastapi_does(models: Path, tmp_path: Path, imag
 
     settings = Settings(models=models, runs=tmp_path / "runs")
     short, long = create_app(settings), create_app(settings)
-    long.user_middleware = [layer for layer in long.user_middleware if layer.cls is not Shortcut]
+    long.user_middleware = [layer for layer in long.user_middleware if cast(Any, layer.cls) is not Shortcut]
     assert answers(short) == answers(long)
 
 

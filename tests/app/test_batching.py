@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from app import batching
 from app.batching import Batcher, Computed, Scores
+from app.engines import Engine
 from app.errors import DamagedImage, Unavailable
 
 
@@ -20,10 +21,12 @@ def engine_has_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "_BRIEF_S", 0.0)
 
 
-class SlowEngine:
+class SlowEngine(Engine):
     """Answers with each image's first pixel; computes only when the test opens the gate."""
 
     name = "slow"
+    tolerance = 0.0
+    sizes = (1,)
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -63,8 +66,10 @@ def test_a_lone_request_is_computed_at_once() -> None:
 def test_a_lone_image_is_computed_in_the_loop_where_the_thread_has_no_processor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Engine:
+    class NotingEngine(Engine):
         name = "noting"
+        tolerance = 0.0
+        sizes = (1,)
         takes_s = 0.0
 
         def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -73,7 +78,7 @@ def test_a_lone_image_is_computed_in_the_loop_where_the_thread_has_no_processor(
             return images[:, :1, 0, 0].astype(np.float32)
 
     async def scenario() -> None:
-        engine = Engine()
+        engine = NotingEngine()
         batcher = Batcher(engine, 8, 8)
 
         async def answered(*values: int) -> None:
@@ -118,7 +123,8 @@ def test_images_are_decoded_with_their_batch_and_only_a_damaged_one_fails() -> N
             decoded.append((value, engine.batches.copy()))
             if value < 0:
                 raise DamagedImage("truncated")
-            return pictures(value)[0]
+            picture: NDArray[np.uint8] = pictures(value)[0]
+            return picture
 
         return decode
 

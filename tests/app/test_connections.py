@@ -58,7 +58,7 @@ def listening(app: FastAPI, monkeypatch: pytest.MonkeyPatch, keep_alive_s: int) 
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield server.servers[0].sockets[0]  # type: ignore[misc]
+    yield server.servers[0].sockets[0]
     server.should_exit = True
     thread.join()
 

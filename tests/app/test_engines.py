@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from app import engines
 from app.engines import EngineError, OpenVinoEngine, TorchScriptEngine, deviation
+from app.settings import Runtime
 from training.data import Dataset
 from training.openvino_ir import Compiled, quantise
 from training.torchscript import load
@@ -30,7 +31,7 @@ def quantised(model: Path, dataset: Dataset) -> Path:
 
 
 @pytest.mark.parametrize("runtime", ["torchscript", "openvino"])
-def test_answers_are_those_of_the_exported_file(model: Path, dataset: Dataset, runtime: engines.Runtime) -> None:
+def test_answers_are_those_of_the_exported_file(model: Path, dataset: Dataset, runtime: Runtime) -> None:
     engine = engines.load(model, "cpu", runtime)
     assert engine.name.startswith(runtime)
     for size in (1, 3, 16, 13, 64, 2):  # sizes it has seen and others
@@ -38,7 +39,8 @@ def test_answers_are_those_of_the_exported_file(model: Path, dataset: Dataset, r
         with torch.inference_mode():
             expected = load(model)(torch.from_numpy(images)).numpy()
         logits = engine(images)
-        assert (logits.shape, logits.dtype) == ((size, 100), np.float32)
+        assert logits.shape == (size, 100)
+        assert logits.dtype == np.float32
         assert deviation(logits, expected) <= engine.tolerance
 
 
@@ -53,7 +55,7 @@ def test_torchscript_computes_in_half_precision(model: Path, dataset: Dataset) -
 
 
 @pytest.mark.parametrize("runtime", ["torchscript", "openvino"])
-def test_an_answer_is_not_overwritten_by_the_next_one(model: Path, runtime: engines.Runtime) -> None:
+def test_an_answer_is_not_overwritten_by_the_next_one(model: Path, runtime: Runtime) -> None:
     engine = engines.load(model, "cpu", runtime)
     first = engine(np.zeros((2, 3, 32, 32), np.uint8))
     kept = first.copy()

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import threading
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -53,8 +54,8 @@ def test_the_log_is_json_whatever_pillow_thinks_of_an_image(tmp_path: Path, mode
     Image.new("RGB", (32, 32)).save(content, "JPEG", exif=cut_off)
     log = tmp_path / "log"
     with service(models, tmp_path / "runs", log) as (client, _):
-        sent = {"content": content.getvalue(), "headers": {"Content-Type": "image/jpeg", "X-Request-ID": "mine"}}
-        assert client.post("/predict", **sent).status_code == 200
+        headers = {"Content-Type": "image/jpeg", "X-Request-ID": "mine"}
+        assert client.post("/predict", content=content.getvalue(), headers=headers).status_code == 200
         wait_for(lambda: "POST /predict 200" in log.read_text(), 10, log)  # is written once the answer is sent
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["message"] for line in lines if line["request_id"] == "mine"] == ["POST /predict 200"]
@@ -77,6 +78,9 @@ def test_no_request_is_lost_while_versions_are_swapped_under_load(tmp_path: Path
                 response = client.post("/predict", content=content, headers={"content-type": "image/png"})
                 answers.append((response.status_code, response.json().get("version")))
 
+    def answered_by(version: int) -> bool:
+        return bool(client.get("/health").json()["models"]["resnet"]["version"] == version)
+
     with service(models, tmp_path / "runs", log) as (client, _):
         threads = [threading.Thread(target=load, args=(client.base_url,)) for _ in range(8)]
         for thread in threads:
@@ -88,7 +92,7 @@ def test_no_request_is_lost_while_versions_are_swapped_under_load(tmp_path: Path
             else:  # by another process: the service follows the store
                 store.promote("resnet", version)
             # From here on every new request is answered by the new version.
-            wait_for(lambda v=version: client.get("/health").json()["models"]["resnet"]["version"] == v, 30, log)
+            wait_for(partial(answered_by, version), 30, log)
             answer = client.post("/predict", content=content, headers={"content-type": "image/png"}).json()
             assert answer["version"] == version
         stop.set()

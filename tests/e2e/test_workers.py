@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import httpx
 from processes import children
@@ -44,7 +45,7 @@ def live(address: httpx.URL) -> bool:
 
 def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path) -> None:
     log = tmp_path / "log"
-    sent = {"content": image.read_bytes(), "headers": {"Content-Type": "image/png"}}
+    sent: dict[str, Any] = {"content": image.read_bytes(), "headers": {"Content-Type": "image/png"}}
     with service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
         address = client.base_url
         workers = children(supervisor.pid)
@@ -101,7 +102,7 @@ def test_a_worker_that_hangs_is_replaced_and_keeps_no_service_from_ending(tmp_pa
 def test_a_worker_that_hangs_while_it_loads_is_killed_later() -> None:
     line, its_line = socket.socketpair()
     with its_line:
-        process = subprocess.Popen(["sleep", "1000"], stdin=its_line)
+        process = subprocess.Popen(["sleep", "1000"], stdin=its_line.fileno())
     worker = Worker(process, line, replaces=False)
     for _ in range(1000):  # 200 seconds of polls
         worker.kill_if_hanging()

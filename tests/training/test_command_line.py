@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from training import torchscript
 from training.__main__ import cli
@@ -133,8 +132,8 @@ def test_a_constant_run_is_extended_by_asking_for_more_epochs(tmp_path: Path) ->
 
 
 def test_a_run_that_went_on_after_it_was_published_is_published_again(tmp_path: Path) -> None:
-    words = ("train", "resnet-seed", "width=8", "int8=False", "--run", str(tmp_path / "run"), "--data", "synthetic:1")
-    words += ("--models", str(tmp_path / "models"))
+    words = ["train", "resnet-seed", "width=8", "int8=False", "--run", str(tmp_path / "run"), "--data", "synthetic:1"]
+    words += ["--models", str(tmp_path / "models")]
     assert typed(*words, "epochs=1").exit_code == 0
     assert typed(*words, "epochs=2", "--resume", "--no-publish").exit_code == 0
     assert "published resnet/2" in said(typed(*words, "--resume"))
@@ -142,8 +141,8 @@ def test_a_run_that_went_on_after_it_was_published_is_published_again(tmp_path: 
 
 
 def test_a_folder_in_which_nothing_could_be_trained_is_free_for_another_run(tmp_path: Path) -> None:
-    words = ("train", "resnet18", "image_size=32", "epochs=1", "finetune_epochs=0", "validation_images=0")
-    words += ("--run", str(tmp_path), "--data", "synthetic:1", "--no-publish")
+    words = ["train", "resnet18", "image_size=32", "epochs=1", "finetune_epochs=0", "validation_images=0"]
+    words += ["--run", str(tmp_path), "--data", "synthetic:1", "--no-publish"]
     failed = typed(*words, f"weights={tmp_path / 'typo.pth'}")
     assert failed.exit_code == 1
     assert "typo.pth" in said(failed)

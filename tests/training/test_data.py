@@ -47,7 +47,7 @@ def arrays() -> Arrays:
 
 
 def written(folder: Path, content: Arrays) -> Path:
-    np.savez_compressed(folder / "cifar100.npz", **content)
+    np.savez_compressed(folder / "cifar100.npz", allow_pickle=True, **content)
     return folder / "cifar100.npz"
 
 

@@ -10,7 +10,7 @@ import torch
 from preparing import watched
 from torch import Tensor
 
-from training import distillation
+from training import distillation, openvino_ir
 from training.data import Dataset
 from training.evaluate import predict
 from training.export import restore
@@ -140,7 +140,7 @@ def test_several_versions_teach_the_mean_of_their_logits(
         logits = torch.tensor(next(answers))
         return SimpleNamespace(on_tensors=lambda _: logits)
 
-    monkeypatch.setattr(distillation.openvino_ir, "Compiled", compiled)
+    monkeypatch.setattr(openvino_ir, "Compiled", compiled)
     chosen = recipe("resnet", {"teacher": "resnet/1,resnet/1", "validation_images": 100})
     teacher = distillation.load_teacher(chosen, Store(models), dataset, CPU)
     assert torch.equal(teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), torch.tensor([[2.0, 4.0]]))

@@ -91,7 +91,7 @@ class Warns(nn.Module):
         self.category = category
 
     def forward(self, images: Tensor) -> Tensor:
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             warnings.warn("anything else", self.category, stacklevel=1)
         return images.float()
 

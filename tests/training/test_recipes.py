@@ -131,7 +131,7 @@ def test_json_with_a_field_missing_or_too_many_is_an_error() -> None:
 
 def test_a_recipe_does_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        recipe("resnet").epochs = 3  # type: ignore[misc]
+        recipe("resnet").epochs = 3
 
 
 def test_the_store_keeps_both_forms_of_part_1_under_one_name() -> None:

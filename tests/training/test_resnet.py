@@ -142,7 +142,7 @@ def disagreement_of_evaluation_with_training(statistics: Statistics) -> float:
             layer.momentum = 1.0
     with torch.no_grad():
         trained, evaluated = network(images(16)), network.eval()(images(16))
-    return ((evaluated - trained).norm() / trained.norm()).item()
+    return float((evaluated - trained).norm() / trained.norm())
 
 
 def test_statistics_per_use_let_evaluation_agree_with_training_where_shared_ones_do_not() -> None:
@@ -156,4 +156,5 @@ def test_every_unit_owns_its_weights() -> None:
     norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert len(convolutions) == 1 + 2 * sum(REPEATS) + 3
     assert len(norms) == 1 + 2 * sum(REPEATS)
-    assert len({layer.weight.data_ptr() for layer in (*convolutions, *norms)}) == len(convolutions) + len(norms)
+    weights = [layer.weight for layer in convolutions] + [layer.weight for layer in norms]
+    assert len({weight.data_ptr() for weight in weights}) == len(convolutions) + len(norms)
