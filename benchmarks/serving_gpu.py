@@ -1,8 +1,8 @@
 """The service over HTTP on a machine with a GPU.
 
 The service is started as one process and as several, and wrk asks each live model for the classes of 32x32 PNGs over
-many connections; medians of the rounds are printed and written to benchmarks/results/serving_gpu.md. What the engines
-could compute is in the table that benchmarks/engines.py prints.
+many connections; medians of the rounds, that of the start included, are printed and written to
+benchmarks/results/serving_gpu.md. What the engines could compute is in the table that benchmarks/engines.py prints.
 
     python benchmarks/serving_gpu.py [--workers 1 8] [--rounds 3] [--seconds 2] [--models models] [--data FOLDER]
 
@@ -43,6 +43,7 @@ def main(workers: list[int], rounds: int, seconds: int, models: Path, source: st
     pictures = [png(image) for image in data.load(source).test.images[:PICTURES]]
     store = Store(models)
     measured: dict[tuple[str, str, int, int], list[Load]] = defaultdict(list)
+    starts_s: dict[int, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for _ in range(rounds):
@@ -50,6 +51,7 @@ def main(workers: list[int], rounds: int, seconds: int, models: Path, source: st
                 for name in store.names():
                     server = replace(OURS, workers=count, device="auto")
                     with Running(server, "torchscript", live(store, name), name, pictures[0], folder) as running:
+                        starts_s[count].append(running.start_s)
                         engine = engine_of(running, name)
                         for connections, load in loads(running, pictures, seconds, folder):
                             measured[name, engine, count, connections].append(load)
@@ -71,6 +73,8 @@ def main(workers: list[int], rounds: int, seconds: int, models: Path, source: st
             f"| `{name}` | {engine} | {count} | {connections} | {rate:,.0f} | {p50:.2f} | {p99:.2f} | {cpu:.2f} "
             f"| {errors} |"
         )
+    starts = (f"{statistics.median(each):.1f} s with {count}" for count, each in starts_s.items())
+    lines += ["", f"From the command to the first answer, by the number of processes: {', '.join(starts)}."]
     keep("serving_gpu", lines)
 
 
