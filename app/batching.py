@@ -133,7 +133,17 @@ class Batcher:
             idle, self._busy = not self._busy, True
         if idle:
             loop.call_soon(self._begin, loop)  # with what else arrives in this turn of the loop
-        return await work.result
+        try:
+            return await work.result
+        except asyncio.CancelledError:
+            self._forget(work)
+            raise
+
+    def _forget(self, work: _Work) -> None:
+        """Others may have its place in the queue, if it is still there."""
+        with self._lock, suppress(ValueError):
+            self._queue.remove(work)
+            self.queued -= work.count
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
         if self.queued == 1 and self._lone_s < _BRIEF_S:

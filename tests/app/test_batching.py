@@ -231,12 +231,13 @@ def test_a_batch_that_cannot_be_put_together_fails_and_the_next_one_is_computed(
 def test_a_cancelled_request_costs_nothing() -> None:
     async def scenario() -> None:
         engine = SlowEngine()
-        batcher = Batcher(engine, max_batch=4, max_queue=100)
+        batcher = Batcher(engine, max_batch=4, max_queue=2)
         first = await busy(batcher, engine)
         gone = asyncio.create_task(batcher.run(pictures(1, 2)))
         await asyncio.sleep(0)
         gone.cancel()
-        stays = asyncio.create_task(batcher.run(pictures(3)))
+        await asyncio.sleep(0)
+        stays = asyncio.create_task(batcher.run(pictures(3)))  # in the place of the one that has gone
         await asyncio.sleep(0)
         engine.gate.set()
         assert (await stays).logits.tolist() == [[3]]
