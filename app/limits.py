@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import problem
+from app.protocol import ARRIVED
 from app.settings import MIB, Settings
 
 _OTHER_BYTES = MIB
@@ -51,10 +52,8 @@ class BodyLimit:
         received = 0
         complete = declared == "0" and "transfer-encoding" not in headers
 
-        async def bounded() -> Message:
-            nonlocal refusal, patience_s, received, complete
-            if complete:
-                return await receive()  # the client's leaving, for which any time is right
+        async def in_time() -> Message:
+            nonlocal refusal, patience_s
             asked = time.monotonic()
             try:
                 async with asyncio.timeout(patience_s):
@@ -62,8 +61,16 @@ class BodyLimit:
             except TimeoutError:
                 refusal = _refusal(HTTPStatus.REQUEST_TIMEOUT, "the request body arrives too slowly")
                 raise ClientDisconnect from None  # what a route already expects of a body that ends early
+            gained = len(message.get("body", b"")) / _SLOWEST_BYTES_PER_S
+            patience_s = min(_GRACE_S, patience_s + asked - time.monotonic() + gained)
+            return message
+
+        async def bounded() -> Message:
+            nonlocal refusal, received, complete
+            if complete:
+                return await receive()  # the client's leaving, for which any time is right
+            message = await receive() if ARRIVED in scope else await in_time()
             size = len(message.get("body", b""))
-            patience_s = min(_GRACE_S, patience_s + asked - time.monotonic() + size / _SLOWEST_BYTES_PER_S)
             received += size
             self.pending += size
             complete = not message.get("more_body", False)

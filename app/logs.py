@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from random import getrandbits
 
 from pythonjsonlogger.json import JsonFormatter
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.settings import Style
@@ -69,7 +68,7 @@ class RequestLog:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        given = Headers(scope=scope).get("x-request-id", "")
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
         request_id = given if _SANE_ID.fullmatch(given) else f"{getrandbits(128):032x}"  # no secret, so no system call
         _request_id.set(request_id)
         status = LEFT
@@ -78,21 +77,16 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
         try:
             await self.app(scope, receive, identified)
         finally:
             path = scope.get("raw_path", b"").decode("ascii", "replace")
-            log.log(
-                logging.DEBUG if path in _PROBES else logging.INFO,
-                "%s %s %d",
-                scope["method"],
-                path,
-                status,
-                extra={
-                    "client": scope["client"][0] if scope.get("client") else None,
-                    "milliseconds": round((time.perf_counter() - started) * 1000, 3),
-                },
-            )
+            level = logging.DEBUG if path in _PROBES else logging.INFO
+            if log.isEnabledFor(level):
+                client = scope["client"][0] if scope.get("client") else None
+                milliseconds = round((time.perf_counter() - started) * 1000, 3)
+                extra = {"client": client, "milliseconds": milliseconds}
+                log.log(level, "%s %s %d", scope["method"], path, status, extra=extra)

@@ -25,6 +25,10 @@ ON_LEAVING = "cifar100.on_leaving"
 """Key of a request's scope: what is to be called if its client leaves before it is answered."""
 
 
+ARRIVED = "cifar100.arrived"
+"""Key of a request's scope that is there once its whole body is."""
+
+
 class BoundedHttp(HttpToolsProtocol):
     """Cuts off clients that send too large a head, too many requests ahead of the answers, or send or read too slowly.
 
@@ -104,6 +108,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._count_anew()
         if not self._shedding:
             super().on_message_complete()
+            cast(dict[str, Any], self.cycle.scope)[ARRIVED] = True
             return
         self._shedding = False
         self._end_head()
