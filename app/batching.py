@@ -14,6 +14,8 @@ request by itself, which finds the processor's caches full of something else.
 import asyncio
 import logging
 import math
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -33,9 +35,15 @@ from app.workers import processors
 
 log = logging.getLogger(__name__)
 
+_SHARED = processors() == 1  # by the engine's thread and the event loop
+
 # Waking a thread, and then the loop again, would take a fifth as long as the computation itself. With a processor for
 # the thread, though, the loop does better to receive what else arrives.
-_BRIEF_S = 0.005 if processors() == 1 else 0.0
+_BRIEF_S = 0.005 if _SHARED else 0.0
+
+# How far the engine's thread gives way to the loop, which has little to do at a time; where more comes than can be
+# computed, refusals would wait otherwise for tens of milliseconds. On Linux a thread has a niceness of its own.
+_NICENESS = 5 if _SHARED and sys.platform == "linux" else 0
 
 Images = NDArray[np.uint8]
 Source = Images | Callable[[], NDArray[np.uint8]]
@@ -107,7 +115,7 @@ class Batcher:
         self._busy = False  # whether the queue will be looked into again
         self._lone_s = math.inf  # what the last image that was computed alone took
         self._lock = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=engine.name)
+        self._thread = ThreadPoolExecutor(1, engine.name, initializer=os.nice, initargs=(_NICENESS,))
 
     async def run(self, images: Source, deadline: float | None = None) -> Scores:
         """What the engine makes of images.

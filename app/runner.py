@@ -26,7 +26,7 @@ from training.store import Store
 
 log = logging.getLogger(__name__)
 
-_NICENESS = 10  # of training processes, above the server's own
+_NICENESS = 15  # of training processes, above the server's own; engines' threads may have 5
 _POLL_S = 0.3
 _TERM_GRACE_S = 3.0
 _LEASE_POLL_S = 2.0

@@ -1,6 +1,8 @@
 """The batcher with an engine whose pace the test controls."""
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -98,6 +100,25 @@ def test_a_lone_image_is_computed_in_the_loop_where_the_thread_has_no_processor(
     asyncio.run(scenario())
     # How long it takes is not known at first; several images, and one that takes long, go to the thread.
     assert in_loop == [False, True, False, True, False]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+def test_the_thread_gives_way_to_the_loop_where_they_share_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NotingEngine(Engine):
+        name = "noting"
+        tolerance = 0.0
+        sizes = (1,)
+
+        def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            niceness.append(os.getpriority(os.PRIO_PROCESS, 0))
+            return images[:, :1, 0, 0].astype(np.float32)
+
+    niceness: list[int] = []
+    monkeypatch.setattr(batching, "_NICENESS", 5)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    asyncio.run(Batcher(NotingEngine(), 8, 8).run(pictures(1)))
+    assert niceness == [min(own + 5, 19)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
 def test_what_queues_while_the_engine_is_busy_is_computed_together() -> None:
