@@ -104,19 +104,17 @@ def test_a_lone_image_is_computed_in_the_loop_where_the_thread_has_no_processor(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
 def test_the_thread_gives_way_to_the_loop_where_they_share_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    class NotingEngine(Engine):
-        name = "noting"
-        tolerance = 0.0
-        sizes = (1,)
-
+    class NotingEngine(SlowEngine):
         def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
             niceness.append(os.getpriority(os.PRIO_PROCESS, 0))
-            return images[:, :1, 0, 0].astype(np.float32)
+            return super().__call__(images)
 
     niceness: list[int] = []
+    engine = NotingEngine()
+    engine.gate.set()
     monkeypatch.setattr(batching, "_NICENESS", 5)
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    asyncio.run(Batcher(NotingEngine(), 8, 8).run(pictures(1)))
+    asyncio.run(Batcher(engine, 8, 8).run(pictures(1)))
     assert niceness == [min(own + 5, 19)]
     assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
