@@ -63,14 +63,26 @@ class Access:
         if self._settings.predict_needs_key:
             self._require_key(key)
 
+    def charge_prediction(self, request: Request, units: int) -> None:
+        """Charge a prediction's rate limit further units, as its images are costly to decode.
+
+        Raises:
+            TooManyRequests: over the rate limit.
+        """
+        self._charge(request, self._settings.predict_rate_limit, "predict", units)
+
     def _require_key(self, key: str | None) -> None:
         if key is None:
             raise Unauthorized("this call needs an API key: send it as 'Authorization: Bearer KEY'")
+        if not self.is_key(key):
+            raise Unauthorized("the API key is not valid")
+
+    def is_key(self, key: str) -> bool:
+        """Whether this is one of the API keys."""
         given = _digest(key)
         # All are compared, each in constant time: the answer's time tells nothing about the keys.
         matches = [hmac.compare_digest(given, known) for known in self._keys]
-        if not any(matches):
-            raise Unauthorized("the API key is not valid")
+        return any(matches)
 
     def _not_local(self, request: Request) -> str | None:
         """Why a request cannot be trusted to come from this machine's user.
@@ -90,11 +102,11 @@ class Access:
             return f"the request was made by a page of {origin!r}"
         return None
 
-    def _charge(self, request: Request, limit: RateLimitItem | None, kind: str) -> None:
+    def _charge(self, request: Request, limit: RateLimitItem | None, kind: str, units: int = 1) -> None:
         if limit is None:
             return
-        client = _network(request.client.host if request.client else "")
-        if not self._limiter.hit(limit, kind, client):
+        client = network(request.client.host if request.client else "")
+        if not self._limiter.hit(limit, kind, client, cost=units):
             wait_s = max(1, math.ceil(self._limiter.get_window_stats(limit, kind, client).reset_time - time.time()))
             raise TooManyRequests(f"more than {limit} from {client}; try again in {wait_s} s", wait_s)
 
@@ -104,7 +116,7 @@ _Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
 async def _operator(request: Request, credentials: _Credentials) -> None:
-    _access(request).require_operator(request, credentials.credentials if credentials else None)
+    access_of(request).require_operator(request, credentials.credentials if credentials else None)
 
 
 ForOperators: Any = Depends(_operator)
@@ -113,11 +125,20 @@ ForOperators: Any = Depends(_operator)
 def let_predictor_pass(request: Request) -> None:
     """Raises what `Access.require_predictor` does."""
     scheme, key = get_authorization_scheme_param(request.headers.get("authorization"))
-    _access(request).require_predictor(request, key if scheme.lower() == "bearer" and key else None)
+    access_of(request).require_predictor(request, key if scheme.lower() == "bearer" and key else None)
 
 
-def _access(request: Request) -> Access:
+def access_of(request: Request) -> Access:
+    """The rules of the application that got a request."""
     return cast(Access, request.app.state.access)
+
+
+def client_of(request: Request) -> str:
+    """Who shares the decoders under one name: the holder of a key, or else a client address or IPv6 network."""
+    _, key = get_authorization_scheme_param(request.headers.get("authorization"))
+    if key and access_of(request).is_key(key):
+        return f"key {_digest(key).hex()}"
+    return network(request.client.host if request.client else "")
 
 
 def _digest(key: str) -> bytes:
@@ -131,7 +152,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _network(host: str) -> str:
+def network(host: str) -> str:
     """Who is counted as one client: an IPv4 address, or the network that one IPv6 customer gets."""
     try:
         address = ipaddress.ip_address(host)

@@ -1,102 +1,276 @@
-"""Images of requests to pixels, in threads, and no more of them than can be decoded in time.
+"""Decodes the images of requests outside the event loop, and shares the decoders among clients by CPU time.
 
-files --> [a few threads] --> uint8 [N, 3, 32, 32]
-   large --> [one thread], where a request with a large image waits apart from the others
+    file -> quick lane: read the header, estimate the cost --up to 10 ms--> decoded there, in one of several threads
+                                                           --up to 50 ms--> medium lane: a thread of lower priority
+                                                           --more---------> costly lane: a process that can be ended
+
+Each lane is a `FairQueue`: the client that has spent the least CPU time there is next. The images of one request are
+decoded one after the other, so that those of other requests come in between. A client may have only its share of
+`max_queue` images waiting while others wait too.
 """
 
 import asyncio
+import math
+import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import BinaryIO
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from typing import BinaryIO, Generic, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app import images
-from app.errors import Problem, Unavailable
+from app.decode_cost import MIB, DecodeCost
+from app.decode_process import DecodeProcess
+from app.exceptions import Problem, Unavailable
+from app.fair_queue import FairQueue
+from app.images import MAX_COST, EncodedImage
 from app.settings import Settings
 from app.workers import processors
 
-_MAX_THREADS = 8  # each may need memory for an image of up to ten million pixels
+_MAX_THREADS = 8
+_MAX_PROCESSES = 2
+_HEADER = DecodeCost(1, 32 * MIB)
+_QUICK = DecodeCost(10, 32 * MIB)
+_MEDIUM = DecodeCost(50, 64 * MIB)
+_MEDIUM_NICENESS = 5  # Linux gives each thread a nice value of its own
+_RATE_UNIT_MS = 10  # of estimated CPU time per unit of CIFAR100_PREDICT_RATE_LIMIT
 
 File = tuple[str | None, BinaryIO]
 """Name and content of an image that was sent."""
 
+Charge = Callable[[int], None]
+"""Charges a client's rate limit some further units, or raises TooManyRequests."""
+
+Value = TypeVar("Value")
+
+
+@dataclass
+class _Lane:
+    """Workers that take turns among clients."""
+
+    queue: FairQueue
+    workers: Executor
+
+
+@dataclass(eq=False)
+class _Request:
+    """The images of one request, and how far they are decoded."""
+
+    client: str
+    deadline: float
+    left: int
+    """Images that are not decoded yet."""
+    charge: Charge | None
+    estimated_ms: float = 0.0
+    charged_units: int = 1  # every request is charged one unit before its body is read
+
+    def add_cost(self, cost: DecodeCost) -> None:
+        """Charge the client for one more image.
+
+        Raises:
+            TooManyRequests: the client's rate limit is exceeded.
+        """
+        self.estimated_ms += cost.cpu_ms
+        units = max(1, math.ceil(self.estimated_ms / _RATE_UNIT_MS))
+        if self.charge and units > self.charged_units:
+            self.charge(units - self.charged_units)
+            self.charged_units = units
+
+
+@dataclass
+class _Backlog:
+    """Counts the images that wait, by client, and refuses those over a client's share of the limit."""
+
+    limit: int
+    total: int = 0
+    by_client: dict[str, int] = field(default_factory=dict)
+
+    def is_full_for(self, client: str, count: int = 1) -> bool:
+        """Whether a client that has images waiting would exceed its share with `count` more.
+
+        Half of the limit is open to any client. Above that, each client with images waiting has an equal share.
+        """
+        held = self.by_client.get(client, 0)
+        if not held or self.total + count <= self.limit // 2:
+            return False
+        return held + count > max(1, self.limit // len(self.by_client))
+
+    def add(self, client: str, count: int) -> None:
+        self.total += count
+        self.by_client[client] = self.by_client.get(client, 0) + count
+        if not self.by_client[client]:
+            del self.by_client[client]
+
 
 class Decoders:
-    """The threads that decode images.
+    """The threads and processes that decode images.
 
     Args:
-        settings: limits of an image, and how many may wait.
+        settings: limits of an image, and how many images may wait.
     """
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self._common = ThreadPoolExecutor(min(processors(), _MAX_THREADS), "decoder")
-        self._large = ThreadPoolExecutor(1, "decoder-of-large-images")
-        self.waiting = 0
-        """Images of requests under way that are not decoded yet, but for those held up."""
-        self.held_up = 0
-        """Large images, and what comes after them in their requests."""
+        count = min(processors(), _MAX_THREADS)
+        self._quick = _Lane(FairQueue(count, count * _QUICK.memory_bytes), ThreadPoolExecutor(count, "decoder"))
+        count = max(1, count - 1)
+        self._medium = _Lane(
+            FairQueue(count, count * _MEDIUM.memory_bytes),
+            ThreadPoolExecutor(count, "medium-decoder", initializer=_lower_priority),
+        )
+        count = min(processors(), _MAX_PROCESSES)
+        self._costly = _Lane(FairQueue(count, MAX_COST.memory_bytes), ThreadPoolExecutor(count, "costly-decoder"))
+        self._idle_processes = SimpleQueue[DecodeProcess]()
+        limits = settings.max_image_bytes, settings.max_image_pixels
+        self._processes = [DecodeProcess(*limits) for _ in range(count)]
+        for process in self._processes:
+            self._idle_processes.put(process)
+        self._waiting = _Backlog(settings.max_queue)
+        self._held_up = _Backlog(settings.max_queue)
 
-    async def run(self, files: Sequence[File], deadline: float) -> NDArray[np.uint8]:
-        """The pixels of a request's images: uint8 [N, 3, 32, 32].
+    @property
+    def waiting(self) -> int:
+        """Images of requests under way that are not decoded yet, except those that costly images hold up."""
+        return self._waiting.total
+
+    @property
+    def held_up(self) -> int:
+        """Costly images that wait, and the images that follow them in their requests."""
+        return self._held_up.total
+
+    def is_full_for(self, client: str) -> bool:
+        """Whether a further image of this client would be refused."""
+        return self._waiting.is_full_for(client)
+
+    async def decode(
+        self, files: Sequence[File], client: str, deadline: float, charge: Charge | None = None
+    ) -> NDArray[np.uint8]:
+        """Decode the images of a request.
 
         Args:
             files: open until this returns.
-            deadline: of the monotonic clock; what has not been begun by then is refused.
+            client: whose share of the decoders they use.
+            deadline: of the monotonic clock; an image whose decoding has not begun by then is refused.
+            charge: called with the rate units of the estimated cost beyond the first unit.
+
+        Returns:
+            uint8 [N, 3, 32, 32].
 
         Raises:
             Unavailable: too many images are waiting, or the deadline passed.
-            Problem: an image that cannot be decoded; where there are several, with its name.
+            TooManyRequests: raised by `charge`.
+            Problem: an image cannot be decoded; where there are several, the message names it.
         """
-        if self.waiting and self.waiting + len(files) > self._settings.max_queue:
+        if self._waiting.is_full_for(client, len(files)):
             raise Unavailable(f"{self.waiting} images are waiting to be decoded already; try again later")
+        request = _Request(client, deadline, len(files), charge)
         pixels = list[NDArray[np.uint8]]()
-        self.waiting += len(files)
+        self._waiting.add(client, len(files))
         try:
-            for name, file in files:  # one after the other, so that those of other requests come in between
+            for name, file in files:
                 try:
-                    pixels.append(await self._decoded(file, deadline, len(files) - len(pixels)))
+                    pixels.append(await self._decode(request, file))
                 except Problem as error:
                     if len(files) > 1:
                         error.detail = f"{name}: {error.detail}"
                     raise
-                self.waiting -= 1
+                request.left -= 1
+                self._waiting.add(client, -1)
         finally:
-            self.waiting -= len(files) - len(pixels)
+            self._waiting.add(client, -request.left)
         return np.stack(pixels)
 
-    async def _decoded(self, file: BinaryIO, deadline: float, left: int) -> NDArray[np.uint8]:
-        loop = asyncio.get_running_loop()
+    async def _decode(self, request: _Request, file: BinaryIO) -> NDArray[np.uint8]:
+        limits = self._settings.max_image_bytes, self._settings.max_image_pixels
+
+        def decode_if_quick() -> tuple[DecodeCost, NDArray[np.uint8] | EncodedImage]:
+            file.seek(0)
+            image = EncodedImage(file.read(limits[0] + 1), *limits)
+            return image.cost, image if image.cost.exceeds(_QUICK) else image.decode()
+
+        cost, result = await self._run(self._quick, request, _HEADER, partial(_measure, decode_if_quick))
+        request.add_cost(cost)
+        if not isinstance(result, EncodedImage):
+            return result
+        if not cost.exceeds(_MEDIUM):
+            return await self._run(self._medium, request, cost, partial(_measure, result.decode))
+        del result  # the process reads the file again
+        with self._hold_up(request):
+            return await self._run(self._costly, request, cost, partial(self._decode_apart, file))
+
+    def _decode_apart(self, file: BinaryIO) -> "_Outcome[NDArray[np.uint8]]":
+        file.seek(0)
+        process = self._idle_processes.get()
         try:
-            return await loop.run_in_executor(self._common, self._decode, file, deadline, False)
-        except images.Large:
-            with self._apart(left):
-                return await loop.run_in_executor(self._large, self._decode, file, deadline, True)
+            result, cpu_s = process.decode(file.read(self._settings.max_image_bytes + 1))
+        finally:
+            self._idle_processes.put(process)
+        return _Outcome(None, result, cpu_s) if isinstance(result, Problem) else _Outcome(result, None, cpu_s)
 
     @contextmanager
-    def _apart(self, left: int) -> Iterator[None]:
-        """While the images left of a request wait for a large one among them, they keep no other request waiting."""
-        if self.held_up and self.held_up + left > self._settings.max_queue:
-            raise Unavailable(f"{self.held_up} images are held up by large ones already; try again later")
-        self.waiting -= left
-        self.held_up += left
+    def _hold_up(self, request: _Request) -> Iterator[None]:
+        """Count the images left of a request apart while one of them is costly: they delay no other request."""
+        count = request.left
+        if self._held_up.is_full_for(request.client, count):
+            raise Unavailable(f"{self.held_up} images wait for costly ones already; try again later")
+        self._waiting.add(request.client, -count)
+        self._held_up.add(request.client, count)
         try:
             yield
         finally:
-            self.held_up -= left
-            self.waiting += left
+            self._held_up.add(request.client, -count)
+            self._waiting.add(request.client, count)
 
-    def _decode(self, file: BinaryIO, deadline: float, large: bool) -> NDArray[np.uint8]:
-        if time.monotonic() > deadline:
-            raise Unavailable("the image waited longer than the deadline to be decoded; try again later")
-        file.seek(0)
-        content = file.read(self._settings.max_image_bytes + 1)
-        return images.decode(content, self._settings.max_image_bytes, self._settings.max_image_pixels, large)
+    async def _run(
+        self, lane: _Lane, request: _Request, cost: DecodeCost, work: "Callable[[], _Outcome[Value]]"
+    ) -> Value:
+        """Run some work in a lane when it is the client's turn."""
+        try:
+            turn = await lane.queue.enter(request.client, cost, request.deadline - time.monotonic())
+        except TimeoutError:
+            raise Unavailable("the image waited longer than the deadline to be decoded; try again later") from None
+        # The work goes on when this task is cancelled, as a thread cannot be; so does its turn.
+        future = asyncio.get_running_loop().run_in_executor(lane.workers, work)
+        future.add_done_callback(lambda future: lane.queue.leave(turn, future.result().cpu_s))
+        return (await asyncio.shield(future)).get()
 
     def close(self) -> None:
-        for threads in (self._common, self._large):
-            threads.shutdown(wait=False)
+        """End the threads and processes."""
+        for lane in (self._quick, self._medium, self._costly):
+            lane.workers.shutdown(wait=False)
+        for process in self._processes:
+            process.close()
+
+
+@dataclass(slots=True)
+class _Outcome(Generic[Value]):
+    """The result of some work, or its error, and the CPU time that it took."""
+
+    value: Value | None
+    error: Exception | None
+    cpu_s: float
+
+    def get(self) -> Value:
+        if self.error:
+            raise self.error
+        return cast(Value, self.value)
+
+
+def _measure(work: Callable[[], Value]) -> _Outcome[Value]:
+    started = time.thread_time()
+    try:
+        value, error = work(), None
+    except Exception as raised:
+        value, error = None, raised
+    return _Outcome(value, error, time.thread_time() - started)
+
+
+def _lower_priority() -> None:
+    if sys.platform == "linux":
+        os.nice(_MEDIUM_NICENESS)

@@ -1,16 +1,8 @@
-"""Every failure as application/problem+json (RFC 9457), and the one table from error to status code.
-
-bytes  --images.decode-->  pixels  --batching-->  logits  --routes-->  JSON
-       UnsupportedImage 415        Unavailable 503
-       DamagedImage 422, TooLarge 413
-names  --pool, store-->  model     NotFound 404, Unavailable 503
-recipe --training.recipes-->  job  BadRequest 422, Unavailable 503
-caller --access-->  route          TooManyRequests 429, Unauthorized 401, Forbidden 403
-"""
+"""Every failure as application/problem+json (RFC 9457)."""
 
 import logging
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,88 +12,33 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.exceptions import (
+    BadRequest,
+    DamagedImage,
+    Forbidden,
+    NotFound,
+    Problem,
+    TooLarge,
+    TooManyRequests,
+    Unauthorized,
+    Unavailable,
+    UnsupportedImage,
+)
+
+__all__ = [
+    "BadRequest",
+    "DamagedImage",
+    "Forbidden",
+    "NotFound",
+    "Problem",
+    "TooLarge",
+    "TooManyRequests",
+    "Unauthorized",
+    "Unavailable",
+    "UnsupportedImage",
+]
+
 log = logging.getLogger(__name__)
-
-
-class Problem(Exception):
-    """A failure the client is told about.
-
-    Args:
-        detail: what happened, with the value, and what to do.
-    """
-
-    status = HTTPStatus.INTERNAL_SERVER_ERROR
-    default_headers: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, detail: str):
-        super().__init__(detail)
-        self.detail = detail
-        self.headers = dict(self.default_headers)
-
-
-class UnsupportedImage(Problem):
-    """Neither an image of a supported format nor, for /evaluate, a form with a zip."""
-
-    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
-
-
-class DamagedImage(Problem):
-    """The bytes begin as a supported image but cannot be decoded."""
-
-    status = HTTPStatus.UNPROCESSABLE_ENTITY
-
-
-class TooLarge(Problem):
-    """More bytes, pixels or files than the limits allow."""
-
-    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-
-
-class BadRequest(Problem):
-    """The request can be read but not fulfilled as it stands."""
-
-    status = HTTPStatus.UNPROCESSABLE_ENTITY
-
-
-class NotFound(Problem):
-    """No such model, version, job or evaluation."""
-
-    status = HTTPStatus.NOT_FOUND
-
-
-class Unauthorized(Problem):
-    """No API key, or a wrong one."""
-
-    status = HTTPStatus.UNAUTHORIZED
-    default_headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Bearer"}
-
-
-class Forbidden(Problem):
-    """Not from there, as the service is set up."""
-
-    status = HTTPStatus.FORBIDDEN
-
-
-class TooManyRequests(Problem):
-    """Over the rate limit.
-
-    Args:
-        detail: as for every problem.
-        retry_after_s: when a further request is let through.
-    """
-
-    status = HTTPStatus.TOO_MANY_REQUESTS
-
-    def __init__(self, detail: str, retry_after_s: int):
-        super().__init__(detail)
-        self.headers["Retry-After"] = str(retry_after_s)
-
-
-class Unavailable(Problem):
-    """Not now: overloaded, not ready, or past the deadline. Worth another try."""
-
-    status = HTTPStatus.SERVICE_UNAVAILABLE
-    default_headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
 
 
 class ProblemDetails(BaseModel):

@@ -1,46 +1,45 @@
 """Untrusted bytes to the pixels a model takes.
 
-    bytes -> (size limit) -> header -> (format, pixel limit) -> decoded -> centre square, 32x32 -> upright -> RGB
+    bytes -> (size limit) -> header -> (format, pixel limit, cost limit) -> decoded -> center square, 32x32 -> upright
+          -> RGB
 
-In: an encoded image.  Out: uint8 [3, 32, 32], or `UnsupportedImage`, `DamagedImage`, `TooLarge`.
-An image of exactly 32x32 is not resampled. What would cost far more time or memory than its bytes and pixels explain is
-refused: endless scans or parts, and what Pillow decodes in Python.
+In: an encoded image.  Out: uint8 [3, 32, 32], or `UnsupportedImage`, `DamagedImage`, `TooLarge`, `CostlyImage`.
+An image of exactly 32x32 is not resampled. An image is refused before it is decoded if decoding would take far more
+time or memory than a photo takes: too many scans or parts, or a compression that Pillow decodes in Python.
 """
 
 import io
-import re
 import struct
-import threading
 import warnings
 import zlib
-from contextlib import nullcontext, suppress
-from itertools import islice
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from app.errors import DamagedImage, TooLarge, UnsupportedImage
+from app.decode_cost import JPEG_SIDE, MIB, DecodeCost, estimate
+from app.exceptions import DamagedImage, TooLarge, UnsupportedImage
 
 SIZE = 32
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
-# Decoding takes up to 16 bytes per pixel, so large images are decoded one at a time.
-_LARGE_PIXELS = 10_000_000
-_one_large = threading.Lock()
+MAX_COST = DecodeCost(2_000, 512 * MIB)
+"""An image whose estimated cost exceeds this is refused."""
 
-# A JPEG decoder goes through all blocks of pixels once for each scan, of which an empty one takes ten bytes. Encoders
-# write a few dozen; in ten million bytes of anything else, such as an attached video, 150 seem to be by chance.
-_SCAN = re.compile(rb"\xff\xda")
-_MAX_SCANS = 500
-
-# Pillow takes files to pieces in Python: so many in 0.2 s at most, and all of a smaller file in 0.03 s.
+# Pillow reads a file piece by piece in Python, and a TIFF's directory value by value. These limits keep each below
+# about 50 ms; files of up to _SMALL_BYTES cannot exceed that.
+_MAX_HEADER_PIECES = 5_000
 _MAX_PIECES = 50_000
+_MAX_TIFF_VALUES = 20_000
 _SMALL_BYTES = 64 << 10
-_TOO_MANY = f"the image consists of more than {_MAX_PIECES:,} parts; save it anew"
 _BYTES_AS_THEY_ARE = (1, 2, 7)  # types of TIFF's values that stay in one piece
+
+# A compressed text or color profile of a PNG may take a thousand times its bytes. Pillow limits each to 1 MiB.
+PngImagePlugin.MAX_TEXT_MEMORY = 4 * MIB
+_MAX_PROFILES = 4
 
 # Orientations of the EXIF standard, and what turns the image upright. A JPEG's segment holds 64 KiB; as many numbers as
 # four of them hold, where one is expected, take 0.1 s.
@@ -74,66 +73,127 @@ _DECODE_ERRORS = (
 )
 
 
-class Large(Exception):
-    """An image whose decoding takes much memory."""
+class CostlyImage(Exception):
+    """Decoding would cost more than the caller allows, but less than `MAX_COST`.
+
+    Args:
+        cost: the estimate.
+    """
+
+    def __init__(self, cost: DecodeCost):
+        super().__init__(cost)
+        self.cost = cost
 
 
-class _Pieces(io.BytesIO):
-    """A file that is read in a limited number of pieces."""
+class _PieceLimitedFile(io.BytesIO):
+    """A file that can be read in a limited number of pieces."""
 
-    left = _MAX_PIECES
+    left = _MAX_HEADER_PIECES
 
     def read(self, size: int | None = -1) -> bytes:
         self.left -= 1
         if self.left < 0:
-            raise TooLarge(_TOO_MANY)
+            raise _too_many_parts()
         return super().read(size)
 
 
-def decode(data: bytes, max_bytes: int, max_pixels: int, large: bool = True) -> NDArray[np.uint8]:
-    """The central square of an image, upright, over white, as 32x32 RGB.
+def _too_many_parts() -> TooLarge:
+    return TooLarge("the image consists of more parts than any encoder writes; save it again as a PNG or JPEG")
+
+
+class EncodedImage:
+    """An image whose header has been read, and which is small and cheap enough to be decoded.
 
     Args:
         data: a JPEG, PNG, WebP, GIF (first frame), BMP or TIFF file.
         max_bytes: of the file.
-        max_pixels: width times height; checked before anything is decoded.
-        large: whether to wait for other images that take much memory, or to raise `Large`, if this one does.
+        max_pixels: width times height.
+
+    Raises:
+        UnsupportedImage: the bytes are not an image of these formats, or a BMP that is run-length encoded.
+        DamagedImage: empty, or the header is damaged.
+        TooLarge: over one of the limits, over `MAX_COST`, or of more parts than any encoder writes.
+    """
+
+    cost: DecodeCost
+    """Estimated cost of decoding."""
+
+    def __init__(self, data: bytes, max_bytes: int, max_pixels: int):
+        if not data:
+            raise DamagedImage("the image is empty; send the bytes of a file")
+        if len(data) > max_bytes:
+            raise TooLarge(f"the image has more than {max_bytes:,} bytes; send a smaller one")
+        self._image = image = _open(data)
+        if image.width * image.height > max_pixels:
+            raise TooLarge(
+                f"the image has {image.width}x{image.height} pixels, the limit is {max_pixels:,}; send a smaller one"
+            )
+        try:
+            self.cost = estimate(image, data)
+        except _DECODE_ERRORS as error:
+            raise DamagedImage(f"the {image.format} image's header is damaged: {error}") from error
+        _require_affordable(self.cost)
+
+    def decode(self) -> NDArray[np.uint8]:
+        """Decode the central square, upright, over white, as 32x32 RGB. It can be called once.
+
+        Returns:
+            uint8 [3, 32, 32].
+
+        Raises:
+            DamagedImage: truncated or otherwise undecodable.
+            TooLarge: the memory does not suffice.
+        """
+        image, kind = self._image, self._image.format
+        del self._image  # so that its memory is free before the next image takes as much
+        try:
+            return np.asarray(_square(image), np.uint8).transpose(2, 0, 1).copy()
+        except _DECODE_ERRORS as error:
+            raise DamagedImage(f"the {kind} image cannot be decoded: {error}") from error
+        except MemoryError:
+            raise TooLarge(f"decoding the {kind} image takes more memory than there is; send a smaller one") from None
+
+
+def decode(data: bytes, max_bytes: int, max_pixels: int, max_cost: DecodeCost = MAX_COST) -> NDArray[np.uint8]:
+    """Decode an image, if that is cheap enough.
 
     Returns:
         uint8 [3, 32, 32].
 
     Raises:
-        UnsupportedImage: the bytes are not an image of these formats, or a BMP that is run-length encoded.
-        DamagedImage: empty, truncated or otherwise undecodable.
-        TooLarge: over one of the limits, or of more parts than any encoder writes.
-        Large: it is not to be decoded here.
+        Problem: as `EncodedImage` and `EncodedImage.decode`.
+        CostlyImage: the estimated cost exceeds `max_cost`.
     """
-    if not data:
-        raise DamagedImage("the image is empty; send the bytes of a file")
-    if len(data) > max_bytes:
-        raise TooLarge(f"the image has more than {max_bytes:,} bytes; send a smaller one")
-    image = _opened(data)
-    (width, height), kind = image.size, image.format
-    if width * height > max_pixels:
-        raise TooLarge(f"the image has {width}x{height} pixels, the limit is {max_pixels:,}; send a smaller one")
-    # A JPEG that is not progressive is decoded at a fraction of its size.
-    small = width * height <= _LARGE_PIXELS or (isinstance(image, JpegImageFile) and "progressive" not in image.info)
-    if not (small or large):
-        raise Large
-    try:
-        with nullcontext() if small else _one_large:
-            pixels = np.asarray(_square(image), np.uint8)
-            del image  # frees its memory before the next one takes as much
-            return pixels.transpose(2, 0, 1).copy()
-    except _DECODE_ERRORS as error:
-        raise DamagedImage(f"the {kind} image cannot be decoded: {error}") from error
+    image = EncodedImage(data, max_bytes, max_pixels)
+    if image.cost.exceeds(max_cost):
+        raise CostlyImage(image.cost)
+    return image.decode()
 
 
-def _opened(data: bytes) -> Image.Image:
-    """An image of which only the header has been read, and which can be decoded in reasonable time."""
-    file = io.BytesIO(data) if len(data) <= _SMALL_BYTES else _Pieces(data)
-    if data.startswith((b"II", b"MM")) and _tiff_values(data) > _MAX_PIECES:
-        raise TooLarge(_TOO_MANY)
+def _require_affordable(cost: DecodeCost) -> None:
+    if cost.cpu_ms > MAX_COST.cpu_ms:
+        raise TooLarge(
+            f"decoding the image would take about {cost.cpu_ms / 1000:.1f} s of CPU time, the limit is "
+            f"{MAX_COST.cpu_ms / 1000:.0f} s; send a smaller image, or a JPEG that is not progressive"
+        )
+    if cost.memory_bytes > MAX_COST.memory_bytes:
+        raise TooLarge(
+            f"decoding the image would take about {cost.memory_bytes // MIB:,} MiB of memory, the limit is "
+            f"{MAX_COST.memory_bytes // MIB:,} MiB; send a smaller image, or a JPEG that is not progressive"
+        )
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    """Open an image, reading its header only.
+
+    Raises:
+        UnsupportedImage, DamagedImage, TooLarge: as for `decode`.
+    """
+    file = io.BytesIO(data) if len(data) <= _SMALL_BYTES else _PieceLimitedFile(data)
+    if data.startswith((b"II", b"MM")) and _tiff_values(data) > _MAX_TIFF_VALUES:
+        raise _too_many_parts()
+    if data.startswith(b"\x89PNG") and data.count(b"iCCP") > _MAX_PROFILES:
+        raise _too_many_parts()
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -142,8 +202,8 @@ def _opened(data: bytes) -> Image.Image:
         raise TooLarge(str(error)) from None
     except _DECODE_ERRORS as error:
         raise DamagedImage(f"the image's header is damaged: {error}") from error
-    if isinstance(image, JpegImageFile) and next(islice(_SCAN.finditer(data), _MAX_SCANS, None), None):
-        raise TooLarge(f"the JPEG has more than {_MAX_SCANS} scans; save it anew, not progressive")
+    if isinstance(file, _PieceLimitedFile):
+        file.left = _MAX_PIECES
     if any(tile.codec_name in Image.DECODERS for tile in image.tile):
         raise UnsupportedImage(f"{image.format} with this compression is not supported; save it anew, as a PNG")
     return image
@@ -168,7 +228,7 @@ def _tiff_values(data: bytes) -> int:
 def _square(image: Image.Image) -> Image.Image:
     if isinstance(image, JpegImageFile):  # MPO as well, which is what many phones call their JPEGs with a preview
         # Decodes at the smallest DCT scale that still leaves twice the resolution needed.
-        image.draft(None, (2 * SIZE, 2 * SIZE))
+        image.draft(None, (JPEG_SIDE, JPEG_SIDE))
     orientation = _orientation(image)
     image = _resamplable(image)
     if image.size != (SIZE, SIZE):
@@ -199,8 +259,10 @@ def _resamplable(image: Image.Image) -> Image.Image:
     if image.mode == "1":
         return image.convert("L")
     if image.mode.startswith("I;16"):
-        levels = np.asarray(image, np.uint16)
-        return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        levels = np.asarray(image, np.uint16).astype(np.uint32)
+        levels += 128
+        levels //= 257  # in place, as a large image would take much memory otherwise
+        return Image.fromarray(levels.astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("32 bits per channel are not supported")
     return image if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") else image.convert("RGB")

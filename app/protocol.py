@@ -38,7 +38,7 @@ class BoundedHttp(HttpToolsProtocol):
         sheds: whether a request for this URL is to be refused at once with 503, as the service has too much to do.
     """
 
-    def __init__(self, *args: Any, sheds: Callable[[bytes], bool], **kwargs: Any):
+    def __init__(self, *args: Any, sheds: Callable[[bytes, str], bool], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._sheds = sheds
         self._shedding = False
@@ -91,7 +91,12 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.abort()
             raise ValueError(len(self.pipeline))
         self._unset_keepalive_if_required()
-        if self._idle and self.parser.get_method() == b"POST" and not self._from_page and self._sheds(self.url):
+        if (
+            self._idle
+            and self.parser.get_method() == b"POST"
+            and not self._from_page
+            and self._sheds(self.url, self.client[0] if self.client else "")
+        ):
             self._shedding = True  # the head counts as going on until the body is there
             if self.expect_100_continue:
                 self._refuse(_unavailable(_OVERLOADED))

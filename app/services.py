@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl
 
 from fastapi import Depends, Request
 
+from app.access import network
 from app.decoding import Decoders
 from app.evaluations import Evaluations
 from app.jobs import Jobs
@@ -58,7 +59,7 @@ class Services:
         """Whether requests should be sent here."""
         return self.pool.ready and not self.draining
 
-    def sheds(self, url: bytes) -> bool:
+    def sheds(self, url: bytes, client: str) -> bool:
         """Whether a request for this URL is a prediction that would be refused, as too many images are waiting.
 
         Asked in the event loop, once for every request. Those that are let in have reached the queue at the loop's next
@@ -70,7 +71,9 @@ class Services:
         model = self.pool.peek(_model_in(query))
         if model is None:
             return False
-        if model.batcher.queued + self.decoders.waiting + self._arriving >= model.batcher.max_queue:
+        is_full = model.batcher.queued + self._arriving >= model.batcher.max_queue
+        # Behind a trusted proxy the client is known only once the request has reached the application.
+        if is_full or (not self.settings.trusted_proxies and self.decoders.is_full_for(network(client))):
             self.metrics.count_shed()
             return True
         self._arriving += 1

@@ -20,12 +20,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import images
-from app.access import let_predictor_pass
+from app.access import access_of, client_of, let_predictor_pass
 from app.batching import Scores, Source
+from app.decode_cost import MIB, DecodeCost
 from app.decoding import File
 from app.errors import EXPECTED, BadRequest, TooLarge, UnsupportedImage, answer
 from app.forms import read_form
 from app.headers import media_type
+from app.images import CostlyImage
 from app.pool import Model, Version
 from app.protocol import ON_LEAVING
 from app.services import Services, services_of
@@ -36,6 +38,7 @@ from training.store import ModelCard
 # An image up to this size is decoded with its batch before a thread would have begun to; where a thread would have to
 # share the only processor, one that takes a few milliseconds is as well.
 _SMALL_BYTES, _SMALL_PIXELS = (128 << 10, 512 * 512) if processors() == 1 else (8 << 10, 64 * 64)
+_SMALL_COST = DecodeCost(5, 16 * MIB)
 # Parts of a PNG that may grow a thousandfold, whatever its size in pixels.
 _PNG, _COMPRESSED = b"\x89PNG", (b"zTXt", b"iTXt", b"iCCP")
 
@@ -109,7 +112,7 @@ async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Predict
     async with _files(request, settings) as files:
         started = time.perf_counter()
         deadline = time.monotonic() + settings.deadline_s
-        chosen, scores = await _scores(services, asked, files, deadline)
+        chosen, scores = await _scores(request, services, asked, files, deadline)
     return Predictions(
         model=chosen.card.name,
         version=chosen.card.version,
@@ -121,16 +124,19 @@ async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Predict
     )
 
 
-async def _scores(services: Services, asked: Asked, files: list[File], deadline: float) -> tuple[Model, Scores]:
+async def _scores(
+    request: Request, services: Services, asked: Asked, files: list[File], deadline: float
+) -> tuple[Model, Scores]:
     async def computed(pixels: Source) -> tuple[Model, Scores]:
         chosen = await services.pool.get(asked.model, asked.version)
         # From there to the queue nothing else runs, so a swap cannot slip in between.
         return chosen, await chosen.batcher.run(pixels, deadline)
 
     if decode := _small(files, services.settings):
-        with suppress(TooLarge):  # of few bytes, but many pixels
+        with suppress(TooLarge, CostlyImage):  # a file of few bytes may have many pixels or scans
             return await computed(decode)
-    return await computed(await services.decoders.run(files, deadline))
+    charge = partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None
+    return await computed(await services.decoders.decode(files, client_of(request), deadline, charge))
 
 
 class Shortcut:
@@ -218,7 +224,7 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
 
 
 def _small(files: list[File], settings: Settings) -> Callable[[], NDArray[np.uint8]] | None:
-    """What decodes a small image, or raises `TooLarge`; None where there are several, or where it may take longer."""
+    """What decodes a small image, or raises `TooLarge` or `CostlyImage`; None for several images, or a larger one."""
     max_bytes = min(_SMALL_BYTES, settings.max_image_bytes)
     max_pixels = min(_SMALL_PIXELS, settings.max_image_pixels)
     (_, file), *more = files
@@ -227,4 +233,4 @@ def _small(files: list[File], settings: Settings) -> Callable[[], NDArray[np.uin
     content = file.read(max_bytes + 1)
     if len(content) > max_bytes or (content.startswith(_PNG) and any(kind in content for kind in _COMPRESSED)):
         return None
-    return partial(images.decode, content, max_bytes, max_pixels)
+    return partial(images.decode, content, max_bytes, max_pixels, _SMALL_COST)

@@ -488,13 +488,13 @@ def test_what_may_grow_a_thousandfold_does_not_keep_a_batch_waiting(
     assert kind in buffer.getvalue()
     assert len(buffer.getvalue()) < 1000
     threads = set()
-    decode = images.decode
+    decode = images.EncodedImage.decode
 
-    def noted(*given: Any) -> Any:
+    def noted(image: images.EncodedImage) -> Any:
         threads.add(threading.current_thread().name.partition("_")[0])
-        return decode(*given)
+        return decode(image)
 
-    monkeypatch.setattr(images, "decode", noted)
+    monkeypatch.setattr(images.EncodedImage, "decode", noted)
     assert client.post("/predict", files={"file": buffer.getvalue()}).status_code == 200
     assert threads == {"decoder"}
 

@@ -252,19 +252,20 @@ def overloaded(app: FastAPI, address: Address) -> Batcher:
 
 
 @pytest.mark.usefixtures("address")
-def test_requests_that_come_at_once_count_before_they_are_queued(app: FastAPI) -> None:
+def test_requests_that_come_at_once_count_before_they_are_queued(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     services: Services = app.state.services
     limit = services.pool.live()["resnet"].batcher.max_queue
 
     async def scenario() -> None:
-        assert not any(services.sheds(b"/predict?top_k=1") for _ in range(limit))
-        assert services.sheds(b"/predict")
-        assert not services.sheds(b"/health")
+        assert not any(services.sheds(b"/predict?top_k=1", "127.0.0.1") for _ in range(limit))
+        assert services.sheds(b"/predict", "127.0.0.1")
+        assert not services.sheds(b"/health", "127.0.0.1")
         await asyncio.sleep(0)
-        assert not services.sheds(b"/predict")
-        services.decoders.waiting = limit
-        assert services.sheds(b"/predict")
-        assert not services.sheds(b"/predict?version=1")  # has a queue of its own
+        assert not services.sheds(b"/predict", "127.0.0.1")
+        monkeypatch.setattr(services.decoders, "is_full_for", lambda client: client == "127.0.0.1")
+        assert services.sheds(b"/predict", "127.0.0.1")
+        assert not services.sheds(b"/predict", "127.0.0.2")  # another client has a share of its own
+        assert not services.sheds(b"/predict?version=1", "127.0.0.1")  # has a queue of its own
         refused = b'cifar100_requests_total{method="POST",route="/predict",status="503"} 2.0'
         assert refused in services.metrics.text(services.pool)
 

@@ -1,18 +1,23 @@
-"""Decoding in threads: what does not wait for what, and what is refused."""
+"""Decoding for many clients: which lane an image takes, who waits for whom, and what is refused."""
 
 import asyncio
 import io
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from app import images
+from app import decoding
+from app.decode_cost import MIB, DecodeCost
 from app.decoding import Decoders, File
-from app.errors import Unavailable
+from app.errors import Problem, TooManyRequests, Unavailable, UnsupportedImage
 from app.settings import Settings
+
+COSTS = {b"quick": 1, b"medium": 30, b"costly": 500}
 
 
 def files(*contents: bytes) -> list[File]:
@@ -23,23 +28,51 @@ def soon() -> float:
     return time.monotonic() + 60
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110  counters announce nothing
+            await asyncio.sleep(0.005)
+
+
 class Gate:
-    """Stands for `images.decode`: large and slow images are not done before the test opens the gate; others are."""
+    """Stands for the decoders: an image's name gives its cost, and no image is done before the gate is open."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.begun: list[bytes] = []
+        self.lanes: dict[bytes, str] = {}
         self.entered = threading.Event()
         self.open = threading.Event()
-        monkeypatch.setattr(images, "decode", self.decode)
+        gate = self
 
-    def decode(self, data: bytes, max_bytes: int, max_pixels: int, large: bool) -> NDArray[np.uint8]:
-        assert max_bytes < max_pixels
-        if data.startswith(b"large") and not large:
-            raise images.Large
-        if data.startswith((b"large", b"slow")):
-            self.begun.append(data)
-            self.entered.set()
-            assert self.open.wait(10)
+        class Image:
+            def __init__(self, data: bytes, max_bytes: int, max_pixels: int):
+                assert max_bytes < max_pixels
+                if data == b"damaged":
+                    raise UnsupportedImage("no image")
+                self.data = data
+                self.cost = DecodeCost(COSTS[data.rstrip(b"0123456789")], MIB)
+
+            def decode(self) -> NDArray[np.uint8]:
+                return gate.wait(self.data)
+
+        class Process:
+            def __init__(self, *_: Any):
+                pass
+
+            def decode(self, data: bytes) -> tuple[NDArray[np.uint8] | Problem, float]:
+                return gate.wait(data), 0.5
+
+            def close(self) -> None:
+                pass
+
+        monkeypatch.setattr(decoding, "EncodedImage", Image)
+        monkeypatch.setattr(decoding, "DecodeProcess", Process)
+
+    def wait(self, data: bytes) -> NDArray[np.uint8]:
+        self.begun.append(data)
+        self.lanes[data] = threading.current_thread().name.partition("_")[0]
+        self.entered.set()
+        assert self.open.wait(10)
         return np.full((3, 32, 32), data[-1], np.uint8)
 
 
@@ -48,60 +81,174 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     return Gate(monkeypatch)
 
 
-def test_large_images_hold_up_each_other_only(gate: Gate) -> None:
+@pytest.fixture
+def two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.decoding.processors", lambda: 2)
+
+
+def test_an_image_takes_the_lane_of_its_cost(gate: Gate) -> None:
+    async def scenario() -> None:
+        gate.open.set()
+        pixels = await Decoders(Settings()).decode(files(b"quick1", b"medium2", b"costly3"), "a", soon())
+        assert pixels[:, 0, 0, 0].tolist() == [ord("1"), ord("2"), ord("3")]
+        assert gate.lanes == {b"quick1": "decoder", b"medium2": "medium-decoder", b"costly3": "costly-decoder"}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("two_processors")
+def test_costly_images_delay_only_each_other(gate: Gate) -> None:
     async def scenario() -> None:
         decoders = Decoders(Settings())
-        large = [asyncio.create_task(decoders.run(files(b"large1", b"2"), soon())) for _ in range(10)]
-        assert await asyncio.to_thread(gate.entered.wait, 10)
-        pixels = await asyncio.wait_for(decoders.run(files(b"3", b"4"), soon()), 10)
-        assert pixels[:, 0, 0, 0].tolist() == [ord("3"), ord("4")]
+        costly = [asyncio.create_task(decoders.decode(files(b"costly1", b"quick2"), "a", soon())) for _ in range(10)]
+        await until(lambda: len(gate.begun) >= 2)
         assert (decoders.waiting, decoders.held_up) == (0, 20)
-        assert len(gate.begun) == 1
+        assert set(gate.begun) == {b"costly1"}  # one in each of two processes
+        quick = asyncio.create_task(decoders.decode(files(b"quick3", b"quick4"), "a", soon()))
+        await until(lambda: b"quick3" in gate.begun)
         gate.open.set()
-        for each in await asyncio.gather(*large):
+        assert (await quick)[:, 0, 0, 0].tolist() == [ord("3"), ord("4")]
+        for each in await asyncio.gather(*costly):
             assert each[:, 0, 0, 0].tolist() == [ord("1"), ord("2")]
         assert (decoders.waiting, decoders.held_up) == (0, 0)
 
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("kind", "what"), [(b"slow", "waiting"), (b"large", "held up")])
-def test_what_would_wait_too_long_is_refused(
+@pytest.mark.usefixtures("two_processors")
+def test_another_clients_image_is_next_however_many_images_one_client_has(gate: Gate) -> None:
+    async def scenario() -> None:
+        decoders = Decoders(Settings())
+        many = [asyncio.create_task(decoders.decode(files(b"costly1"), "a", soon())) for _ in range(10)]
+        await until(lambda: len(gate.begun) >= 2)
+        one = asyncio.create_task(decoders.decode(files(b"costly2"), "b", soon()))
+        await until(lambda: decoders.held_up >= 11)
+        gate.open.set()
+        await one
+        assert b"costly2" in gate.begun[:4]
+        await asyncio.gather(*many)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("kind", "what"), [(b"quick", "waiting"), (b"costly", "wait for costly")])
+def test_images_above_the_limit_are_refused(
     gate: Gate, kind: bytes, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.decoding.processors", lambda: 1)
 
     async def scenario() -> None:
         decoders = Decoders(Settings(max_queue=3))
-        first = asyncio.create_task(decoders.run(files(kind + b"1", b"2"), soon()))
+        first = asyncio.create_task(decoders.decode(files(kind + b"1", b"quick2"), "a", soon()))
         assert await asyncio.to_thread(gate.entered.wait, 10)
-        late = asyncio.create_task(decoders.run(files(kind + b"3"), time.monotonic() + 0.05))
-        while (decoders.held_up if kind == b"large" else decoders.waiting) < 3:  # noqa: ASYNC110  counters announce nothing
-            await asyncio.sleep(0)
-        with pytest.raises(Unavailable, match=f"3 images are {what}"):
-            await decoders.run(files(kind + b"4"), soon())
-        await asyncio.sleep(0.1)
-        gate.open.set()
+        late = asyncio.create_task(decoders.decode(files(kind + b"3"), "a", time.monotonic() + 0.2))
+        await until(lambda: (decoders.held_up if kind == b"costly" else decoders.waiting) >= 3)
+        with pytest.raises(Unavailable, match=f"3 images .*{what}"):
+            await decoders.decode(files(kind + b"4"), "a", soon())
         with pytest.raises(Unavailable, match="deadline"):
             await late
+        gate.open.set()
         await first
-        assert gate.begun == [kind + b"1"]
+        assert gate.begun[0] == kind + b"1"
+        assert kind + b"3" not in gate.begun
         assert (decoders.waiting, decoders.held_up) == (0, 0)
 
     asyncio.run(scenario())
 
 
-def test_what_waits_for_a_client_that_leaves_is_not_decoded(gate: Gate) -> None:
+def test_a_client_is_refused_above_its_share_and_another_one_is_not(gate: Gate) -> None:
+    async def scenario() -> None:
+        decoders = Decoders(Settings(max_queue=8))
+        waiting = [asyncio.create_task(decoders.decode(files(*[b"quick1"] * 4), "a", soon())) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert decoders.waiting == 8
+        assert decoders.is_full_for("a")
+        assert not decoders.is_full_for("b")
+        waiting.append(asyncio.create_task(decoders.decode(files(*[b"quick2"] * 3), "b", soon())))
+        await asyncio.sleep(0)
+        assert not decoders.is_full_for("b")  # it has 3 of its share of 4
+        with pytest.raises(Unavailable):
+            await decoders.decode(files(b"quick3", b"quick3"), "b", soon())
+        gate.open.set()
+        await asyncio.gather(*waiting)
+        assert not decoders.is_full_for("a")
+
+    asyncio.run(scenario())
+
+
+def test_an_image_whose_client_leaves_is_not_decoded(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.decoding.processors", lambda: 1)
+
     async def scenario() -> None:
         decoders = Decoders(Settings())
-        first, gone = (asyncio.create_task(decoders.run(files(name), soon())) for name in (b"large1", b"large2"))
+        first, gone = (
+            asyncio.create_task(decoders.decode(files(name), "a", soon())) for name in (b"costly1", b"costly2")
+        )
         assert await asyncio.to_thread(gate.entered.wait, 10)
+        await until(lambda: decoders.held_up >= 2)
         gone.cancel()
         await asyncio.wait([gone])
         assert decoders.waiting + decoders.held_up == 1
         gate.open.set()
         await first
-        assert gate.begun == [b"large1"]
+        assert gate.begun == [b"costly1"]
+        assert (decoders.waiting, decoders.held_up) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_the_turn_of_a_client_that_leaves_lasts_until_its_thread_has_finished(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.decoding.processors", lambda: 1)
+
+    async def scenario() -> None:
+        decoders = Decoders(Settings())
+        gone = asyncio.create_task(decoders.decode(files(b"medium1"), "a", soon()))
+        assert await asyncio.to_thread(gate.entered.wait, 10)
+        gone.cancel()
+        await asyncio.wait([gone])
+        late = asyncio.create_task(decoders.decode(files(b"medium2"), "a", soon()))
+        await asyncio.sleep(0.1)
+        assert gate.begun == [b"medium1"]
+        gate.open.set()
+        await late
+        assert gate.begun == [b"medium1", b"medium2"]
+
+    asyncio.run(scenario())
+
+
+def test_a_request_is_charged_a_unit_for_each_10_ms_of_estimated_decoding(gate: Gate) -> None:
+    async def scenario() -> None:
+        gate.open.set()
+        decoders, units = Decoders(Settings()), list[int]()
+        await decoders.decode(files(b"quick1"), "a", soon(), units.append)
+        assert units == []  # the first unit is charged with the request
+        await decoders.decode(files(*[b"quick1"] * 9, b"medium2", b"costly3"), "a", soon(), units.append)
+        assert sum(units) == 54 - 1  # 539 ms
+
+    asyncio.run(scenario())
+
+
+def test_a_costly_image_beyond_the_rate_limit_is_not_decoded(gate: Gate) -> None:
+    def refuse(_: int) -> None:
+        raise TooManyRequests("too many", 1)
+
+    async def scenario() -> None:
+        with pytest.raises(TooManyRequests):
+            await Decoders(Settings()).decode(files(b"costly1"), "a", soon(), refuse)
+        assert gate.begun == []
+
+    asyncio.run(scenario())
+
+
+def test_a_damaged_image_among_several_is_named(gate: Gate) -> None:
+    async def scenario() -> None:
+        gate.open.set()
+        decoders = Decoders(Settings())
+        with pytest.raises(UnsupportedImage) as failed:
+            await decoders.decode(files(b"quick1", b"damaged", b"quick2"), "a", soon())
+        assert failed.value.detail == "damaged: no image"
         assert (decoders.waiting, decoders.held_up) == (0, 0)
 
     asyncio.run(scenario())

@@ -196,14 +196,14 @@ def test_an_image_of_endless_parts_is_refused(format: str, before: bytes, part: 
     data = encode(Image.fromarray(noise(32, 32)), format)
     place = data.index(before)
     decode(data[:place] + 100 * part + data[place:])
-    with pytest.raises(TooLarge, match="50,000 parts"):
+    with pytest.raises(TooLarge, match=r"more (parts|than)"):
         decode(data[:place] + 60_000 * part + data[place:])
 
 
 @pytest.mark.parametrize("big", [False, True])
 def test_a_tiff_of_endless_values_is_refused_before_it_is_opened(big: bool) -> None:
     data = encode(Image.new("L", (1, 100_000)), "TIFF", big_tiff=big, tiffinfo={278: 1}, strip_size=1)
-    with pytest.raises(TooLarge, match="50,000 parts"):
+    with pytest.raises(TooLarge, match=r"more (parts|than)"):
         decode(data)
 
 

@@ -1,0 +1,120 @@
+"""Shares a few slots among clients by the CPU time that each has spent.
+
+    enter(client) -> wait until a slot is free and the client is next -> work -> leave(spent)
+
+The client that has spent the least is next, so that one client with many or costly images delays its own images only.
+This is start-time fair queuing (Goyal et al. 1996): a client that was away does not save up time, because it continues
+from the time that the last started client had spent.
+"""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+
+from app.decode_cost import DecodeCost
+
+_MAX_IDLE_CLIENTS = 1_000
+
+
+@dataclass(eq=False, slots=True)
+class Turn:
+    """A slot that a client waits for or holds."""
+
+    client: str
+    cost: DecodeCost
+    """Estimated cost of the work. It counts as spent until the actual CPU time is known."""
+    started: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class FairQueue:
+    """Gives turns to clients. It belongs to one event loop.
+
+    Args:
+        slots: turns at a time.
+        memory_bytes: of all turns at a time. A turn that needs more than is left waits, and so do all behind it.
+    """
+
+    def __init__(self, slots: int, memory_bytes: int):
+        self._slots = slots
+        self._free_bytes = memory_bytes
+        self._running = 0
+        self._waiting: dict[str, deque[Turn]] = {}
+        self._spent_ms: dict[str, float] = {}
+        self._clock_ms = 0.0  # the spent time, before its turn, of the client whose turn started last
+
+    async def enter(self, client: str, cost: DecodeCost, timeout_s: float) -> Turn:
+        """Wait for a turn. It must be passed to `leave`.
+
+        Args:
+            client: whose turn it is.
+            cost: estimate for the work.
+            timeout_s: how long to wait.
+
+        Raises:
+            TimeoutError: the turn has not come in time.
+        """
+        if timeout_s <= 0:
+            raise TimeoutError
+        turn = Turn(client, cost)
+        self._spent_ms[client] = max(self._spent_ms.get(client, 0.0), self._clock_ms)
+        self._waiting.setdefault(client, deque()).append(turn)
+        self._start_turns()
+        if turn.started.done():
+            return turn
+        try:
+            async with asyncio.timeout(timeout_s):
+                await turn.started
+        except BaseException:
+            if turn.started.done() and not turn.started.cancelled():  # it has come in the same moment
+                self.leave(turn, 0.0)
+            else:
+                self._remove(turn)
+                self._start_turns()
+            raise
+        return turn
+
+    def leave(self, turn: Turn, spent_s: float) -> None:
+        """End a turn.
+
+        Args:
+            turn: returned by `enter`.
+            spent_s: CPU time that the work has taken.
+        """
+        self._running -= 1
+        self._free_bytes += turn.cost.memory_bytes
+        spent_ms = self._spent_ms.get(turn.client, self._clock_ms)
+        self._spent_ms[turn.client] = spent_ms + 1000 * spent_s - turn.cost.cpu_ms
+        self._start_turns()
+        if not self._running:
+            self._spent_ms.clear()
+            self._clock_ms = 0.0
+        elif len(self._spent_ms) > len(self._waiting) + _MAX_IDLE_CLIENTS:
+            self._forget_idle_clients()
+
+    def _start_turns(self) -> None:
+        """Start the turns that are next, as far as slots and memory suffice."""
+        while self._waiting:
+            client = min(self._waiting, key=self._spent_ms.__getitem__)
+            turn = self._waiting[client][0]
+            if self._running and (self._running >= self._slots or turn.cost.memory_bytes > self._free_bytes):
+                return
+            self._remove(turn)
+            self._running += 1
+            self._free_bytes -= turn.cost.memory_bytes
+            self._clock_ms = max(self._clock_ms, self._spent_ms[client])
+            self._spent_ms[client] += turn.cost.cpu_ms
+            turn.started.set_result(None)
+
+    def _remove(self, turn: Turn) -> None:
+        turns = self._waiting[turn.client]
+        turns.remove(turn)
+        if not turns:
+            del self._waiting[turn.client]
+
+    def _forget_idle_clients(self) -> None:
+        """Forget the clients that would continue from the clock if they came back."""
+        self._spent_ms = {
+            client: spent
+            for client, spent in self._spent_ms.items()
+            if client in self._waiting or spent > self._clock_ms
+        }
