@@ -28,8 +28,10 @@ _FORMAT_NS = {"PNG": 5.0, "WEBP": 22.0, "GIF": 5.0, "BMP": 2.0, "TIFF": 5.0}
 _MODE_NS = {"1": 4.0, "L": 2.0, "P": 6.0, "RGB": 5.0}
 _OTHER_MODE_NS = 10.0
 
+_FILE_NS = 300_000.0  # of any image, for its header and for scaling the result
+
 # Nanoseconds per byte of the file, and per part that Pillow handles in Python: a chunk of a PNG, a strip of a TIFF.
-_BYTE_NS = {"PNG": 20.0, "WEBP": 50.0, "GIF": 15.0, "BMP": 1.0, "TIFF": 20.0}
+_BYTE_NS = {"PNG": 20.0, "WEBP": 30.0, "GIF": 15.0, "BMP": 1.0, "TIFF": 10.0}
 _UNCOMPRESSED_BYTE_NS = 1.0
 _PART_NS = 20_000.0
 
@@ -47,7 +49,7 @@ _BUFFERED_BLOCK_NS = 130.0
 _BUFFERED_BLOCK_BYTES = 64 * 2
 _OUTPUT_PIXEL_NS, _OUTPUT_PIXEL_BYTES = 12.0, 4
 _SEQUENTIAL_BYTE_NS, _PROGRESSIVE_BYTE_NS = 10.0, 40.0
-_ARITHMETIC_FACTOR = 4.0
+_ARITHMETIC_FACTOR = 10.0
 
 _MAX_SEGMENTS = 5_000
 _MAX_CHUNKS = 20_000
@@ -92,7 +94,7 @@ def estimate(image: ImageFile.ImageFile, data: bytes) -> DecodeCost:
     has_transparent_color = "transparency" in image.info  # such an image is converted to RGBA
     mode = "RGBA" if has_transparent_color else image.mode
     is_compressed = any(tile.codec_name != "raw" for tile in image.tile)
-    nanoseconds = pixels * (_FORMAT_NS[kind] + _MODE_NS.get(mode, _OTHER_MODE_NS))
+    nanoseconds = _FILE_NS + pixels * (_FORMAT_NS[kind] + _MODE_NS.get(mode, _OTHER_MODE_NS))
     nanoseconds += len(data) * (_BYTE_NS[kind] if is_compressed or kind == "WEBP" else _UNCOMPRESSED_BYTE_NS)
     nanoseconds += _PART_NS * (_png_chunks(data) if kind == "PNG" else len(image.tile))
     return DecodeCost(
@@ -134,7 +136,7 @@ def _estimate_jpeg(image: JpegImagePlugin.JpegImageFile, data: bytes) -> DecodeC
     blocks = [_blocks(image.size, layer, layers) for layer in layers]
     scans, is_arithmetic = _scans(data, len(layers), "progressive" in image.info)
     output_pixels = image.width * image.height // jpeg_scale(image.size) ** 2
-    nanoseconds = output_pixels * _OUTPUT_PIXEL_NS
+    nanoseconds = _FILE_NS + output_pixels * _OUTPUT_PIXEL_NS
     memory = output_pixels * _OUTPUT_PIXEL_BYTES + MIB
     if scans is None:
         nanoseconds += sum(blocks) * _BLOCK_NS + len(data) * _SEQUENTIAL_BYTE_NS

@@ -65,11 +65,11 @@ class FairQueue:
             async with asyncio.timeout(timeout_s):
                 await turn.started
         except BaseException:
-            if turn.started.done() and not turn.started.cancelled():  # it has come in the same moment
-                self.leave(turn, 0.0)
-            else:
+            if turn.started.cancelled():
                 self._remove(turn)
                 self._start_turns()
+            else:  # it has come in the same moment
+                self.leave(turn, 0.0)
             raise
         return turn
 
@@ -96,6 +96,9 @@ class FairQueue:
         while self._waiting:
             client = min(self._waiting, key=self._spent_ms.__getitem__)
             turn = self._waiting[client][0]
+            if turn.started.cancelled():
+                self._remove(turn)
+                continue
             if self._running and (self._running >= self._slots or turn.cost.memory_bytes > self._free_bytes):
                 return
             self._remove(turn)
@@ -106,10 +109,12 @@ class FairQueue:
             turn.started.set_result(None)
 
     def _remove(self, turn: Turn) -> None:
-        turns = self._waiting[turn.client]
-        turns.remove(turn)
-        if not turns:
-            del self._waiting[turn.client]
+        """Take a turn out of its client's queue, if it is still there."""
+        turns = self._waiting.get(turn.client, deque())
+        if turn in turns:
+            turns.remove(turn)
+            if not turns:
+                del self._waiting[turn.client]
 
     def _forget_idle_clients(self) -> None:
         """Forget the clients that would continue from the clock if they came back."""

@@ -1,6 +1,7 @@
 """Fair turns: whose turn is next, what counts as spent, and what happens to those that stop waiting."""
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -162,6 +163,46 @@ def test_a_client_that_leaves_makes_room_even_in_the_moment_of_its_turn() -> Non
         await settle()
         assert waits.done()
         assert clients.started == ["a", "c"]
+
+    scenario(run)
+
+
+def test_a_turn_may_come_between_the_cancellation_of_its_task_and_its_end() -> None:
+    async def run() -> None:
+        clients = Clients()
+        clients.wait("a")
+        await settle()
+        gone, waits = clients.wait("b"), clients.wait("c")
+        await settle()
+        gone.cancel()  # the task has not run yet when the turn comes
+        clients.queue.leave(clients.running.pop(), 0.01)
+        await settle()
+        assert waits.done()
+        assert clients.started == ["a", "c"]
+
+    scenario(run)
+
+
+def test_no_turn_is_lost_whenever_clients_leave() -> None:
+    async def run() -> None:
+        chance = random.Random(0)  # noqa: S311
+        queue = FairQueue(2, 100)
+
+        async def work(client: str) -> None:
+            turn = await queue.enter(client, DecodeCost(1, 40), chance.choice([0.001, MINUTE_S]))
+            try:
+                await asyncio.sleep(chance.random() / 1000)
+            finally:
+                queue.leave(turn, 0.001)
+
+        tasks = [asyncio.create_task(work(chance.choice("abc"))) for _ in range(300)]
+        while any(not task.done() for task in tasks):
+            chance.choice(tasks).cancel()
+            await asyncio.sleep(chance.random() / 1000)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (queue._running, queue._free_bytes) == (0, 100)
+        assert not queue._waiting
+        queue.leave(await queue.enter("a", DecodeCost(1, 1), MINUTE_S), 0)
 
     scenario(run)
 

@@ -1,0 +1,237 @@
+"""An honest client is served while others send the images that cost the most to decode.
+
+One client sends a photo of 500x375 pixels again and again over a kept connection, first alone, then beside each attack:
+a kind of image, sent in closed loops from 1, 4 and 16 connections of one address, and from 16 addresses with one
+connection each. The attackers send forms of 32 images as well. The service is a real process with the shipped models.
+
+    python benchmarks/decode_attacks.py                              # 30 s, five rounds: an hour and a half
+    python benchmarks/decode_attacks.py --seconds 10 --rounds 3      # the table is printed, but not kept
+    python benchmarks/decode_attacks.py --only mixture               # one kind of image
+"""
+
+import argparse
+import asyncio
+import io
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import jpegs
+import processes
+import uvloop
+from PIL import Image
+from results import Check, conclude
+from server import Server
+
+PHOTO = Path("docs/pictures/rocket.jpg").read_bytes()
+MODELS = Path("models")
+ATTACKS = (("1 connection", 1, 1), ("4 connections", 4, 1), ("16 connections", 16, 1), ("16 addresses", 16, 16))
+"""Name, connections, and the addresses that they come from."""
+
+MAX_SLOWDOWN = 10.0
+MAX_MIB = 1229  # 1.2 GiB
+_ANSWER_S = 30.0
+
+
+def images() -> dict[str, list[bytes]]:
+    """Bodies of attacking requests by what is costly about them; several are sent in turn."""
+    costly = {
+        "multi-scan JPEG, 50 megapixels, 3 scans": jpegs.with_scans(3, 7071),
+        "multi-scan JPEG, 50 megapixels, 498 scans": jpegs.with_scans(498, 7071),
+        "multi-scan JPEG, 16 megapixels, 100 scans": jpegs.with_scans(100, 4000),
+        "progressive JPEG, 10 megapixels, 480 refinements": jpegs.with_refinements(480, 3160),
+        "progressive JPEG, 4 megapixels, 400 refinements": jpegs.with_refinements(400, 2000),
+        "lossless WebP, 10 megapixels": _encode(Image.new("RGB", (3160, 3160), (9, 8, 7)), "WEBP", lossless=True),
+        "1-bit PNG, 10 megapixels": _encode(Image.new("1", (3160, 3160)), "PNG"),
+    }
+    bodies = {name: [_form([image])] for name, image in costly.items()}
+    bodies["forms of 32 such images"] = [_form([image] * 32) for image in costly.values()]
+    bodies["mixture"] = [body for each in bodies.values() for body in each]
+    return bodies
+
+
+def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _form(files: list[bytes]) -> bytes:
+    """A whole request."""
+    part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    body = b"".join(part + file + b"\r\n" for file in files) + b"--x--\r\n"
+    head = f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: {len(body)}"
+    return head.encode() + b"\r\n\r\n" + body
+
+
+@dataclass
+class Tally:
+    """Answers to one side's requests.
+
+    Attributes:
+        latencies_ms: of successful requests.
+        statuses: how often each status was answered; 0 stands for a connection that broke.
+    """
+
+    latencies_ms: list[float] = field(default_factory=list)
+    statuses: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def success(self) -> float:
+        """Share of the requests that were answered with 200."""
+        return self.statuses.get(200, 0) / max(1, sum(self.statuses.values()))
+
+    def p99_ms(self) -> float:
+        """99th percentile of the latency of successful requests."""
+        ordered = sorted(self.latencies_ms) or [float("inf")]
+        return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+
+
+async def send_in_a_loop(address: tuple[str, int], source: str, bodies: list[bytes], end: float, tally: Tally) -> None:
+    """Send requests over a connection until the time has come, each when the last one has been answered."""
+    sent = 0
+    reader = writer = None
+    while time.monotonic() < end:
+        started = time.perf_counter()
+        status = 0
+        try:
+            if writer is None:
+                reader, writer = await asyncio.open_connection(*address, local_addr=(source, 0))
+            assert reader
+            writer.write(bodies[sent % len(bodies)])
+            sent += 1
+            async with asyncio.timeout(_ANSWER_S):
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                await reader.readexactly(int(head.partition(b"content-length: ")[2].split(b"\r\n")[0]))
+            status = int(head.split()[1])
+            if b"connection: close" in head:
+                writer.close()
+                writer = None
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError):
+            if writer:
+                writer.close()
+            writer = None
+            await asyncio.sleep(0.01)
+        tally.statuses[status] = tally.statuses.get(status, 0) + 1
+        if status == 200:
+            tally.latencies_ms.append((time.perf_counter() - started) * 1000)
+    if writer:
+        writer.close()
+
+
+def attack(address: tuple[str, int], bodies: list[bytes], sources: list[str], seconds: float, pipe: Connection) -> None:
+    """Run in a process of its own: one loop for each source address."""
+
+    async def run() -> Tally:
+        tally, end = Tally(), time.monotonic() + seconds
+        shifted = [bodies[n % len(bodies) :] + bodies[: n % len(bodies)] for n in range(len(sources))]
+        await asyncio.gather(
+            *(send_in_a_loop(address, source, each, end, tally) for source, each in zip(sources, shifted, strict=True))
+        )
+        return tally
+
+    pipe.send(uvloop.run(run()).statuses)
+
+
+def measure(
+    server: Server, bodies: list[bytes], sources: list[str], seconds: float
+) -> tuple[Tally, dict[int, int], float]:
+    """The honest client's answers beside an attack, the attackers' statuses, and the most memory in MiB."""
+    host, port = (server.address or "").removeprefix("http://").split(":")
+    address = (host, int(port))
+    context = multiprocessing.get_context("fork")
+    pipe, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=attack, args=(address, bodies, sources, seconds + 2, theirs))
+    if sources:
+        process.start()
+        time.sleep(1)
+    tally, most_mib = Tally(), 0.0
+
+    async def watch(end: float) -> None:
+        nonlocal most_mib
+        while time.monotonic() < end:
+            most_mib = max(most_mib, _memory_mib(server))
+            await asyncio.sleep(0.1)
+
+    async def run() -> None:
+        end = time.monotonic() + seconds
+        await asyncio.gather(watch(end), send_in_a_loop(address, "127.0.0.1", [_form([PHOTO])], end, tally))
+
+    uvloop.run(run())
+    statuses: dict[int, int] = {}
+    if sources:
+        statuses = pipe.recv()
+        process.join()
+    return tally, statuses, most_mib
+
+
+def _memory_mib(server: Server) -> float:
+    """Of the service and its decoders. Training is not under way."""
+    family = {server.process.pid} | processes.children(server.process.pid)
+    total = 0.0
+    for each in family:
+        try:
+            total += processes.memory_mib(each)
+        except (OSError, StopIteration):  # it has just ended
+            continue
+    return total
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="kinds of images whose name contains this")
+    chosen = parser.parse_args()
+    measured: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    most_mib = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with Server(MODELS, Path(folder) / "runs", log, device="cpu", runtime="auto") as server:
+            measure(server, [], [], 3)  # warms up
+            for _ in range(chosen.rounds):
+                for name, bodies in images().items():
+                    if chosen.only not in name:
+                        continue
+                    quiet, _, _ = measure(server, [], [], chosen.seconds / 3)
+                    for how, connections, addresses in ATTACKS:
+                        sources = [f"127.0.0.{2 + number % addresses}" for number in range(connections)]
+                        tally, statuses, mib = measure(server, bodies, sources, chosen.seconds)
+                        ratio = tally.p99_ms() / quiet.p99_ms()
+                        measured.setdefault((name, how), []).append((tally.success, ratio, tally.p99_ms()))
+                        most_mib = max(most_mib, mib)
+                        print(
+                            name,
+                            how,
+                            f"{tally.success:.2%} p99 {tally.p99_ms():.0f} ms ({ratio:.1f})",
+                            json.dumps(statuses),
+                            f"{mib:.0f} MiB",
+                            file=sys.stderr,
+                        )
+                        time.sleep(1)
+    checks = []
+    for (name, how), figures in measured.items():
+        success, ratio, p99 = (statistics.median(each) for each in zip(*figures, strict=True))
+        if "addresses" in how:
+            target, met = "≥ 90 %", success >= 0.9
+        else:
+            target, met = f"≥ 99 %, ≤ {MAX_SLOWDOWN:.0f}", success >= 0.99 and ratio <= MAX_SLOWDOWN
+        checks.append(Check(f"{name}, {how}", f"{success:.1%}, {ratio:.1f} ({p99:.0f} ms)", target, met))
+    checks.append(Check("memory at most", f"{most_mib:,.0f} MiB", f"< {MAX_MIB:,} MiB", most_mib < MAX_MIB))
+    ran = (
+        "An honest client's successful requests beside attackers, and its p99 as a multiple of its quiet one; medians of "
+        f"{chosen.rounds} rounds of {chosen.seconds:.0f} s."
+    )
+    whole = not chosen.only and chosen.seconds >= 10
+    return conclude("decode_attacks", ran, checks, whole=whole)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
