@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -67,8 +66,8 @@ def _form(files: list[bytes]) -> bytes:
     """A whole request."""
     part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     body = b"".join(part + file + b"\r\n" for file in files) + b"--x--\r\n"
-    head = f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: {len(body)}"
-    return head.encode() + b"\r\n\r\n" + body
+    head = "POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 @dataclass
@@ -97,14 +96,13 @@ class Tally:
 async def send_in_a_loop(address: tuple[str, int], source: str, bodies: list[bytes], end: float, tally: Tally) -> None:
     """Send requests over a connection until the time has come, each when the last one has been answered."""
     sent = 0
-    reader = writer = None
+    streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
     while time.monotonic() < end:
         started = time.perf_counter()
         status = 0
         try:
-            if writer is None:
-                reader, writer = await asyncio.open_connection(*address, local_addr=(source, 0))
-            assert reader
+            streams = streams or await asyncio.open_connection(*address, local_addr=(source, 0))
+            reader, writer = streams
             writer.write(bodies[sent % len(bodies)])
             sent += 1
             async with asyncio.timeout(_ANSWER_S):
@@ -113,17 +111,17 @@ async def send_in_a_loop(address: tuple[str, int], source: str, bodies: list[byt
             status = int(head.split()[1])
             if b"connection: close" in head:
                 writer.close()
-                writer = None
+                streams = None
         except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError):
-            if writer:
-                writer.close()
-            writer = None
+            if streams:
+                streams[1].close()
+            streams = None
             await asyncio.sleep(0.01)
         tally.statuses[status] = tally.statuses.get(status, 0) + 1
         if status == 200:
             tally.latencies_ms.append((time.perf_counter() - started) * 1000)
-    if writer:
-        writer.close()
+    if streams:
+        streams[1].close()
 
 
 def attack(address: tuple[str, int], bodies: list[bytes], sources: list[str], seconds: float, pipe: Connection) -> None:
@@ -226,8 +224,8 @@ def main() -> int:
         checks.append(Check(f"{name}, {how}", f"{success:.1%}, {ratio:.1f} ({p99:.0f} ms)", target, met))
     checks.append(Check("memory at most", f"{most_mib:,.0f} MiB", f"< {MAX_MIB:,} MiB", most_mib < MAX_MIB))
     ran = (
-        "An honest client's successful requests beside attackers, and its p99 as a multiple of its quiet one; medians of "
-        f"{chosen.rounds} rounds of {chosen.seconds:.0f} s."
+        "An honest client's successful requests beside attackers, and its p99 as a multiple of its quiet one; medians "
+        f"of {chosen.rounds} rounds of {chosen.seconds:.0f} s."
     )
     whole = not chosen.only and chosen.seconds >= 10
     return conclude("decode_attacks", ran, checks, whole=whole)
