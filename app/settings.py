@@ -182,9 +182,6 @@ class Settings(BaseSettings):
         if "KUBERNETES_SERVICE_HOST" in os.environ:
             unknown = [name for name in unknown if not _SERVICE_LINK.fullmatch(name)]
         if unknown:
-            nearest = [difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)[0] for name in unknown]
-            meant = (
-                f"{name} is not a setting, did you mean {near}?" for name, near in zip(unknown, nearest, strict=True)
-            )
-            raise ValueError(" ".join(meant))
+            (nearest,) = difflib.get_close_matches(unknown[0].upper(), known, n=1, cutoff=0)
+            raise ValueError(f"{', '.join(unknown)}: no such setting; did you mean {nearest}?")
         return self

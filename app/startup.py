@@ -7,6 +7,7 @@ import errno
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -50,11 +51,7 @@ def check_store(settings: Settings) -> None:
     """
     root = settings.models.absolute()
     try:
-        if not root.exists() and root.parent.is_dir():
-            names = []
-        else:
-            list(root.iterdir())  # which fails for a file, without permission, and where a parent is missing
-            names = Store(root).names()
+        names = _models_in(root)
     except OSError as error:
         raise StartupError(f"CIFAR100_MODELS: the model store {root} cannot be read: {error.strerror}") from None
     wanted = settings.default_model
@@ -62,6 +59,17 @@ def check_store(settings: Settings) -> None:
         raise StartupError(
             f"CIFAR100_DEFAULT_MODEL: there is no model {wanted!r} in {root}, give one of {', '.join(names)}"
         )
+
+
+def _models_in(root: Path) -> list[str]:
+    try:
+        root.lstat()
+    except FileNotFoundError:
+        if root.parent.is_dir():  # the store is made with its first model
+            return []
+        raise
+    next(root.iterdir(), None)  # fails for a file, or without permission
+    return Store(root).names()
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

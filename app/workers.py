@@ -63,6 +63,8 @@ _START_S = 30.0  # a worker that gives up sooner cannot start at all
 _LOAD_S = 300.0  # a worker that has not loaded its models by then hangs
 _QUIET_S = 3.0  # a worker that sends no beat for so long gets no connections
 _SILENCE_S = 20.0  # and for so long hangs
+# Importing PyTorch holds the interpreter: of eight workers that started on two processors some were silent for 7 s.
+_LOADING_SILENCE_S = 60.0
 _STOP_S = 30.0  # a worker told to end gives the requests under way 20
 _HURRY_S = 10.0  # and less where a further signal comes
 _PACE_S = 2.0  # between two starts in one place
@@ -199,8 +201,9 @@ class Worker:
         self._loaded = self._loaded or BEAT in beats
         self._loading_s += 0 if self._loaded else _POLL_S
         self._silent_s = 0 if beats else self._silent_s + _POLL_S
-        if (self._silent_s > _SILENCE_S or self._loading_s > _LOAD_S) and self.process.poll() is None:
-            fault = "does not respond" if self._silent_s > _SILENCE_S else "does not finish loading its models"
+        is_silent = self._silent_s > (_SILENCE_S if self._loaded else _LOADING_SILENCE_S)
+        if (is_silent or self._loading_s > _LOAD_S) and self.process.poll() is None:
+            fault = "does not respond" if is_silent else "does not finish loading its models"
             log.error("worker %d %s and is killed", self.process.pid, fault)
             self.process.kill()
             self._silent_s = self._loading_s = -math.inf
