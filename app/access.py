@@ -77,7 +77,7 @@ class Access:
                 "of your own and send it as 'Authorization: Bearer SECRET'"
             )
         holder = self._authenticate(request, key) if self._keys else ""
-        self._charge(request, self._settings.operator_rate_limit, "operator", holder)
+        self._charge(self._settings.operator_rate_limit, "calls", _client(request), holder)
 
     def require_predictor(self, request: Request, key: str | None) -> None:
         """Let those pass who may predict: by default everybody.
@@ -85,7 +85,7 @@ class Access:
         Raises: as for `require_operator`, except Forbidden.
         """
         holder = self._authenticate(request, key) if self._settings.predict_needs_key else ""
-        self._charge(request, self._settings.predict_rate_limit, "predict", holder)
+        self._charge(self._settings.predict_rate_limit, "predictions", _client(request), holder)
 
     def _authenticate(self, request: Request, key: str | None) -> str:
         """The digest of a right key.
@@ -104,7 +104,7 @@ class Access:
             if limit and not self._limiter.test(limit, _GUESSES, client):
                 raise self._too_many(limit, _GUESSES, client)
             if not is_right:
-                self._charge(request, limit, _GUESSES)
+                self._charge(limit, _GUESSES, client)
                 raise Unauthorized("the API key is not valid")
         self._holders[given, client] = None
         self._holders.move_to_end((given, client))
@@ -121,7 +121,7 @@ class Access:
         server, client = request.scope.get("server"), request.client
         if not (_is_loopback(self._settings.host) and server and server[1] is not None and _is_loopback(server[0])):
             return "the service does not listen on a loopback address only"
-        if not (client and _is_loopback(client.host)):
+        if not (client and _is_loopback_address(client.host)):
             return "the request comes from another machine"
         if proxied := next(filter(_is_of_proxy, request.headers), None):
             return f"the request comes from another machine, as the header {proxied[:_SHOWN]!r} says"
@@ -139,16 +139,15 @@ class Access:
                 return f"the request was made by a page of another origin (Sec-Fetch-Site: {site[:_SHOWN]})"
         return None
 
-    def _charge(self, request: Request, limit: RateLimitItem | None, kind: str, holder: str = "") -> None:
-        client = _client(request)
-        if limit and not self._limiter.hit(limit, kind, client, holder):
-            raise self._too_many(limit, kind, client, holder)
+    def _charge(self, limit: RateLimitItem | None, *bucket: str) -> None:
+        """Charge one call to a bucket: what is counted, of which client, and with which key if any."""
+        if limit and not self._limiter.hit(limit, *bucket):
+            raise self._too_many(limit, *bucket)
 
     def _too_many(self, limit: RateLimitItem, *bucket: str) -> TooManyRequests:
-        kind, client, *_ = bucket
+        counted, client, *_ = bucket
         wait_s = max(1, math.ceil(self._limiter.get_window_stats(limit, *bucket).reset_time - time.time()))
-        noun = _GUESSES if kind == _GUESSES else "calls"
-        return TooManyRequests(f"more than {limit} {noun} from {client}; try again in {wait_s} s", wait_s)
+        return TooManyRequests(f"more than {limit} {counted} from {client}; try again in {wait_s} s", wait_s)
 
 
 _bearer = HTTPBearer(auto_error=False, description="One of the keys in CIFAR100_API_KEYS.")
@@ -198,11 +197,15 @@ def _is_of_proxy(header: str) -> bool:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a host is an address of the loopback interface, in full, or the one name that always means it."""
+    """Whether a host is an address of this machine only, or the one name that always means it."""
+    return host == "localhost" or _is_loopback_address(host)
+
+
+def _is_loopback_address(host: str) -> bool:
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return False
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback and "%" not in host
 
 
