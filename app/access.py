@@ -27,8 +27,8 @@ _GUESSES = "wrong keys"
 _MAX_HOLDERS = 10_000
 _SHOWN = 100  # characters of a header that an error repeats
 
-# Words of header names that proxies and content delivery networks add. Names of headers with an address of the client
-# end in "ip" or "addr": X-Real-IP, CF-Connecting-IP, True-Client-IP, X-Azure-ClientIP.
+# Proxies and content delivery networks add headers with one of these words in their names, or with a name that ends
+# with the kind of its value, an address of the client: X-Real-IP, True-Client-IP, X-Remote-Addr.
 _PROXY_WORDS = {"akamai", "arr", "azure", "cdn", "cf", "envoy", "fastly", "forward", "forwarded", "forwards", "incap"}
 _PROXY_WORDS |= {"original", "proxied", "proxy", "rewrite", "sucuri", "tailscale", "varnish", "via"}
 _ADDRESS_ENDINGS = ("ip", "addr", "address")
@@ -42,15 +42,15 @@ _MAX_PORT = 65535
 class Access:
     """The rules of one service.
 
-    Access is checked before a rate is charged, so that a request that is refused takes nothing from those who may call:
-    a web page whose requests the operator's browser sends, or a stranger behind the operator's address, cannot use up
-    the operator's rate. Calls with a right key are charged per key and client; local calls and predictions without a
-    key per client.
+    Access is checked first and a rate is charged then, so a refused request takes nothing from the operator's rate. A
+    foreign web page in the operator's browser, or a stranger at the operator's address, cannot use that rate up. A call
+    with a right key is charged to this key at this address, any other call to its address.
 
-    Wrong keys have a rate of their own per client. Once it is used up, every key that has not been right before at this
-    client's address is refused unseen, so guesses that are sent faster cannot succeed. A holder who has called before
-    goes on. Who shares the address of such a holder may therefore guess that one key faster; from other addresses a
-    guess never does. Requests without a key guess nothing and are not charged.
+    Wrong keys have a rate of their own at each address. While it is used up, the service refuses every key from there
+    unseen, so a guess beyond the rate fails even if it is right. Keys that were right at this address before are the
+    exception: their holders go on, whatever a stranger at their address sends. The price is that this stranger can
+    guess the key of such a holder without a limit; keys have at least 16 characters for that. Requests without a key
+    are no guesses and are not charged.
 
     Args:
         settings: keys, address, rate limits.
@@ -113,7 +113,7 @@ class Access:
         return given.hex()
 
     def _not_local(self, request: Request) -> str | None:
-        """Why a request cannot be trusted to come from this machine's user; what cannot be understood is not trusted.
+        """Why a request is not trusted to come from this machine's user. Headers that cannot be parsed are not trusted.
 
         A browser on this machine may be made to call by any web page, with that page's Origin or, after DNS rebinding,
         with that page's Host. A proxy on this machine may pass on what others send.
@@ -176,7 +176,12 @@ def _digest(key: str) -> bytes:
 
 
 def _authority(text: str, scheme: str) -> tuple[str, int] | None:
-    """Host and port of a Host header or an origin, each in one spelling; None for what is neither."""
+    """Parse a Host header, or an origin without its scheme.
+
+    Returns:
+        The host in lower case, an IPv6 address in its short form, and the port, which the scheme may imply. None for
+        text that is not exactly a host with an optional port.
+    """
     match = _AUTHORITY.fullmatch(text)
     if not match:
         return None

@@ -56,7 +56,7 @@ class DrainingServer(uvicorn.Server):
         self._adopting: set[asyncio.Task[None]] = set()
         self._leaving: asyncio.Task[None] | None = None
         self.signals: list[int] = []
-        """That have come so far."""
+        """Signals received so far."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -78,7 +78,7 @@ class DrainingServer(uvicorn.Server):
         yield
 
     def handle_exit(self, sig: int, _: FrameType | None = None) -> None:
-        """A signal has come. A worker leaves it to its supervisor, which sends one only to hurry a worker that ends."""
+        """Receive a signal. A worker ignores it until it ends: then its supervisor has sent it, to hurry the worker."""
         if self._line and not self.should_exit:
             return
         self.signals.append(sig)
@@ -97,7 +97,7 @@ class DrainingServer(uvicorn.Server):
             self._end()
 
     async def _leave(self) -> None:
-        """End without waiting for requests, but for a training process, which would go on alone."""
+        """End without waiting for requests. A training process is stopped first, as it would go on alone."""
         try:
             async with asyncio.timeout(_LEAVE_S):
                 await self._services.runner.stop()
@@ -148,7 +148,7 @@ def serve(settings: Settings, listening: Sequence[socket.socket], line: workers.
     Args:
         settings: limits and folders.
         listening: sockets of `app.startup.listen`; none for a worker.
-        line: of a worker to its supervisor.
+        line: the connection of a worker to its supervisor.
 
     Returns:
         The exit status.
@@ -173,7 +173,7 @@ def serve(settings: Settings, listening: Sequence[socket.socket], line: workers.
     server = DrainingServer(app, config, settings.drain_s, line)
     on_stop(server.handle_exit)
     server.run(list(listening))
-    on_stop(exit_at_once)  # what still runs are threads that nothing waits for
+    on_stop(exit_at_once)  # only threads with nothing to lose still run
     return exit_status(server.signals) if server.started else STARTUP_FAILURE
 
 

@@ -70,9 +70,9 @@ CommaSeparated = BeforeValidator(_split_commas)
 Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
 OF_TRAINING = ("CIFAR100_FEATURES",)
-"""Variables that `training` reads and the service does not."""
+"""Variables that only `training` reads."""
 
-# Kubernetes names the address of each service of a namespace so: for one called cifar100-web CIFAR100_WEB_PORT.
+# Kubernetes sets such variables for each service of a namespace: CIFAR100_WEB_PORT for one called cifar100-web.
 _SERVICE_LINK = re.compile(r".+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 
 

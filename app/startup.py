@@ -1,4 +1,4 @@
-"""What can be found wrong before any model is loaded: settings, the model store, the address to listen on.
+"""Checks before any model is loaded: the settings, the model store, the address to listen on.
 
 Out: `Settings` and listening sockets, or a `StartupError` whose text is one line for the operator.
 """
@@ -20,7 +20,7 @@ _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 class StartupError(Exception):
-    """The service cannot start as it is set up. The text says why and what to change."""
+    """A setting prevents the start. The text says which one, why, and what to change."""
 
 
 def read_settings() -> Settings:
@@ -42,12 +42,12 @@ def _fault(error: Any) -> str:
 
 
 def check_store(settings: Settings) -> None:
-    """Refuse a model store that cannot be read, and a default model that it does not have.
+    """Check that the model store can be read and has the default model.
 
     A folder that does not exist yet is an empty store, which is no error: models may be trained into it.
 
     Raises:
-        StartupError: as above.
+        StartupError: the store cannot be read, or has models but not the default one.
     """
     root = settings.models.absolute()
     try:

@@ -69,7 +69,7 @@ _STOP_S = 30.0  # a worker told to end gives the requests under way 20
 _HURRY_S = 10.0  # and less where a further signal comes
 _PACE_S = 2.0  # between two starts in one place
 _MAX_PER_PROCESSOR = 4
-_WORKER_BYTES = 512 * MIB  # of its own, with the two models in this repository: 440 MiB
+_WORKER_BYTES = 512 * MIB  # a worker with the two models of this repository has 440 MiB that it shares with no other
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # Linux' control groups, version 2
 _MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
 _LOCK = "lock"
@@ -193,7 +193,7 @@ class Worker:
     def kill_if_hanging(self) -> None:
         """Kill it if it has sent no beat for too long, or loads for too long; called at every poll.
 
-        Polls are counted, not seconds: where the whole machine stood still, nobody is late.
+        Polls are counted, not seconds, so that a machine that stood still for a while kills no worker.
         """
         beats = b""
         with suppress(BlockingIOError, ConnectionResetError):
@@ -221,11 +221,11 @@ class Worker:
             self._line.send(DRAIN)
 
     def end(self) -> None:
-        """Have it finish what is under way and end; what has loaded nothing yet ends at once."""
+        """Have it finish its requests and end. A worker that is still loading ends at once."""
         self._line.close()
 
     def hurry(self) -> None:
-        """Have one that is ending leave what is under way."""
+        """Have a worker that is ending drop its requests."""
         self.process.terminate()
 
 
@@ -370,11 +370,12 @@ class Supervisor:
 
 @contextmanager
 def _metrics_folder(runs: Path) -> Iterator[tuple[Path, int]]:
-    """A folder for the files in which workers add up their metrics, and a file descriptor that every worker inherits.
+    """A folder for the workers' metrics, and a file descriptor for every worker to inherit.
 
-    prometheus_client needs a folder with a name, which nothing removes after SIGKILL. So it lies in the runs folder,
-    not among temporary files, and the next start removes it. The file descriptor holds a lock as long as the supervisor
-    or a worker lives; what nobody locks is left over. Servers may share a runs folder.
+    prometheus_client adds up files that it finds by the name of their folder, and no process can remove a folder after
+    its own SIGKILL. The folder therefore lies in the runs folder, where the next start finds and removes it. The file
+    descriptor holds a lock while the supervisor or a worker lives, so that servers which share a runs folder remove
+    only folders that are left over.
     """
     try:
         root = runs.absolute() / "metrics"

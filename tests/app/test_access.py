@@ -361,16 +361,16 @@ def test_refused_calls_of_other_sites_do_not_use_up_the_operator_s_rate(models: 
         assert statuses(service, 5, **{"Sec-Fetch-Site": "cross-site"}) == [403] * 5
         assert statuses(service, 5, Host="evil.example") == [403] * 5
         assert statuses(from_address(service, "127.0.0.1"), 4) == [404, 404, 404, 429]
-        assert statuses(service, 1, Origin="https://evil.example") == [403]  # what it may do is told first
+        assert statuses(service, 1, Origin="https://evil.example") == [403]  # the check comes before the charge
 
 
 def test_calls_without_a_key_or_with_wrong_ones_lock_no_holder_out(models: Path, tmp_path: Path) -> None:
     with client(models, tmp_path, api_keys=",".join(KEYS), operator_rate_limit="3/minute") as service:
-        assert statuses(service, 5) == [401] * 5  # which guess nothing
+        assert statuses(service, 5) == [401] * 5  # without a key there is no guess
         assert statuses(service, 1, KEYS[0]) == [404]
         assert statuses(service, 5, "a wrong key of 16") == [401, 401, 401, 429, 429]
-        assert statuses(service, 3, KEYS[0]) == [404, 404, 429]  # of a rate of its own
-        assert statuses(service, 1, KEYS[1]) == [429]  # not known here yet, so it might be guessed
+        assert statuses(service, 3, KEYS[0]) == [404, 404, 429]  # the rate of this key
+        assert statuses(service, 1, KEYS[1]) == [429]  # not used from this address before, so it could be a guess
         elsewhere = from_address(service, "127.0.0.2")
         assert statuses(elsewhere, 4, KEYS[1]) == [404, 404, 404, 429]
         assert statuses(elsewhere, 1, KEYS[0]) == [404]

@@ -27,7 +27,7 @@ def endless(models: Path) -> Path:
     """A store whose models take forever to load."""
     live = models / "resnet" / "live"
     live.unlink()
-    os.mkfifo(live)  # to read it is to wait for somebody who writes
+    os.mkfifo(live)  # a read waits until a writer opens it
     return models
 
 
@@ -113,7 +113,7 @@ def test_nothing_is_left_in_the_temporary_folder_and_the_next_start_clears_the_r
         assert metrics_folders(runs) == [left]
     with (
         starting(endless, runs, tmp_path / "log2", workers=SEVERAL) as second,
-        starting(endless, runs, tmp_path / "log3", workers=SEVERAL) as third,  # which shares the runs folder
+        starting(endless, runs, tmp_path / "log3", workers=SEVERAL) as third,  # shares the runs folder
     ):
         wait_until_loading(second, SEVERAL)
         wait_until_loading(third, SEVERAL)
@@ -211,4 +211,4 @@ def test_a_further_signal_leaves_what_is_under_way_but_no_training_process(
             assert server.wait(END_S) == 0
     assert not processes_of(runs)
     assert "does not end and is killed" not in log.read_text()
-    assert "Cancel " not in log.read_text()  # which uvicorn says after 20 s
+    assert "Cancel " not in log.read_text()  # uvicorn logs this after 20 s
