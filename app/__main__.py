@@ -1,13 +1,14 @@
 """Runs the service: `python -m app --help`."""
 
+import signal
 import sys
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
 from app import logs, workers
-from app.settings import Settings
+from app.signals import exit_at_once, on_stop
+from app.startup import StartupError, check_store, listen, read_settings
 
 
 def main(
@@ -16,26 +17,25 @@ def main(
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Serve the models of the store. Further settings are environment variables, see app/settings.py."""
+    on_stop(signal.SIG_IGN if worker else exit_at_once)
+    line = workers.Line.of_stdin() if worker else None
     try:
-        settings = Settings()
-    except ValidationError as error:
-        faults = (f"{'_'.join(map(str, ('CIFAR100', *each['loc']))).upper()}: {each['msg']}" for each in error.errors())
-        sys.exit("; ".join(faults))
-    update = {"host": host or settings.host, "port": settings.port if port is None else port}
-    count = settings.workers or workers.processors()
-    if count > 1 and sys.platform != "linux":
-        sys.exit("several workers need Linux: CIFAR100_WORKERS=1")
-    settings = settings.model_copy(update=update | {"workers": count})
-    logs.configure(settings.log_style, settings.log_level)
-    if count > 1 and not worker:
-        try:
-            listening = workers.listener(settings.host, settings.port)
-        except OSError as error:
-            sys.exit(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}")
-        sys.exit(workers.Supervisor(count, listening, settings.drain_s).run())
-    from app.server import serve  # all that the supervisor does without
+        settings = read_settings()
+        address = {"host": host or settings.host, "port": settings.port if port is None else port}
+        settings = settings.model_copy(update=address)
+        logs.configure(settings.log_style, settings.log_level)
+        sockets = []
+        if not line:
+            settings = settings.model_copy(update={"workers": workers.choose_count(settings.workers)})
+            check_store(settings)
+            sockets = listen(settings.host, settings.port)
+    except StartupError as error:
+        sys.exit(str(error))
+    if settings.workers > 1 and not line:
+        sys.exit(workers.Supervisor(settings, sockets).run())
+    from app.server import serve  # which loads PyTorch; the supervisor does without
 
-    sys.exit(serve(settings, supervised=worker))
+    sys.exit(serve(settings, sockets, line))
 
 
 def cli() -> None:

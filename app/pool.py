@@ -66,6 +66,9 @@ class Pool:
     async def start(self) -> None:
         """Load every live model, then follow the store."""
         await self.refresh()
+        if not self._live:
+            root = self.store.root.absolute()
+            log.warning("no model of the store %s is live: the service is not ready until one is", root)
         self._watcher = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:

@@ -11,8 +11,8 @@ import os
 import resource
 import signal
 import socket
-import sys
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 
@@ -24,10 +24,13 @@ from app import workers
 from app.main import create_app
 from app.protocol import BoundedHttp
 from app.settings import Settings
+from app.signals import exit_at_once, exit_status, on_stop
+from app.startup import authority
 
 log = logging.getLogger(__name__)
 
 _STOP_S = 20
+_LEAVE_S = 7.0  # a training process that is told to stop has 3, and is killed within 3 more
 
 # Names and numbers of glibc's malloc.h
 _M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 16 << 20
@@ -40,41 +43,69 @@ class DrainingServer(uvicorn.Server):
     Args:
         app: what it serves.
         config: how.
-        drain_s: how long; a second signal ends it.
-        supervised: whether it takes connections and orders from its supervisor, see `app.workers`, instead of listening
-            and of signals.
+        drain_s: how long.
+        line: of a worker, which takes connections and orders from its supervisor, see `app.workers`, instead of
+            listening and of signals.
     """
 
-    def __init__(self, app: FastAPI, config: uvicorn.Config, drain_s: float, supervised: bool):
+    def __init__(self, app: FastAPI, config: uvicorn.Config, drain_s: float, line: workers.Line | None):
         super().__init__(config)
         self._services = app.state.services
         self._drain_s = drain_s
-        self._line = socket.socket(fileno=os.dup(sys.stdin.fileno())) if supervised else None
+        self._line = line
         self._adopting: set[asyncio.Task[None]] = set()
+        self._leaving: asyncio.Task[None] | None = None
+        self.signals: list[int] = []
+        """Signals received so far."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listening in sockets or ():
+            log.info("running on http://%s", authority(*listening.getsockname()[:2]))
         if self._line:
-            log.info("running on http://%s:%d", self.config.host, self.config.port)
-            self._line.setblocking(False)
-            asyncio.get_running_loop().add_reader(self._line, self._obey, self._line)
+            log.info("running on http://%s", authority(self.config.host, self.config.port))
+            self._line.loaded()
+            self._line.socket.setblocking(False)
+            asyncio.get_running_loop().add_reader(self._line.socket, self._obey, self._line.socket)
             self._beat(self._line)
         # What has been made so far stays: looking through it for garbage would stop the service for 0.1 s every second.
         gc.collect()
         gc.freeze()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._line:
-            return
-        if sig == signal.SIGTERM and not self._services.draining and self._drain_s:
-            self._services.draining = True
-            asyncio.get_running_loop().call_later(self._drain_s, self._end, signal.SIGTERM)
-        else:
-            self._end(sig, frame)
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to `serve`: uvicorn would raise them once more at the end, and knows no SIGHUP."""
+        yield
 
-    def _beat(self, line: socket.socket) -> None:
-        with suppress(OSError):  # the supervisor may be busy with something else, or gone
-            line.send(workers.BEAT)
+    def handle_exit(self, sig: int, _: FrameType | None = None) -> None:
+        """Receive a signal. A worker ignores it until it ends: then its supervisor has sent it, to hurry the worker."""
+        if self._line and not self.should_exit:
+            return
+        self.signals.append(sig)
+        if not self.started or self._leaving:
+            exit_at_once(sig)
+        asyncio.get_running_loop().call_soon_threadsafe(self._stop, sig)  # threadsafe, as that wakes the loop
+
+    def _stop(self, sig: int) -> None:
+        """Obey a signal: the first one drains, the next one ends that, as SIGINT does, and one more hurries."""
+        if self.should_exit:
+            self._leaving = self._leaving or asyncio.create_task(self._leave())
+        elif self._drain_s and sig != signal.SIGINT and not self._services.draining:
+            self._services.draining = True
+            asyncio.get_running_loop().call_later(self._drain_s, self._end)
+        else:
+            self._end()
+
+    async def _leave(self) -> None:
+        """End without waiting for requests. A training process is stopped first, as it would go on alone."""
+        try:
+            async with asyncio.timeout(_LEAVE_S):
+                await self._services.runner.stop()
+        finally:
+            os._exit(exit_status(self.signals))
+
+    def _beat(self, line: workers.Line) -> None:
+        line.beat(workers.BEAT)
         asyncio.get_running_loop().call_later(workers.BEAT_S, self._beat, line)
 
     def _obey(self, line: socket.socket) -> None:
@@ -95,7 +126,7 @@ class DrainingServer(uvicorn.Server):
             if order == workers.DRAIN:
                 self._services.draining = True
         loop.remove_reader(line)
-        self._end(signal.SIGTERM)
+        self._end()
 
     async def _adopt(self, connection: socket.socket) -> None:
         """Serve a connection that the supervisor has accepted."""
@@ -106,29 +137,24 @@ class DrainingServer(uvicorn.Server):
         with suppress(OSError):  # its client may have gone
             await loop.connect_accepted_socket(lambda: protocol, connection)
 
-    def _end(self, sig: int, frame: FrameType | None = None) -> None:
+    def _end(self) -> None:
         self._services.draining = True
-        super().handle_exit(sig, frame)
+        self.should_exit = True
 
 
-def serve(settings: Settings, supervised: bool = False) -> int:
+def serve(settings: Settings, listening: Sequence[socket.socket], line: workers.Line | None = None) -> int:
     """Serve until a signal comes, or as a worker until its supervisor says so.
 
     Args:
-        settings: address included.
-        supervised: whether as a worker, see `app.workers`.
+        settings: limits and folders.
+        listening: sockets of `app.startup.listen`; none for a worker.
+        line: the connection of a worker to its supervisor.
 
     Returns:
         The exit status.
     """
     _bound_malloc()
     _allow_files()
-    if supervised:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    else:
-        # uvicorn drains on SIGTERM and then raises it again; a drained service has ended well.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -144,9 +170,11 @@ def serve(settings: Settings, supervised: bool = False) -> int:
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=_STOP_S,
     )
-    server = DrainingServer(app, config, settings.drain_s, supervised)
-    server.run([] if supervised else None)
-    return 0 if server.started else STARTUP_FAILURE
+    server = DrainingServer(app, config, settings.drain_s, line)
+    on_stop(server.handle_exit)
+    server.run(list(listening))
+    on_stop(exit_at_once)  # only threads with nothing to lose still run
+    return exit_status(server.signals) if server.started else STARTUP_FAILURE
 
 
 def _allow_files() -> None:

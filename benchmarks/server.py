@@ -67,7 +67,7 @@ class Server:
         """Its URL, once it takes requests in all its processes."""
         with self.log.open("rb") as log:
             log.seek(self._heard)
-            found: list[bytes] = re.findall(rb"running on (http://[\d.:]+)", log.read())
+            found: list[bytes] = re.findall(rb"running on (http://[\w.:\[\]]+)", log.read())
         return found[0].decode() if len(found) >= self._workers else None
 
     def memory_mib(self, field: str = "VmRSS") -> float:

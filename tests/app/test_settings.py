@@ -1,13 +1,25 @@
-"""Settings that cannot be, and how many processors there are."""
+"""Settings that cannot be, and what else is found wrong before models are loaded."""
 
+import errno
+import logging
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
+from pydantic import ValidationError
 
 from app import workers
+from app.main import create_app
+from app.settings import OF_TRAINING, Settings
+from app.startup import StartupError, authority, check_store, listen, read_settings
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -17,15 +29,192 @@ from app import workers
         ("CIFAR100_MAX_QUEUE", "0", "CIFAR100_MAX_QUEUE: Input should be greater than 0"),
         ("CIFAR100_API_KEYS", "short-secret", "CIFAR100_API_KEYS_0: Value should have at least 16 items"),
         ("CIFAR100_PREDICT_NEEDS_KEY", "yes", "CIFAR100_PREDICT_NEEDS_KEY needs CIFAR100_API_KEYS"),
+        ("CIFAR100_DRAIN_S", "inf", "CIFAR100_DRAIN_S: Input should be a finite number"),
+        ("CIFAR100_WORKERS", "999", "CIFAR100_WORKERS: 999 workers are more than this machine can run; give at most "),
+        ("CIFAR100_WORKRES", "2", "CIFAR100_WORKRES: no such setting; did you mean CIFAR100_WORKERS?"),
+        ("CIFAR100_MODELS", __file__, f"the model store {__file__} cannot be read: Not a directory"),
+        ("CIFAR100_HOST", "192.0.2.1", "cannot listen on 192.0.2.1:0: Cannot assign requested address"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named_in_one_line_without_its_value(name: str, value: str, fault: str) -> None:
+def test_a_service_that_cannot_start_says_why_in_one_line(name: str, value: str, fault: str) -> None:
     command = [sys.executable, "-m", "app", "--port", "0"]
     done = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert fault in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert "short-secret" not in done.stderr
+
+
+def fault_of(name: str, value: str, environment: pytest.MonkeyPatch) -> str:
+    environment.setenv(f"CIFAR100_{name.upper()}", value)
+    with pytest.raises(StartupError) as refused:
+        read_settings()
+    return str(refused.value)
+
+
+def numbers() -> list[str]:
+    return [name for name, field in Settings.model_fields.items() if field.annotation in (int, float, int | None)]
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "1e18", "-1", "1000000000000000000"])
+@pytest.mark.parametrize("name", numbers())
+def test_every_number_is_bounded(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fault_of(name, value, monkeypatch).startswith(f"CIFAR100_{name.upper()}: Input should be")
+
+
+@pytest.mark.parametrize("value", ["0/minute", "0 per second", "60", "often", "5/minute;9/hour", "1/99year"])
+@pytest.mark.parametrize("name", ["operator_rate_limit", "predict_rate_limit"])
+def test_a_rate_that_cannot_be_kept_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = fault_of(name, value, monkeypatch)
+    assert fault.startswith(f"CIFAR100_{name.upper()}: {value!r} is ")
+    assert fault.endswith("or nothing for no limit")
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_rate_is_no_limit(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIFAR100_OPERATOR_RATE_LIMIT", value)
+    assert read_settings().operator_rate_limit is None
+
+
+@pytest.mark.parametrize("letter", ["ä", "\u2003", "\x7f", "\t", "\udce4"])
+def test_a_key_that_no_client_can_send_is_refused_without_its_value(
+    letter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = fault_of("api_keys", f"0123456789abcdef{letter}0123456789", monkeypatch)
+    assert fault.startswith("CIFAR100_API_KEYS_0: a key has printable ASCII characters only")
+    assert "0123456789" not in fault
+
+
+@pytest.mark.parametrize("value", ["10.0.0.0/33", "10.0.0.1/8", "proxy.local", "10.0.0.1,", "*,10.0.0.1"])
+def test_a_proxy_that_is_no_address_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fault_of("trusted_proxies", value, monkeypatch).startswith("CIFAR100_TRUSTED_PROXIES: ")
+
+
+@pytest.mark.parametrize("value", ["example.org", "https://example.org/", "https://a@example.org", "null"])
+def test_a_site_that_no_browser_sends_as_its_origin_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fault_of("cors_origins", value, monkeypatch).startswith("CIFAR100_CORS_ORIGINS_0: ")
+
+
+@pytest.mark.parametrize("name", ["CIFAR100_MODLES", "cifar100_modles"])
+def test_an_unknown_name_is_refused_with_the_nearest_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "elsewhere")
+    with pytest.raises(ValidationError, match=f"{name}: no such setting; did you mean CIFAR100_MODELS"):
+        Settings()
+
+
+def test_every_variable_of_training_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = {
+        name for path in (ROOT / "training").rglob("*.py") for name in re.findall('"(CIFAR100_\\w+)"', path.read_text())
+    }
+    assert read >= set(OF_TRAINING)
+    for name in read:
+        monkeypatch.setenv(name, "anything")
+    read_settings()
+
+
+def test_names_that_kubernetes_makes_of_services_are_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    links = {"WEB_SERVICE_HOST": "10.0.0.1", "WEB_PORT": "tcp://10.0.0.1:80", "WEB_PORT_80_TCP_ADDR": "10.0.0.1"}
+    for name, value in links.items():
+        monkeypatch.setenv(f"CIFAR100_{name}", value)
+    with pytest.raises(StartupError):
+        read_settings()
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.2")
+    read_settings()
+    monkeypatch.setenv("CIFAR100_PROT", "8000")
+    with pytest.raises(StartupError, match="did you mean CIFAR100_PORT"):
+        read_settings()
+
+
+@pytest.mark.parametrize(
+    ("default", "fault"),
+    [(None, None), ("resnet", None), ("vgg", "there is no model 'vgg' in .*, give one of resnet$")],
+)
+def test_a_default_model_that_the_store_lacks_is_refused(default: str | None, fault: str | None, models: Path) -> None:
+    settings = Settings(models=models, default_model=default)
+    if fault is None:
+        check_store(settings)
+    else:
+        with pytest.raises(StartupError, match=fault):
+            check_store(settings)
+
+
+def test_a_store_that_cannot_be_read_is_refused_in_one_line(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = models / "loop"
+    loop.symlink_to(loop)
+    cases = {models / "resnet" / "live": "Not a directory", models / "no" / "such": "No such file", loop: "Too many"}
+    for path, reason in cases.items():
+        with pytest.raises(StartupError, match=f"{path} cannot be read: {reason}"):
+            check_store(Settings(models=path))
+
+    def refuse(_: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # as permissions do not bind the user of some containers
+    with pytest.raises(StartupError, match=f"{models} cannot be read: Permission denied"):
+        check_store(Settings(models=models))
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_empty_store_starts_not_ready_with_a_warning_that_names_it(
+    exists: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = tmp_path / "store"
+    if exists:
+        store.mkdir()
+    settings = Settings(models=store, runs=tmp_path / "runs", default_model="vgg")
+    check_store(settings)
+    with TestClient(create_app(settings)) as service:
+        assert service.get("/health/ready").status_code == 503
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [line for line in warned if str(store) in line and "not ready" in line]
+
+
+def test_a_taken_port_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use; choose"):
+            listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "no-such-host.invalid", "a" * 64, "127.0.0.1:80"])
+def test_a_host_that_is_not_of_this_machine_is_refused(host: str) -> None:
+    with pytest.raises(StartupError, match=re.escape(f"cannot listen on {authority(host, 0)}: ")):
+        listen(host, 0)
+
+
+def test_all_addresses_of_a_name_share_a_port_and_a_missing_one_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(*_: Any, **__: Any) -> list[Any]:
+        addresses = ("127.0.0.1", "192.0.2.1", "127.0.0.2")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    sockets = listen("several.example", 0)
+    names = [each.getsockname() for each in sockets]
+    for each in sockets:
+        each.close()
+    assert [host for host, _ in names] == ["127.0.0.1", "127.0.0.2"]
+    assert len({port for _, port in names}) == 1
+
+
+def test_workers_are_bounded_by_processors_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 1 << 30
+    for processors, memory, most, default in ((2, 64 * gib, 8, 2), (8, 2 * gib, 4, 4), (1, gib // 4, 1, 1)):
+        monkeypatch.setattr(workers, "processors", lambda number=processors: number)
+        monkeypatch.setattr(workers, "memory_bytes", lambda number=memory: number)
+        assert workers.choose_count(0) == default
+        assert workers.choose_count(most) == most
+        with pytest.raises(StartupError, match=f"CIFAR100_WORKERS: {most + 1} workers .* at most {most}: "):
+            workers.choose_count(most + 1)
+
+
+@pytest.mark.parametrize(("limit", "is_lower"), [("1048576", True), ("max", False), ("", False), (str(1 << 62), False)])
+def test_a_container_has_the_memory_that_it_may_use(
+    limit: str, is_lower: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = workers.memory_bytes()
+    monkeypatch.setattr(workers, "_MEMORY_MAX", tmp_path / "memory.max")
+    (tmp_path / "memory.max").write_text(limit)
+    assert workers.memory_bytes() == (1048576 if is_lower else installed)
 
 
 @pytest.mark.parametrize(

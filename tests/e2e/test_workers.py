@@ -7,15 +7,18 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from processes import children
 from server import wait_for
 from service import TINY, finished, service
 
-from app.workers import Worker
+from app.workers import BEAT, LOADING, Worker
 
 WORKERS = 2
 
@@ -99,18 +102,51 @@ def test_a_worker_that_hangs_is_replaced_and_keeps_no_service_from_ending(tmp_pa
         assert supervisor.wait(60) == 0
 
 
-def test_a_worker_that_hangs_while_it_loads_is_killed_later() -> None:
+@contextmanager
+def silent_worker() -> Iterator[tuple[Worker, socket.socket]]:
+    """A worker that sends what the test sends for it."""
     line, its_line = socket.socketpair()
-    with its_line:
-        process = subprocess.Popen(["sleep", "1000"], stdin=its_line.fileno())
-    worker = Worker(process, line, replaces=False)
-    for _ in range(1000):  # 200 seconds of polls
-        worker.kill_if_hanging()
-    assert process.poll() is None
-    for _ in range(1000):
-        worker.kill_if_hanging()
-    assert process.wait(10) == -signal.SIGKILL
-    worker.end()
+    process = subprocess.Popen(["sleep", "1000"], stdin=its_line.fileno())
+    try:
+        yield Worker(process, line, replaces=False), its_line
+    finally:
+        process.kill()
+        process.wait()
+        line.close()
+        its_line.close()
+
+
+def seconds_until_killed(beats: bytes, beat: bytes, log: pytest.LogCaptureFixture) -> int | None:
+    """After how many seconds of polls a worker is killed that has sent some beats and sends a further one each second;
+    None for one that is still running after ten minutes."""
+    log.clear()
+    with silent_worker() as (worker, line):
+        line.send(beats)
+        for second in range(600):
+            line.send(beat)
+            for _ in range(5):
+                worker.kill_if_hanging()
+            if "is killed" in log.text:
+                assert not worker.responds
+                assert worker.process.wait(10) == -signal.SIGKILL
+                return second
+    return None
+
+
+@pytest.mark.parametrize(
+    ("beats", "beat", "seconds"),
+    [
+        (b"", b"", 60),
+        (LOADING, b"", 60),
+        (LOADING + BEAT, b"", 20),
+        (b"", LOADING, 300),
+        (LOADING, BEAT, None),
+    ],
+)
+def test_a_worker_is_killed_that_is_silent_or_loads_for_too_long(
+    beats: bytes, beat: bytes, seconds: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert seconds_until_killed(beats, beat, caplog) in (seconds, seconds and seconds - 1)
 
 
 def test_no_worker_outlives_its_supervisor(tmp_path: Path, models: Path) -> None:

@@ -1,0 +1,126 @@
+"""Checks before any model is loaded: the settings, the model store, the address to listen on.
+
+Out: `Settings` and listening sockets, or a `StartupError` whose text is one line for the operator.
+"""
+
+import errno
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from app.settings import Settings
+from training.store import Store
+
+_BACKLOG = 2048  # connections that wait to be accepted
+_ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+class StartupError(Exception):
+    """A setting prevents the start. The text says which one, why, and what to change."""
+
+
+def read_settings() -> Settings:
+    """The settings of the environment.
+
+    Raises:
+        StartupError: a variable has an impossible value or an unknown name.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise StartupError("; ".join(map(_fault, error.errors()))) from None
+
+
+def _fault(error: Any) -> str:
+    name = "_".join(map(str, ("CIFAR100", *error["loc"]))).upper()
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if error["loc"] else message
+
+
+def check_store(settings: Settings) -> None:
+    """Check that the model store can be read and has the default model.
+
+    A folder that does not exist yet is an empty store, which is no error: models may be trained into it.
+
+    Raises:
+        StartupError: the store cannot be read, or has models but not the default one.
+    """
+    root = settings.models.absolute()
+    try:
+        names = _models_in(root)
+    except OSError as error:
+        raise StartupError(f"CIFAR100_MODELS: the model store {root} cannot be read: {error.strerror}") from None
+    wanted = settings.default_model
+    if names and wanted and wanted not in names:
+        raise StartupError(
+            f"CIFAR100_DEFAULT_MODEL: there is no model {wanted!r} in {root}, give one of {', '.join(names)}"
+        )
+
+
+def _models_in(root: Path) -> list[str]:
+    try:
+        root.lstat()
+    except FileNotFoundError:
+        if root.parent.is_dir():  # the store is made with its first model
+            return []
+        raise
+    next(root.iterdir(), None)  # fails for a file, or without permission
+    return Store(root).names()
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on every address of a host, so that no other process can. Connections wait in them.
+
+    Args:
+        host: an address, or a name such as localhost that may have several.
+        port: 0 takes a free one, the same for all addresses.
+
+    Raises:
+        StartupError: the port is in use, or the host is not of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with ExitStack() as on_error:
+            sockets: list[socket.socket] = []
+            absent: OSError | None = None
+            for family, _, _, _, address in dict.fromkeys(found):
+                if sockets:
+                    address = (address[0], sockets[0].getsockname()[1], *address[2:])
+                try:
+                    sockets.append(on_error.enter_context(_listening(family, address)))
+                except OSError as error:  # a name may have an IPv6 address where the machine has no IPv6
+                    if error.errno not in _ABSENT:
+                        raise
+                    absent = error
+            if absent and not sockets:
+                raise absent
+            on_error.pop_all()
+            return sockets
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StartupError(
+            f"cannot listen on {authority(host, port)}: {reason}; choose a free address of this machine by "
+            "CIFAR100_HOST and CIFAR100_PORT"
+        ) from None
+
+
+def _listening(family: int, address: Sequence[Any]) -> socket.socket:
+    listening = socket.socket(family)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(tuple(address))
+        listening.listen(_BACKLOG)
+        listening.setblocking(False)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+def authority(host: str, port: int) -> str:
+    """Host and port as a URL has them: an IPv6 address stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
