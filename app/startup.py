@@ -6,7 +6,7 @@ Out: `Settings` and listening sockets, or a `StartupError` whose text is one lin
 import errno
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from app.settings import Settings
 from training.store import Store
 
 _BACKLOG = 2048  # connections that wait to be accepted
+_ATTEMPTS = 20  # to find a port that is free at every address
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
@@ -83,29 +84,37 @@ def listen(host: str, port: int) -> list[socket.socket]:
         StartupError: the port is in use, or the host is not of this machine.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        with ExitStack() as on_error:
-            sockets: list[socket.socket] = []
-            absent: OSError | None = None
-            for family, _, _, _, address in dict.fromkeys(found):
-                if sockets:
-                    address = (address[0], sockets[0].getsockname()[1], *address[2:])
-                try:
-                    sockets.append(on_error.enter_context(_listening(family, address)))
-                except OSError as error:  # a name may have an IPv6 address where the machine has no IPv6
-                    if error.errno not in _ABSENT:
-                        raise
-                    absent = error
-            if absent and not sockets:
-                raise absent
-            on_error.pop_all()
-            return sockets
+        addresses = list(dict.fromkeys((each[0], each[4]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+        for _ in range(0 if port else _ATTEMPTS):
+            with suppress(OSError):  # a port that is free at one address may be taken at another
+                return _listen_on_all(addresses)
+        return _listen_on_all(addresses)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise StartupError(
             f"cannot listen on {authority(host, port)}: {reason}; choose a free address of this machine by "
             "CIFAR100_HOST and CIFAR100_PORT"
         ) from None
+
+
+def _listen_on_all(addresses: list[tuple[int, Any]]) -> list[socket.socket]:
+    """Listen on one port at every address that this machine has. The first address decides on a port of 0."""
+    with ExitStack() as on_error:
+        sockets: list[socket.socket] = []
+        absent: OSError | None = None
+        for family, address in addresses:
+            if sockets:
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            try:
+                sockets.append(on_error.enter_context(_listening(family, address)))
+            except OSError as error:  # a name may have an IPv6 address where the machine has no IPv6
+                if error.errno not in _ABSENT:
+                    raise
+                absent = error
+        if absent and not sockets:
+            raise absent
+        on_error.pop_all()
+        return sockets
 
 
 def _listening(family: int, address: Sequence[Any]) -> socket.socket:
