@@ -5,7 +5,7 @@ Out: `Settings` and listening sockets, or a `StartupError` whose text is one lin
 
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
         StartupError: the port is in use, or the host is not of this machine.
     """
     try:
-        addresses = list(dict.fromkeys((each[0], each[4]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
         for _ in range(0 if port else _ATTEMPTS):
             with suppress(OSError):  # a port that is free at one address may be taken at another
                 return _listen_on_all(addresses)
@@ -97,7 +98,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
         ) from None
 
 
-def _listen_on_all(addresses: list[tuple[int, Any]]) -> list[socket.socket]:
+def _listen_on_all(addresses: Iterable[tuple[int, Any]]) -> list[socket.socket]:
     """Listen on one port at every address that this machine has. The first address decides on a port of 0."""
     with ExitStack() as on_error:
         sockets: list[socket.socket] = []
