@@ -18,6 +18,7 @@ from limits import RateLimitItem
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
+from app.clients import client_network
 from app.errors import Forbidden, TooManyRequests, Unauthorized
 from app.settings import Settings
 
@@ -93,7 +94,7 @@ class Access:
     def _charge(self, request: Request, limit: RateLimitItem | None, kind: str) -> None:
         if limit is None:
             return
-        client = _network(request.client.host if request.client else "")
+        client = client_network(request.client.host if request.client else "")
         if not self._limiter.hit(limit, kind, client):
             wait_s = max(1, math.ceil(self._limiter.get_window_stats(limit, kind, client).reset_time - time.time()))
             raise TooManyRequests(f"more than {limit} from {client}; try again in {wait_s} s", wait_s)
@@ -129,13 +130,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _network(host: str) -> str:
-    """Who is counted as one client: an IPv4 address, or the network that one IPv6 customer gets."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host or "unknown"
-    address = getattr(address, "ipv4_mapped", None) or address
-    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else str(address)

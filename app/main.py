@@ -50,6 +50,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
         docs_url=None,  # routes.page has them, with a content security policy
         redoc_url=None,
+        redirect_slashes=False,  # Starlette redirects to whatever host the client names
     )
     app.state.services = services
     app.state.access = Access(settings)

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 
 from app import workers
+from app.connections import ConnectionTable
 from app.main import create_app
 from app.protocol import BoundedHttp
 from app.settings import Settings
@@ -28,6 +29,8 @@ from app.settings import Settings
 log = logging.getLogger(__name__)
 
 _STOP_S = 20
+_MAX_CONNECTIONS = 900
+_OTHER_FILES = 120  # descriptors of a process for all but connections
 
 # Names and numbers of glibc's malloc.h
 _M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 16 << 20
@@ -122,7 +125,7 @@ def serve(settings: Settings, supervised: bool = False) -> int:
         The exit status.
     """
     _bound_malloc()
-    _allow_files()
+    descriptors = _allow_files()
     if supervised:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -130,11 +133,13 @@ def serve(settings: Settings, supervised: bool = False) -> int:
         # uvicorn drains on SIGTERM and then raises it again; a drained service has ended well.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app = create_app(settings)
+    table = ConnectionTable(max(1, min(_MAX_CONNECTIONS, descriptors - _OTHER_FILES)), settings.trusted_proxies)
+    http = partial(BoundedHttp, sheds=app.state.services.sheds, table=table)
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=partial(BoundedHttp, sheds=app.state.services.sheds),  # type: ignore[arg-type]  # called, never inherited
+        http=http,  # type: ignore[arg-type]  # called, never inherited
         ws="none",
         access_log=False,
         log_config=None,
@@ -149,11 +154,13 @@ def serve(settings: Settings, supervised: bool = False) -> int:
     return 0 if server.started else STARTUP_FAILURE
 
 
-def _allow_files() -> None:
-    """As many as this process may open: connections, and the files of forms beside them."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+def _allow_files() -> int:
+    """Raise the number of file descriptors that this process may open to the most that it can get, and return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # of a system that calls more than it gives unlimited
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def _bound_malloc() -> None:

@@ -6,32 +6,29 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import cast
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from PIL import Image
+from sockets import Address, answer, connect, eventually, serving
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from app import limits, protocol
 from app.batching import Batcher
+from app.connections import ConnectionTable
 from app.engines import Engine
 from app.limits import BodyLimit
 from app.main import create_app
-from app.protocol import BoundedHttp
 from app.services import Services
 from app.settings import Settings
-
-Address = tuple[str, int]
 
 
 @pytest.fixture
@@ -49,18 +46,9 @@ def listening(app: FastAPI, monkeypatch: pytest.MonkeyPatch, keep_alive_s: int) 
     """The socket of a server whose patience is short."""
     monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_S", 0.5)
     monkeypatch.setattr(protocol, "_READ_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(protocol, "_MAX_CONNECTIONS", 5)
     monkeypatch.setattr(limits, "_GRACE_S", 0.5)
-    http = partial(BoundedHttp, sheds=app.state.services.sheds)
-    config = uvicorn.Config(app, port=0, http=http, log_config=None, timeout_keep_alive=keep_alive_s)  # type: ignore[arg-type]
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield server.servers[0].sockets[0]
-    server.should_exit = True
-    thread.join()
+    with serving(app, app.state.services.sheds, ConnectionTable(5, ""), keep_alive_s) as listening:
+        yield listening
 
 
 @pytest.fixture
@@ -68,31 +56,9 @@ def address(listening: socket.socket) -> Address:
     return cast(Address, listening.getsockname())
 
 
-def connect(address: Address) -> socket.socket:
-    return socket.create_connection(address, timeout=10)
-
-
-def answer(connection: socket.socket) -> bytes:
-    """All that the server sends until it closes the connection."""
-    received = b""
-    try:
-        while data := connection.recv(65536):
-            received += data
-    except ConnectionResetError:
-        pass
-    return received
-
-
 def upload(length: int) -> bytes:
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n"
     return head.encode()
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 HEALTH = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -181,7 +147,7 @@ def test_a_body_that_does_not_come_is_408(address: Address) -> None:
 
 
 def test_a_body_that_comes_steadily_may_take_longer(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_SLOWEST_BYTES_PER_S", 1000)
+    monkeypatch.setattr(limits, "SLOWEST_BYTES_PER_S", 1000)
     with connect(address) as connection:
         connection.sendall(upload(3000))
         for _ in range(6):
@@ -193,7 +159,7 @@ def test_a_body_that_comes_steadily_may_take_longer(address: Address, monkeypatc
 def test_a_body_that_begins_fast_may_not_be_silent_for_longer(
     address: Address, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_SLOWEST_BYTES_PER_S", 1000)
+    monkeypatch.setattr(limits, "SLOWEST_BYTES_PER_S", 1000)
     with connect(address) as connection:
         connection.sendall(upload(100_001) + bytes(100_000))  # as much as may take 100 seconds
         started = time.monotonic()
@@ -238,7 +204,7 @@ def test_bodies_of_all_requests_together_are_bounded() -> None:
         complete.set()
         assert (await first)["status"] == 200
         assert (await post(now))["status"] == 200  # what the first one held is free again
-        assert bounded.pending == 0
+        assert bounded.pending.total == 0
 
     asyncio.run(scenario())
 
