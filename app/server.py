@@ -18,6 +18,7 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from typing_extensions import override
 from uvicorn.config import STARTUP_FAILURE
 
 from app import workers
@@ -55,6 +56,7 @@ class DrainingServer(uvicorn.Server):
         self._line = socket.socket(fileno=os.dup(sys.stdin.fileno())) if supervised else None
         self._adopting: set[asyncio.Task[None]] = set()
 
+    @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._line:
@@ -66,6 +68,7 @@ class DrainingServer(uvicorn.Server):
         gc.collect()
         gc.freeze()
 
+    @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._line:
             return
