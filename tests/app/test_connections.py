@@ -6,10 +6,11 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack
+from functools import wraps
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -21,8 +22,9 @@ from sockets import Address, answer, connect, eventually, serving
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from app import limits, protocol
+from app import connections, limits, protocol
 from app.batching import Batcher
+from app.clients import FairShares
 from app.connections import ConnectionTable
 from app.engines import Engine
 from app.limits import BodyLimit
@@ -64,8 +66,8 @@ def upload(length: int) -> bytes:
 HEALTH = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
-def alive(address: Address) -> bool:
-    with connect(address) as connection:
+def alive(address: Address, source: str = "127.0.0.1") -> bool:
+    with connect(address, source) as connection:
         connection.sendall(HEALTH)
         return answer(connection).startswith(b"HTTP/1.1 200 ")
 
@@ -359,25 +361,199 @@ def test_a_client_that_leaves_the_rest_of_an_answer_unread_is_cut_off(
     assert len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0])
 
 
-def test_connections_are_bounded(address: Address) -> None:
-    held = [connect(address) for _ in range(5)]
-    with connect(address) as connection:
-        assert answer(connection).startswith(b"HTTP/1.1 503 ")
-    for connection in held:
-        connection.close()
-    eventually(lambda: alive(address))
+ATTACKS = {
+    "silent": b"",
+    "slow head": b"GET /health HTTP/1.1\r\nX-Slow: ",
+    "slow body": upload(1000) + b"a",
+    "chunked body": upload(1000).replace(b"Content-Length: 1000", b"Transfer-Encoding: chunked") + b"3\r\na",
+    "slow reader": b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 30,
+    "hoarded": b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n",
+}
 
 
-@pytest.mark.parametrize("keep_alive_s", [60])  # so that none is closed for its own sake, however slow the machine
-def test_an_idle_connection_makes_room_for_a_new_one(address: Address) -> None:
+@pytest.fixture
+def patient(app: FastAPI) -> Iterator[Address]:
+    """A server of twelve connections that times nobody out soon."""
+    with serving(app, app.state.services.sheds, ConnectionTable(12, "")) as listening:
+        yield cast(Address, listening.getsockname())
+
+
+def attack(address: Address, closed: ExitStack, source: str, sends: bytes) -> socket.socket:
+    connection = closed.enter_context(socket.socket())
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(10)
+    connection.bind((source, 0))
+    connection.connect(address)
+    connection.sendall(sends)
+    return connection
+
+
+@pytest.mark.parametrize("sends", ATTACKS.values(), ids=ATTACKS)
+def test_connections_of_one_address_shut_no_other_address_out(patient: Address, sends: bytes) -> None:
     with ExitStack() as closed:
-        held = []
-        for _ in range(5):
-            held.append(closed.enter_context(connect(address)))
-            held[-1].sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert status_line(held[-1]) == b"HTTP/1.1 200 OK"
-            time.sleep(0.05)  # the loop's clock counts milliseconds
-        assert alive(address)
-        assert answer(held[0]) == b""  # the one that was idle for longest
-        held[1].sendall(HEALTH)
-        assert answer(held[1]).startswith(b"HTTP/1.1 200 ")
+        for _ in range(20):
+            attack(patient, closed, "127.0.0.2", sends)
+            time.sleep(0.01)
+        assert all(alive(patient, f"127.0.0.{number}") for number in range(3, 23))
+        held = [connect(patient, f"127.0.0.{number}") for number in range(3, 6)]
+        assert all(alive(patient, f"127.0.0.{number}") for number in range(3, 23))
+        for connection in held:
+            connection.sendall(HEALTH)
+            assert answer(connection).startswith(b"HTTP/1.1 200 ")
+            connection.close()
+
+
+def test_connections_of_several_addresses_shut_no_other_address_out(patient: Address) -> None:
+    with ExitStack() as closed:
+        for number in range(30):
+            attack(patient, closed, f"127.0.1.{number % 4 + 1}", ATTACKS["slow body"])
+            time.sleep(0.01)
+        assert all(alive(patient, f"127.0.0.{number}") for number in range(3, 23))
+
+
+def in_loop(scenario: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test that runs in an event loop."""
+
+    @wraps(scenario)
+    def test(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(scenario(*args, **kwargs))
+
+    return test
+
+
+class Held:
+    """A connection of a table."""
+
+    def __init__(self, progress: float = 0.0, is_busy: bool = False):
+        self.progress = progress
+        self.is_busy = is_busy
+        self.is_evicted = False
+
+    def evict(self) -> None:
+        self.is_evicted = True
+
+
+def filled(table: ConnectionTable, **counts: int) -> dict[str, list[Held]]:
+    """Connections of networks such as `a`, each with more progress than the one before."""
+    made = {network: [Held(float(number)) for number in range(count)] for network, count in counts.items()}
+    assert all(table.admit(connection, network) for network, each in made.items() for connection in each)
+    return made
+
+
+def evicted(*connections: Held) -> list[bool]:
+    return [connection.is_evicted for connection in connections]
+
+
+@in_loop
+async def test_network_that_holds_most_loses_connection_with_least_progress() -> None:
+    table = ConnectionTable(10, "")
+    held = filled(table, a=4, b=3, c=2, d=1)
+    held["a"][0].progress = 9.0
+    assert table.admit(Held(), "e")
+    assert evicted(*held["a"]) == [False, True, False, False]
+    assert not any(evicted(*held["b"], *held["c"], *held["d"]))
+    assert len(table) == 10
+
+
+@in_loop
+async def test_connection_with_request_that_is_worked_on_is_not_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_SCAN_PAUSE_S", 0.0)
+    table = ConnectionTable(10, "")
+    held = filled(table, a=4, b=3, c=2, d=1)
+    for connection in held["a"]:
+        connection.is_busy = True
+    assert table.admit(Held(), "e")
+    assert evicted(*held["a"], *held["b"]) == [False] * 4 + [True, False, False]
+    for connection in [*held["b"], *held["c"], *held["d"]]:
+        connection.is_busy = True
+    assert table.admit(Held(is_busy=True), "f") is True  # in the place of the one of `e`
+    assert table.admit(Held(), "g") is False
+
+
+@in_loop
+async def test_network_takes_no_place_of_one_that_holds_fewer() -> None:
+    table = ConnectionTable(10, "")
+    held = filled(table, a=4, b=3, c=2, d=1)
+    for connection in held["a"]:
+        connection.is_busy = True
+    assert not table.admit(Held(), "a")
+    assert not any(evicted(*held["b"], *held["c"], *held["d"]))
+
+
+@in_loop
+async def test_limit_of_a_network_applies_only_above_three_quarters() -> None:
+    table = ConnectionTable(100, "")
+    held = filled(table, a=75)
+    assert table.admit(Held(), "a")
+    assert evicted(held["a"][0]) == [True]
+    assert len(table) == 75
+    filled(table, b=25)
+    assert len(table) == 100
+
+
+@in_loop
+async def test_addresses_of_one_ipv6_network_are_one_client() -> None:
+    table = ConnectionTable(100, "")
+    held = [Held(float(number)) for number in range(75)]
+    assert all(table.admit(each, f"2001:db8::{number:x}") for number, each in enumerate(held))
+    assert table.admit(Held(), "2001:db8::ffff")
+    assert evicted(held[0]) == [True]
+    assert table.admit(Held(), "2001:db8:0:1::1")
+    assert len(table) == 76
+
+
+@in_loop
+async def test_connections_of_trusted_proxy_count_for_its_clients() -> None:
+    table = ConnectionTable(100, "10.0.0.0/8")
+    proxied = filled(table, **{"10.0.0.1": 100})["10.0.0.1"]
+    assert len(table) == 100
+    for connection in proxied[:50]:
+        assert table.charge(connection, "1.1.1.1")
+    assert not any(evicted(*proxied))
+    assert table.charge(proxied[99], "2.2.2.2")  # holds no share yet
+    assert evicted(*proxied).count(True) == 0
+    assert table.charge(proxied[60], "6.6.6.6, 1.1.1.1")
+    assert evicted(proxied[0]) == [True]  # of the same client, with the least progress
+    for connection in [*proxied[1:50], proxied[60]]:
+        connection.is_busy = True
+    assert not table.charge(proxied[61], "1.1.1.1")
+    table.discharge(proxied[1])
+    table.remove(proxied[2])
+    assert len(table) == 98
+
+
+@in_loop
+async def test_scan_is_rare_while_nothing_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = ConnectionTable(100, "")
+    for connection in filled(table, **{f"network{number}": 1 for number in range(100)}).values():
+        connection[0].is_busy = True
+    scans = 0
+    scan = table._scan
+
+    def counted() -> list[tuple[int, float, connections.Connection]]:
+        nonlocal scans
+        scans += 1
+        return scan()
+
+    monkeypatch.setattr(table, "_scan", counted)
+    monkeypatch.setattr(connections, "_SCAN_PAUSE_S", 60.0)
+    assert not any(table.admit(Held(), "b") for _ in range(1000))
+    assert scans == 1
+
+
+def test_bytes_of_bodies_are_shared_among_networks() -> None:
+    shares = FairShares(1000)
+
+    def take(network: str, amount: int) -> bool:
+        allowed = shares.allows(network, amount, shares.total + amount)
+        if allowed:
+            shares.add(network, amount)
+        return allowed
+
+    assert take("a", 750)
+    assert not take("a", 1)
+    assert take("b", 250)
+    assert not take("c", 1)
+    shares.remove("a", 750)
+    assert shares.held == {"b": 250}
+    assert take("c", 333)
