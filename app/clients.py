@@ -51,9 +51,12 @@ class FairShares:
         """
         if total <= self.capacity * _CONTESTED:
             return True
-        held = self.held.get(network, 0)
-        networks = len(self.held) + (not held)
-        return total <= self.capacity and held + amount <= self.capacity // (networks + 1)
+        return total <= self.capacity and self.held.get(network, 0) + amount <= self.share(network)
+
+    def share(self, network: str) -> int:
+        """The equal share of a network, which may hold nothing yet."""
+        networks = len(self.held) + (network not in self.held)
+        return max(1, self.capacity // (networks + 1))
 
     def add(self, network: str, amount: int) -> None:
         self.total += amount

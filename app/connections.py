@@ -20,6 +20,9 @@ SLOWEST_BYTES_PER_S = 64 << 10
 _CANDIDATES = 64  # of one scan of all connections, which then serves that many new ones
 _SCAN_PAUSE_S = 10e-6  # for each connection, after a scan that finds fewer: ten times as long as the scan takes
 _GAINED_S = 1.0  # progress since the scan that saves a candidate
+_STALLED_S = (
+    5.0  # without progress, so that a network above its share cannot have its connections replaced all the time
+)
 
 
 class Connection(Protocol):
@@ -41,7 +44,8 @@ class ConnectionTable:
 
     Where a new connection has no place, the network that holds the most connections loses the one with the least
     progress. Connections with a request that the service works on stay. A network never takes the place of one that
-    holds fewer.
+    holds fewer. A network above its share gets a new connection only for one that has stalled for 5 s; else who opens
+    connections again as fast as they are closed would keep the service busy.
 
     The connections of a trusted proxy count for no network of their own. While a request is under way, its connection
     counts for the client that the proxy names.
@@ -100,34 +104,46 @@ class ConnectionTable:
     def _assign(self, connection: Connection, network: str | None, total: int) -> bool:
         held = self._shares.held.get(network, 0) if network else 0
         has_place = self._shares.allows(network, 1, total) if network else total <= self._shares.capacity
-        if not (has_place or self._make_room(connection, held)):
-            return False
+        if not has_place:
+            is_within_share = network is None or held < self._shares.share(network)
+            if not self._make_room(connection, held, 0.0 if is_within_share else _STALLED_S):
+                return False
         self._networks[connection] = network
         if network:
             self._shares.add(network, 1)
         return True
 
-    def _make_room(self, newcomer: Connection, held: int) -> bool:
-        """Close one connection of a network that holds at least `held`, or return false if there is none."""
-        if self._evict_candidate(newcomer, held):
-            return True
-        now = asyncio.get_running_loop().time()
-        if now < self._next_scan:
-            return False
-        self._candidates = self._scan()
-        made = self._evict_candidate(newcomer, held)
-        self._next_scan = now if made and len(self._candidates) == _CANDIDATES - 1 else now + _SCAN_PAUSE_S * len(self)
-        return made
+    def _make_room(self, newcomer: Connection, held: int, stalled_s: float) -> bool:
+        """Close one connection, or return false if there is none that may be closed.
 
-    def _evict_candidate(self, newcomer: Connection, held: int) -> bool:
+        Args:
+            newcomer: gets the place.
+            held: connections of its network; networks that hold fewer lose none.
+            stalled_s: for how long the connection must have made no progress.
+        """
+        now = asyncio.get_running_loop().time()
+        candidate = self._candidate(newcomer, held)
+        if candidate is None and now >= self._next_scan:
+            self._candidates = self._scan()
+            is_plenty = len(self._candidates) == _CANDIDATES
+            candidate = self._candidate(newcomer, held)
+            self._next_scan = now if candidate and is_plenty else now + _SCAN_PAUSE_S * len(self)
+        if candidate is None or candidate.progress > now - stalled_s:
+            return False
+        self._candidates.pop()
+        self.remove(candidate)
+        candidate.evict()
+        return True
+
+    def _candidate(self, newcomer: Connection, held: int) -> Connection | None:
+        """The first one to close; those that have changed since the scan are dropped."""
         while self._candidates and self._candidates[-1][0] >= held:
-            _, progress, candidate = self._candidates.pop()
-            has_stalled = candidate.progress < progress + _GAINED_S
-            if candidate in self._networks and candidate is not newcomer and has_stalled and not candidate.is_busy:
-                self.remove(candidate)
-                candidate.evict()
-                return True
-        return False
+            _, progress, candidate = self._candidates[-1]
+            has_gained = candidate.progress > progress + _GAINED_S
+            if candidate in self._networks and candidate is not newcomer and not has_gained and not candidate.is_busy:
+                return candidate
+            self._candidates.pop()
+        return None
 
     def _scan(self) -> list[tuple[int, float, Connection]]:
         """The connections to close first, the first one last, each with what its network will hold then."""

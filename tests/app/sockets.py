@@ -23,6 +23,7 @@ def serving(
     table: ConnectionTable | None = None,
     keep_alive_s: int = 60,
     trusted_proxies: str = "",
+    stop_s: int = 20,
 ) -> Iterator[socket.socket]:
     """The listening socket of a server that is ready."""
     http = partial(BoundedHttp, sheds=sheds, table=table or ConnectionTable(900, trusted_proxies))
@@ -34,6 +35,7 @@ def serving(
         ws="none",
         log_config=None,
         timeout_keep_alive=keep_alive_s,
+        timeout_graceful_shutdown=stop_s,
         proxy_headers=bool(trusted_proxies),
         forwarded_allow_ips=trusted_proxies,
     )

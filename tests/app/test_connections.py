@@ -484,9 +484,13 @@ async def test_network_takes_no_place_of_one_that_holds_fewer() -> None:
 async def test_limit_of_a_network_applies_only_above_three_quarters() -> None:
     table = ConnectionTable(100, "")
     held = filled(table, a=75)
-    assert table.admit(Held(), "a")
+    held["a"].append(Held())
+    assert table.admit(held["a"][-1], "a")
     assert evicted(held["a"][0]) == [True]
     assert len(table) == 75
+    for connection in held["a"]:
+        connection.progress = asyncio.get_running_loop().time()
+    assert not table.admit(Held(), "a")  # none of its connections has stalled
     filled(table, b=25)
     assert len(table) == 100
 
@@ -557,3 +561,26 @@ def test_bytes_of_bodies_are_shared_among_networks() -> None:
     shares.remove("a", 750)
     assert shares.held == {"b": 250}
     assert take("c", 333)
+
+
+def test_half_sent_body_at_the_end_of_a_server_is_503_without_traceback(
+    app: FastAPI, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ExitStack() as closed:
+        with serving(app, stop_s=0) as listening:
+            held = [closed.enter_context(connect(listening.getsockname())) for _ in range(2)]
+            held[0].sendall(upload(1000) + b"abc")
+            form = b"Content-Type: multipart/form-data; boundary=x"
+            held[1].sendall(upload(1000).replace(b"Content-Type: image/png", form) + b"--x\r\n")
+            time.sleep(0.2)
+        assert all(answer(connection).startswith(b"HTTP/1.1 503 ") for connection in held)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("path", ["/predict/", "/web", "/models/"])
+def test_host_of_client_does_not_reach_an_answer(address: Address, path: str) -> None:
+    with connect(address) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n".encode())
+        received = answer(connection)
+    assert received.startswith(b"HTTP/1.1 404 ")
+    assert b"evil" not in received
