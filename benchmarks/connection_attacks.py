@@ -64,7 +64,7 @@ SILENT = Attack("silent", b"")
 SLOW_HEAD = Attack("slow head", _HEAD + b"X-Slow: ", b"a")
 SLOW_BODY = Attack("slow body", _HEAD + b"Content-Length: 10000000\r\n\r\n", bytes(BODY_BYTES_PER_S))
 HALF_BODY = Attack("half-sent body", _HEAD + b"Content-Length: 10000000\r\n\r\nabc")
-SLOW_READER = Attack("slow reader", b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 25)
+SLOW_READER = Attack("slow reader", b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 5)
 HOARDER = Attack("keep-alive hoarder", b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
 ATTACKS = (SILENT, SLOW_HEAD, SLOW_BODY, HALF_BODY, SLOW_READER, HOARDER)
 
