@@ -17,7 +17,7 @@ from app.clients import FairShares, client_network
 SLOWEST_BYTES_PER_S = 64 << 10
 """A client that sends at this pace makes progress as fast as time passes."""
 
-_CANDIDATES = 64  # of one scan of all connections, which then serves that many new ones
+_CANDIDATES = 128  # of one scan of all connections, which then serves that many new ones
 _SCAN_PAUSE_S = 10e-6  # for each connection, after a scan that finds fewer: ten times as long as the scan takes
 _GAINED_S = 1.0  # progress since the scan that saves a candidate
 _STALLED_S = (

@@ -211,6 +211,46 @@ def test_bodies_of_all_requests_together_are_bounded() -> None:
     asyncio.run(scenario())
 
 
+def test_bodies_of_one_address_do_not_keep_another_address_from_sending() -> None:
+    async def wait_for_body(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await Response()(scope, receive, send)
+
+    bounded = BodyLimit(wait_for_body, Settings(max_pending_bytes=1_000_000))
+    head = {"type": "http", "method": "POST", "path": "/predict", "headers": [(b"content-length", b"60000")]}
+
+    async def post(host: str, last: asyncio.Event) -> int:
+        """The status of the answer to a body whose last byte comes after an event."""
+        parts = iter([(bytes(59_999), True), (b"\0", False)])
+        statuses: list[int] = []
+
+        async def receive() -> Message:
+            body, more = next(parts)
+            if not more:
+                await last.wait()
+            return {"type": "http.request", "body": body, "more_body": more}
+
+        async def send(message: Message) -> None:
+            statuses.extend([message["status"]] if "status" in message else [])
+
+        await bounded(head | {"client": (host, 1)}, receive, send)
+        return statuses[0]
+
+    async def scenario() -> None:
+        later, now = asyncio.Event(), asyncio.Event()
+        now.set()
+        held = [asyncio.create_task(post(f"2001:db8::{number}", later)) for number in range(20)]
+        await asyncio.sleep(0.1)
+        assert [task.done() for task in held].count(False) == 12  # three quarters
+        assert await post("127.0.0.3", now) == 200
+        later.set()
+        assert sorted(await asyncio.gather(*held)) == [200] * 12 + [503] * 8
+        assert not bounded.pending.held
+
+    asyncio.run(scenario())
+
+
 @pytest.fixture
 def overloaded(app: FastAPI, address: Address) -> Batcher:
     """Its queue seems to be full."""
