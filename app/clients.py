@@ -12,7 +12,7 @@ def client_network(host: str) -> str:
     """The network that counts as one client.
 
     Args:
-        host: address of the client, or what a trusted proxy calls it.
+        host: address of the client, or the name that a trusted proxy gives it.
 
     Returns:
         An IPv4 address, or the /64 network of an IPv6 address, which is what one customer gets.

@@ -1,7 +1,7 @@
 """The open connections of one server process, and which of them makes room for a new one.
 
-Slow clients are told from others by their progress, not by a timer: a connection begins with the time at which it was
-opened, and each 64 KiB received adds a second. The connection whose sum is furthest back has made the least progress.
+Progress is a point in time. It begins when a connection is opened and is renewed by each answer; each 64 KiB received
+adds a second. The connection whose progress is the oldest is the slowest.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from app.clients import FairShares, client_network
 SLOWEST_BYTES_PER_S = 64 << 10
 """A client that sends at this pace makes progress as fast as time passes."""
 
-_CANDIDATES = 128  # of one scan of all connections, which then serves that many new ones
-_SCAN_PAUSE_S = 10e-6  # for each connection, after a scan that finds fewer: ten times as long as the scan takes
+_CANDIDATES = 128  # found by one scan of all connections, so that few new connections need a scan
+_SCAN_PAUSE_S = 10e-6  # per connection, after a scan that finds fewer; a scan takes a few microseconds per connection
 _GAINED_S = 1.0  # progress since the scan that saves a candidate
 _STALLED_S = (
     5.0  # without progress, so that a network above its share cannot have its connections replaced all the time
@@ -33,7 +33,7 @@ class Connection(Protocol):
 
     @property
     def is_busy(self) -> bool:
-        """Whether its client waits for the service, not the service for its client."""
+        """Whether its client waits for the service. If not, the service waits for its client."""
 
     def evict(self) -> None:
         """Close the connection at once, whatever its client has still to send or to read."""
@@ -44,8 +44,8 @@ class ConnectionTable:
 
     Where a new connection has no place, the network that holds the most connections loses the one with the least
     progress. Connections with a request that the service works on stay. A network never takes the place of one that
-    holds fewer. A network above its share gets a new connection only for one that has stalled for 5 s; else who opens
-    connections again as fast as they are closed would keep the service busy.
+    holds fewer. A network above its share gets a new connection only in the place of one that has stalled for 5 s.
+    Otherwise a client that reopens each closed connection would make the service accept and close all the time.
 
     The connections of a trusted proxy count for no network of their own. While a request is under way, its connection
     counts for the client that the proxy names.

@@ -12,8 +12,9 @@ class Connection(Protocol):
 
     parser: httptools.HttpRequestParser
     url: bytes
-    """Of the latest request, as are the headers; their names are in lower case."""
+    """Target of the latest request."""
     headers: list[tuple[bytes, bytes]]
+    """Headers of the latest request, with names in lower case."""
 
 
 class RequestParser(httptools.HttpRequestParser):

@@ -197,7 +197,7 @@ class BoundedHttp(HttpToolsProtocol):
         return is_complete and not self.flow.write_paused
 
     def evict(self) -> None:
-        """Close the connection at once: neither what is still to be sent nor an answer is waited for."""
+        """Close the connection at once, and drop the bytes that are still to be sent."""
         self.transport.abort()
 
     @property

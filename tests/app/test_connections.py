@@ -413,7 +413,7 @@ ATTACKS = {
 
 @pytest.fixture
 def patient(app: FastAPI) -> Iterator[Address]:
-    """A server of twelve connections that times nobody out soon."""
+    """A server of twelve connections with the timeouts of a real one."""
     with serving(app, app.state.services.sheds, ConnectionTable(12, "")) as listening:
         yield cast(Address, listening.getsockname())
 
@@ -557,7 +557,7 @@ async def test_connections_of_trusted_proxy_count_for_its_clients() -> None:
     assert table.charge(proxied[99], "2.2.2.2")  # holds no share yet
     assert evicted(*proxied).count(True) == 0
     assert table.charge(proxied[60], "6.6.6.6, 1.1.1.1")
-    assert evicted(proxied[0]) == [True]  # of the same client, with the least progress
+    assert evicted(proxied[0]) == [True]  # the same client's connection with the least progress
     for connection in [*proxied[1:50], proxied[60]]:
         connection.is_busy = True
     assert not table.charge(proxied[61], "1.1.1.1")

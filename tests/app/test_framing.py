@@ -118,7 +118,7 @@ def test_connection_is_closed_after_request_with_upgrade_that_says_so(address: A
 
 
 def test_what_follows_an_upgrade_without_body_is_no_other_protocol(address: Address, recorder: Recorder) -> None:
-    frame = b"\x81\x85\x37\xfa\x21\x3d\x7f\x9f\x4d\x51\x58"  # of a WebSocket: "Hello"
+    frame = b"\x81\x85\x37\xfa\x21\x3d\x7f\x9f\x4d\x51\x58"  # the WebSocket message "Hello"
     with connect(address) as connection:
         connection.sendall(b"GET /events HTTP/1.1\r\nHost: x\r\n" + OFFERS["websocket"] + b"\r\n" + frame)
         assert answer(connection).count(b"HTTP/1.1 ") == 1

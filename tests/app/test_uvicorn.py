@@ -80,7 +80,7 @@ def test_attributes_that_are_read_exist(kind: type) -> None:
     own = set(dir(kind)) - set(dir(_CLASSES[kind])) | (vars(made[kind]).keys() - vars(made[_CLASSES[kind]]).keys())
     inherited = {name for name in reads(kind) if name.partition(".")[0] not in own}
     missing = []
-    for name in inherited - {"lifespan", "lifespan.state", "servers"}:  # which uvicorn sets when it starts
+    for name in inherited - {"lifespan", "lifespan.state", "servers"}:  # set by uvicorn at start
         owner, _, attribute = name.partition(".")
         if not hasattr(made[_CLASSES[kind]], owner):
             missing.append(owner)
