@@ -20,6 +20,7 @@ from limits import RateLimitItem
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
+from app.clients import client_network
 from app.errors import Forbidden, TooManyRequests, Unauthorized
 from app.settings import Settings
 
@@ -244,14 +245,4 @@ def _is_loopback_address(host: str) -> bool:
 
 
 def _client(request: Request) -> str:
-    return network(request.client.host if request.client else "")
-
-
-def network(host: str) -> str:
-    """Who is counted as one client: an IPv4 address, or the network that one IPv6 customer gets."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host or "unknown"
-    address = getattr(address, "ipv4_mapped", None) or address
-    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else str(address)
+    return client_network(request.client.host if request.client else "")

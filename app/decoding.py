@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import BinaryIO, Generic, TypeVar, cast
@@ -25,6 +25,7 @@ from typing import BinaryIO, Generic, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from app.clients import FairShares
 from app.decode_cost import MIB, DecodeCost
 from app.decode_process import DecodeProcess
 from app.exceptions import Problem, Unavailable
@@ -83,31 +84,6 @@ class _Request:
             self.charged_units = units
 
 
-@dataclass
-class _Backlog:
-    """Counts the images that wait, by client, and refuses those over a client's share of the limit."""
-
-    limit: int
-    total: int = 0
-    by_client: dict[str, int] = field(default_factory=dict)
-
-    def is_full_for(self, client: str, count: int = 1) -> bool:
-        """Whether a client that has images waiting would exceed its share with `count` more.
-
-        Half of the limit is open to any client. Above that, each client with images waiting has an equal share.
-        """
-        held = self.by_client.get(client, 0)
-        if not held or self.total + count <= self.limit // 2:
-            return False
-        return held + count > max(1, self.limit // len(self.by_client))
-
-    def add(self, client: str, count: int) -> None:
-        self.total += count
-        self.by_client[client] = self.by_client.get(client, 0) + count
-        if not self.by_client[client]:
-            del self.by_client[client]
-
-
 class Decoders:
     """The threads and processes that decode images.
 
@@ -131,8 +107,8 @@ class Decoders:
         self._processes = [DecodeProcess(*limits) for _ in range(count)]
         for process in self._processes:
             self._idle_processes.put(process)
-        self._waiting = _Backlog(settings.max_queue)
-        self._held_up = _Backlog(settings.max_queue)
+        self._waiting = FairShares(settings.max_queue)
+        self._held_up = FairShares(settings.max_queue)
 
     @property
     def waiting(self) -> int:
@@ -146,7 +122,7 @@ class Decoders:
 
     def is_full_for(self, client: str) -> bool:
         """Whether a further image of this client would be refused."""
-        return self._waiting.is_full_for(client)
+        return self._waiting.exceeds_share(client, 1)
 
     async def decode(
         self, files: Sequence[File], client: str, deadline: float, charge: Charge | None = None
@@ -167,7 +143,7 @@ class Decoders:
             TooManyRequests: raised by `charge`.
             Problem: an image cannot be decoded; where there are several, the message names it.
         """
-        if self._waiting.is_full_for(client, len(files)):
+        if self._waiting.exceeds_share(client, len(files)):
             raise Unavailable(f"{self.waiting} images are waiting to be decoded already; try again later")
         request = _Request(client, deadline, len(files), charge)
         pixels = list[NDArray[np.uint8]]()
@@ -181,9 +157,9 @@ class Decoders:
                         error.detail = f"{name}: {error.detail}"
                     raise
                 request.left -= 1
-                self._waiting.add(client, -1)
+                self._waiting.remove(client, 1)
         finally:
-            self._waiting.add(client, -request.left)
+            self._waiting.remove(client, request.left)
         return np.stack(pixels)
 
     async def _decode(self, request: _Request, file: BinaryIO) -> NDArray[np.uint8]:
@@ -217,14 +193,14 @@ class Decoders:
     def _hold_up(self, request: _Request) -> Iterator[None]:
         """Count the images left of a request apart while one of them is costly: they delay no other request."""
         count = request.left
-        if self._held_up.is_full_for(request.client, count):
+        if self._held_up.exceeds_share(request.client, count):
             raise Unavailable(f"{self.held_up} images wait for costly ones already; try again later")
-        self._waiting.add(request.client, -count)
+        self._waiting.remove(request.client, count)
         self._held_up.add(request.client, count)
         try:
             yield
         finally:
-            self._held_up.add(request.client, -count)
+            self._held_up.remove(request.client, count)
             self._waiting.add(request.client, count)
 
     async def _run(

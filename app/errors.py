@@ -1,5 +1,6 @@
 """Every failure as application/problem+json (RFC 9457)."""
 
+import asyncio
 import logging
 from http import HTTPStatus
 from typing import Any
@@ -90,7 +91,10 @@ def install(app: FastAPI) -> None:
 
 
 class Unexpected:
-    """ASGI middleware: an error that nothing else has handled is logged and answered with 500."""
+    """ASGI middleware: an error that nothing else has handled is logged and answered with 500.
+
+    A request that is cancelled because the server stops is answered with 503.
+    """
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -107,6 +111,10 @@ class Unexpected:
             await self.app(scope, receive, noted)
         except ClientDisconnect:
             return  # nobody is left to be told
+        except asyncio.CancelledError:  # only a server that stops cancels a request, after the time it gives it
+            if not started:
+                stopping = problem(HTTPStatus.SERVICE_UNAVAILABLE, "the service stops; try again", {"Retry-After": "1"})
+                await stopping(scope, receive, send)
         except Exception:
             log.exception("%s %s failed", scope.get("method"), scope.get("path"))
             if started:

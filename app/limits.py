@@ -9,6 +9,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.clients import FairShares, client_network
+from app.connections import SLOWEST_BYTES_PER_S
 from app.errors import problem
 from app.protocol import ARRIVED
 from app.settings import MIB, Settings
@@ -17,7 +19,6 @@ _OTHER_BYTES = MIB
 _MULTIPART_OVERHEAD = 64 << 10
 # A client may be silent for this long in all; what it sends gives it back as much as it takes at the slowest pace.
 _GRACE_S = 30.0
-_SLOWEST_BYTES_PER_S = 64 << 10
 
 
 class BodyLimit:
@@ -32,8 +33,7 @@ class BodyLimit:
             "/predict": settings.max_predict_bytes + _MULTIPART_OVERHEAD,
             "/evaluate": settings.max_archive_bytes + _MULTIPART_OVERHEAD,
         }
-        self.max_pending = settings.max_pending_bytes
-        self.pending = 0
+        self.pending = FairShares(settings.max_pending_bytes)
         """Bytes received for all requests under way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,6 +47,7 @@ class BodyLimit:
             await _too_large(limit)(scope, receive, send)
             return
 
+        client = client_network(scope["client"][0] if scope.get("client") else "")
         refusal: JSONResponse | None = None
         patience_s = _GRACE_S
         received = 0
@@ -61,7 +62,7 @@ class BodyLimit:
             except TimeoutError:
                 refusal = _refusal(HTTPStatus.REQUEST_TIMEOUT, "the request body arrives too slowly")
                 raise ClientDisconnect from None  # what a route already expects of a body that ends early
-            gained = len(message.get("body", b"")) / _SLOWEST_BYTES_PER_S
+            gained = len(message.get("body", b"")) / SLOWEST_BYTES_PER_S
             patience_s = min(_GRACE_S, patience_s + asked - time.monotonic() + gained)
             return message
 
@@ -72,11 +73,12 @@ class BodyLimit:
             message = await receive() if ARRIVED in scope else await in_time()
             size = len(message.get("body", b""))
             received += size
-            self.pending += size
+            has_place = self.pending.allows(client, size, self.pending.total + size)
+            self.pending.add(client, size)
             complete = not message.get("more_body", False)
             if received > limit:
                 refusal = _too_large(limit)
-            elif self.pending > self.max_pending:
+            elif not has_place:
                 refusal = _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too much is being sent; try again later")
                 refusal.headers["Retry-After"] = "1"
             if refusal:
@@ -95,7 +97,7 @@ class BodyLimit:
             if not refusal:
                 raise
         finally:
-            self.pending -= received
+            self.pending.remove(client, received)
         if refusal:
             await refusal(scope, receive, send)
 

@@ -48,8 +48,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         responses=errors.RESPONSES,
         generate_unique_id_function=lambda route: route.name,
-        docs_url=None,  # routes.page has them, with a content security policy
+        openapi_url=None,  # routes.page has these pages, the first one kept and the second with a security policy
+        docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # Starlette redirects to whatever host the client names
     )
     app.state.services = services
     app.state.access = Access(settings)

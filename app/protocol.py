@@ -1,24 +1,28 @@
 """HTTP connections with bounds: uvicorn's protocol has none on the size of a head, nor on how slowly a client may be.
 
-Bodies are bounded by `app.limits`. What an overloaded service would refuse anyway is refused here, before it costs more
-than reading its bytes.
+`app.limits` bounds the bodies, `app.connections` the number of connections, `app.http_parser` what counts as one
+request. A prediction that an overloaded service would refuse anyway is refused here, before it costs more than reading
+its bytes.
 """
 
 import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from fastapi.responses import JSONResponse
+from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.connections import SLOWEST_BYTES_PER_S, ConnectionTable
 from app.errors import Unavailable, problem
+from app.http_parser import RequestParser
 
 _MAX_HEAD_BYTES = 32 << 10
 _HEAD_TIMEOUT_S = 10.0
 _READ_TIMEOUT_S = 30.0
-_MAX_CONNECTIONS = 900  # fewer than the file descriptors that a process usually may open
 _MAX_PIPELINED = 32
+_CREDIT_S = 5.0  # progress that a client can make ahead of time
 
 
 ON_LEAVING = "cifar100.on_leaving"
@@ -32,39 +36,56 @@ ARRIVED = "cifar100.arrived"
 class BoundedHttp(HttpToolsProtocol):
     """Cuts off clients that send too large a head, too many requests ahead of the answers, or send or read too slowly.
 
-    Where there are too many connections, the one that has been idle for longest makes room for a new one.
+    Offers to change the protocol are ignored; a head that servers read in different ways is refused.
 
     Args:
         sheds: whether a request for this URL is to be refused at once with 503, as the service has too much to do.
+        table: the connections of this process.
     """
 
-    def __init__(self, *args: Any, sheds: Callable[[bytes, str], bool], **kwargs: Any):
+    def __init__(self, *args: Any, sheds: Callable[[bytes, str], bool], table: ConnectionTable, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.parser = RequestParser(self)
+        self.progress = 0.0
+        self._table = table
+        self._from_proxy = False
         self._sheds = sheds
         self._shedding = False
+        self._is_refused = False
         self._in_head = True
         self._head_bytes = 0  # since the head began, or after it since the last piece of the body
         self._unread = 0  # of what has just been received
         self._head_timer: asyncio.TimerHandle | None = None
         self._stalled_timer: asyncio.TimerHandle | None = None
 
+    @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > _MAX_CONNECTIONS and not self._close_another():
-            self._refuse(_unavailable("too many connections; try again later"))
+        host = self.client[0] if self.client else ""
+        self._from_proxy = self._table.is_proxy(host)
+        self.progress = self.loop.time()
+        if not self._table.admit(self, host):
+            self._refuse(_unavailable(_TOO_MANY_CONNECTIONS))
         self._time_head()
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._table.remove(self)
         if self.cycle and (leave := cast(dict[str, Any], self.cycle.scope).get(ON_LEAVING)):
             leave()
         self._end_head()
         self._end_stall()
 
+    @override
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         self._unread = len(data)
+        latest = self.loop.time() + _CREDIT_S
+        self.progress = min(self.progress + len(data) / SLOWEST_BYTES_PER_S, latest)
         super().data_received(data)
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_refused:
             return
         self._head_bytes += self._unread
         if self._head_bytes > _MAX_HEAD_BYTES:
@@ -72,24 +93,34 @@ class BoundedHttp(HttpToolsProtocol):
         elif self._in_head or (self._idle and not self.timeout_keep_alive_task):  # by an empty line before a head
             self._time_head()
 
+    @override
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
         self._head_bytes = 0
 
+    @override
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:  # what follows a chunked body in the form of headers is dropped
             super().on_header(name, value)
 
+    @override
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > _MAX_HEAD_BYTES:
             self._head_bytes = size
             raise ValueError(size)  # which uvicorn answers with `send_400_response`
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                self._reject(HTTPStatus.NOT_IMPLEMENTED, "this service is no proxy: CONNECT is not supported")
+            return  # the parser reads the head again, without the offer
         self._count_anew()
         if len(self.pipeline) >= _MAX_PIPELINED:
             self.transport.abort()
             raise ValueError(len(self.pipeline))
+        self._check_framing()
+        if self._from_proxy:
+            self._charge_client()
         self._unset_keepalive_if_required()
         if (
             self._idle
@@ -104,12 +135,16 @@ class BoundedHttp(HttpToolsProtocol):
         self._end_head()
         super().on_headers_complete()
 
+    @override
     def on_body(self, body: bytes) -> None:
         self._count_anew()
         if not self._shedding:
             super().on_body(body)
 
+    @override
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._count_anew()
         if not self._shedding:
             super().on_message_complete()
@@ -117,11 +152,14 @@ class BoundedHttp(HttpToolsProtocol):
             return
         self._shedding = False
         self._end_head()
+        if self._from_proxy:
+            self._table.discharge(self)
         self.transport.write(_ANSWER_OVERLOADED)
         if not self.parser.should_keep_alive():
             self._close()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
+    @override
     def send_400_response(self, msg: str) -> None:
         """Answer what cannot be read as a request, and close the connection."""
         if self.transport.is_closing():
@@ -132,33 +170,40 @@ class BoundedHttp(HttpToolsProtocol):
         else:
             self._refuse(problem(HTTPStatus.BAD_REQUEST, msg))
 
+    @override
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self.progress = self.loop.time()
+        if self._from_proxy and self._idle:
+            self._table.discharge(self)
         if self.transport.is_closing():
             self._time_reading()
 
+    @override
     def timeout_keep_alive_handler(self) -> None:
         self._close()
 
+    @override
     def pause_writing(self) -> None:
         super().pause_writing()
         self._time_reading()
 
+    @override
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.progress = self.loop.time()
         if not self.transport.is_closing():
             self._end_stall()
 
-    def _close_another(self) -> bool:
-        """Close the connection that has been idle for longest, if there is one."""
-        idle = {
-            each: each.timeout_keep_alive_task.when()
-            for each in cast("set[BoundedHttp]", self.connections)
-            if each.timeout_keep_alive_task and not each.transport.is_closing()
-        }
-        if idle:
-            min(idle, key=idle.__getitem__).transport.close()
-        return bool(idle)
+    @property
+    def is_busy(self) -> bool:
+        """Whether the client waits for the service: it has sent a request, and reads what it gets."""
+        is_complete = bool(self.pipeline) or (not self._idle and not self.cycle.more_body)
+        return is_complete and not self.flow.write_paused
+
+    def evict(self) -> None:
+        """Close the connection at once, and drop the bytes that are still to be sent."""
+        self.transport.abort()
 
     @property
     def _idle(self) -> bool:
@@ -169,6 +214,30 @@ class BoundedHttp(HttpToolsProtocol):
     def _from_page(self) -> bool:
         """Whether a web page made the request, which sees only answers with its origin: those of the application."""
         return any(name == b"origin" for name, _ in self.headers)
+
+    def _check_framing(self) -> None:
+        """Refuse a head that a proxy in front may have read in another way (RFC 9112, sections 3.2 and 6.1)."""
+        names = [name for name, _ in self.headers]
+        hosts = names.count(b"host")
+        if hosts != 1 and (hosts or self.parser.get_http_version() != "1.0"):
+            self._reject(HTTPStatus.BAD_REQUEST, f"the request has {hosts} Host headers; send one")
+        if b"transfer-encoding" in names:
+            codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
+            if codings != [b"chunked"]:
+                self._reject(HTTPStatus.BAD_REQUEST, "the only supported Transfer-Encoding is chunked")
+            if self.parser.get_http_version() != "1.1":
+                self._reject(HTTPStatus.BAD_REQUEST, "Transfer-Encoding needs HTTP/1.1")
+
+    def _charge_client(self) -> None:
+        """Count the request for the client that the proxy names."""
+        forwarded = [value for name, value in self.headers if name == b"x-forwarded-for"]
+        if forwarded and not self._table.charge(self, b", ".join(forwarded).decode("latin-1")):
+            self._reject(HTTPStatus.SERVICE_UNAVAILABLE, _TOO_MANY_CONNECTIONS, Unavailable.default_headers)
+
+    def _reject(self, status: HTTPStatus, detail: str, headers: dict[str, str] | None = None) -> NoReturn:
+        """Answer a head, and stop parsing."""
+        self._refuse(problem(status, detail, headers))
+        raise ValueError(detail)
 
     def _count_anew(self) -> None:
         self._unread = self._head_bytes = 0
@@ -199,9 +268,21 @@ class BoundedHttp(HttpToolsProtocol):
             self._stalled_timer = None
 
     def _refuse(self, answer: JSONResponse) -> None:
-        """Answer, and close the connection."""
-        answer.headers["Connection"] = "close"
-        self.transport.write(_encoded(answer))
+        """Answer, and close the connection.
+
+        Requests that came before get their answers first; then the connection is closed without another one.
+        """
+        if self._is_refused:
+            return
+        self._is_refused = True
+        is_earlier_under_way = self._in_head and not self._idle
+        self._end_head()
+        if is_earlier_under_way:
+            self.cycle.keep_alive = False
+            return
+        if self._idle or not self.cycle.response_started:
+            answer.headers["Connection"] = "close"
+            self.transport.write(_encoded(answer))
         self._close()
 
     def _close(self) -> None:
@@ -220,5 +301,6 @@ def _encoded(answer: JSONResponse) -> bytes:
     return b"\r\n".join([*head, b"", bytes(answer.body)])
 
 
+_TOO_MANY_CONNECTIONS = "too many connections; try again later"
 _OVERLOADED = "too many images are waiting; try again later"
 _ANSWER_OVERLOADED = _encoded(_unavailable(_OVERLOADED))

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,9 +19,11 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from typing_extensions import override
 from uvicorn.config import STARTUP_FAILURE
 
 from app import workers
+from app.connections import ConnectionTable
 from app.main import create_app
 from app.protocol import BoundedHttp
 from app.settings import Settings
@@ -31,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _STOP_S = 20
 _LEAVE_S = 7.0  # a training process that is told to stop has 3, and is killed within 3 more
+_MAX_CONNECTIONS = 900
+_OTHER_FILES = 120  # descriptors of a process for all but connections
 
 # Names and numbers of glibc's malloc.h
 _M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 16 << 20
@@ -58,6 +63,7 @@ class DrainingServer(uvicorn.Server):
         self.signals: list[int] = []
         """Signals received so far."""
 
+    @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listening in sockets or ():
@@ -72,11 +78,13 @@ class DrainingServer(uvicorn.Server):
         gc.collect()
         gc.freeze()
 
+    @override
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals to `serve`: uvicorn would raise them once more at the end, and knows no SIGHUP."""
         yield
 
+    @override
     def handle_exit(self, sig: int, _: FrameType | None = None) -> None:
         """Receive a signal. A worker ignores it until it ends: then its supervisor has sent it, to hurry the worker."""
         if self._line and not self.should_exit:
@@ -154,13 +162,15 @@ def serve(settings: Settings, listening: Sequence[socket.socket], line: workers.
         The exit status.
     """
     _bound_malloc()
-    _allow_files()
+    descriptors = _allow_files()
     app = create_app(settings)
+    table = ConnectionTable(max(1, min(_MAX_CONNECTIONS, descriptors - _OTHER_FILES)), settings.trusted_proxies)
+    http = partial(BoundedHttp, sheds=app.state.services.sheds, table=table)
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=partial(BoundedHttp, sheds=app.state.services.sheds),  # type: ignore[arg-type]  # called, never inherited
+        http=http,  # type: ignore[arg-type]  # called, never inherited
         ws="none",
         access_log=False,
         log_config=None,
@@ -177,11 +187,13 @@ def serve(settings: Settings, listening: Sequence[socket.socket], line: workers.
     return exit_status(server.signals) if server.started else STARTUP_FAILURE
 
 
-def _allow_files() -> None:
-    """As many as this process may open: connections, and the files of forms beside them."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+def _allow_files() -> int:
+    """Raise the number of file descriptors that this process may open to the most that it can get, and return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # of a system that calls more than it gives unlimited
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def _bound_malloc() -> None:

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 
 from fastapi import Depends, Request
 
-from app.access import network
+from app.clients import client_network
 from app.decoding import Decoders
 from app.evaluations import Evaluations
 from app.jobs import Jobs
@@ -73,7 +73,7 @@ class Services:
             return False
         is_full = model.batcher.queued + self._arriving >= model.batcher.max_queue
         # Behind a trusted proxy the client is known only once the request has reached the application.
-        if is_full or (not self.settings.trusted_proxies and self.decoders.is_full_for(network(client))):
+        if is_full or (not self.settings.trusted_proxies and self.decoders.is_full_for(client_network(client))):
             self.metrics.count_shed()
             return True
         self._arriving += 1

@@ -142,7 +142,8 @@ class Settings(BaseSettings):
     """Of a zip sent to /evaluate, packed and unpacked."""
     max_archive_images: int = Field(default=20_000, gt=0, le=1_000_000)
     max_pending_bytes: int = Field(default=GIB, gt=0, le=64 * GIB)
-    """Of the bodies of all requests under way together."""
+    """Of the bodies of all requests under way together; one client holds at most three quarters of it, and an equal
+    share above that."""
 
     max_batch: int = Field(default=64, gt=0, le=4096)
     """Images computed together. A GPU is at its best with 256."""

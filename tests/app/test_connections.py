@@ -6,32 +6,31 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack
-from functools import partial
+from functools import wraps
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from PIL import Image
+from sockets import Address, answer, connect, eventually, serving
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from app import limits, protocol
+from app import connections, limits, protocol
 from app.batching import Batcher
+from app.clients import FairShares
+from app.connections import ConnectionTable
 from app.engines import Engine
 from app.limits import BodyLimit
 from app.main import create_app
-from app.protocol import BoundedHttp
 from app.services import Services
 from app.settings import Settings
-
-Address = tuple[str, int]
 
 
 @pytest.fixture
@@ -49,18 +48,9 @@ def listening(app: FastAPI, monkeypatch: pytest.MonkeyPatch, keep_alive_s: int) 
     """The socket of a server whose patience is short."""
     monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_S", 0.5)
     monkeypatch.setattr(protocol, "_READ_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(protocol, "_MAX_CONNECTIONS", 5)
     monkeypatch.setattr(limits, "_GRACE_S", 0.5)
-    http = partial(BoundedHttp, sheds=app.state.services.sheds)
-    config = uvicorn.Config(app, port=0, http=http, log_config=None, timeout_keep_alive=keep_alive_s)  # type: ignore[arg-type]
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield server.servers[0].sockets[0]
-    server.should_exit = True
-    thread.join()
+    with serving(app, app.state.services.sheds, ConnectionTable(5, ""), keep_alive_s) as listening:
+        yield listening
 
 
 @pytest.fixture
@@ -68,38 +58,16 @@ def address(listening: socket.socket) -> Address:
     return cast(Address, listening.getsockname())
 
 
-def connect(address: Address) -> socket.socket:
-    return socket.create_connection(address, timeout=10)
-
-
-def answer(connection: socket.socket) -> bytes:
-    """All that the server sends until it closes the connection."""
-    received = b""
-    try:
-        while data := connection.recv(65536):
-            received += data
-    except ConnectionResetError:
-        pass
-    return received
-
-
 def upload(length: int) -> bytes:
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n"
     return head.encode()
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 HEALTH = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
-def alive(address: Address) -> bool:
-    with connect(address) as connection:
+def alive(address: Address, source: str = "127.0.0.1") -> bool:
+    with connect(address, source) as connection:
         connection.sendall(HEALTH)
         return answer(connection).startswith(b"HTTP/1.1 200 ")
 
@@ -181,7 +149,7 @@ def test_a_body_that_does_not_come_is_408(address: Address) -> None:
 
 
 def test_a_body_that_comes_steadily_may_take_longer(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_SLOWEST_BYTES_PER_S", 1000)
+    monkeypatch.setattr(limits, "SLOWEST_BYTES_PER_S", 1000)
     with connect(address) as connection:
         connection.sendall(upload(3000))
         for _ in range(6):
@@ -193,7 +161,7 @@ def test_a_body_that_comes_steadily_may_take_longer(address: Address, monkeypatc
 def test_a_body_that_begins_fast_may_not_be_silent_for_longer(
     address: Address, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_SLOWEST_BYTES_PER_S", 1000)
+    monkeypatch.setattr(limits, "SLOWEST_BYTES_PER_S", 1000)
     with connect(address) as connection:
         connection.sendall(upload(100_001) + bytes(100_000))  # as much as may take 100 seconds
         started = time.monotonic()
@@ -238,7 +206,47 @@ def test_bodies_of_all_requests_together_are_bounded() -> None:
         complete.set()
         assert (await first)["status"] == 200
         assert (await post(now))["status"] == 200  # what the first one held is free again
-        assert bounded.pending == 0
+        assert bounded.pending.total == 0
+
+    asyncio.run(scenario())
+
+
+def test_bodies_of_one_address_do_not_keep_another_address_from_sending() -> None:
+    async def wait_for_body(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await Response()(scope, receive, send)
+
+    bounded = BodyLimit(wait_for_body, Settings(max_pending_bytes=1_000_000))
+    head = {"type": "http", "method": "POST", "path": "/predict", "headers": [(b"content-length", b"60000")]}
+
+    async def post(host: str, last: asyncio.Event) -> int:
+        """The status of the answer to a body whose last byte comes after an event."""
+        parts = iter([(bytes(59_999), True), (b"\0", False)])
+        statuses: list[int] = []
+
+        async def receive() -> Message:
+            body, more = next(parts)
+            if not more:
+                await last.wait()
+            return {"type": "http.request", "body": body, "more_body": more}
+
+        async def send(message: Message) -> None:
+            statuses.extend([message["status"]] if "status" in message else [])
+
+        await bounded(head | {"client": (host, 1)}, receive, send)
+        return statuses[0]
+
+    async def scenario() -> None:
+        later, now = asyncio.Event(), asyncio.Event()
+        now.set()
+        held = [asyncio.create_task(post(f"2001:db8::{number}", later)) for number in range(20)]
+        await asyncio.sleep(0.1)
+        assert [task.done() for task in held].count(False) == 12  # three quarters
+        assert await post("127.0.0.3", now) == 200
+        later.set()
+        assert sorted(await asyncio.gather(*held)) == [200] * 12 + [503] * 8
+        assert not bounded.pending.held
 
     asyncio.run(scenario())
 
@@ -394,25 +402,226 @@ def test_a_client_that_leaves_the_rest_of_an_answer_unread_is_cut_off(
     assert len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0])
 
 
-def test_connections_are_bounded(address: Address) -> None:
-    held = [connect(address) for _ in range(5)]
-    with connect(address) as connection:
-        assert answer(connection).startswith(b"HTTP/1.1 503 ")
-    for connection in held:
-        connection.close()
-    eventually(lambda: alive(address))
+ATTACKS = {
+    "silent": b"",
+    "slow head": b"GET /health HTTP/1.1\r\nX-Slow: ",
+    "slow body": upload(1000) + b"a",
+    "chunked body": upload(1000).replace(b"Content-Length: 1000", b"Transfer-Encoding: chunked") + b"3\r\na",
+    "slow reader": b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 30,
+    "hoarded": b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n",
+}
 
 
-@pytest.mark.parametrize("keep_alive_s", [60])  # so that none is closed for its own sake, however slow the machine
-def test_an_idle_connection_makes_room_for_a_new_one(address: Address) -> None:
+@pytest.fixture
+def patient(app: FastAPI) -> Iterator[Address]:
+    """A server of twelve connections with the timeouts of a real one."""
+    with serving(app, app.state.services.sheds, ConnectionTable(12, "")) as listening:
+        yield cast(Address, listening.getsockname())
+
+
+def attack(address: Address, closed: ExitStack, source: str, sends: bytes) -> socket.socket:
+    connection = closed.enter_context(socket.socket())
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(10)
+    connection.bind((source, 0))
+    connection.connect(address)
+    connection.sendall(sends)
+    return connection
+
+
+@pytest.mark.parametrize("sends", ATTACKS.values(), ids=ATTACKS)
+def test_connections_of_one_address_shut_no_other_address_out(patient: Address, sends: bytes) -> None:
     with ExitStack() as closed:
-        held = []
-        for _ in range(5):
-            held.append(closed.enter_context(connect(address)))
-            held[-1].sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert status_line(held[-1]) == b"HTTP/1.1 200 OK"
-            time.sleep(0.05)  # the loop's clock counts milliseconds
-        assert alive(address)
-        assert answer(held[0]) == b""  # the one that was idle for longest
-        held[1].sendall(HEALTH)
-        assert answer(held[1]).startswith(b"HTTP/1.1 200 ")
+        for _ in range(20):
+            attack(patient, closed, "127.0.0.2", sends)
+            time.sleep(0.01)
+        assert all(alive(patient, f"127.0.0.{number}") for number in range(3, 23))
+        held = [connect(patient, f"127.0.0.{number}") for number in range(3, 6)]
+        assert all(alive(patient, f"127.0.0.{number}") for number in range(3, 23))
+        for connection in held:
+            connection.sendall(HEALTH)
+            assert answer(connection).startswith(b"HTTP/1.1 200 ")
+            connection.close()
+
+
+def test_connections_of_several_addresses_shut_no_other_address_out(patient: Address) -> None:
+    with ExitStack() as closed:
+        for number in range(30):
+            attack(patient, closed, f"127.0.1.{number % 4 + 1}", ATTACKS["slow body"])
+            time.sleep(0.01)
+        assert all(alive(patient, f"127.0.0.{number}") for number in range(3, 23))
+
+
+def in_loop(scenario: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test that runs in an event loop."""
+
+    @wraps(scenario)
+    def test(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(scenario(*args, **kwargs))
+
+    return test
+
+
+class Held:
+    """A connection of a table."""
+
+    def __init__(self, progress: float = 0.0, is_busy: bool = False):
+        self.progress = progress
+        self.is_busy = is_busy
+        self.is_evicted = False
+
+    def evict(self) -> None:
+        self.is_evicted = True
+
+
+def filled(table: ConnectionTable, **counts: int) -> dict[str, list[Held]]:
+    """Connections of networks such as `a`, each with more progress than the one before."""
+    made = {network: [Held(float(number)) for number in range(count)] for network, count in counts.items()}
+    assert all(table.admit(connection, network) for network, each in made.items() for connection in each)
+    return made
+
+
+def evicted(*connections: Held) -> list[bool]:
+    return [connection.is_evicted for connection in connections]
+
+
+@in_loop
+async def test_network_that_holds_most_loses_connection_with_least_progress() -> None:
+    table = ConnectionTable(10, "")
+    held = filled(table, a=4, b=3, c=2, d=1)
+    held["a"][0].progress = 9.0
+    assert table.admit(Held(), "e")
+    assert evicted(*held["a"]) == [False, True, False, False]
+    assert not any(evicted(*held["b"], *held["c"], *held["d"]))
+    assert len(table) == 10
+
+
+@in_loop
+async def test_connection_with_request_that_is_worked_on_is_not_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_SCAN_PAUSE_S", 0.0)
+    table = ConnectionTable(10, "")
+    held = filled(table, a=4, b=3, c=2, d=1)
+    for connection in held["a"]:
+        connection.is_busy = True
+    assert table.admit(Held(), "e")
+    assert evicted(*held["a"], *held["b"]) == [False] * 4 + [True, False, False]
+    for connection in [*held["b"], *held["c"], *held["d"]]:
+        connection.is_busy = True
+    assert table.admit(Held(is_busy=True), "f") is True  # in the place of the one of `e`
+    assert table.admit(Held(), "g") is False
+
+
+@in_loop
+async def test_network_takes_no_place_of_one_that_holds_fewer() -> None:
+    table = ConnectionTable(10, "")
+    held = filled(table, a=4, b=3, c=2, d=1)
+    for connection in held["a"]:
+        connection.is_busy = True
+    assert not table.admit(Held(), "a")
+    assert not any(evicted(*held["b"], *held["c"], *held["d"]))
+
+
+@in_loop
+async def test_limit_of_a_network_applies_only_above_three_quarters() -> None:
+    table = ConnectionTable(100, "")
+    held = filled(table, a=75)
+    held["a"].append(Held())
+    assert table.admit(held["a"][-1], "a")
+    assert evicted(held["a"][0]) == [True]
+    assert len(table) == 75
+    for connection in held["a"]:
+        connection.progress = asyncio.get_running_loop().time()
+    assert not table.admit(Held(), "a")  # none of its connections has stalled
+    filled(table, b=25)
+    assert len(table) == 100
+
+
+@in_loop
+async def test_addresses_of_one_ipv6_network_are_one_client() -> None:
+    table = ConnectionTable(100, "")
+    held = [Held(float(number)) for number in range(75)]
+    assert all(table.admit(each, f"2001:db8::{number:x}") for number, each in enumerate(held))
+    assert table.admit(Held(), "2001:db8::ffff")
+    assert evicted(held[0]) == [True]
+    assert table.admit(Held(), "2001:db8:0:1::1")
+    assert len(table) == 76
+
+
+@in_loop
+async def test_connections_of_trusted_proxy_count_for_its_clients() -> None:
+    table = ConnectionTable(100, "10.0.0.0/8")
+    proxied = filled(table, **{"10.0.0.1": 100})["10.0.0.1"]
+    assert len(table) == 100
+    for connection in proxied[:50]:
+        assert table.charge(connection, "1.1.1.1")
+    assert not any(evicted(*proxied))
+    assert table.charge(proxied[99], "2.2.2.2")  # holds no share yet
+    assert evicted(*proxied).count(True) == 0
+    assert table.charge(proxied[60], "6.6.6.6, 1.1.1.1")
+    assert evicted(proxied[0]) == [True]  # the same client's connection with the least progress
+    for connection in [*proxied[1:50], proxied[60]]:
+        connection.is_busy = True
+    assert not table.charge(proxied[61], "1.1.1.1")
+    table.discharge(proxied[1])
+    table.remove(proxied[2])
+    assert len(table) == 98
+
+
+@in_loop
+async def test_scan_is_rare_while_nothing_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = ConnectionTable(100, "")
+    for connection in filled(table, **{f"network{number}": 1 for number in range(100)}).values():
+        connection[0].is_busy = True
+    scans = 0
+    scan = table._scan
+
+    def counted() -> list[tuple[int, float, connections.Connection]]:
+        nonlocal scans
+        scans += 1
+        return scan()
+
+    monkeypatch.setattr(table, "_scan", counted)
+    monkeypatch.setattr(connections, "_SCAN_PAUSE_S", 60.0)
+    assert not any(table.admit(Held(), "b") for _ in range(1000))
+    assert scans == 1
+
+
+def test_bytes_of_bodies_are_shared_among_networks() -> None:
+    shares = FairShares(1000)
+
+    def take(network: str, amount: int) -> bool:
+        allowed = shares.allows(network, amount, shares.total + amount)
+        if allowed:
+            shares.add(network, amount)
+        return allowed
+
+    assert take("a", 750)
+    assert not take("a", 1)
+    assert take("b", 250)
+    assert not take("c", 1)
+    shares.remove("a", 750)
+    assert shares.held == {"b": 250}
+    assert take("c", 333)
+
+
+def test_half_sent_body_at_the_end_of_a_server_is_503_without_traceback(
+    app: FastAPI, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ExitStack() as closed:
+        with serving(app, stop_s=0) as listening:
+            held = [closed.enter_context(connect(listening.getsockname())) for _ in range(2)]
+            held[0].sendall(upload(1000) + b"abc")
+            form = b"Content-Type: multipart/form-data; boundary=x"
+            held[1].sendall(upload(1000).replace(b"Content-Type: image/png", form) + b"--x\r\n")
+            time.sleep(0.2)
+        assert all(answer(connection).startswith(b"HTTP/1.1 503 ") for connection in held)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("path", ["/predict/", "/web", "/models/"])
+def test_host_of_client_does_not_reach_an_answer(address: Address, path: str) -> None:
+    with connect(address) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n".encode())
+        received = answer(connection)
+    assert received.startswith(b"HTTP/1.1 404 ")
+    assert b"evil" not in received

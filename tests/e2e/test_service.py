@@ -3,13 +3,18 @@
 import io
 import json
 import re
+import shutil
+import socket
 import threading
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import httpx
+import pytest
 from PIL import Image
-from server import wait_for
+from processes import open_files
+from server import Server, wait_for
 from service import TINY, service
 
 from training.store import Store
@@ -100,3 +105,19 @@ def test_no_request_is_lost_while_versions_are_swapped_under_load(tmp_path: Path
             thread.join()
     assert {status for status, _ in answers} == {200}
     assert {version for _, version in answers} == {1, 2, 3}
+
+
+@pytest.mark.skipif(not shutil.which("prlimit"), reason="needs prlimit")
+def test_connections_leave_descriptors_for_everything_else(tmp_path: Path, models: Path, image: Path) -> None:
+    log = tmp_path / "log"
+    few = ("prlimit", "--nofile=200:200")
+    with Server(models, tmp_path / "runs", log, few) as server, server.client() as client, ExitStack() as held:
+        address = (client.base_url.host, client.base_url.port or 0)
+        for number in range(400):
+            source = (f"127.0.1.{number % 16 + 1}", 0)
+            held.enter_context(socket.create_connection(address, source_address=source))
+        for _ in range(5):
+            answer = httpx.post(f"{client.base_url}/predict", files={"file": image.read_bytes()})
+            assert answer.status_code == 200
+        assert open_files(server.process.pid) < 120
+    assert "Traceback" not in log.read_text()

@@ -1,0 +1,80 @@
+"""A real nginx in front of the service, on a free port of the loopback interface."""
+
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from server import wait_for
+
+_CONFIGURATION = """
+daemon off;
+master_process off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{ worker_connections 8192; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    map $http_upgrade $connection_upgrade {{ default upgrade; '' close; }}
+    server {{
+        listen 127.0.0.1:{port} backlog=2048;
+        client_max_body_size 64m;
+        location / {{
+            proxy_pass {upstream};
+            proxy_http_version 1.1;
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_set_header Connection $connection_upgrade;
+            proxy_set_header Host $http_host;
+            proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+            {more}
+        }}
+    }}
+}}
+"""
+
+
+def is_installed() -> bool:
+    return shutil.which("nginx") is not None
+
+
+@contextmanager
+def proxy(folder: Path, upstream: str, more: str = "") -> Iterator[str]:
+    """The URL of an nginx that passes requests on, with the usual lines for WebSockets and X-Forwarded-For.
+
+    Args:
+        folder: for its files.
+        upstream: URL of the service.
+        more: further directives.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    configuration = folder / "nginx.conf"
+    configuration.write_text(_CONFIGURATION.format(folder=folder, port=port, upstream=upstream, more=more))
+    command = [shutil.which("nginx") or "nginx", "-c", str(configuration), "-e", str(folder / "error.log")]
+    process = subprocess.Popen(command)
+    try:
+        wait_for(lambda: _answers(port), 20, folder / "error.log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+def address(url: str) -> tuple[str, int]:
+    """Host and port of a URL."""
+    host, port = re.findall(r"//([^:/]+):(\d+)", url)[0]
+    return host, int(port)

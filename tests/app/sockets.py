@@ -1,0 +1,74 @@
+"""A server with this service's protocol in a thread, and raw connections to it."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from app.connections import ConnectionTable
+from app.protocol import BoundedHttp
+
+Address = tuple[str, int]
+
+
+@contextmanager
+def serving(
+    app: ASGIApp,
+    sheds: Callable[[bytes, str], bool] = lambda *_: False,
+    table: ConnectionTable | None = None,
+    keep_alive_s: int = 60,
+    trusted_proxies: str = "",
+    stop_s: int = 20,
+) -> Iterator[socket.socket]:
+    """The listening socket of a server that is ready."""
+    http = partial(BoundedHttp, sheds=sheds, table=table or ConnectionTable(900, trusted_proxies))
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        http=http,  # type: ignore[arg-type]
+        ws="none",
+        log_config=None,
+        timeout_keep_alive=keep_alive_s,
+        timeout_graceful_shutdown=stop_s,
+        proxy_headers=bool(trusted_proxies),
+        forwarded_allow_ips=trusted_proxies,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def connect(address: Address, source: str = "127.0.0.1") -> socket.socket:
+    """A connection from a loopback address."""
+    return socket.create_connection(address, timeout=10, source_address=(source, 0))
+
+
+def answer(connection: socket.socket) -> bytes:
+    """All that the server sends until it closes the connection."""
+    received = b""
+    try:
+        while data := connection.recv(65536):
+            received += data
+    except ConnectionResetError:
+        pass
+    return received
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

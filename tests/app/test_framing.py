@@ -1,0 +1,261 @@
+"""Where one request ends and the next one begins: offers to change the protocol, and heads that are read in two ways.
+
+Each test sends bytes over a real socket and looks at the requests that the application gets.
+"""
+
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import pytest
+from sockets import Address, answer, connect, serving
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+from app.main import create_app
+from app.settings import Settings
+
+HIDDEN = b"PUT /models/resnet/live HTTP/1.1\r\nHost: x\r\nContent-Length: 13\r\n\r\n" + b'{"version":1}'
+LAST = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+OFFERS = {
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n",
+    "websocket": b"Connection: keep-alive, upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
+    "anything": b"upgrade: a, b\r\nconnection: upgrade\r\nUpgrade: c/1\r\n",
+    "proxy": b"Proxy-Connection: upgrade\r\nUpgrade: h2c\r\n",
+}
+
+
+@dataclass
+class Recorder:
+    """An application that keeps the requests it gets."""
+
+    requests: list[tuple[str, str, bytes]]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        body = await Request(scope, receive).body()
+        self.requests.append((scope["method"], scope["path"], body))
+        await PlainTextResponse("answered")(scope, receive, send)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder([])
+
+
+@pytest.fixture
+def address(recorder: Recorder) -> Iterator[Address]:
+    with serving(recorder) as listening:
+        yield cast(Address, listening.getsockname())
+
+
+def head(offer: bytes, *lines: bytes) -> bytes:
+    return b"\r\n".join([b"POST /predict HTTP/1.1", b"Host: x", *lines, offer]) + b"\r\n"
+
+
+def chunked(body: bytes) -> bytes:
+    return b"%x;name=value\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+
+
+def pieces(data: bytes, size: int, connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for start in range(0, len(data), size):
+        connection.sendall(data[start : start + size])
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+def test_body_of_request_with_upgrade_is_its_body(
+    address: Address, recorder: Recorder, offer: bytes, framing: str, size: int
+) -> None:
+    body = b"\r\n" * 20 + HIDDEN
+    if framing == "length":
+        request = head(offer, b"Content-Length: %d" % len(body)) + body
+    else:
+        request = head(offer, b"Transfer-Encoding: chunked") + chunked(body)
+    with connect(address) as connection:
+        pieces(request + LAST, size, connection)
+        assert answer(connection).count(b"HTTP/1.1 200 OK") == 2
+    assert recorder.requests == [("POST", "/predict", body), ("GET", "/last", b"")]
+
+
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+def test_body_that_comes_after_head_with_upgrade_is_its_body(
+    address: Address, recorder: Recorder, offer: bytes
+) -> None:
+    body = b"\r\n" * 22_500 + HIDDEN
+    with connect(address) as connection:
+        request = head(offer, b"Content-Length: %d" % len(body), b"Expect: 100-continue")
+        connection.sendall(request)
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body + LAST)
+        assert answer(connection).count(b"HTTP/1.1 200 OK") == 2
+    assert recorder.requests == [("POST", "/predict", body), ("GET", "/last", b"")]
+
+
+def test_requests_with_upgrade_and_without_body_are_answered_in_turn(address: Address, recorder: Recorder) -> None:
+    upgrade = b"GET /events HTTP/1.1\r\nHost: x\r\n" + OFFERS["websocket"] + b"\r\n"
+    with connect(address) as connection:
+        connection.sendall(upgrade * 3 + LAST)
+        assert answer(connection).count(b"HTTP/1.1 200 OK") == 4
+    assert recorder.requests == [("GET", "/events", b"")] * 3 + [("GET", "/last", b"")]
+
+
+def test_connection_is_closed_after_request_with_upgrade_that_says_so(address: Address, recorder: Recorder) -> None:
+    offer = b"Connection: close, Upgrade\r\nUpgrade: h2c\r\n"
+    with connect(address) as connection:
+        connection.sendall(head(offer, b"Content-Length: 3") + b"abc" + LAST)
+        received = answer(connection)
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert b"connection: close" in received
+    assert recorder.requests == [("POST", "/predict", b"abc")]
+
+
+def test_what_follows_an_upgrade_without_body_is_no_other_protocol(address: Address, recorder: Recorder) -> None:
+    frame = b"\x81\x85\x37\xfa\x21\x3d\x7f\x9f\x4d\x51\x58"  # the WebSocket message "Hello"
+    with connect(address) as connection:
+        connection.sendall(b"GET /events HTTP/1.1\r\nHost: x\r\n" + OFFERS["websocket"] + b"\r\n" + frame)
+        assert answer(connection).count(b"HTTP/1.1 ") == 1
+    assert recorder.requests == [("GET", "/events", b"")]
+
+
+def test_large_head_with_upgrade_is_431(address: Address, recorder: Recorder) -> None:
+    with connect(address) as connection:
+        connection.sendall(head(OFFERS["h2c"], b"X-Large: " + b"a" * 40_000))
+        assert answer(connection).startswith(b"HTTP/1.1 431 ")
+    assert recorder.requests == []
+
+
+@pytest.mark.parametrize("more", [b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n", b"Content-Length: 5\r\n"])
+def test_connect_is_refused_and_closes_the_connection(address: Address, recorder: Recorder, more: bytes) -> None:
+    with connect(address) as connection:
+        connection.sendall(b"CONNECT other:443 HTTP/1.1\r\nHost: other:443\r\n" + more + b"\r\n" + LAST)
+        received = answer(connection)
+    assert received.startswith(b"HTTP/1.1 501 ")
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert recorder.requests == []
+
+
+REFUSED = {
+    "two lengths": b"Host: x\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
+    "same length twice": b"Host: x\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabc",
+    "list of lengths": b"Host: x\r\nContent-Length: 3, 3\r\n\r\nabc",
+    "length with sign": b"Host: x\r\nContent-Length: +3\r\n\r\nabc",
+    "negative length": b"Host: x\r\nContent-Length: -3\r\n\r\nabc",
+    "hexadecimal length": b"Host: x\r\nContent-Length: 0x3\r\n\r\nabc",
+    "empty length": b"Host: x\r\nContent-Length: \r\n\r\nabc",
+    "length of 65 bits": b"Host: x\r\nContent-Length: 18446744073709551619\r\n\r\nabc",
+    "length, then chunked": b"Host: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    "chunked, then length": b"Host: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    "xchunked": b"Host: x\r\nTransfer-Encoding: xchunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    "identity": b"Host: x\r\nTransfer-Encoding: identity\r\n\r\n",
+    "chunked, identity": b"Host: x\r\nTransfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    "gzip, chunked": b"Host: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "chunked twice": b"Host: x\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunked after a vertical tab": b"Host: x\r\nTransfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+    "empty coding": b"Host: x\r\nTransfer-Encoding:\r\nContent-Length: 3\r\n\r\nabc",
+    "folded line": b"Host: x\r\nA: b\r\n c\r\n\r\n",
+    "folded coding": b"Host: x\r\nTransfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n",
+    "line feed alone": b"Host: x\nContent-Length: 3\r\n\r\nabc",
+    "carriage return alone": b"Host: x\rContent-Length: 3\r\n\r\nabc",
+    "space before colon": b"Host: x\r\nContent-Length : 3\r\n\r\nabc",
+    "space before name": b" Content-Length: 3\r\nHost: x\r\n\r\nabc",
+    "no colon": b"Host: x\r\nTransfer-Encoding\r\n\r\n",
+    "zero byte": b"Host: x\r\nA: b\0c\r\n\r\n",
+    "two hosts": b"Host: x\r\nHost: y\r\n\r\n",
+    "same host twice": b"Host: x\r\nHost: x\r\n\r\n",
+    "no host": b"A: b\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("offer", [b"", b"Connection: upgrade\r\nUpgrade: h2c\r\n"], ids=["plain", "upgrade"])
+@pytest.mark.parametrize("rest", REFUSED.values(), ids=REFUSED)
+def test_head_that_is_read_in_two_ways_is_400(address: Address, recorder: Recorder, rest: bytes, offer: bytes) -> None:
+    with connect(address) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\n" + offer + rest + HIDDEN + LAST)
+        received = answer(connection)
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert recorder.requests == []
+
+
+BROKEN_CHUNKS = {
+    "line feed alone": b"3\nabc\n0\n\n",
+    "line feed in extension": b"3;a=b\nabc\r\n0\r\n\r\n",
+    "space after size": b"3 \r\nabc\r\n0\r\n\r\n",
+    "prefix of size": b"0x3\r\nabc\r\n0\r\n\r\n",
+    "size of 65 bits": b"10000000000000003\r\nabc\r\n0\r\n\r\n",
+    "longer than its size": b"3\r\nabcde\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("offer", [b"", b"Connection: upgrade\r\nUpgrade: h2c\r\n"], ids=["plain", "upgrade"])
+@pytest.mark.parametrize("body", BROKEN_CHUNKS.values(), ids=BROKEN_CHUNKS)
+def test_broken_chunk_is_400_and_ends_the_connection(
+    address: Address, recorder: Recorder, body: bytes, offer: bytes
+) -> None:
+    with connect(address) as connection:
+        connection.sendall(head(offer, b"Transfer-Encoding: chunked").replace(b"\r\n\r\n\r\n", b"\r\n\r\n"))
+        connection.sendall((b"" if offer else b"\r\n") + body + HIDDEN + LAST)
+        received = answer(connection)
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert recorder.requests == []
+
+
+def test_chunked_request_of_http_1_0_is_400(address: Address, recorder: Recorder) -> None:
+    with connect(address) as connection:
+        request = b"POST /predict HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        connection.sendall(request + HIDDEN)
+        assert answer(connection).startswith(b"HTTP/1.1 400 ")
+    assert recorder.requests == []
+
+
+def test_request_of_http_1_0_needs_no_host(address: Address, recorder: Recorder) -> None:
+    with connect(address) as connection:
+        connection.sendall(b"GET /last HTTP/1.0\r\n\r\n")
+        assert answer(connection).startswith(b"HTTP/1.1 200 ")
+    assert recorder.requests == [("GET", "/last", b"")]
+
+
+def test_request_before_broken_one_gets_its_own_answer(address: Address, recorder: Recorder) -> None:
+    with connect(address) as connection:
+        connection.sendall(b"GET /first HTTP/1.1\r\nHost: x\r\n\r\n" + b"GET /second HTTP/1.1\r\n\r\n" + LAST)
+        received = answer(connection)
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert recorder.requests == [("GET", "/first", b"")]
+
+
+ROUTES = [
+    "POST /predict",
+    "POST /evaluate",
+    "POST /train",
+    "PUT /models/resnet/live",
+    "DELETE /train/1",
+    "GET /",
+    "POST /",
+]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_answers_request_with_upgrade_once(route: str, models: Path, tmp_path: Path) -> None:
+    app = create_app(Settings(models=models, runs=tmp_path / "runs"))
+    body = b"\r\n" * 100 + HIDDEN
+    plain = (
+        f"{route} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n".encode()
+    )
+    with serving(app) as listening:
+        answers = []
+        for offer in (b"", *OFFERS.values()):
+            with connect(listening.getsockname()) as connection:
+                connection.sendall(plain + offer + b"\r\n" + body + LAST)
+                answers.append(re.findall(rb"HTTP/1.1 (\d+)", answer(connection)))
+    assert answers == [answers[0]] * (1 + len(OFFERS))
+    assert answers[0][1:] in ([], [b"404"])  # some routes answer before they have read the body, and close then
