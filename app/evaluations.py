@@ -26,12 +26,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from app import images
-from app.errors import BadRequest, NotFound, Problem, TooLarge, Unavailable
+from app.errors import BadRequest, NotFound, Problem, TooLarge, Unavailable, shortage
 from app.pool import Model
 from app.settings import MIB, Settings
+from app.threads import Threads
 from training import data
 from training.evaluate import evaluate
 from training.store import Evaluation
+from training.text import quote
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +97,14 @@ class Evaluations:
         self._folder = settings.runs / "evaluations"
         self._jobs: dict[str, EvaluationJob] = {}  # of this server
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._threads = Threads("the measurements", 2 * _MAX_RUNNING, patience_s=_DEAD_S)
 
     async def stop(self) -> None:
         for task in list(self._tasks.values()):
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+        self._threads.close()
 
     async def start(self, model: Model, read: Read) -> EvaluationJob:
         """Measure a model; returns when it is done or after `evaluate_wait_s`, whichever comes first.
@@ -139,15 +143,15 @@ class Evaluations:
         if not task.cancelled():
             task.exception()  # the job tells it; asyncio would log it as one that nobody has noticed
 
-    def get(self, evaluation_id: str) -> EvaluationJob:
+    async def get(self, evaluation_id: str) -> EvaluationJob:
         """One evaluation as it stands now.
 
         Raises:
             NotFound: no such evaluation, or it is long over.
         """
-        job = self._jobs.get(evaluation_id) or self._read(evaluation_id)
+        job = self._jobs.get(evaluation_id) or await self._threads.run(self._read, evaluation_id)
         if job is None:
-            raise NotFound(f"there is no evaluation {evaluation_id!r}; it may be too long ago")
+            raise NotFound(f"there is no evaluation {quote(evaluation_id)}; it may be too long ago")
         return job
 
     def _read(self, evaluation_id: str) -> EvaluationJob | None:
@@ -184,10 +188,10 @@ class Evaluations:
     async def _see_through(self, job: EvaluationJob, model: Model, read: Read) -> None:
         measuring = asyncio.create_task(self._measure(job, model, read))
         try:
-            await asyncio.to_thread(self._prune)
+            await self._threads.run(self._prune)
             while not measuring.done():
-                with suppress(OSError):
-                    await asyncio.to_thread(self._write, job)
+                with suppress(OSError, Unavailable):
+                    await self._threads.run(self._write, job)
                 await asyncio.wait([measuring], timeout=_HEARTBEAT_S)
         except asyncio.CancelledError:
             measuring.cancel()
@@ -196,15 +200,15 @@ class Evaluations:
             raise
         finally:
             try:
-                await asyncio.to_thread(self._write, job)
-            except OSError as error:
+                await self._threads.run(self._write, job)
+            except (OSError, Unavailable) as error:
                 log.warning("evaluation %s is known to this server only: %s", job.id, error)
         await measuring
 
     async def _measure(self, job: EvaluationJob, model: Model, read: Read) -> None:
         over = threading.Event()
         try:
-            labelled = await asyncio.to_thread(read, over)
+            labelled = await self._threads.run(read, over)
             job.split = labelled.split
             chunk = min(_CHUNK, model.batcher.max_batch)
             logits = []
@@ -212,14 +216,17 @@ class Evaluations:
                 logits.append(await self._logits(model, labelled.images[start : start + chunk]))
                 job.done = start + len(logits[-1])
             everything = torch.from_numpy(np.concatenate(logits))
-            job.result = await asyncio.to_thread(evaluate, everything, torch.from_numpy(labelled.labels))
+            job.result = await self._threads.run(evaluate, everything, torch.from_numpy(labelled.labels))
             job.state = "succeeded"
         except Problem as error:
             job.state, job.error = "failed", error.detail
             raise
         except Exception as error:
-            log.exception("evaluation %s failed", job.id)
-            job.state, job.error = "failed", f"{type(error).__name__}: {error}"
+            if lacks := shortage(error):
+                job.state, job.error = "failed", f"{lacks}; try again later"
+            else:
+                log.exception("evaluation %s failed", job.id)
+                job.state, job.error = "failed", f"{type(error).__name__}: {error}"
             raise
         finally:
             over.set()
@@ -278,7 +285,8 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], over: threa
                 folder = entry.filename.split("/")[-2] if "/" in entry.filename else ""
                 if _folder_name(folder) not in ids:
                     raise BadRequest(
-                        f"{entry.filename}: the folder {folder!r} is not a class; GET /models/{{name}} names them"
+                        f"{quote(entry.filename)}: the folder {quote(folder)} is not a class; "
+                        "GET /models/{name} names them"
                     )
                 if entry.file_size > settings.max_image_bytes:
                     raise TooLarge(f"{entry.filename} is larger than {settings.max_image_bytes:,} bytes")

@@ -63,6 +63,7 @@ def train(
     notes: Notes = "",
     data_source: Data = None,
     models: Models = Path("models"),
+    lock: Annotated[int | None, typer.Option(hidden=True, help="Descriptor of the run's lock, inherited.")] = None,
 ) -> None:
     """Train a recipe and publish the result. Interrupted runs go on with --resume."""
     with _errors_reported():
@@ -78,7 +79,7 @@ def train(
             folder.path.mkdir(parents=True, exist_ok=True)
         # A supervisor's SIGTERM ends a run like Ctrl-C: what is checkpointed stays.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with folder.lock(), _ended_when_asked(folder):
+        with folder.lock(lock), _ended_when_asked(folder):
             if resume:
                 chosen = _resumed(folder, chosen, changes)
                 if published := folder.outcome():

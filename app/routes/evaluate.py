@@ -44,7 +44,12 @@ class Recorded(BaseModel):
 async def recorded(services: FromApp) -> list[Recorded]:
     """On the whole test set, measured once when the model was published."""
     return [
-        Recorded(model=name, version=model.card.version, recipe=model.card.recipe["name"], test=model.card.test)
+        Recorded(
+            model=name,
+            version=model.card.version,
+            recipe=str(model.card.recipe.get("name", "unknown")),
+            test=model.card.test,
+        )
         for name, model in sorted(services.pool.live().items())
     ]
 
@@ -106,5 +111,5 @@ async def _measured_on_zip(services: Services, model: Model, file: BinaryIO) -> 
 
 
 @router.get("/{evaluation_id}", summary="A measurement that was started earlier")
-def evaluation(evaluation_id: str, services: FromApp) -> EvaluationJob:  # in a thread, as it may read a file
-    return services.evaluations.get(evaluation_id)
+async def evaluation(evaluation_id: str, services: FromApp) -> EvaluationJob:
+    return await services.evaluations.get(evaluation_id)

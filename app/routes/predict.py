@@ -32,6 +32,7 @@ from app.services import Services, services_of
 from app.settings import Settings
 from app.workers import processors
 from training.store import ModelCard
+from training.text import quote
 
 # An image up to this size is decoded with its batch before a thread would have begun to; where a thread would have to
 # share the only processor, one that takes a few milliseconds is as well.
@@ -212,8 +213,8 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
         yield [(None, io.BytesIO(content))]
     else:
         raise UnsupportedImage(
-            f"the content type {content_type or '(none)'!r} is not supported; send multipart/form-data with a field "
-            "'file', or an image as the body with its image/* type"
+            f"the content type {quote(content_type or '(none)')} is not supported; send multipart/form-data with a "
+            "field 'file', or an image as the body with its image/* type"
         )
 
 

@@ -331,12 +331,12 @@ def test_a_measurement_that_fails_is_a_500_and_known_as_failed(
 ) -> None:
     app = create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))
     with local(app) as client:
-        broken = AsyncMock(side_effect=RuntimeError("out of memory"))
+        broken = AsyncMock(side_effect=RuntimeError("the engine is broken"))
         monkeypatch.setattr(app.state.services.pool.live()["resnet"].batcher, "run", broken)
         assert_problem(client.post("/evaluate?limit=4"), 500, "the server's log")
         (evaluation,) = (tmp_path / "runs" / "evaluations").glob("*.json")
         job = client.get(f"/evaluate/{evaluation.stem}").json()
-        assert (job["state"], job["error"]) == ("failed", "RuntimeError: out of memory")
+        assert (job["state"], job["error"]) == ("failed", "RuntimeError: the engine is broken")
 
 
 def test_reading_a_zip_ends_when_its_measurement_is_over(image: bytes) -> None:
