@@ -7,7 +7,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-PROOFS = fuzz_images image_bombs fuzz_http api_properties crash_store crash_points hot_swap hostile_surroundings
+PROOFS = fuzz_images image_bombs fuzz_http api_properties crash_store crash_points hot_swap hostile_surroundings stalled_database
 
 .PHONY: serve test check proof soak serving clean
 

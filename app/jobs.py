@@ -28,6 +28,8 @@ from app.database import MAX_ERROR, WRITES, JobRow, NewerDatabase, connect
 from app.errors import BadRequest, NotFound, Unavailable
 from app.settings import Settings
 from app.threads import Threads
+from training import data, resources
+from training.loop import default_device
 from training.recipes import RECIPES, Recipe, RecipeError, from_dict, recipe
 from training.run import Publication, Run
 from training.store import ModelCard, Promotion, Store, StoreError
@@ -165,6 +167,7 @@ class Jobs:
             Unavailable: too many jobs are waiting, or the database cannot be used.
         """
         wanted = self._validated(request)
+        misfit = self._misfit(wanted)
         overrides = wanted.model_dump(mode="json", include=set(request.overrides))  # "3" has become 3
         request = request.model_copy(update={"overrides": overrides})
         now = datetime.now(UTC)
@@ -184,6 +187,8 @@ class Jobs:
                 if known and known.request != row.request:
                     raise BadRequest(f"Idempotency-Key {idempotency_key!r} was used for another request: {known.id}")
             if known is None:
+                if misfit:
+                    raise BadRequest(misfit)
                 waiting = session.scalar(select(func.count()).where(JobRow.state.in_(WAITING))) or 0
                 if waiting >= self._settings.max_jobs:
                     raise Unavailable(f"{waiting} jobs are waiting already; try again later")
@@ -232,7 +237,7 @@ class Jobs:
         quiet_s, size = 0.0, -1
         while not over():
             try:
-                progress = await self.threads.run(self._progress, job_id, after, size)
+                progress = await self.threads.read(self._progress, job_id, after, size)
             except (Unavailable, OSError):
                 progress = _Progress(size, [], None)
             size = progress.size
@@ -297,7 +302,7 @@ class Jobs:
 
     async def _read_running(self) -> None:
         with suppress(Unavailable):
-            self._running = await self.threads.run(self._running_id)
+            self._running = await self.threads.read(self._running_id)
 
     def _running_id(self) -> str | None:
         with self._transaction() as session:
@@ -382,6 +387,22 @@ class Jobs:
             if value > limit:
                 raise BadRequest(f"{field}={value} is more than this service trains: at most {limit}")
         return wanted
+
+    def _misfit(self, wanted: Recipe) -> str | None:
+        """Why this machine cannot train a recipe, if it cannot."""
+        train, test = data.sizes(self._settings.data)
+        train, evaluation = train - wanted.validation_images, wanted.validation_images or test
+        try:
+            resources.require(wanted, default_device(), train, evaluation, self._held_by_training())
+        except RecipeError as error:
+            return str(error)
+        return None
+
+    def _held_by_training(self) -> int:
+        """Bytes of memory that the running job's process gives back when it ends, before the next one starts."""
+        running = self.running()
+        holder = self.run(running).holder(wait_s=0) if running else None
+        return resources.resident_memory(holder) if holder else 0
 
     def _card(self, field: str, version: str) -> ModelCard:
         store = Store(self._settings.models)

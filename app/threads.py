@@ -47,19 +47,27 @@ class Threads:
             Unavailable: too many calls wait, or this one has waited for too long.
             Exception: what the function raises.
         """
+        return await self._call(partial(function, *args, **kwargs), abandon=False)
+
+    async def read(
+        self, function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Result:
+        """As `run`, for a function that changes nothing: it is not waited for either where it takes too long itself."""
+        return await self._call(partial(function, *args, **kwargs), abandon=True)
+
+    async def _call(self, function: Callable[[], Result], abandon: bool) -> Result:
         if self._calls >= self._count + self._max_waiting:
             raise Unavailable(f"{self._name} is busy: {self._max_waiting} calls are waiting; try again later")
-        # The context has the request's id, for log lines.
-        call = self._executor.submit(copy_context().run, partial(function, *args, **kwargs))
+        call = self._executor.submit(copy_context().run, function)  # the context has the request's id, for log lines
         result = asyncio.wrap_future(call)
         self._calls += 1
         try:
             done, _ = await asyncio.wait([result], timeout=self._patience_s)
-            if not done and call.cancel():
-                raise Unavailable(f"{self._name} is busy: the call waited {self._patience_s:g} s; try again later")
+            if not done and (call.cancel() or abandon):
+                raise Unavailable(f"{self._name} does not answer within {self._patience_s:g} s; try again later")
             return await result
         finally:
-            call.cancel()
+            result.cancel()  # and the call with it, unless it has begun; its error is not missed then
             self._calls -= 1
 
     def close(self) -> None:

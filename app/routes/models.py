@@ -46,7 +46,7 @@ async def models(services: FromApp) -> Response:
         details = [_details(services, name) for name in services.store.names()]
         return json_response([each.model_dump(include=_SUMMARY) for each in details])
 
-    return await services.store_threads.run(read)
+    return await services.store_threads.read(read)
 
 
 @router.get("/{name}", response_model=ModelDetails, summary="One model with its cards")
@@ -55,7 +55,7 @@ async def model(name: str, services: FromApp) -> Response:
         _require(services, name)
         return json_response(_details(services, name))
 
-    return await services.store_threads.run(read)
+    return await services.store_threads.read(read)
 
 
 @router.put("/{name}/live", dependencies=[ForOperators], summary="Promote or roll back")
@@ -64,7 +64,7 @@ async def promote(name: str, live: Live, services: FromApp) -> ModelSummary:
 
     Other workers, and other servers on the same store, follow within about a second.
     """
-    await services.store_threads.run(_require, services, name)
+    await services.store_threads.read(_require, services, name)
     try:
         # Loaded before it is promoted: a version that cannot be served never becomes live.
         await services.pool.get(name, live.version, patient=True)
@@ -74,7 +74,7 @@ async def promote(name: str, live: Live, services: FromApp) -> ModelSummary:
     except OSError as error:
         raise Unavailable(f"the model store cannot be changed: {error.strerror}") from error
     await services.pool.refresh()
-    return await services.store_threads.run(_details, services, name)
+    return await services.store_threads.read(_details, services, name)
 
 
 def _require(services: Services, name: str) -> None:

@@ -65,12 +65,12 @@ async def submit(
 
 @router.get("", response_model=list[JobSummary], summary="The latest jobs, newest first")
 async def jobs(services: FromApp, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
-    return await services.jobs.threads.run(lambda: json_response(services.jobs.newest(limit)))
+    return await services.jobs.threads.read(lambda: json_response(services.jobs.newest(limit)))
 
 
 @router.get("/{job_id}", response_model=Job, summary="A job's state, progress and history")
 async def job(job_id: str, services: FromApp) -> Response:
-    return await services.jobs.threads.run(lambda: json_response(services.jobs.get(job_id)))
+    return await services.jobs.threads.read(lambda: json_response(services.jobs.get(job_id)))
 
 
 @router.delete("/{job_id}", dependencies=[ForOperators], summary="Cancel a job")
@@ -87,5 +87,5 @@ async def events(
 
     Where the service stops first there is no `end`: the client may follow the next service.
     """
-    await services.jobs.threads.run(services.jobs.state, job_id)  # an unknown job is refused before the stream begins
+    await services.jobs.threads.read(services.jobs.state, job_id)  # an unknown job is refused before the stream begins
     return EventStream(services.jobs, services.jobs.events(job_id, last_event_id, lambda: services.draining))
