@@ -204,6 +204,13 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
 
 
+def _first_cause(error: BaseException) -> BaseException:
+    """The error itself, where Starlette raises others from it: it cannot answer once an answer has begun."""
+    while error.__cause__:
+        error = error.__cause__
+    return error
+
+
 class Unexpected:
     """ASGI middleware: an error that nothing else has handled is logged and answered with 500."""
 
@@ -223,8 +230,8 @@ class Unexpected:
         except ClientDisconnect:
             return  # nobody is left to be told
         except Exception as error:
-            if started and (lacks := shortage(error.__cause__ or error)):
-                log.warning("%s %s was broken off: %s (%s)", scope.get("method"), scope.get("path"), lacks, error)
+            if started and (lacks := shortage(cause := _first_cause(error))):
+                log.warning("%s %s was broken off: %s (%s)", scope.get("method"), scope.get("path"), lacks, cause)
                 return  # the server closes the connection, as the answer is incomplete
             log.exception("%s %s failed", scope.get("method"), scope.get("path"))
             if started:
