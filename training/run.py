@@ -111,7 +111,7 @@ class Run:
         except OSError as error:
             raise RunError(f"the inherited descriptor {descriptor} cannot be used: {error.strerror}") from error
         os.set_inheritable(descriptor, False)  # processes that this one starts must not keep the lock
-        if not os.path.samestat(os.fstat(descriptor), self.lock_file.stat()):
+        if not (self.lock_file.exists() and os.path.samestat(os.fstat(descriptor), self.lock_file.stat())):
             file.close()
             raise RunError(f"the inherited descriptor {descriptor} is not that of {self.lock_file}")
         return file

@@ -535,7 +535,7 @@ def test_zip_entries_that_share_bytes_are_refused_before_anything_is_decoded(
     client: TestClient, image: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def send(content: bytes) -> httpx.Response:
-        return client.post("/evaluate", files={"file": content})
+        return cast(httpx.Response, client.post("/evaluate", files={"file": content}))
 
     name = "red_disc/1.png"
     twice = io.BytesIO()
