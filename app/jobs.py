@@ -391,7 +391,7 @@ class Jobs:
     def _misfit(self, wanted: Recipe) -> str | None:
         """Why this machine cannot train a recipe, if it cannot."""
         train, test = data.sizes(self._settings.data)
-        train, evaluation = train - wanted.validation_images, wanted.validation_images or test
+        train, evaluation = max(1, train - wanted.validation_images), wanted.validation_images or test
         try:
             resources.require(wanted, default_device(), train, evaluation, self._held_by_training())
         except RecipeError as error:

@@ -491,3 +491,21 @@ def test_rows_that_an_earlier_release_kept_without_a_bound_are_shortened(jobs: J
     failed = again.get(waiting.id)
     assert failed.state is State.FAILED
     assert "teacher" in (failed.error or "")
+
+
+def test_job_that_does_not_fit_into_the_machine_is_refused_unless_it_is_known(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = JobRequest(recipe="resnet", overrides={"width": 128, "batch_size": 1024, "precision": "float32"})
+    monkeypatch.setattr("training.resources.available_memory", lambda: 40_000_000_000)
+    known = jobs.submit(large, "key")
+    monkeypatch.setattr("training.resources.available_memory", lambda: 4_000_000_000)
+    with pytest.raises(
+        BadRequest, match=r"about 1\d\.\d GB of memory, and 4\.0 GB are available; lower batch_size=1024"
+    ):
+        jobs.submit(large)
+    assert jobs.submit(large, "key") == known
+    claimed(jobs)
+    monkeypatch.setattr("training.run.Run.holder", lambda *_, **__: 4711)
+    monkeypatch.setattr("training.resources.resident_memory", {4711: 30_000_000_000}.__getitem__)
+    jobs.submit(large)  # the running job gives its memory back before this one starts
