@@ -13,16 +13,18 @@ from training.text import shorten
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 1.0
-"""How long a transaction waits for one of another process; an undisturbed one takes milliseconds."""
+"""A transaction waits this long for a lock of another process."""
 WRITES: dict[str, Any] = {"begin": "BEGIN IMMEDIATE"}
 """Execution options of a transaction that writes."""
 
-_MAX_JSON = 16 << 10  # characters of a request or a recipe; valid ones have at most half as many
-_MAX_TEXT = 200  # characters of each string, and
-_MAX_ITEMS = 100  # items, in what is left of a longer one
+# A request or recipe of more characters is shortened. A valid one has at most half as many.
+_MAX_JSON = 16 << 10
+# Shortened objects keep this many characters of a string, and this many items of a list.
+_MAX_TEXT = 200
+_MAX_ITEMS = 100
 
 MAX_ERROR = 2000
-"""Characters of a job's error."""
+"""The error of a job has at most this many characters."""
 
 
 class NewerDatabase(RuntimeError):
@@ -77,7 +79,7 @@ def connect(path: Path) -> Engine:
         NewerDatabase: a newer release has made it.
         sqlalchemy.exc.DatabaseError: the file cannot be opened or written, is locked, or is damaged.
     """
-    # The callers' threads bound the connections. A pool with a bound of its own would make them wait, and then fail.
+    # The callers' threads bound the number of connections. A bounded pool would raise an error after 30 s.
     engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=-1)
 
     @event.listens_for(engine, "connect")
@@ -105,9 +107,9 @@ def connect(path: Path) -> Engine:
 
 
 def _shorten_rows(session: Session) -> None:
-    """Shorten what earlier releases have kept without a bound, as every list of jobs repeats it.
+    """Shorten oversized rows of earlier releases, which had no bounds. Every list of jobs repeats them.
 
-    A job that still waits with such a recipe could not be started, and fails by what is left of it.
+    A waiting job with such a recipe could not be started. Its shortened recipe is invalid, so it fails with a reason.
     """
     stored = (cast(column, Text) for column in (JobRow.request, JobRow.recipe, JobRow.error))
     for row in session.scalars(select(JobRow).where(or_(*(func.length(column) > _MAX_JSON for column in stored)))):
@@ -116,7 +118,7 @@ def _shorten_rows(session: Session) -> None:
 
 
 def _shortened(values: dict[str, Any]) -> dict[str, Any]:
-    """Values of a JSON object, without long strings and lists."""
+    """A copy of a JSON object with shortened strings and lists."""
 
     def shortened(value: Any) -> Any:
         match value:

@@ -27,8 +27,8 @@ from training.text import shorten
 log = logging.getLogger(__name__)
 
 _MAX_DETAIL = 2000  # characters
-_MAX_FAULTS = 10  # of a request that are listed
-_MAX_FAULT = 200  # characters of each
+_MAX_FAULTS = 10  # An answer lists this many faults of a request,
+_MAX_FAULT = 200  # each in this many characters.
 
 _LACKS = {
     errno.ENOSPC: "a disk is full",
@@ -145,7 +145,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
-    """A problem+json response; `more` adds members. A detail repeats what a client has sent, so it is cut off."""
+    """A problem+json response; `more` adds members. A long detail is cut off, as it may quote the client."""
     detail = shorten(detail, _MAX_DETAIL)
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
     return JSONResponse(content, status, headers, media_type="application/problem+json")
@@ -156,7 +156,7 @@ EXPECTED = (Problem, HTTPException, RequestValidationError, OSError, MemoryError
 
 
 def shortage(error: BaseException) -> str | None:
-    """What the machine lacks, where an error says that it lacks something: memory, room on a disk, files or rights."""
+    """The shortage that an error reports: of memory, disk, files, threads or rights. None for other errors."""
     match error:
         case OSError():
             return _LACKS.get(error.errno or 0)
@@ -205,7 +205,7 @@ def install(app: FastAPI) -> None:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """The error itself, where Starlette raises others from it: it cannot answer once an answer has begun."""
+    """The original error. Starlette raises further ones from it if the answer has begun already."""
     while error.__cause__:
         error = error.__cause__
     return error

@@ -29,7 +29,6 @@ from app.errors import BadRequest, NotFound, Unavailable
 from app.settings import Settings
 from app.threads import Threads
 from training import data, resources
-from training.loop import default_device
 from training.recipes import RECIPES, Recipe, RecipeError, from_dict, recipe
 from training.run import Publication, Run
 from training.store import ModelCard, Promotion, Store, StoreError
@@ -107,12 +106,12 @@ class Job(JobSummary):
 
 
 class _Progress(NamedTuple):
-    """What a follower of a job hears next."""
+    """News for a follower of a job."""
 
     size: int
-    """Of the metrics file, in bytes."""
+    """Size of the metrics file in bytes."""
     metrics: list[tuple[int, dict[str, Any]]]
-    """With their numbers."""
+    """New metrics with their numbers."""
     ended: Job | None
     """The job, if it has ended."""
 
@@ -132,7 +131,7 @@ class Jobs:
         """Where requests call the methods that read or write the database."""
         self.followers = 0
         """Clients that follow a job's events now."""
-        self._running: str | None = None  # as last read for `running_soon`
+        self._running: str | None = None  # the last value that `running_soon` has read
         self._reading: asyncio.Task[None] | None = None
 
     def open(self) -> bool:
@@ -254,7 +253,7 @@ class Jobs:
             quiet_s += _EVENT_POLL_S
 
     def _progress(self, job_id: str, after: int, known_size: int) -> "_Progress":
-        """What a follower of a job does not know yet, where its metrics had so many bytes when it last looked."""
+        """News for a follower who knows the metrics up to number `after`, from a file of `known_size` bytes."""
         # The state is read first: the metrics of a job that has ended are whole.
         with self._transaction() as session:
             row = self._row(session, job_id)
@@ -294,7 +293,7 @@ class Jobs:
             return None
 
     async def running_soon(self) -> str | None:
-        """As `running`, but within a moment: as it was last read, where the database takes longer."""
+        """Id of the running job, read within 0.1 s. Where the database takes longer, the last value that was read."""
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read_running())
         await asyncio.wait([self._reading], timeout=_HEALTH_WAIT_S)
@@ -393,7 +392,7 @@ class Jobs:
         train, test = data.sizes(self._settings.data)
         train, evaluation = max(1, train - wanted.validation_images), wanted.validation_images or test
         try:
-            resources.require(wanted, default_device(), train, evaluation, self._held_by_training())
+            resources.require(wanted, resources.default_device(), train, evaluation, self._held_by_training())
         except RecipeError as error:
             return str(error)
         return None
@@ -413,7 +412,7 @@ class Jobs:
 
     @contextmanager
     def _transaction(self, options: dict[str, Any] | None = None) -> Iterator[Session]:
-        """A transaction that only reads, or with the options `WRITES` one that writes."""
+        """A transaction. It reads only, unless the options are `WRITES`."""
         if not self._engine:
             raise Unavailable(f"training is unavailable: {self._settings.runs} cannot be used, see the server's log")
         try:

@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 Parameters = ParamSpec("Parameters")
 
 _NICENESS = 15  # of training processes, above the server's own; engines' threads may have 5
-_OOM_SCORE = "500"  # of 1000: as if it held half of the machine's memory beside its own
+_OOM_SCORE = "500"  # counts as half of the machine's memory when the kernel chooses a process to kill
 _POLL_S = 0.3
 _TERM_GRACE_S = 3.0
 _LEASE_POLL_S = 2.0
-_PATIENCE_S = 60.0  # of the queue's own thread, which only the queue uses
+_PATIENCE_S = 60.0  # only the queue uses its thread, so its calls wait for nothing but a slow disk
 _OUTPUT = "output.log"
 _INTERRUPTED = 130  # how a training process ends that was told to stop by a signal
 _SECRETS = ("CIFAR100_API_KEYS",)  # which a training process has no use for
@@ -56,7 +56,7 @@ class Runner:
         self._on_published = on_published
         self._task: asyncio.Task[None] | None = None
         self._threads = Threads("the training queue", 1, patience_s=_PATIENCE_S)
-        self._fault = ""  # what the queue cannot go on for now
+        self._fault = ""  # why the queue waits
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._work())
@@ -97,7 +97,7 @@ class Runner:
     async def _note(
         self, note: Callable[Parameters, None], *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> None:
-        """Write what has become of a job to the database, once that can be written: the job must not run again."""
+        """Record the outcome of a job. Retries while the database is locked, so that the job does not run again."""
         while True:
             try:
                 return await self._threads.run(note, *args, **kwargs)
@@ -223,7 +223,7 @@ def _give_way(pid: int) -> None:
     niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS, 19)
     with suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, pid, niceness)
-    with suppress(OSError):  # where memory runs out, the kernel ends it before any server
+    with suppress(OSError):  # if memory runs out, the kernel kills the training process and not the server
         Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE)
     # Where Linux groups processes by session, their niceness counts within it, and that of the group outside: sched(7).
     with suppress(OSError):

@@ -1,7 +1,7 @@
-"""Threads of their own for each kind of work that may block: the job database, the model store, measurements.
+"""Separate threads for each kind of work that may block: the job database, the model store, measurements.
 
-A slow disk or a locked database then holds up its own kind of work only. The event loop's default threads and those of
-anyio, which take uploads and read static files, are shared by everything else.
+A slow disk or a locked database holds up only its own kind of work. Everything else shares the event loop's default
+threads and those of anyio, which store uploads and read static files.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ class Threads:
     """A few threads with a bounded queue. Called from the event loop.
 
     Args:
-        name: of the work, as in "the job database": for messages and thread names.
-        count: calls that run at the same time.
-        max_waiting: calls that wait for a thread; a further one is refused at once.
-        patience_s: a call that has not begun after this time is refused.
+        name: what the threads work on, such as "the job database". Error messages begin with it.
+        count: how many calls run at the same time.
+        max_waiting: how many calls wait for a thread. A further call is refused at once.
+        patience_s: how long a call waits before it is refused, in seconds.
     """
 
     def __init__(self, name: str, count: int, max_waiting: int = 64, patience_s: float = 2.0):
@@ -52,7 +52,10 @@ class Threads:
     async def read(
         self, function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> Result:
-        """As `run`, for a function that changes nothing: it is not waited for either where it takes too long itself."""
+        """Call a function that changes nothing. Unlike `run`, a call that has begun is refused as well if it is late.
+
+        Raises: as for `run`.
+        """
         return await self._call(partial(function, *args, **kwargs), abandon=True)
 
     async def _call(self, function: Callable[[], Result], abandon: bool) -> Result:
@@ -67,7 +70,7 @@ class Threads:
                 raise Unavailable(f"{self._name} does not answer within {self._patience_s:g} s; try again later")
             return await result
         finally:
-            result.cancel()  # and the call with it, unless it has begun; its error is not missed then
+            result.cancel()  # cancels a call that has not begun, and drops the result of a late one
             self._calls -= 1
 
     def close(self) -> None:
@@ -76,5 +79,5 @@ class Threads:
 
 
 def json_response(value: Any) -> Response:
-    """A response of models, made in the thread that read them: a long list would hold up the event loop."""
+    """A JSON response of pydantic models. Call it in a thread: a long list would hold up the event loop."""
     return Response(to_json(value, inf_nan_mode="null"), media_type="application/json")

@@ -51,7 +51,7 @@ Send = Callable[[httpx.Client], httpx.Response]
 
 @dataclass
 class Answers:
-    """To one kind of request while the database was locked."""
+    """Answers to one kind of request while the database was locked."""
 
     worst_s: float = 0.0
     statuses: Counter[str] = field(default_factory=Counter)
@@ -63,7 +63,7 @@ class Answers:
 
 @dataclass
 class Outcome:
-    """Of one lock on one checkout."""
+    """The measurements of one server under one lock."""
 
     answers: dict[str, Answers]
     tracebacks: int

@@ -19,11 +19,12 @@ from training import data, openvino_ir, report, torchscript
 from training.evaluate import evaluate as measure
 from training.evaluate import predict
 from training.export import publish as publish_run
-from training.loop import TrainingError, default_device, peak_memory, to_device
+from training.loop import TrainingError, peak_memory, to_device
 from training.loop import train as training_events
 from training.networks.transfer import WeightsError
 from training.progress import show
 from training.recipes import RECIPES, Recipe, RecipeError, as_text, recipe
+from training.resources import default_device
 from training.run import Publication, Run, RunBusy, RunError
 from training.store import MODEL, ModelCard, Promotion, Store, StoreError
 

@@ -1,8 +1,8 @@
-"""What a training run will need of a machine, estimated before it starts, and what the machine has left.
+"""The machine of a training run: its device, the memory and disk that a recipe needs, and what the machine has left.
 
-In: a recipe.  Out: bytes of memory and of disk, and `require`, which refuses what does not fit. The estimates are upper
-bounds within a factor of two of what was measured for batches of 100 to 800 images, widths of 32 to 128 and images of
-64 to 224 pixels; `tests/training/test_resources.py` repeats the smallest ones.
+In: a recipe.  Out: estimates in bytes, and `require`, which refuses a run that does not fit. The estimates are upper
+bounds, 1.1 to 1.7 times the measured peaks for batches of 100 to 800 images, widths of 32 to 128 and images of 64 to
+224 pixels; `tests/training/test_resources.py` repeats the smallest ones.
 """
 
 import os
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
+from training import torchscript
 from training.evaluate import BATCH_SIZES
-from training.features import DEFAULT_FOLDER, SPARE_BYTES
-from training.loop import precision
 from training.recipes import ALL_STAGES, Recipe, RecipeError, Stage
 
 MIB = 1 << 20
+SPARE_BYTES = 1 << 30
+"""These stay free on the disk of the cached features."""
 _PROCESS = {"cpu": 1100 * MIB, "cuda": 1500 * MIB}
 """Libraries and what quantization takes; on a GPU its context and the workspaces of cuDNN."""
 _DATA_COPIES = 4  # of the images of the data set: as read, as split, and what is evaluated
@@ -26,6 +27,25 @@ _IMAGE_BYTES = 32 * 32 * 3
 _COPIES = 6  # of the parameters: weights, gradients, two of the optimizer, and a checkpoint on its way to the disk
 _TRANSIENT = 1.25  # gradients of activations and workspaces, as a factor of the activations that are kept
 _FORWARD = 4  # the largest activations that are alive at once where nothing is kept for gradients
+
+
+def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The dtype of the activations; "auto" takes a half precision only where the device computes faster in it."""
+    if recipe.precision != "auto":
+        dtype: torch.dtype = getattr(torch, recipe.precision)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torchscript.computes_bfloat16() else torch.float32
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def features_folder() -> Path:
+    """The folder of cached features: the environment variable CIFAR100_FEATURES, or one below the home folder."""
+    return Path(os.environ.get("CIFAR100_FEATURES", "~/.cache/cifar100/features")).expanduser()
 
 
 def training_bytes(recipe: Recipe, device: torch.device, images: int) -> int:
@@ -134,7 +154,7 @@ def resident_memory(process: int, proc: Path = Path("/proc")) -> int:
 
 
 def _room(group: Path, limit: str, usage: str, cache: str) -> int | None:
-    """What a control group leaves of its limit; the kernel drops cached files to make room."""
+    """Bytes left below the limit of a control group. Cached files count as room, as the kernel drops them."""
     try:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return int((group / limit).read_text()) - int((group / usage).read_text()) + int(stat.get(cache, 0))
@@ -167,7 +187,7 @@ def require(recipe: Recipe, device: torch.device, train: int, evaluation: int, f
     features = feature_bytes(recipe, train, evaluation)
     if not features or (gpu is not None and 2 * features < gpu):
         return
-    folder = Path(os.environ.get("CIFAR100_FEATURES", DEFAULT_FOLDER)).expanduser()
+    folder = features_folder()
     room = _features_room(folder)
     if features > room:
         raise RecipeError(
@@ -178,7 +198,7 @@ def require(recipe: Recipe, device: torch.device, train: int, evaluation: int, f
 
 
 def _features_room(folder: Path) -> int:
-    """Bytes that a run may write into the folder of features: those of earlier runs give way."""
+    """Bytes that a run may write into the folder of features. A run deletes the features of earlier ones."""
     replaced = sum(file.stat().st_size for file in folder.glob("*.float16")) if folder.is_dir() else 0
     existing = next(each for each in (folder, *folder.parents) if each.exists())
     return shutil.disk_usage(existing).free + replaced - SPARE_BYTES

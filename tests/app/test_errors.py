@@ -1,4 +1,4 @@
-"""What the machine lacks is a 503 and one line in the log; what a client sends is never repeated at length."""
+"""A shortage of the machine is answered with 503 and one log line. No error message repeats long input."""
 
 import errno
 import io
@@ -65,7 +65,7 @@ def services_of(client: TestClient) -> Services:
 
 
 def assert_refused(response: httpx.Response, words: str, caplog: pytest.LogCaptureFixture) -> None:
-    """503 with Retry-After, which says what is lacking; one warning, and no traceback."""
+    """The answer is 503 with Retry-After and names the shortage; the log has one warning and no traceback."""
     assert response.status_code == 503, response.text
     assert response.headers["retry-after"] == "1"
     assert words in response.json()["detail"]

@@ -1,4 +1,4 @@
-"""Threads with a bounded queue: what is refused, and that nothing else is."""
+"""Threads with a bounded queue refuse calls that are late or too many, and no others."""
 
 import asyncio
 import threading
