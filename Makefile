@@ -7,7 +7,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-PROOFS = fuzz_images image_bombs fuzz_http connection_attacks api_properties crash_store crash_points hot_swap hostile_surroundings
+PROOFS = fuzz_images image_bombs fuzz_http decode_attacks connection_attacks stalled_database api_properties crash_store \
+    crash_points hot_swap hostile_surroundings
 
 .PHONY: serve test check proof soak serving clean
 

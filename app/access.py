@@ -21,7 +21,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
 from app.clients import client_network
-from app.errors import Forbidden, TooManyRequests, Unauthorized
+from app.exceptions import Forbidden, TooManyRequests, Unauthorized
 from app.settings import Settings
 
 _GUESSES = "wrong keys"

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.engines import Engine
-from app.errors import Unavailable
+from app.exceptions import Unavailable
 from app.workers import processors
 
 log = logging.getLogger(__name__)

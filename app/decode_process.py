@@ -137,6 +137,8 @@ def _serve(requests: IO[bytes], replies: IO[bytes], max_bytes: int, max_pixels: 
             kind, result = _PIXELS, images.decode(data, max_bytes, max_pixels).tobytes()
         except _ERRORS as error:
             kind, result = 1 + _ERRORS.index(type(error)), error.detail.encode("utf-8", "replace")
+        except MemoryError:
+            kind, result = 1 + _ERRORS.index(TooLarge), b"decoding the image takes too much memory; send a smaller one"
         signal.setitimer(signal.ITIMER_PROF, 0)
         replies.write(_REPLY.pack(time.process_time() - started, kind, len(result)) + result)
         replies.flush()

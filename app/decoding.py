@@ -38,7 +38,9 @@ _MAX_THREADS = 8
 _MAX_PROCESSES = 2
 _HEADER = DecodeCost(1, 32 * MIB)
 _QUICK = DecodeCost(10, 32 * MIB)
-_MEDIUM = DecodeCost(50, 64 * MIB)
+MEDIUM = DecodeCost(50, 64 * MIB)
+"""An image that costs more is decoded in a process that can be ended."""
+
 _MEDIUM_NICENESS = 5  # Linux gives each thread a nice value of its own
 _RATE_UNIT_MS = 10  # of estimated CPU time per unit of CIFAR100_PREDICT_RATE_LIMIT
 
@@ -97,7 +99,7 @@ class Decoders:
         self._quick = _Lane(FairQueue(count, count * _QUICK.memory_bytes), ThreadPoolExecutor(count, "decoder"))
         count = max(1, count - 1)
         self._medium = _Lane(
-            FairQueue(count, count * _MEDIUM.memory_bytes),
+            FairQueue(count, count * MEDIUM.memory_bytes),
             ThreadPoolExecutor(count, "medium-decoder", initializer=_lower_priority),
         )
         count = min(processors(), _MAX_PROCESSES)
@@ -174,7 +176,7 @@ class Decoders:
         request.add_cost(cost)
         if not isinstance(result, EncodedImage):
             return result
-        if not cost.exceeds(_MEDIUM):
+        if not cost.exceeds(MEDIUM):
             return await self._run(self._medium, request, cost, partial(_measure, result.decode))
         del result  # the process reads the file again
         with self._hold_up(request):

@@ -234,6 +234,8 @@ def _ready(make: Callable[[], Engine], model: Path) -> Engine:
     engine = make()
     images = torchscript.example_images(_EXAMPLES).numpy()
     expected = TorchScriptEngine(model)(images)
+    if not np.isfinite(expected).all():
+        raise EngineError("the model computes logits that are not finite")
     for size in engine.sizes:
         rows = np.arange(size) % _EXAMPLES
         deviates = deviation(engine(images[rows]), expected[rows])

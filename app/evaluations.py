@@ -14,7 +14,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -25,13 +25,17 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from app import images
-from app.errors import BadRequest, NotFound, Problem, TooLarge, Unavailable
+from app import decoding, images
+from app.decode_process import DecodeProcess
+from app.errors import shortage
+from app.exceptions import BadRequest, NotFound, Problem, TooLarge, Unavailable
 from app.pool import Model
 from app.settings import MIB, Settings
+from app.threads import Threads
 from training import data
 from training.evaluate import evaluate
 from training.store import Evaluation
+from training.text import quote
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,8 @@ _ZIP_ERRORS = (
     IndexError,
     EOFError,
 )
+_ENTRY_HEADER = struct.Struct("<26x2H")  # stands before an entry's data; ends with the lengths of its name and extras
+_HEADER_SIGNATURE = b"PK\x03\x04"
 _ENTRY_SIGNATURE = b"PK\x01\x02"  # begins every entry of a zip's directory
 
 
@@ -95,12 +101,14 @@ class Evaluations:
         self._folder = settings.runs / "evaluations"
         self._jobs: dict[str, EvaluationJob] = {}  # of this server
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._threads = Threads("the measurements", 2 * _MAX_RUNNING, patience_s=_DEAD_S)
 
     async def stop(self) -> None:
         for task in list(self._tasks.values()):
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+        self._threads.close()
 
     async def start(self, model: Model, read: Read) -> EvaluationJob:
         """Measure a model; returns when it is done or after `evaluate_wait_s`, whichever comes first.
@@ -139,15 +147,15 @@ class Evaluations:
         if not task.cancelled():
             task.exception()  # the job tells it; asyncio would log it as one that nobody has noticed
 
-    def get(self, evaluation_id: str) -> EvaluationJob:
+    async def get(self, evaluation_id: str) -> EvaluationJob:
         """One evaluation as it stands now.
 
         Raises:
             NotFound: no such evaluation, or it is long over.
         """
-        job = self._jobs.get(evaluation_id) or self._read(evaluation_id)
+        job = self._jobs.get(evaluation_id) or await self._threads.read(self._read, evaluation_id)
         if job is None:
-            raise NotFound(f"there is no evaluation {evaluation_id!r}; it may be too long ago")
+            raise NotFound(f"there is no evaluation {quote(evaluation_id)}; it may be too long ago")
         return job
 
     def _read(self, evaluation_id: str) -> EvaluationJob | None:
@@ -184,10 +192,10 @@ class Evaluations:
     async def _see_through(self, job: EvaluationJob, model: Model, read: Read) -> None:
         measuring = asyncio.create_task(self._measure(job, model, read))
         try:
-            await asyncio.to_thread(self._prune)
+            await self._threads.run(self._prune)
             while not measuring.done():
-                with suppress(OSError):
-                    await asyncio.to_thread(self._write, job)
+                with suppress(OSError, Unavailable):
+                    await self._threads.run(self._write, job)
                 await asyncio.wait([measuring], timeout=_HEARTBEAT_S)
         except asyncio.CancelledError:
             measuring.cancel()
@@ -196,15 +204,15 @@ class Evaluations:
             raise
         finally:
             try:
-                await asyncio.to_thread(self._write, job)
-            except OSError as error:
+                await self._threads.run(self._write, job)
+            except (OSError, Unavailable) as error:
                 log.warning("evaluation %s is known to this server only: %s", job.id, error)
         await measuring
 
     async def _measure(self, job: EvaluationJob, model: Model, read: Read) -> None:
         over = threading.Event()
         try:
-            labelled = await asyncio.to_thread(read, over)
+            labelled = await self._threads.run(read, over)
             job.split = labelled.split
             chunk = min(_CHUNK, model.batcher.max_batch)
             logits = []
@@ -212,14 +220,17 @@ class Evaluations:
                 logits.append(await self._logits(model, labelled.images[start : start + chunk]))
                 job.done = start + len(logits[-1])
             everything = torch.from_numpy(np.concatenate(logits))
-            job.result = await asyncio.to_thread(evaluate, everything, torch.from_numpy(labelled.labels))
+            job.result = await self._threads.run(evaluate, everything, torch.from_numpy(labelled.labels))
             job.state = "succeeded"
         except Problem as error:
             job.state, job.error = "failed", error.detail
             raise
         except Exception as error:
-            log.exception("evaluation %s failed", job.id)
-            job.state, job.error = "failed", f"{type(error).__name__}: {error}"
+            if lacks := shortage(error):
+                job.state, job.error = "failed", f"{lacks}; try again later"
+            else:
+                log.exception("evaluation %s failed", job.id)
+                job.state, job.error = "failed", f"{type(error).__name__}: {error}"
             raise
         finally:
             over.set()
@@ -265,10 +276,12 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], over: threa
     """
     ids = {_folder_name(label): number for number, label in enumerate(classes)}
     pixels, labels = [], []
+    limits = settings.max_image_bytes, settings.max_image_pixels
     if _directory_entries(file) > settings.max_archive_images:
         raise TooLarge(f"the zip has more than {settings.max_archive_images:,} entries")
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(file) as archive, closing(DecodeProcess(*limits)) as process:
+            _require_apart(file, archive)
             entries = [entry for entry in archive.infolist() if not _ignored(entry)]
             if sum(entry.file_size for entry in entries) > settings.max_archive_bytes:
                 raise TooLarge(f"the zip unpacks to more than {settings.max_archive_bytes:,} bytes")
@@ -278,7 +291,8 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], over: threa
                 folder = entry.filename.split("/")[-2] if "/" in entry.filename else ""
                 if _folder_name(folder) not in ids:
                     raise BadRequest(
-                        f"{entry.filename}: the folder {folder!r} is not a class; GET /models/{{name}} names them"
+                        f"{quote(entry.filename)}: the folder {quote(folder)} is not a class; "
+                        "GET /models/{name} names them"
                     )
                 if entry.file_size > settings.max_image_bytes:
                     raise TooLarge(f"{entry.filename} is larger than {settings.max_image_bytes:,} bytes")
@@ -287,7 +301,7 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], over: threa
                 with archive.open(entry) as member:
                     content = member.read(settings.max_image_bytes + 1)
                 try:
-                    pixels.append(images.decode(content, settings.max_image_bytes, settings.max_image_pixels))
+                    pixels.append(_decode(content, limits, process))
                 except Problem as error:
                     error.detail = f"{entry.filename}: {error.detail}"
                     raise
@@ -299,6 +313,17 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], over: threa
     return Labelled(images=np.stack(pixels), labels=np.array(labels, np.int64), split="zip")
 
 
+def _decode(content: bytes, limits: tuple[int, int], process: DecodeProcess) -> NDArray[np.uint8]:
+    """Decode an image, a costly one in the process."""
+    try:
+        return images.decode(content, *limits, decoding.MEDIUM)
+    except images.CostlyImage:
+        result, _ = process.decode(content)
+        if isinstance(result, Problem):
+            raise result from None
+        return result
+
+
 def _directory_entries(file: BinaryIO) -> int:
     """How many entries a zip may have: counted, as reading its directory takes memory for every one it claims."""
     count, tail = 0, b""
@@ -307,6 +332,29 @@ def _directory_entries(file: BinaryIO) -> int:
         count += chunk.count(_ENTRY_SIGNATURE)
         tail = chunk[-len(_ENTRY_SIGNATURE) + 1 :]
     return count
+
+
+def _require_apart(file: BinaryIO, archive: zipfile.ZipFile) -> None:
+    """Refuse entries that share bytes: a few kilobytes could hold one image a thousand times.
+
+    Later releases of Python check this when an entry is opened, and accept two entries at one place.
+
+    Raises:
+        BadRequest: an entry does not begin with a header, or does not end before the next one or the directory begins.
+    """
+    end, following = archive.start_dir, "the directory"
+    for entry in sorted(archive.infolist(), key=lambda each: each.header_offset, reverse=True):
+        name = quote(entry.filename)
+        if not 0 <= entry.header_offset < end:
+            raise BadRequest(f"the zip cannot be read: {name} and {following} overlap")
+        file.seek(entry.header_offset)
+        header = file.read(_ENTRY_HEADER.size)
+        if len(header) < _ENTRY_HEADER.size or not header.startswith(_HEADER_SIGNATURE):
+            raise BadRequest(f"the zip cannot be read: {name} has no header at byte {entry.header_offset:,}")
+        name_length, extra_length = _ENTRY_HEADER.unpack(header)
+        if entry.header_offset + len(header) + name_length + extra_length + entry.compress_size > end:
+            raise BadRequest(f"the zip cannot be read: {name} and {following} overlap")
+        end, following = entry.header_offset, name
 
 
 def _ignored(entry: zipfile.ZipInfo) -> bool:

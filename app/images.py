@@ -142,7 +142,6 @@ class EncodedImage:
 
         Raises:
             DamagedImage: truncated or otherwise undecodable.
-            TooLarge: the memory does not suffice.
         """
         image, kind = self._image, self._image.format
         del self._image  # so that its memory is free before the next image takes as much
@@ -150,8 +149,6 @@ class EncodedImage:
             return np.asarray(_square(image), np.uint8).transpose(2, 0, 1).copy()
         except _DECODE_ERRORS as error:
             raise DamagedImage(f"the {kind} image cannot be decoded: {error}") from error
-        except MemoryError:
-            raise TooLarge(f"decoding the {kind} image takes more memory than there is; send a smaller one") from None
 
 
 def decode(data: bytes, max_bytes: int, max_pixels: int, max_cost: DecodeCost = MAX_COST) -> NDArray[np.uint8]:

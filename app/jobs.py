@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from pydantic import BaseModel, Field
@@ -24,12 +24,15 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
-from app.database import JobRow, NewerDatabase, connect
-from app.errors import BadRequest, NotFound, Unavailable
+from app.database import MAX_ERROR, WRITES, JobRow, NewerDatabase, connect
+from app.exceptions import BadRequest, NotFound, Unavailable
 from app.settings import Settings
+from app.threads import Threads
+from training import data, resources
 from training.recipes import RECIPES, Recipe, RecipeError, from_dict, recipe
 from training.run import Publication, Run
 from training.store import ModelCard, Promotion, Store, StoreError
+from training.text import quote, shorten
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ DATABASE = "jobs.sqlite"
 _EVENT_POLL_S = 1.0
 _HEARTBEAT_S = 15.0  # proxies close streams in which nothing happens
 _MAX_CRASHES = 1  # a job is resumed once
+_THREADS = 4
+_HEALTH_WAIT_S = 0.1
 
 
 class State(StrEnum):
@@ -100,8 +105,19 @@ class Job(JobSummary):
     """The metrics of every finished epoch."""
 
 
+class _Progress(NamedTuple):
+    """News for a follower of a job."""
+
+    size: int
+    """Size of the metrics file in bytes."""
+    metrics: list[tuple[int, dict[str, Any]]]
+    """New metrics with their numbers."""
+    ended: Job | None
+    """The job, if it has ended."""
+
+
 class Jobs:
-    """The queue and the history of training jobs. Methods may be called from any thread.
+    """The queue and the history of training jobs. Methods that are no coroutines may be called from any thread.
 
     Args:
         settings: folders and limits.
@@ -110,24 +126,34 @@ class Jobs:
     def __init__(self, settings: Settings):
         self._settings = settings
         self._engine: Engine | None = None
+        self._fault = ""  # why the database cannot be opened
+        self.threads = Threads("the job database", _THREADS)
+        """Where requests call the methods that read or write the database."""
         self.followers = 0
         """Clients that follow a job's events now."""
+        self._running: str | None = None  # the last value that `running_soon` has read
+        self._reading: asyncio.Task[None] | None = None
 
     def open(self) -> bool:
-        """Open the database.
+        """Open the database, unless it is open.
 
         Returns:
             Whether that was possible; the service goes on without training where it was not.
         """
+        if self._engine:
+            return True
         try:
             self._settings.runs.mkdir(parents=True, exist_ok=True)
             self._engine = connect(self._settings.runs / DATABASE)
         except (OSError, DatabaseError, NewerDatabase) as error:
-            log.error("training is unavailable, %s cannot be used: %s", self._settings.runs, error)
+            if self._fault != str(error):
+                self._fault = str(error)
+                log.error("training is unavailable, %s cannot be used: %s", self._settings.runs, error)
             return False
         return True
 
     def close(self) -> None:
+        self.threads.close()
         if self._engine:
             self._engine.dispose()
 
@@ -140,6 +166,7 @@ class Jobs:
             Unavailable: too many jobs are waiting, or the database cannot be used.
         """
         wanted = self._validated(request)
+        misfit = self._misfit(wanted)
         overrides = wanted.model_dump(mode="json", include=set(request.overrides))  # "3" has become 3
         request = request.model_copy(update={"overrides": overrides})
         now = datetime.now(UTC)
@@ -153,12 +180,14 @@ class Jobs:
             crashes=0,
         )
         known = None
-        with self._transaction() as session:
+        with self._transaction(WRITES) as session:
             if idempotency_key:
                 known = session.scalar(select(JobRow).where(JobRow.idempotency_key == idempotency_key))
                 if known and known.request != row.request:
                     raise BadRequest(f"Idempotency-Key {idempotency_key!r} was used for another request: {known.id}")
             if known is None:
+                if misfit:
+                    raise BadRequest(misfit)
                 waiting = session.scalar(select(func.count()).where(JobRow.state.in_(WAITING))) or 0
                 if waiting >= self._settings.max_jobs:
                     raise Unavailable(f"{waiting} jobs are waiting already; try again later")
@@ -187,58 +216,66 @@ class Jobs:
 
         Raises: as for `get`; Unavailable also where the run folder cannot be written, and the job goes on.
         """
-        with self._transaction() as session:
+        with self._transaction(WRITES) as session:
             row = self._row(session, job_id)
             if row.state == State.RUNNING:
                 self.run(job_id).ask_to_stop()  # this server may die before it has stopped the process
             _finish(row, State.CANCELLED)
         return self._job(row)
 
-    async def events(
-        self, job_id: str, after: int, over: Callable[[], bool]
-    ) -> AsyncGenerator[tuple[int, dict[str, Any]] | None]:
-        """A job's metrics as they come, numbered from 1; ends when the job has finished.
+    async def events(self, job_id: str, after: int, over: Callable[[], bool]) -> AsyncGenerator[str]:
+        """A job's metrics as they come, as server-sent events; the last one, `end`, holds the job.
 
-        A resumed job measures its last epoch again and tells of it again.
+        A resumed job measures its last epoch again and repeats it here. A database that cannot be read for a while ends
+        no stream.
 
         Args:
-            after: number of the last event that is known already.
+            after: number of the last event that is known already, counted from 1.
             over: whether to end although the job goes on.
-
-        Yields:
-            Number and metrics, or None where nothing has happened for a while.
         """
-        run = self.run(job_id)
-        file = run.metrics_file
-        quiet_s, read = 0.0, -1
-        self.followers += 1
-        try:
-            while not over():
-                finished = (await asyncio.to_thread(self.state, job_id)).finished
-                size = await asyncio.to_thread(lambda: file.stat().st_size if file.exists() else 0)
-                if size != read:
-                    read = size
-                    for number, metrics in await asyncio.to_thread(lambda: list(run.numbered_metrics(after))):  # noqa: B023
-                        after, quiet_s = number, 0.0
-                        yield number, metrics
-                if finished:
-                    return
-                if quiet_s >= _HEARTBEAT_S:
-                    quiet_s = 0.0
-                    yield None
-                await asyncio.sleep(_EVENT_POLL_S)
-                quiet_s += _EVENT_POLL_S
-        finally:
-            self.followers -= 1
+        quiet_s, size = 0.0, -1
+        while not over():
+            try:
+                progress = await self.threads.read(self._progress, job_id, after, size)
+            except (Unavailable, OSError):
+                progress = _Progress(size, [], None)
+            size = progress.size
+            for number, metrics in progress.metrics:
+                after, quiet_s = number, 0.0
+                yield f"id: {number}\nevent: {metrics['event']}\ndata: {json.dumps(metrics)}\n\n"
+            if progress.ended:
+                yield f"event: end\ndata: {progress.ended.model_dump_json()}\n\n"
+                return
+            if quiet_s >= _HEARTBEAT_S:
+                quiet_s = 0.0
+                yield ": nothing new\n\n"
+            await asyncio.sleep(_EVENT_POLL_S)
+            quiet_s += _EVENT_POLL_S
 
-    def require_room(self) -> None:
-        """Refuse one more follower of events where there are too many.
+    def _progress(self, job_id: str, after: int, known_size: int) -> "_Progress":
+        """News for a follower who knows the metrics up to number `after`, from a file of `known_size` bytes."""
+        # The state is read first: the metrics of a job that has ended are whole.
+        with self._transaction() as session:
+            row = self._row(session, job_id)
+        run = self.run(job_id)
+        size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
+        metrics = list(run.numbered_metrics(after)) if size != known_size else []
+        return _Progress(size, metrics, self._job(row) if State(row.state).finished else None)
+
+    @contextmanager
+    def follow(self) -> Iterator[None]:
+        """Count a client as a follower of events while it is one. Called in the event loop.
 
         Raises:
-            Unavailable: there are.
+            Unavailable: there are too many.
         """
         if self.followers >= self._settings.max_event_streams:
             raise Unavailable(f"{self.followers} clients follow training jobs already; try again later")
+        self.followers += 1
+        try:
+            yield
+        finally:
+            self.followers -= 1
 
     def run(self, job_id: str) -> Run:
         """The run folder of a job."""
@@ -251,17 +288,34 @@ class Jobs:
     def running(self) -> str | None:
         """Id of the job that runs now; None also where the database cannot be used."""
         try:
-            with self._transaction() as session:
-                return session.scalar(select(JobRow.id).where(JobRow.state == State.RUNNING))
+            return self._running_id()
         except Unavailable:
             return None
+
+    async def running_soon(self) -> str | None:
+        """Id of the running job, read within 0.1 s. Where the database takes longer, the last value that was read."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read_running())
+        await asyncio.wait([self._reading], timeout=_HEALTH_WAIT_S)
+        return self._running
+
+    async def _read_running(self) -> None:
+        with suppress(Unavailable):
+            self._running = await self.threads.read(self._running_id)
+
+    def _running_id(self) -> str | None:
+        with self._transaction() as session:
+            return session.scalar(select(JobRow.id).where(JobRow.state == State.RUNNING))
 
     def claim(self) -> tuple[JobSummary, Recipe] | None:
         """The job to run now, which becomes running: one that a dead server has left running, or the oldest waiting.
 
         Only the one runner may call this, see `app.runner`.
         """
-        with self._transaction() as session:
+        with self._transaction() as session:  # a reader first: an idle queue locks nothing
+            if session.scalar(select(JobRow.id).where(JobRow.state.in_((State.RUNNING, *WAITING))).limit(1)) is None:
+                return None
+        with self._transaction(WRITES) as session:
             row = session.scalar(select(JobRow).where(JobRow.state == State.RUNNING).order_by(JobRow.sequence).limit(1))
             if row is None:
                 waiting = select(JobRow).where(JobRow.state.in_(WAITING)).order_by(JobRow.sequence).limit(1)
@@ -271,7 +325,7 @@ class Jobs:
             try:
                 wanted = from_dict(row.recipe)
                 if wanted.name not in RECIPES:
-                    raise RecipeError(f"there is no recipe {wanted.name!r}")
+                    raise RecipeError(f"there is no recipe {quote(wanted.name)}")
             except RecipeError as error:
                 _finish(row, State.FAILED, f"this release cannot train the recipe that an earlier one queued: {error}")
                 return None
@@ -292,18 +346,18 @@ class Jobs:
 
     def succeed(self, job_id: str, published: Publication) -> None:
         """Its model is published. A job that was cancelled too late stays cancelled but tells what it has published."""
-        with self._transaction() as session:
+        with self._transaction(WRITES) as session:
             row = self._row(session, job_id)
             row.published = published.model_dump()
             _finish(row, State.SUCCEEDED)
 
     def fail(self, job_id: str, error: str) -> None:
-        with self._transaction() as session:
+        with self._transaction(WRITES) as session:
             _finish(self._row(session, job_id), State.FAILED, error)
 
     def interrupt(self, job_id: str, crash: str | None = None) -> None:
         """To be resumed: the server stops, or the job's process has crashed; after a second crash it fails instead."""
-        with self._transaction() as session:
+        with self._transaction(WRITES) as session:
             row = self._row(session, job_id)
             if State(row.state).finished:
                 return
@@ -333,6 +387,22 @@ class Jobs:
                 raise BadRequest(f"{field}={value} is more than this service trains: at most {limit}")
         return wanted
 
+    def _misfit(self, wanted: Recipe) -> str | None:
+        """Why this machine cannot train a recipe, if it cannot."""
+        train, test = data.sizes(self._settings.data)
+        train, evaluation = max(1, train - wanted.validation_images), wanted.validation_images or test
+        try:
+            resources.require(wanted, resources.default_device(), train, evaluation, self._held_by_training())
+        except RecipeError as error:
+            return str(error)
+        return None
+
+    def _held_by_training(self) -> int:
+        """Bytes of memory that the running job's process gives back when it ends, before the next one starts."""
+        running = self.running()
+        holder = self.run(running).holder(wait_s=0) if running else None
+        return resources.resident_memory(holder) if holder else 0
+
     def _card(self, field: str, version: str) -> ModelCard:
         store = Store(self._settings.models)
         try:
@@ -341,21 +411,23 @@ class Jobs:
             raise BadRequest(f"{field}: {error}") from None
 
     @contextmanager
-    def _transaction(self) -> Iterator[Session]:
+    def _transaction(self, options: dict[str, Any] | None = None) -> Iterator[Session]:
+        """A transaction. It reads only, unless the options are `WRITES`."""
         if not self._engine:
             raise Unavailable(f"training is unavailable: {self._settings.runs} cannot be used, see the server's log")
         try:
-            with Session(self._engine, expire_on_commit=False) as session, session.begin():
+            engine = self._engine.execution_options(**options or {})
+            with Session(engine, expire_on_commit=False) as session, session.begin():
                 yield session
         except DatabaseError as error:
-            raise Unavailable(f"the job database cannot be used: {error.orig}") from error
+            raise Unavailable(f"the job database cannot be used: {error.orig}; try again later") from error
         except OSError as error:
             raise Unavailable(f"{self._settings.runs} cannot be used: {error}") from error
 
     def _row(self, session: Session, job_id: str) -> JobRow:
         row = session.scalar(select(JobRow).where(JobRow.id == job_id))
         if row is None:
-            raise NotFound(f"there is no training job {job_id!r}; GET /train lists them")
+            raise NotFound(f"there is no training job {quote(job_id)}; GET /train lists them")
         return row
 
     def _job(self, row: JobRow) -> Job:
@@ -373,11 +445,6 @@ def _finish(row: JobRow, state: State, error: str | None = None) -> None:
     if State(row.state).finished:
         return
     row.state = state
-    row.error = error
+    row.error = error and shorten(error, MAX_ERROR)
     row.finished = datetime.now(UTC)
     log.info("training job %s %s%s", row.id, state, f": {error}" if error else "")
-
-
-def event_stream(number: int, metrics: dict[str, Any]) -> str:
-    """One server-sent event (WHATWG HTML, section 9.2)."""
-    return f"id: {number}\nevent: {metrics['event']}\ndata: {json.dumps(metrics)}\n\n"

@@ -15,17 +15,23 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field
 
 from app import engines
 from app.batching import Batcher
-from app.errors import NotFound, Unavailable
+from app.exceptions import NotFound, Unavailable
 from app.settings import Settings
-from training.store import MODEL, ModelCard, Store, StoreError
+from app.threads import Threads
+from training import torchscript
+from training.store import CARD, MODEL, ModelCard, Store, StoreError
+from training.text import quote
 
 log = logging.getLogger(__name__)
 
 _MAX_OLD_VERSIONS = 2
+_THREADS = 2  # one follows the live versions, the other loads a version that a request asks for
+_EXAMPLES = 2  # images with which a model is compared with its card
 _RETRY_S = 30.0  # after a live version could not be loaded
 
 Version = Annotated[int, Field(ge=1, lt=10**9)]
@@ -62,6 +68,7 @@ class Pool:
         self._loading = asyncio.Lock()  # of a version that is not live
         self._failures: dict[str, tuple[int, float]] = {}  # of live versions, and when they happened
         self._watcher: asyncio.Task[None] | None = None
+        self._threads = Threads("the model store", _THREADS, patience_s=_RETRY_S)
 
     async def start(self) -> None:
         """Load every live model, then follow the store."""
@@ -76,6 +83,7 @@ class Pool:
             self._watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watcher
+        self._threads.close()
 
     @property
     def ready(self) -> bool:
@@ -119,10 +127,10 @@ class Pool:
     async def refresh(self) -> None:
         """Load what the store calls live and is not in memory yet."""
         async with self._refreshing:
-            names = await asyncio.to_thread(self.store.names)
+            names = await self._threads.run(self.store.names)
             for name in names:
                 try:
-                    version = await asyncio.to_thread(self.store.live, name)
+                    version = await self._threads.run(self.store.live, name)
                     current = self._live.get(name)
                     if version is None or (current and current.card.version == version):
                         self.errors.pop(name, None)
@@ -133,7 +141,7 @@ class Pool:
                         if failed == version and time.monotonic() < at + _RETRY_S:
                             continue
                         self._failures[name] = version, time.monotonic()
-                        model = await asyncio.to_thread(self._load, name, version)
+                        model = await self._threads.run(self._load, name, version)
                     self._failures.pop(name, None)
                     self._live[name] = model
                     self.errors.pop(name, None)
@@ -143,7 +151,7 @@ class Pool:
                         log.error("%s: the live version cannot be loaded: %s", name, error)
                         self.errors[name] = str(error)
                         if name not in self._live:
-                            await asyncio.to_thread(self._fall_back, name)
+                            await self._threads.run(self._fall_back, name)
 
     def _fall_back(self, name: str) -> None:
         """Serve the latest version that can be loaded, as the one that should be served cannot."""
@@ -168,6 +176,7 @@ class Pool:
         card = self.store.card(name, version)
         folder = self.store.verify(card)
         engine = engines.load(folder / MODEL, self._settings.device, self._settings.runtime)
+        _require_fit(card, engine)
         observe = partial(self._observe, name)
         return Model(card, Batcher(engine, self._settings.max_batch, self._settings.max_queue, observe))
 
@@ -179,7 +188,7 @@ class Pool:
             model = self._others.get((name, version))  # somebody else may just have had it loaded
             if model is None:
                 try:
-                    model = await asyncio.to_thread(self._load, name, version)
+                    model = await self._threads.run(self._load, name, version)
                 except (StoreError, OSError, RuntimeError) as error:
                     self._find(name, version)  # a training job may just have removed it
                     raise Unavailable(f"{name} version {version} cannot be loaded: {error}") from error
@@ -203,4 +212,20 @@ class Pool:
         if name in self.errors:
             return Unavailable(f"{name} cannot be served: {self.errors[name]}")
         live = ", ".join(sorted(self._live)) or "none"
-        return NotFound(f"there is no live model {name!r}, live are: {live}; GET /models lists all")
+        return NotFound(f"there is no live model {quote(name)}, live are: {live}; GET /models lists all")
+
+
+def _require_fit(card: ModelCard, engine: engines.Engine) -> None:
+    """Refuse a model that does not compute what its card says: a finite logit for each class of each image.
+
+    Raises:
+        StoreError: the two differ.
+    """
+    logits = engine(torchscript.example_images(_EXAMPLES).numpy())
+    if logits.shape != (_EXAMPLES, len(card.classes)):
+        raise StoreError(
+            f"{card.name} version {card.version} computes logits of shape {list(logits.shape)} for {_EXAMPLES} images, "
+            f"but its {CARD} names {len(card.classes)} classes; publish it again with the card of this model"
+        )
+    if not np.isfinite(logits).all():
+        raise StoreError(f"{card.name} version {card.version} computes logits that are not finite; publish it again")

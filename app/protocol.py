@@ -15,7 +15,8 @@ from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.connections import SLOWEST_BYTES_PER_S, ConnectionTable
-from app.errors import Unavailable, problem
+from app.errors import problem
+from app.exceptions import Unavailable
 from app.http_parser import RequestParser
 
 _MAX_HEAD_BYTES = 32 << 10

@@ -15,21 +15,26 @@ from asyncio.subprocess import DEVNULL, STDOUT
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import ParamSpec
 
 from app import workers
-from app.errors import Unavailable
+from app.exceptions import Unavailable
 from app.jobs import Jobs, JobSummary, State
 from app.settings import Settings
+from app.threads import Threads
 from training.recipes import RECIPES, Recipe, as_text
-from training.run import Run, RunError
+from training.run import Run, RunBusy, RunError, write_pid
 from training.store import Store
 
 log = logging.getLogger(__name__)
+Parameters = ParamSpec("Parameters")
 
 _NICENESS = 15  # of training processes, above the server's own; engines' threads may have 5
+_OOM_SCORE = "500"  # counts as half of the machine's memory when the kernel chooses a process to kill
 _POLL_S = 0.3
 _TERM_GRACE_S = 3.0
 _LEASE_POLL_S = 2.0
+_PATIENCE_S = 60.0  # only the queue uses its thread, so its calls wait for nothing but a slow disk
 _OUTPUT = "output.log"
 _INTERRUPTED = 130  # how a training process ends that was told to stop by a signal
 _SECRETS = ("CIFAR100_API_KEYS",)  # which a training process has no use for
@@ -50,6 +55,8 @@ class Runner:
         self._jobs = jobs
         self._on_published = on_published
         self._task: asyncio.Task[None] | None = None
+        self._threads = Threads("the training queue", 1, patience_s=_PATIENCE_S)
+        self._fault = ""  # why the queue waits
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._work())
@@ -60,58 +67,82 @@ class Runner:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
+        self._threads.close()
 
     async def _work(self) -> None:
-        async with _only_one(self._settings.runs / "runner.lock"):
-            while True:
-                try:
-                    claimed = await asyncio.to_thread(self._jobs.claim)
-                    if claimed:
-                        await self._see_through(*claimed)
-                    else:
-                        await asyncio.sleep(_POLL_S)
-                except Exception:  # one job, or a database that fails for a while, must not end the queue
-                    log.exception("the training queue had an error; it goes on")
-                    await asyncio.sleep(_LEASE_POLL_S)
+        while True:
+            try:
+                if await self._threads.run(self._jobs.open):
+                    async with _only_one(self._settings.runs / "runner.lock"):
+                        await self._run_jobs()
+            except (Unavailable, OSError) as error:
+                self._warn(error)
+            except Exception:  # one job must not end the queue
+                log.exception("the training queue had an error; it goes on")
+            await asyncio.sleep(_LEASE_POLL_S)
+
+    async def _run_jobs(self) -> None:
+        while True:
+            if claimed := await self._threads.run(self._jobs.claim):
+                await self._see_through(*claimed)
+            else:
+                await asyncio.sleep(_POLL_S)
+
+    def _warn(self, error: Exception) -> None:
+        """Log why the queue waits, once for each reason."""
+        if self._fault != str(error):
+            self._fault = str(error)
+            log.warning("the training queue waits and tries again: %s", error)
+
+    async def _note(
+        self, note: Callable[Parameters, None], *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> None:
+        """Record the outcome of a job. Retries while the database is locked, so that the job does not run again."""
+        while True:
+            try:
+                return await self._threads.run(note, *args, **kwargs)
+            except Unavailable as error:
+                self._warn(error)
+                await asyncio.sleep(_LEASE_POLL_S)
 
     async def _see_through(self, job: JobSummary, recipe: Recipe) -> None:
         """Run or rejoin a job until it has ended, and note how."""
         run = self._jobs.run(job.id)
-        if run.stop_file.exists():  # a server died while it was cancelling the job
-            await asyncio.to_thread(self._jobs.cancel, job.id)
+        if await self._threads.run(run.stop_file.exists):  # a server died while it was cancelling the job
+            await self._threads.run(self._jobs.cancel, job.id)
             return
         crash: str | None = None
         try:
-            if holder := run.holder():
+            if holder := await self._threads.run(run.holder):
                 log.info("training job %s is still running as process %d", job.id, holder)
-                await self._watch(job, holder, lambda: run.holder() == holder)
+                await self._watch(job, holder, lambda: run.holder(wait_s=0) == holder)
                 crash = "the training process has died"
-            elif not run.outcome():
+            elif not await self._threads.run(run.outcome):
                 killed = _killed_for_memory()
                 code = await self._child(job, recipe, run)
                 if code == os.EX_TEMPFAIL:  # somebody was faster; the job stays running and is claimed again
                     return
-                if code > 0 and code != _INTERRUPTED and not run.outcome():
-                    said = await asyncio.to_thread(_last_line, run.path / _OUTPUT)
-                    await asyncio.to_thread(self._jobs.fail, job.id, said)
+                if code > 0 and code != _INTERRUPTED and not await self._threads.run(run.outcome):
+                    said = await self._threads.run(_last_line, run.path / _OUTPUT)
+                    await self._note(self._jobs.fail, job.id, said)
                     return
                 crash = _death(code, _killed_for_memory() > killed)
         except asyncio.CancelledError:
             with suppress(Unavailable):  # the next start finds it running without a process, and resumes it as well
-                await asyncio.to_thread(self._jobs.interrupt, job.id)
+                await self._threads.run(self._jobs.interrupt, job.id)
             raise
         except (OSError, RunError) as error:  # no process can be started, or its folder is damaged
-            await asyncio.to_thread(self._jobs.fail, job.id, f"the job cannot go on: {error}")
+            await self._note(self._jobs.fail, job.id, f"the job cannot go on: {error}")
             return
-        if publication := run.outcome():
-            await asyncio.to_thread(self._jobs.succeed, job.id, publication)
+        if publication := await self._threads.run(run.outcome):
+            await self._note(self._jobs.succeed, job.id, publication)
             if self._settings.keep_versions:
-                needed = await asyncio.to_thread(self._jobs.needed, publication.model)
+                needed = await self._threads.run(self._jobs.needed, publication.model)
                 store = Store(self._settings.models)
-                await asyncio.to_thread(store.prune, publication.model, self._settings.keep_versions, needed)
+                await self._threads.run(store.prune, publication.model, self._settings.keep_versions, needed)
             await self._on_published()
         else:
-            await asyncio.to_thread(self._jobs.interrupt, job.id, crash)
+            await self._note(self._jobs.interrupt, job.id, crash)
 
     async def _child(self, job: JobSummary, recipe: Recipe, run: Run) -> int:
         """Start a job's process and wait for it.
@@ -126,15 +157,23 @@ class Runner:
         environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if self._settings.data:
             environment["CIFAR100_DATA"] = self._settings.data
-        with (run.path / _OUTPUT).open("ab") as output:
-            child = await asyncio.create_subprocess_exec(
-                *self._command(job, recipe, run),
-                stdin=DEVNULL,
-                stdout=output,
-                stderr=STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+        # The lock is taken here and the child inherits it. If the child took it, a server that replaces this one before
+        # the child has loaded its libraries would find the folder free, and would know of no process to end.
+        try:
+            with run.lock_for_child() as lock, (run.path / _OUTPUT).open("ab") as output:
+                child = await asyncio.create_subprocess_exec(
+                    *self._command(job, recipe, run),
+                    *("--lock", str(lock.fileno())),
+                    stdin=DEVNULL,
+                    stdout=output,
+                    stderr=STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                    pass_fds=(lock.fileno(),),
+                )
+                write_pid(lock, child.pid)
+        except RunBusy:
+            return os.EX_TEMPFAIL
         _give_way(child.pid)
         if self._settings.workers > 1:
             with suppress(OSError):
@@ -149,7 +188,7 @@ class Runner:
             while alive():
                 await asyncio.sleep(_POLL_S)
                 with suppress(Unavailable):  # a database that fails for a while is no reason to end it
-                    if await asyncio.to_thread(self._jobs.state, job.id) is State.CANCELLED:
+                    if await self._threads.run(self._jobs.state, job.id) is State.CANCELLED:
                         break
         finally:
             await _terminate(pid, alive)
@@ -184,6 +223,8 @@ def _give_way(pid: int) -> None:
     niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS, 19)
     with suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, pid, niceness)
+    with suppress(OSError):  # if memory runs out, the kernel kills the training process and not the server
+        Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE)
     # Where Linux groups processes by session, their niceness counts within it, and that of the group outside: sched(7).
     with suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text(str(niceness))

@@ -17,6 +17,7 @@ from app.metrics import Metrics
 from app.pool import Pool
 from app.runner import Runner
 from app.settings import Settings
+from app.threads import Threads
 from training.store import Store
 
 
@@ -32,6 +33,8 @@ class Services:
     evaluations: Evaluations
     decoders: Decoders
     metrics: Metrics
+    store_threads: Threads = field(default_factory=lambda: Threads("the model store", 4))
+    """Where requests read and change the model store."""
     draining: bool = False
     """Whether the service is about to stop and wants no further requests."""
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -85,14 +88,15 @@ class Services:
 
     async def start(self) -> None:
         await self.pool.start()
-        if await asyncio.to_thread(self.jobs.open):
-            self.runner.start()
+        await self.jobs.threads.run(self.jobs.open)
+        self.runner.start()
 
     async def stop(self) -> None:
         await self.runner.stop()
         self.jobs.close()
         await self.evaluations.stop()
         await self.pool.stop()
+        self.store_threads.close()
         self.decoders.close()
 
 

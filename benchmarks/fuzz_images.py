@@ -30,7 +30,7 @@ from mutations import damaged, samples
 from processes import memory_mib
 from results import Check, conclude
 
-from app.errors import Problem
+from app.exceptions import Problem
 from app.images import SIZE, decode
 from app.settings import Settings
 

@@ -20,6 +20,7 @@ from training import data, loop
 from training.networks import Classifier, build
 from training.networks.resnet import SharedBlock
 from training.recipes import Recipe, recipe
+from training.resources import default_device
 from training.run import Run
 
 
@@ -52,7 +53,7 @@ def main(epochs: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(Path(folder, "run"))
             run.create(chosen)
-            for event in loop.train(chosen, dataset, run, loop.default_device()):
+            for event in loop.train(chosen, dataset, run, default_device()):
                 if isinstance(event, loop.Epoch):
                     print(
                         f"| {initialise.__name__} | {event.epoch} | {event.train_loss:.3f} | "

@@ -31,10 +31,11 @@ from torchvision import transforms
 
 from training import data
 from training.data import Dataset, Split
-from training.loop import Epoch, default_device, precision, train
+from training.loop import Epoch, train
 from training.networks import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEAN, IMAGENET_STD, build
 from training.optimizers import make_optimizer
 from training.recipes import Recipe, recipe
+from training.resources import default_device, precision
 from training.run import Run
 
 LOOK_S = 0.25

@@ -6,7 +6,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 # The values, formats, measures and runtimes that both sides share; never a network definition or the training loop.
-SHARED = {"cuda_graph", "data", "evaluate", "openvino_ir", "recipes", "run", "store", "torchscript"}
+SHARED = {
+    "cuda_graph",
+    "data",
+    "evaluate",
+    "openvino_ir",
+    "recipes",
+    "resources",
+    "run",
+    "store",
+    "text",
+    "torchscript",
+}
 
 
 def imported_modules(source: Path) -> set[str]:

@@ -19,11 +19,12 @@ from training import data, openvino_ir, report, torchscript
 from training.evaluate import evaluate as measure
 from training.evaluate import predict
 from training.export import publish as publish_run
-from training.loop import TrainingError, default_device, peak_memory, to_device
+from training.loop import TrainingError, peak_memory, to_device
 from training.loop import train as training_events
 from training.networks.transfer import WeightsError
 from training.progress import show
 from training.recipes import RECIPES, Recipe, RecipeError, as_text, recipe
+from training.resources import default_device
 from training.run import Publication, Run, RunBusy, RunError
 from training.store import MODEL, ModelCard, Promotion, Store, StoreError
 
@@ -63,6 +64,7 @@ def train(
     notes: Notes = "",
     data_source: Data = None,
     models: Models = Path("models"),
+    lock: Annotated[int | None, typer.Option(hidden=True, help="Descriptor of the run's lock, inherited.")] = None,
 ) -> None:
     """Train a recipe and publish the result. Interrupted runs go on with --resume."""
     with _errors_reported():
@@ -78,7 +80,7 @@ def train(
             folder.path.mkdir(parents=True, exist_ok=True)
         # A supervisor's SIGTERM ends a run like Ctrl-C: what is checkpointed stays.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with folder.lock(), _ended_when_asked(folder):
+        with folder.lock(lock), _ended_when_asked(folder):
             if resume:
                 chosen = _resumed(folder, chosen, changes)
                 if published := folder.outcome():

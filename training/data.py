@@ -123,6 +123,15 @@ def load(source: str | None = None) -> Dataset:
     return _read(archive)
 
 
+def sizes(source: str | None = None) -> tuple[int, int]:
+    """Images of the training and the test split of `source`, which is not loaded: CIFAR-100 unless synthetic."""
+    name, _, count = (source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER).partition(":")
+    if name != "synthetic" or not (count or "20").isdecimal():
+        return 50_000, 10_000
+    per_class = int(count or 20)
+    return per_class * len(CLASSES), max(1, per_class // 4) * len(CLASSES)
+
+
 def hold_out(split: Split, images: int) -> tuple[Split, Split]:
     """Cut a validation split off a training split, stratified by class and the same on every call.
 

@@ -29,9 +29,7 @@ from training.evaluate import BATCH_SIZES
 from training.networks import Classifier, TransferResNet18
 from training.preparation import Pace, Preparation
 from training.recipes import Recipe
-
-DEFAULT_FOLDER = "~/.cache/cifar100/features"
-SPARE_BYTES = 1 << 30  # stays free on the disk
+from training.resources import SPARE_BYTES, features_folder
 
 
 class Features:
@@ -103,8 +101,7 @@ def prepare(
     if images.is_cuda and 2 * size < torch.cuda.mem_get_info(images.device)[0]:
         values = yield from _in_memory(what, compute_all(), images.new_empty(shape, dtype=torch.float16))
     else:
-        folder = Path(os.environ.get("CIFAR100_FEATURES", DEFAULT_FOLDER)).expanduser()
-        file = folder / f"{_key(recipe, classifier, network, parts, dtype)}.float16"
+        file = features_folder() / f"{_key(recipe, classifier, network, parts, dtype)}.float16"
         values = yield from _in_file(what, compute_all(), shape, file)
     return None if values is None else Features(values, len(images), views)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import augment, distillation, torchscript, warm_start
+from training import augment, distillation, warm_start
 from training.cuda_graph import Recorded
 from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
@@ -28,6 +28,7 @@ from training.optimizers import load_state, make_optimizer, set_learning_rate
 from training.preparation import Preparation
 from training.provenance import provenance
 from training.recipes import Recipe
+from training.resources import precision
 from training.run import TICK_S, Run
 from training.store import Store
 
@@ -327,20 +328,6 @@ def learning_rate(recipe: Recipe, progress: float) -> float:
             return peak * (1 + math.cos(math.pi * done)) / 2
         case "one-cycle":
             return peak * min(done / WARMUP, (1 - done) / (1 - WARMUP))
-
-
-def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """The dtype of the activations; "auto" takes a half precision only where the device computes faster in it."""
-    if recipe.precision != "auto":
-        dtype: torch.dtype = getattr(torch, recipe.precision)
-        return dtype
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torchscript.computes_bfloat16() else torch.float32
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def peak_memory(device: torch.device) -> str:

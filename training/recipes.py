@@ -11,9 +11,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from training.text import MAX_QUOTED, quote, shorten
+
 Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4", "fc"]
 ALL_STAGES: tuple[Stage, ...] = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
-_VERSION = r"[a-z0-9][a-z0-9_-]*/[1-9][0-9]{0,8}"
+MAX_TEACHERS = 8
+_VERSION = r"[a-z0-9][a-z0-9_-]{0,63}/[1-9][0-9]{0,8}"
+_VERSION_LENGTH = 64 + 1 + 9  # characters, at most
+_MAX_PATH = 4096  # characters
 
 
 class RecipeError(ValueError):
@@ -24,7 +29,7 @@ def _split_commas(value: Any) -> Any:
     return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
 
 
-Stages = Annotated[tuple[Stage, ...], BeforeValidator(_split_commas)]
+Stages = Annotated[tuple[Stage, ...], Field(max_length=len(ALL_STAGES)), BeforeValidator(_split_commas)]
 
 
 class Recipe(BaseModel):
@@ -32,7 +37,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    name: str
+    name: str = Field(max_length=64)
     """The recipe this one was made from."""
     network: Literal["shared-resnet", "resnet", "resnet18"]
     """Written by hand, the units of a block sharing their weights or each with its own; or torchvision's ResNet-18."""
@@ -54,9 +59,13 @@ class Recipe(BaseModel):
     part of the gradient (sgd)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of a label's probability that is spread over all classes (Szegedy et al. 2016)."""
-    teacher: str = Field(default="none", pattern=rf"^(none|{_VERSION}(,{_VERSION})*)$")
-    """Published versions whose answers on the training images are learnt too, such as resnet18/1,resnet18/2; or
-    none."""
+    teacher: str = Field(
+        default="none",
+        max_length=MAX_TEACHERS * (_VERSION_LENGTH + 1),
+        pattern=rf"^(none|{_VERSION}(,{_VERSION}){{0,{MAX_TEACHERS - 1}}})$",
+    )
+    """Published versions whose answers on the training images are learnt too, at most eight, such as
+    resnet18/1,resnet18/2; or none."""
     teacher_weight: float = Field(default=0.9, gt=0, le=1)
     """Share of the teacher's answers in the loss; the labels have the rest."""
     teacher_temperature: float = Field(default=4.0, gt=0, le=100)
@@ -83,7 +92,7 @@ class Recipe(BaseModel):
 
     image_size: int = Field(default=32, ge=32, le=512)
     """Images are upsampled to this side (resnet18)."""
-    weights: str = Field(default="none", min_length=1)
+    weights: str = Field(default="none", min_length=1, max_length=_MAX_PATH)
     """Where training starts: "none", a published version such as resnet/3, or for resnet18 also "imagenet" or the path
     of a state-dict file."""
     trainable: Stages = ALL_STAGES
@@ -118,7 +127,7 @@ class Recipe(BaseModel):
                 raise ValueError(f"reinitialise applies to ImageNet weights, not to those of {self.predecessor}")
         elif self.network != "resnet18" and self.weights != "none":
             raise ValueError(
-                f"weights={self.weights} applies to network=resnet18, not to {self.network}, "
+                f"weights={shorten(self.weights, MAX_QUOTED)} applies to network=resnet18, not to {self.network}, "
                 "which takes a version such as resnet/3"
             )
         for field in ("teacher_weight", "teacher_temperature"):
@@ -269,7 +278,7 @@ def recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
         RecipeError: no such recipe or field, a value out of range, or values that contradict each other.
     """
     if name not in RECIPES:
-        raise RecipeError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
+        raise RecipeError(f"there is no recipe {quote(name)}; choose one of {', '.join(RECIPES)}")
     return replace(RECIPES[name], overrides or {})
 
 
@@ -278,9 +287,9 @@ def replace(base: Recipe, overrides: dict[str, Any]) -> Recipe:
     known = [field for field in Recipe.model_fields if field != "name"]
     for field in overrides:
         if field not in known:
-            near = get_close_matches(field, known, n=1)
+            near = get_close_matches(field[:MAX_QUOTED], known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
-            raise RecipeError(f"a recipe has no field {field!r}; {hint}")
+            raise RecipeError(f"a recipe has no field {quote(field)}; {hint}")
     return from_dict(base.model_dump() | overrides)
 
 
@@ -299,4 +308,4 @@ def from_dict(values: dict[str, Any]) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".lstrip(": ") for fault in error.errors())
-        raise RecipeError("; ".join(faults)) from error
+        raise RecipeError(shorten("; ".join(faults), 2000)) from error

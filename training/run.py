@@ -25,6 +25,7 @@ from training.store import Evaluation, sync
 State = dict[str, Any]
 Parsed = TypeVar("Parsed")
 TICK_S = 5.0  # between two lines of metrics within an epoch
+START_S = 60.0  # a process that has inherited its lock writes its number sooner, once it has loaded its libraries
 
 
 class Publication(BaseModel):
@@ -67,33 +68,67 @@ class Run:
         self.publication_file = path / "published.json"
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, inherited: int | None = None) -> Iterator[None]:
         """Keep other processes out of the folder; the operating system releases it however this process ends.
+
+        Args:
+            inherited: descriptor of the lock file, where the parent process has locked it: see `lock_for_child`.
 
         Raises:
             RunBusy: another process holds it.
-            RunError: there is no such folder.
+            RunError: there is no such folder, or the descriptor is that of another file.
         """
         if not self.path.is_dir():
             raise RunError(f"there is no run in {self.path}")
+        with self.lock_file.open("a+") if inherited is None else self._inherited_lock(inherited) as file:
+            if not _acquire(file):
+                raise RunBusy(f"process {_read_pid(file) or '(unknown)'} is working in {self.path}")
+            write_pid(file, os.getpid())
+            yield
+
+    @contextmanager
+    def lock_for_child(self) -> Iterator[TextIO]:
+        """Lock the folder for a child process, which inherits the lock with the descriptor of the file.
+
+        A flock(2) belongs to the open file, so it lasts until the child ends as well. The caller passes the descriptor
+        to the child and writes the child's number by `write_pid`.
+
+        Yields:
+            The lock file, empty.
+
+        Raises:
+            RunBusy: another process holds it.
+        """
         with self.lock_file.open("a+") as file:
             if not _acquire(file):
                 raise RunBusy(f"process {_read_pid(file) or '(unknown)'} is working in {self.path}")
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-            yield
+            file.truncate(0)  # the number of an earlier holder must not be taken for the child's
+            yield file
 
-    def holder(self) -> int | None:
-        """The process that holds the lock, if one does."""
+    def _inherited_lock(self, descriptor: int) -> TextIO:
         try:
-            with self.lock_file.open() as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return _read_pid(file)
-        except FileNotFoundError:
-            pass
+            file = os.fdopen(descriptor, "a+")
+        except OSError as error:
+            raise RunError(f"the inherited descriptor {descriptor} cannot be used: {error.strerror}") from error
+        os.set_inheritable(descriptor, False)  # processes that this one starts must not keep the lock
+        if not (self.lock_file.exists() and os.path.samestat(os.fstat(descriptor), self.lock_file.stat())):
+            file.close()
+            raise RunError(f"the inherited descriptor {descriptor} is not that of {self.lock_file}")
+        return file
+
+    def holder(self, wait_s: float = START_S) -> int | None:
+        """The process that holds the lock, if one does.
+
+        Args:
+            wait_s: time for a holder that is just starting to write its number; without one it counts as none.
+        """
+        latest = time.monotonic() + wait_s
+        with suppress(FileNotFoundError), self.lock_file.open() as file:
+            while _is_locked(file):
+                pid = _read_pid(file)
+                if pid or time.monotonic() > latest:
+                    return pid
+                time.sleep(0.05)
         return None
 
     def ask_to_stop(self) -> None:
@@ -269,13 +304,27 @@ def _acquire(file: TextIO) -> bool:
     return False
 
 
+def _is_locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return False
+
+
+def write_pid(file: TextIO, pid: int) -> None:
+    """Write the number of the process that holds a lock into its file."""
+    file.truncate(0)
+    file.write(f"{pid}\n")
+    file.flush()
+
+
 def _read_pid(file: TextIO) -> int | None:
-    for _ in range(100):
-        file.seek(0)
-        if text := file.read():
-            return int(text)
-        time.sleep(0.01)  # its holder is just about to write it
-    return None
+    """The number that its holder has written, or None so far."""
+    file.seek(0)
+    text = file.read().strip()
+    return int(text) if text.isdecimal() else None
 
 
 def _read(path: Path, parse: Callable[[bytes], Parsed]) -> Parsed:

@@ -19,15 +19,18 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+
+from training.text import quote, shorten
 
 CARD = "card.json"
 MODEL = "model.pt"
 LIVE = "live"
 
 Promotion = Literal["if-better", "always", "never"]
+Rate = Annotated[float, Field(ge=0, le=1)]
 
 _ABANDONED_S = 24 * 3600
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -41,13 +44,13 @@ class Evaluation(BaseModel):
     """Measures over one split. Rates are in 0-1."""
 
     images: int
-    top1: float
-    top5: float
-    loss: float
+    top1: Rate
+    top5: Rate
+    loss: FiniteFloat
     """Mean cross-entropy in nats."""
-    ece: float
+    ece: Rate
     """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, arXiv:1706.04599)."""
-    per_class: list[float]
+    per_class: list[Rate]
     """Top-1 of each class; 0 where the split has no image of it."""
 
 
@@ -97,7 +100,7 @@ class ModelCard(BaseModel):
     """Fitted on validation images; 1 where the recipe holds none out."""
     test: Evaluation
     """The exported file on the full test set, calibrated."""
-    test_ece_uncalibrated: float
+    test_ece_uncalibrated: Rate
     int8: Quantised | None = None
     """The quantised form, for OpenVINO; versions may have none."""
     curve: list[EpochSummary]
@@ -109,6 +112,18 @@ class ModelCard(BaseModel):
     notes: str = ""
     files: dict[str, str]
     """sha256 of every file beside the card."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.classes:
+            raise ValueError("classes is empty")
+        if len(set(self.classes)) < len(self.classes):
+            twice = next(label for label in self.classes if self.classes.count(label) > 1)
+            raise ValueError(f"classes names {quote(twice)} twice")
+        for field, count in (("superclasses", len(self.superclasses)), ("test.per_class", len(self.test.per_class))):
+            if count != len(self.classes):
+                raise ValueError(f"{field} has {count} entries for {len(self.classes)} classes")
+        return self
 
     @property
     def held_out(self) -> int:
@@ -164,7 +179,9 @@ class Store:
         """
         name, slash, number = text.partition("/")
         if slash and not number.isdecimal():
-            raise StoreError(f"{number!r} is not a version; give {name}/1, or {name} for the live one")
+            raise StoreError(
+                f"{quote(number)} is not a version; give {shorten(name, 64)}/1, or {shorten(name, 64)} for the live one"
+            )
         version = int(number) if slash else self.live(name)
         if version is None:
             raise StoreError(f"{name} has no live version in {self.root}")
@@ -351,7 +368,7 @@ class Store:
 
     def _model(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
-            raise StoreError(f"{name!r} is not a model name: lower-case letters, digits, - and _ only")
+            raise StoreError(f"{quote(name)} is not a model name: lower-case letters, digits, - and _ only")
         return self.root / name
 
 

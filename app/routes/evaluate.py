@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
 from app.access import ForOperators
-from app.errors import BadRequest, UnsupportedImage
 from app.evaluations import EvaluationJob, Labelled, read_split, read_zip
+from app.exceptions import BadRequest, UnsupportedImage
 from app.forms import read_form
 from app.headers import media_type
 from app.pool import Model, Version
@@ -44,7 +44,12 @@ class Recorded(BaseModel):
 async def recorded(services: FromApp) -> list[Recorded]:
     """On the whole test set, measured once when the model was published."""
     return [
-        Recorded(model=name, version=model.card.version, recipe=model.card.recipe["name"], test=model.card.test)
+        Recorded(
+            model=name,
+            version=model.card.version,
+            recipe=str(model.card.recipe.get("name", "unknown")),
+            test=model.card.test,
+        )
         for name, model in sorted(services.pool.live().items())
     ]
 
@@ -106,5 +111,5 @@ async def _measured_on_zip(services: Services, model: Model, file: BinaryIO) -> 
 
 
 @router.get("/{evaluation_id}", summary="A measurement that was started earlier")
-def evaluation(evaluation_id: str, services: FromApp) -> EvaluationJob:  # in a thread, as it may read a file
-    return services.evaluations.get(evaluation_id)
+async def evaluation(evaluation_id: str, services: FromApp) -> EvaluationJob:
+    return await services.evaluations.get(evaluation_id)

@@ -1,6 +1,5 @@
 """/health and /metrics: what a load balancer, an orchestrator and a person want to know."""
 
-import asyncio
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Literal
@@ -32,7 +31,7 @@ class Health(BaseModel):
     errors: dict[str, str]
     """Models whose live version cannot be served."""
     training: str | None
-    """The running training job."""
+    """The running training job; as last known where the job database does not answer."""
 
 
 class Status(BaseModel):
@@ -58,7 +57,7 @@ async def health(request: Request, services: FromApp) -> Health:
             for name, model in sorted(services.pool.live().items())
         },
         errors=services.pool.errors,
-        training=await asyncio.to_thread(services.jobs.running),
+        training=await services.jobs.running_soon(),
     )
 
 

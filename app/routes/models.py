@@ -1,15 +1,15 @@
 """/models: versions, their cards, and which one is live."""
 
-import asyncio
-
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from app.access import ForOperators
-from app.errors import NotFound, Unavailable
+from app.exceptions import NotFound, Unavailable
 from app.pool import Version
 from app.services import FromApp, Services
+from app.threads import json_response
 from training.store import ModelCard, StoreError
+from training.text import quote
 
 router = APIRouter(prefix="/models", tags=["models"])
 
@@ -31,24 +31,31 @@ class ModelDetails(ModelSummary):
     cards: list[ModelCard]
 
 
+_SUMMARY = set(ModelSummary.model_fields)
+
+
 class Live(BaseModel):
     """The version to serve."""
 
     version: Version
 
 
-# Routes that are no coroutines run in threads: the store may be on a slow disk.
+@router.get("", response_model=list[ModelSummary], summary="All models")
+async def models(services: FromApp) -> Response:
+    def read() -> Response:
+        details = [_details(services, name) for name in services.store.names()]
+        return json_response([each.model_dump(include=_SUMMARY) for each in details])
+
+    return await services.store_threads.read(read)
 
 
-@router.get("", summary="All models")
-def models(services: FromApp) -> list[ModelSummary]:
-    return [_details(services, name) for name in services.store.names()]
+@router.get("/{name}", response_model=ModelDetails, summary="One model with its cards")
+async def model(name: str, services: FromApp) -> Response:
+    def read() -> Response:
+        _require(services, name)
+        return json_response(_details(services, name))
 
-
-@router.get("/{name}", summary="One model with its cards")
-def model(name: str, services: FromApp) -> ModelDetails:
-    _require(services, name)
-    return _details(services, name)
+    return await services.store_threads.read(read)
 
 
 @router.put("/{name}/live", dependencies=[ForOperators], summary="Promote or roll back")
@@ -57,23 +64,23 @@ async def promote(name: str, live: Live, services: FromApp) -> ModelSummary:
 
     Other workers, and other servers on the same store, follow within about a second.
     """
-    await asyncio.to_thread(_require, services, name)
+    await services.store_threads.read(_require, services, name)
     try:
         # Loaded before it is promoted: a version that cannot be served never becomes live.
         await services.pool.get(name, live.version, patient=True)
-        await asyncio.to_thread(services.store.promote, name, live.version)
+        await services.store_threads.run(services.store.promote, name, live.version)
     except StoreError as error:
         raise NotFound(str(error)) from None
     except OSError as error:
         raise Unavailable(f"the model store cannot be changed: {error.strerror}") from error
     await services.pool.refresh()
-    return await asyncio.to_thread(_details, services, name)
+    return await services.store_threads.read(_details, services, name)
 
 
 def _require(services: Services, name: str) -> None:
     names = services.store.names()
     if name not in names:
-        raise NotFound(f"there is no model {name!r}; there are: {', '.join(names) or 'none'}")
+        raise NotFound(f"there is no model {quote(name)}; there are: {', '.join(names) or 'none'}")
 
 
 def _details(services: Services, name: str) -> ModelDetails:

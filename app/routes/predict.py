@@ -24,7 +24,8 @@ from app.access import access_of, client_of, let_predictor_pass
 from app.batching import Scores, Source
 from app.decode_cost import MIB, DecodeCost
 from app.decoding import File
-from app.errors import EXPECTED, BadRequest, TooLarge, UnsupportedImage, answer
+from app.errors import EXPECTED, answer
+from app.exceptions import BadRequest, TooLarge, UnsupportedImage
 from app.forms import read_form
 from app.headers import media_type
 from app.images import CostlyImage
@@ -34,6 +35,7 @@ from app.services import Services, services_of
 from app.settings import Settings
 from app.workers import processors
 from training.store import ModelCard
+from training.text import quote
 
 # An image up to this size is decoded with its batch before a thread would have begun to; where a thread would have to
 # share the only processor, one that takes a few milliseconds is as well.
@@ -218,8 +220,8 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
         yield [(None, io.BytesIO(content))]
     else:
         raise UnsupportedImage(
-            f"the content type {content_type or '(none)'!r} is not supported; send multipart/form-data with a field "
-            "'file', or an image as the body with its image/* type"
+            f"the content type {quote(content_type or '(none)')} is not supported; send multipart/form-data with a "
+            "field 'file', or an image as the body with its image/* type"
         )
 
 

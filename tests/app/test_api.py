@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from app import engines, images
 from app.batching import Computed, Scores
-from app.errors import Unavailable
 from app.evaluations import read_zip
+from app.exceptions import Unavailable
 from app.main import create_app
 from app.routes.predict import Class, Shortcut, top_classes
 from app.settings import Settings
@@ -331,12 +332,12 @@ def test_a_measurement_that_fails_is_a_500_and_known_as_failed(
 ) -> None:
     app = create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))
     with local(app) as client:
-        broken = AsyncMock(side_effect=RuntimeError("out of memory"))
+        broken = AsyncMock(side_effect=RuntimeError("the engine is broken"))
         monkeypatch.setattr(app.state.services.pool.live()["resnet"].batcher, "run", broken)
         assert_problem(client.post("/evaluate?limit=4"), 500, "the server's log")
         (evaluation,) = (tmp_path / "runs" / "evaluations").glob("*.json")
         job = client.get(f"/evaluate/{evaluation.stem}").json()
-        assert (job["state"], job["error"]) == ("failed", "RuntimeError: out of memory")
+        assert (job["state"], job["error"]) == ("failed", "RuntimeError: the engine is broken")
 
 
 def test_reading_a_zip_ends_when_its_measurement_is_over(image: bytes) -> None:
@@ -517,3 +518,138 @@ def test_the_page_and_its_files_are_served(client: TestClient) -> None:
         assert file in page.text
         assert client.get(file).status_code == 200
     assert client.get("/web/../main.py").status_code == 404
+
+
+def crafted_zip(*entries: tuple[str, bytes, int | None]) -> bytes:
+    """A zip whose directory may lie: names, contents, and for each entry where the directory says that it is."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content, _ in entries:
+            archive.writestr(name, content)
+        for entry, (_, _, offset) in zip(archive.filelist, entries, strict=True):
+            entry.header_offset = entry.header_offset if offset is None else offset
+    return buffer.getvalue()
+
+
+def test_zip_entries_that_share_bytes_are_refused_before_anything_is_decoded(
+    client: TestClient, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send(content: bytes) -> httpx.Response:
+        return cast(httpx.Response, client.post("/evaluate", files={"file": content}))
+
+    name = "red_disc/1.png"
+    twice = io.BytesIO()
+    with zipfile.ZipFile(twice, "w") as archive:
+        archive.writestr(name, image)
+        archive.filelist *= 50  # the directory names one entry fifty times
+    # An entry inside the data of another one: an image that ends with a zip entry of its own.
+    inner = zipped({name: image})
+    other = "red_disc/2.png"
+    nested = crafted_zip((name, inner, None), (other, image, 30 + len(name)))
+    first = crafted_zip((name, image, None), (other, image, 0))
+    longer = bytearray(zipped({name: image, other: image}))
+    directory = longer.index(b"PK\x01\x02")
+    for field in (20, 24):  # the first entry's sizes in the directory
+        longer[directory + field : directory + field + 4] = (2 * len(image)).to_bytes(4, "little")
+    whole = bytearray(zipped({name: image}))  # whose data reach into the directory
+    directory = whole.index(b"PK\x01\x02")
+    for field in (20, 24):
+        whole[directory + field : directory + field + 4] = (len(image) + 40).to_bytes(4, "little")
+    decoded = AsyncMock()
+    monkeypatch.setattr("app.images.decode", decoded)
+    for content in (twice.getvalue(), nested, first, bytes(longer), bytes(whole)):
+        assert_problem(send(content), 422, "overlap")
+    for offset in (10**6, 2**31, 3):
+        assert_problem(send(crafted_zip((name, image, offset))), 422, "zip cannot be read")
+    assert not decoded.called
+
+
+def test_zip_behind_other_bytes_and_of_every_usual_form_is_measured(client: TestClient, image: bytes) -> None:
+    files = {"photos/": b"", "red_disc/1.png": image, "red_disc/.DS_Store": b"x", "red_disc/2.png": image}
+    streamed = io.BytesIO()
+    with zipfile.ZipFile(cast(Any, Unseekable(streamed)), "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)  # sizes come after the data
+    for content in (b"#!/bin/sh\n" + zipped(files), zipped(files, zipfile.ZIP_DEFLATED), streamed.getvalue()):
+        measured = client.post("/evaluate", files={"file": content})
+        assert measured.status_code == 200, measured.text
+        assert measured.json()["result"]["images"] == 2
+
+
+class Unseekable:
+    """A stream that can only be written."""
+
+    def __init__(self, buffer: io.BytesIO):
+        self._buffer = buffer
+
+    def write(self, content: bytes) -> int:
+        return self._buffer.write(content)
+
+    def flush(self) -> None:
+        pass
+
+
+CARD_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "fewer classes than logits": ({"classes": 10}, "names 10 classes"),
+    "superclasses of other classes": ({"superclasses": 10}, "superclasses has 10 entries for 100 classes"),
+    "no classes": ({"classes": 0}, "classes is empty"),
+    "a class twice": ({"classes": ["red_disc"] * 100}, "names 'red_disc' twice"),
+    "an accuracy that is no number": ({"top1": float("nan")}, "top1"),
+    "an accuracy above 1": ({"top1": 81.9}, "top1"),
+    "the name of another model": ({"name": "resnet18"}, "card of resnet18"),
+    "the number of another version": ({"version": 9}, "version 9"),
+}
+
+
+def spoil(card: Path, changes: dict[str, Any]) -> None:
+    content = json.loads(card.read_text())
+    for field, value in changes.items():
+        if field == "top1":
+            content["test"][field] = value
+        elif isinstance(value, int) and isinstance(content[field], list):
+            content[field] = content[field][:value]
+            if field == "classes":
+                content["superclasses"] = content["superclasses"][:value]
+                content["test"]["per_class"] = content["test"]["per_class"][:value]
+        else:
+            content[field] = value
+    card.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("fault", CARD_FAULTS)
+def test_card_that_does_not_fit_its_model_is_refused_and_the_last_good_version_stays(
+    fault: str, models: Path, tmp_path: Path, image: bytes
+) -> None:
+    changes, words = CARD_FAULTS[fault]
+    store = second_version(models)
+    spoil(models / "resnet" / "2" / "card.json", changes)
+    app = create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4", store_poll_s=0.01))
+    with local(app) as client:
+        assert_problem(client.put("/models/resnet/live", json={"version": 2}), 503, words)
+        store.promote("resnet", 2)  # by another process
+        end = time.monotonic() + 60
+        while not (errors := client.get("/health").json()["errors"]):
+            assert time.monotonic() < end
+        assert words in errors["resnet"]
+        for path in ("/models", "/models/resnet", "/evaluate"):
+            assert client.get(path).status_code == 200
+        answer = client.post("/predict", files={"file": image})
+        assert (answer.status_code, answer.json()["version"]) == (200, 1)
+    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+        assert words in client.get("/health").json()["errors"]["resnet"]
+        assert client.post("/predict", files={"file": image}).json()["version"] == 1  # the best that can be loaded
+
+
+def test_model_whose_logits_are_not_finite_is_refused(models: Path, tmp_path: Path, image: bytes) -> None:
+    class Overflowing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float().mean((1, 2, 3))[:, None].expand(-1, 100) / 0
+
+    store = Store(models)
+    with store.draft("resnet") as draft:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
+            torch.jit.trace(Overflowing().eval(), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).save(draft / "model.pt")
+        store.publish(draft, store.card("resnet", 1))
+    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+        assert_problem(client.put("/models/resnet/live", json={"version": 2}), 503, "not finite")
+        assert client.post("/predict", files={"file": image}).json()["version"] == 1

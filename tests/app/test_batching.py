@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from app import batching
 from app.batching import Batcher, Computed, Scores
 from app.engines import Engine
-from app.errors import DamagedImage, Unavailable
+from app.exceptions import DamagedImage, Unavailable
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from app import decoding
 from app.decode_cost import MIB, DecodeCost
 from app.decoding import Decoders, File
-from app.errors import Problem, TooManyRequests, Unavailable, UnsupportedImage
+from app.exceptions import Problem, TooManyRequests, Unavailable, UnsupportedImage
 from app.settings import Settings
 
 COSTS = {b"quick": 1, b"medium": 30, b"costly": 500}

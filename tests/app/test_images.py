@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app import images
-from app.errors import DamagedImage, Problem, TooLarge, UnsupportedImage
+from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
 
 
 def decode(data: bytes, max_bytes: int = 10 << 20, max_pixels: int = 10_000_000) -> NDArray[np.uint8]:

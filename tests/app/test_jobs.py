@@ -1,21 +1,28 @@
 """The queue and history of training jobs: what the database keeps, and what it does when it cannot."""
 
 import asyncio
+import json
 import sqlite3
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import AsyncMock
 
 import pytest
+from fastapi.testclient import TestClient
 from local import local
 
-from app.errors import BadRequest, NotFound, Unavailable
+from app.exceptions import BadRequest, NotFound, Unavailable
 from app.jobs import JobRequest, Jobs, JobSummary, State
 from app.main import create_app
 from app.runner import Runner
+from app.services import Services
 from app.settings import Settings
+from app.threads import Threads
 from training.recipes import recipe
 from training.run import Publication
 from training.store import Store
@@ -32,6 +39,19 @@ def opened(runs: Path, **settings: Any) -> Jobs:
 @pytest.fixture
 def jobs(tmp_path: Path) -> Jobs:
     return opened(tmp_path)
+
+
+def services_of(client: TestClient) -> Services:
+    return cast(Services, client.app.state.services)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def locked_by_a_writer(jobs: Jobs) -> Iterator[None]:
+    """The database as another program has locked it that is about to write."""
+    with closing(sqlite3.connect(jobs.run("jobs.sqlite").path, isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        yield
+        database.execute("ROLLBACK")
 
 
 def claimed(jobs: Jobs) -> JobSummary:
@@ -165,7 +185,8 @@ def test_only_so_many_clients_follow_events(jobs: Jobs, tmp_path: Path) -> None:
         job = jobs.submit(REQUEST)
         jobs.cancel(job.id)
         assert client.get(f"/train/{job.id}/events").text.startswith("event: end")
-        client.app.state.services.jobs.followers = 1  # type: ignore[attr-defined]
+        assert services_of(client).jobs.followers == 0
+        services_of(client).jobs.followers = 1
         refused = client.get(f"/train/{job.id}/events")
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
 
@@ -317,3 +338,174 @@ def test_the_database_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
     jobs = opened(tmp_path)
     with pytest.raises(Unavailable, match="training is unavailable"):
         jobs.submit(REQUEST)
+
+
+def test_reader_does_not_wait_for_a_writer_and_a_writer_is_refused_soon(jobs: Jobs) -> None:
+    job = jobs.submit(REQUEST)
+    with locked_by_a_writer(jobs):
+        assert [each.id for each in jobs.newest(10)] == [job.id]
+        assert jobs.get(job.id).state is State.QUEUED
+        assert jobs.running() is None
+        for write in (lambda: jobs.submit(REQUEST), lambda: jobs.cancel(job.id), jobs.claim):
+            with pytest.raises(Unavailable, match="database is locked; try again later"):
+                write()
+    jobs.cancel(job.id)
+    with locked_by_a_writer(jobs):
+        assert jobs.claim() is None  # an idle queue locks nothing
+
+
+def test_more_readers_than_connections_in_the_pool_are_answered(jobs: Jobs) -> None:
+    """SQLAlchemy's own pool has 15, and raises an error of another kind after 30 s."""
+    job = jobs.submit(REQUEST)
+    barrier = threading.Barrier(40, timeout=30)
+
+    def read(_: int) -> State:
+        with jobs._transaction() as session:
+            state = jobs._row(session, job.id).state
+            barrier.wait()
+        return State(state)
+
+    with ThreadPoolExecutor(40) as threads:
+        assert set(threads.map(read, range(40))) == {State.QUEUED}
+
+
+def test_database_that_does_not_answer_holds_up_jobs_only(models: Path, tmp_path: Path) -> None:
+    gate = threading.Event()
+    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+        services = services_of(client)
+        running = services.jobs.submit(REQUEST)
+        services.jobs._running = running.id
+
+        def stall(*_: object) -> None:
+            gate.wait(60)
+
+        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(60) as readers:
+            services.jobs.threads = Threads("the job database", 2, max_waiting=30, patience_s=0.5)
+            patch.setattr(services.jobs, "newest", stall)
+            patch.setattr(services.jobs, "_running_id", stall)
+            answers = [readers.submit(client.get, "/train") for _ in range(60)]
+            try:
+                assert client.get("/").status_code == 200
+                assert client.get("/web/page.js").status_code == 200
+                assert [model["live"] for model in client.get("/models").json()] == [1]
+                large = client.post("/predict", files={"file": bytes(2_000_000)})
+                assert large.status_code == 415
+                health = client.get("/health").json()
+                assert (health["status"], health["training"]) == ("ready", running.id)
+                for answer in answers:
+                    assert answer.result(30).status_code == 503
+                    assert answer.result().headers["retry-after"] == "1"
+            finally:
+                gate.set()
+
+
+def test_follower_of_events_outlasts_a_database_that_cannot_be_read(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> list[str]:
+        job = jobs.submit(REQUEST)
+        right, failures = Jobs._progress, 3
+
+        def progress(*arguments: Any) -> Any:
+            nonlocal failures
+            failures -= 1
+            if failures == 1:
+                raise OSError(24, "Too many open files")
+            if failures >= 0:
+                raise Unavailable("database is locked")
+            jobs.cancel(job.id)
+            return right(*arguments)
+
+        monkeypatch.setattr("app.jobs._EVENT_POLL_S", 0.01)
+        monkeypatch.setattr(Jobs, "_progress", progress)
+        return [event async for event in jobs.events(job.id, 0, lambda: False)]
+
+    (end,) = asyncio.run(scenario())
+    assert end.startswith("event: end\ndata: ")
+    assert json.loads(end.partition("data: ")[2])["state"] == "cancelled"
+
+
+def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        job = jobs.submit(REQUEST)
+        starts, failures = 0, 3
+        right = jobs.fail
+
+        async def child(*_: object) -> int:
+            nonlocal starts
+            starts += 1
+            jobs.run(job.id).path.mkdir(exist_ok=True)
+            (jobs.run(job.id).path / "output.log").write_text("error: no luck")
+            return 1
+
+        def fail(*arguments: Any) -> None:
+            nonlocal failures
+            failures -= 1
+            if failures >= 0:
+                raise Unavailable("database is locked")
+            right(*arguments)
+
+        runner = Runner(Settings(runs=jobs.run(job.id).path.parent), jobs, AsyncMock())
+        monkeypatch.setattr(runner, "_child", child)
+        monkeypatch.setattr(jobs, "fail", fail)
+        monkeypatch.setattr("app.runner._LEASE_POLL_S", 0.01)
+        runner.start()
+        async with asyncio.timeout(60):
+            while not jobs.state(job.id).finished:  # noqa: ASYNC110  the database announces nothing
+                await asyncio.sleep(0.01)
+        await runner.stop()
+        assert (starts, jobs.get(job.id).error) == (1, "no luck")
+
+    asyncio.run(scenario())
+    assert [record.levelname for record in caplog.records if record.name == "app.runner"] == ["WARNING"]
+
+
+def test_training_becomes_available_once_its_folder_can_be_used(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.runner._LEASE_POLL_S", 0.01)
+    (tmp_path / "runs").write_text("a file, not a folder")
+    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+        assert client.get("/train").status_code == 503
+        (tmp_path / "runs").unlink()
+        end = time.monotonic() + 60
+        while client.get("/train").status_code == 503:
+            assert time.monotonic() < end
+        assert client.get("/train").json() == []
+
+
+def test_rows_that_an_earlier_release_kept_without_a_bound_are_shortened(jobs: Jobs, tmp_path: Path) -> None:
+    waiting, done = jobs.submit(REQUEST), jobs.submit(REQUEST)
+    jobs.cancel(done.id)
+    teacher = ",".join(["resnet/1"] * 100_000)
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as database, database:
+        changes = "request = json_set(request, '$.overrides.teacher', ?), recipe = json_set(recipe, '$.teacher', ?)"
+        database.execute(f"UPDATE jobs SET {changes}, error = ?", (teacher, teacher, "x" * 1_000_000))  # noqa: S608
+    jobs.close()
+    again = opened(tmp_path)
+    assert sum(len(job.model_dump_json()) for job in again.newest(10)) < 10_000
+    assert again.get(done.id).request.overrides["epochs"] == 2
+    assert again.claim() is None
+    failed = again.get(waiting.id)
+    assert failed.state is State.FAILED
+    assert "teacher" in (failed.error or "")
+
+
+def test_job_that_does_not_fit_into_the_machine_is_refused_unless_it_is_known(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = JobRequest(recipe="resnet", overrides={"width": 128, "batch_size": 1024, "precision": "float32"})
+    monkeypatch.setattr("training.resources.available_memory", lambda: 40_000_000_000)
+    known = jobs.submit(large, "key")
+    monkeypatch.setattr("training.resources.available_memory", lambda: 4_000_000_000)
+    with pytest.raises(
+        BadRequest, match=r"about 1\d\.\d GB of memory, and 4\.0 GB are available; lower batch_size=1024"
+    ):
+        jobs.submit(large)
+    assert jobs.submit(large, "key") == known
+    claimed(jobs)
+    monkeypatch.setattr("training.run.Run.holder", lambda *_, **__: 4711)
+    monkeypatch.setattr("training.resources.resident_memory", {4711: 30_000_000_000}.__getitem__)
+    jobs.submit(large)  # the running job gives its memory back before this one starts

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from training.recipes import RECIPES, RecipeError, from_dict, recipe
+from training.recipes import MAX_TEACHERS, RECIPES, Recipe, RecipeError, as_text, from_dict, recipe
 
 
 def test_an_unknown_recipe_is_an_error_listing_the_known_ones() -> None:
@@ -141,3 +141,45 @@ def test_the_store_keeps_both_forms_of_part_1_under_one_name() -> None:
         "resnet18-seed": "resnet18",
         "resnet18": "resnet18",
     }
+
+
+def test_every_text_and_list_of_a_recipe_has_a_greatest_length() -> None:
+    """Each is an argument of the training process, and repeated by every list of jobs."""
+    for field, schema in Recipe.model_json_schema()["properties"].items():
+        for form in schema.get("anyOf", [schema]):
+            if form.get("type") == "string":
+                assert form.get("maxLength", 10**9) <= 4096 or "enum" in form, field
+            elif form.get("type") == "array":
+                assert form["maxItems"] <= 6, field
+    longest = from_dict(
+        RECIPES["resnet18"].model_dump()
+        | {"teacher": ",".join([f"{'x' * 64}/{'9' * 9}"] * MAX_TEACHERS), "weights": "x" * 4096}
+    )
+    assert sum(len(as_text(value)) for value in longest.model_dump().values()) < 16_000  # a process may have 128 KiB
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher": ",".join(["resnet/1"] * (MAX_TEACHERS + 1))},
+        {"teacher": f"{'x' * 65}/1"},
+        {"teacher": "resnet/1," * 100_000},
+        {"weights": "x" * 5000},
+        {"trainable": ["fc"] * 7},
+        {"trainable": "fc," * 300_000},
+        {"reinitialise": ["fc"] * 1_000_000},
+    ],
+    ids=lambda changes: str(changes)[:30],
+)
+def test_text_or_list_that_is_too_long_is_refused_in_few_words(changes: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as refused:
+        recipe("resnet18", changes)
+    assert len(str(refused.value)) < 1000
+    assert next(iter(changes)) in str(refused.value)
+
+
+def test_long_name_is_quoted_in_part() -> None:
+    for name, overrides in (("x" * 10**6, {}), ("resnet", {"x" * 10**6: 1})):
+        with pytest.raises(RecipeError, match=r"'x{99}…'") as refused:
+            recipe(name, overrides)
+        assert len(str(refused.value)) < 1000

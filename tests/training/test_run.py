@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from training.recipes import recipe
-from training.run import Publication, Run, RunBusy, RunError
+from training.run import Publication, Run, RunBusy, RunError, write_pid
 from training.store import Store
 
 HOLD = """
@@ -136,3 +136,65 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(tmp_path: Path) -> N
         run.save({"epoch": 2, "weights": torch.zeros(1 << 20)})
     assert run.load() == {"epoch": 1}
     assert not (tmp_path / "checkpoint.partial").is_symlink()
+
+
+ADOPT = """
+import sys
+from pathlib import Path
+from training.run import Run
+sys.stdin.readline()  # the time that a child takes to load its libraries
+with Run(Path(sys.argv[1])).lock(int(sys.argv[2])):
+    print("locked", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_child_holds_the_lock_before_it_has_begun_and_until_it_ends(run: Run) -> None:
+    with run.lock_for_child() as lock:
+        child = subprocess.Popen(
+            [sys.executable, "-c", ADOPT, str(run.path), str(lock.fileno())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            pass_fds=(lock.fileno(),),
+        )
+        write_pid(lock, child.pid)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        assert run.holder() == child.pid  # although its parent has closed the file and it has not opened it
+        with pytest.raises(RunBusy, match=f"process {child.pid}"), run.lock():
+            pass
+        with pytest.raises(RunBusy), run.lock_for_child():
+            pass
+        assert run.holder() == child.pid
+        child.stdin.write("\n")
+        assert child.stdout.readline() == "locked\n"
+        assert run.holder() == child.pid
+    finally:
+        child.kill()
+        child.communicate()
+    assert run.holder() is None
+    with run.lock():
+        pass
+
+
+def test_holder_that_has_not_written_its_number_yet_is_waited_for(run: Run) -> None:
+    with run.lock_for_child() as lock:
+        assert run.holder(wait_s=0) is None
+        threading.Timer(0.1, write_pid, (lock, 4711)).start()
+        assert run.holder() == 4711
+    assert run.holder() is None
+
+
+def test_inherited_descriptor_of_another_file_is_refused(run: Run, tmp_path: Path) -> None:
+    with (tmp_path / "other").open("w") as other:
+        with pytest.raises(RunError, match="is not that of"), run.lock(os.dup(other.fileno())):
+            pass
+        closed = os.dup(other.fileno())
+        os.close(closed)
+        with pytest.raises(RunError, match="cannot be used: Bad file descriptor"), run.lock(closed):
+            pass
+    with run.lock():
+        pass

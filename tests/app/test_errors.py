@@ -1,0 +1,216 @@
+"""A shortage of the machine is answered with 503 and one log line. No error message repeats long input."""
+
+import errno
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from local import local
+from PIL import Image
+
+from app.main import create_app
+from app.services import Services
+from app.settings import Settings
+from training.data import Dataset
+
+LACKS = [
+    (OSError(errno.ENOSPC, "No space left on device"), "a disk is full"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota"),
+    (OSError(errno.EFBIG, "File too large"), "larger than allowed"),
+    (OSError(errno.EROFS, "Read-only file system"), "read-only"),
+    (PermissionError(errno.EACCES, "Permission denied"), "may not be used"),
+    (OSError(errno.EMFILE, "Too many open files"), "too many files open"),
+    (OSError(errno.ENFILE, "Too many open files in system"), "too many files open"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory"),
+    (MemoryError(), "not enough memory"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), "enough memory"),
+    (RuntimeError("can't start new thread"), "thread"),
+]
+LONG = 200_000
+
+
+@pytest.fixture
+def client(models: Path, tmp_path: Path) -> Iterator[TestClient]:
+    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+        yield client
+
+
+@pytest.fixture
+def small(dataset: Dataset) -> bytes:
+    return png(dataset.test.images[0])
+
+
+@pytest.fixture(scope="session")
+def large() -> bytes:
+    """An image of 1.5 MB."""
+    return png(np.random.default_rng(0).integers(0, 256, (710, 710, 3), np.uint8))
+
+
+def png(pixels: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def services_of(client: TestClient) -> Services:
+    return cast(Services, client.app.state.services)  # type: ignore[attr-defined]
+
+
+def assert_refused(response: httpx.Response, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The answer is 503 with Retry-After and names the shortage; the log has one warning and no traceback."""
+    assert response.status_code == 503, response.text
+    assert response.headers["retry-after"] == "1"
+    assert words in response.json()["detail"]
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record.levelname for record in warnings] == ["WARNING"]
+    assert not any(record.exc_info for record in caplog.records)
+    caplog.clear()
+
+
+@pytest.mark.parametrize(("error", "words"), LACKS, ids=lambda value: str(value)[:30])
+def test_shortage_in_any_route_is_503(
+    client: TestClient,
+    small: bytes,
+    error: Exception,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object, **__: object) -> Any:
+        raise error
+
+    services = services_of(client)
+    monkeypatch.setattr(services.jobs, "newest", fail)
+    monkeypatch.setattr(services.store, "names", fail)
+    monkeypatch.setattr("app.images.decode", fail)
+    assert_refused(client.get("/train"), words, caplog)
+    assert_refused(client.get("/models"), words, caplog)
+    assert_refused(client.post("/predict", files={"file": small}), words, caplog)
+    raw = client.post("/predict", content=small, headers={"Content-Type": "image/png"})
+    assert_refused(raw, words, caplog)
+
+
+def test_error_that_is_no_shortage_is_a_500_with_a_traceback(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for error in (OSError(errno.EIO, "Input/output error"), RuntimeError("broken"), ValueError("broken")):
+        monkeypatch.setattr(services_of(client).jobs, "newest", lambda *_, error=error: (_ for _ in ()).throw(error))
+        assert client.get("/train").status_code == 500
+        assert any(record.exc_info for record in caplog.records)
+        caplog.clear()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EFBIG])
+def test_temporary_folder_that_takes_no_file_refuses_large_forms_only(
+    client: TestClient,
+    small: bytes,
+    large: bytes,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object, **__: object) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", fail)
+        for route in ("/predict", "/evaluate"):
+            refused = client.post(route, files={"file": large})
+            assert_refused(refused, f"temporary folder ({os.strerror(number)})", caplog)
+            assert "send files of up to 1,048,576 bytes" in refused.json()["detail"]
+        assert client.post("/predict", files={"file": small}).status_code == 200
+        assert client.post("/predict", content=large, headers={"Content-Type": "image/png"}).status_code == 200
+    assert client.post("/predict", files={"file": large}).status_code == 200
+
+
+def test_missing_temporary_folder_refuses_large_forms_only(
+    client: TestClient,
+    small: bytes,
+    large: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    assert_refused(client.post("/predict", files={"file": large}), "temporary folder", caplog)
+    assert client.post("/predict", files={"file": small}).status_code == 200
+
+
+def test_stream_that_lacks_a_file_after_its_head_is_broken_off_with_one_line(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def events(*_: object) -> Any:
+        yield ": begun\n\n"
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    services = services_of(client)
+    monkeypatch.setattr(services.jobs, "state", lambda _: None)
+    monkeypatch.setattr(services.jobs, "events", events)
+    assert client.get("/train/1/events").text == ": begun\n\n"
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert ["was broken off" in record.getMessage() for record in warnings] == [True]
+    assert not any(record.exc_info for record in warnings)
+
+
+@pytest.mark.parametrize(
+    "request_body",
+    [
+        {"recipe": "x" * LONG},
+        {"recipe": "resnet", "x" * LONG: 1},
+        {"recipe": "resnet", "promote": "x" * LONG},
+        {"recipe": "resnet", "overrides": {"x" * LONG: 1}},
+        {"recipe": "resnet", "overrides": {"teacher": ",".join(["resnet/1"] * (LONG // 9))}},
+        {"recipe": "resnet", "overrides": {"teacher": "x" * LONG}},
+        {"recipe": "resnet", "overrides": {"weights": "x" * LONG}},
+        {"recipe": "resnet18", "overrides": {"weights": "x" * 4000}},
+        {"recipe": "resnet", "overrides": {"optimizer": "x" * LONG}},
+        {"recipe": "resnet", "overrides": {"epochs": "9" * LONG}},
+        {"recipe": "resnet18", "overrides": {"trainable": ["fc"] * LONG}},
+        {"recipe": "resnet18", "overrides": {"trainable": "fc," * LONG}},
+        {"recipe": "resnet18", "overrides": {"reinitialise": ["x" * LONG]}},
+        {"recipe": "resnet", "overrides": {f"field{number}": 1 for number in range(10_000)}},
+        {"recipe": "resnet"} | {f"field{number}": 1 for number in range(10_000)},
+        {"recipe": {"deep": "x" * LONG}},
+        [["x" * 100] * 1000],
+    ],
+    ids=lambda body: str(body)[:50],
+)
+def test_training_request_of_any_size_is_refused_in_few_words(client: TestClient, request_body: Any) -> None:
+    refused = client.post("/train", json=request_body)
+    assert refused.status_code == 422
+    assert len(refused.content) < 6000, refused.text[:1000]
+    assert client.get("/train").json() == []
+
+
+def test_names_of_any_length_are_refused_in_few_words(client: TestClient, small: bytes) -> None:
+    name = "x" * 20_000
+    for method, path in (
+        ("GET", f"/train/{name}"),
+        ("DELETE", f"/train/{name}"),
+        ("GET", f"/train/{name}/events"),
+        ("GET", f"/models/{name}"),
+        ("GET", f"/evaluate/{name}"),
+        ("POST", f"/evaluate?model={name}"),
+        ("GET", f"/train?limit={name}"),
+    ):
+        refused = client.request(method, path)
+        assert 400 <= refused.status_code < 500, path[:20]
+        assert len(refused.content) < 1000, path[:20]
+    for query in ({"model": name}, {"version": name}, {"top_k": name}):
+        refused = client.post("/predict", params=query, files={"file": small})
+        assert 400 <= refused.status_code < 500
+        assert len(refused.content) < 1000
+    refused = client.put(f"/models/{name}/live", json={"version": 1})
+    assert (refused.status_code, len(refused.content) < 1000) == (404, True)
+    refused = client.post("/predict", content=small, headers={"Content-Type": f"text/{name}"})
+    assert (refused.status_code, len(refused.content) < 1000) == (415, True)
+    refused = client.post("/predict", files=[("file", (name[:3000], b"none"))] * 2)
+    assert (refused.status_code, len(refused.content) < 2500) == (415, True)

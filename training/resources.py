@@ -1,0 +1,204 @@
+"""The machine of a training run: its device, the memory and disk that a recipe needs, and what the machine has left.
+
+In: a recipe.  Out: estimates in bytes, and `require`, which refuses a run that does not fit. The estimates are upper
+bounds, 1.1 to 1.7 times the measured peaks for batches of 100 to 800 images, widths of 32 to 128 and images of 64 to
+224 pixels; `tests/training/test_resources.py` repeats the smallest ones.
+"""
+
+import os
+import shutil
+from itertools import dropwhile
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from training import torchscript
+from training.evaluate import BATCH_SIZES
+from training.recipes import ALL_STAGES, Recipe, RecipeError, Stage
+
+MIB = 1 << 20
+SPARE_BYTES = 1 << 30
+"""These stay free on the disk of the cached features."""
+_PROCESS = {"cpu": 1100 * MIB, "cuda": 1500 * MIB}
+"""Libraries and what quantization takes; on a GPU its context and the workspaces of cuDNN."""
+_DATA_COPIES = 4  # of the images of the data set: as read, as split, and what is evaluated
+_IMAGE_BYTES = 32 * 32 * 3
+_COPIES = 6  # of the parameters: weights, gradients, two of the optimizer, and a checkpoint on its way to the disk
+_TRANSIENT = 1.25  # gradients of activations and workspaces, as a factor of the activations that are kept
+_FORWARD = 4  # the largest activations that are alive at once where nothing is kept for gradients
+
+
+def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The dtype of the activations; "auto" takes a half precision only where the device computes faster in it."""
+    if recipe.precision != "auto":
+        dtype: torch.dtype = getattr(torch, recipe.precision)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torchscript.computes_bfloat16() else torch.float32
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def features_folder() -> Path:
+    """The folder of cached features: the environment variable CIFAR100_FEATURES, or one below the home folder."""
+    return Path(os.environ.get("CIFAR100_FEATURES", "~/.cache/cifar100/features")).expanduser()
+
+
+def training_bytes(recipe: Recipe, device: torch.device, images: int) -> int:
+    """Memory that a training run takes at most, in bytes: of the GPU where it trains on one.
+
+    Args:
+        images: of the training split; no batch has more.
+    """
+    half = 2 if precision(recipe, device) is not torch.float32 else 4
+    batch = min(recipe.batch_size, images)
+    shown = BATCH_SIZES[device.type]  # images computed together where nothing is learnt
+    if recipe.network == "resnet18":
+        parameters = 11_700_000
+        pixels = recipe.image_size**2
+        trained = ALL_STAGES if recipe.finetune_epochs else recipe.trainable
+        kept = sum(_kept(stage, half) for stage in dropwhile(lambda stage: stage not in trained, ALL_STAGES)) * pixels
+        largest = 16 * half * pixels
+        computes_frozen = "stem" not in recipe.trainable and not _caches(recipe)
+    else:
+        parameters = 3_600_000 * recipe.width**2 // 32**2
+        # Tensors of the size of the first block's output, 4 for each unit: convolutions and what ReLU makes of them.
+        largest = 1024 * recipe.width * half
+        kept = 23 * largest
+        computes_frozen = False
+    learning = _TRANSIENT * batch * kept
+    looking = _FORWARD * largest * max(shown, batch if computes_frozen else 0)
+    fixed = _PROCESS[device.type] + _DATA_COPIES * _IMAGE_BYTES * images + _COPIES * 4 * parameters
+    return int(fixed + max(learning, looking))
+
+
+def _kept(stage: Stage, half: int) -> float:
+    """Bytes per pixel of the upsampled image that a stage of ResNet-18 keeps for its gradients.
+
+    Args:
+        half: bytes of an activation.
+    """
+    match stage:
+        case "stem":  # the image in float32, two tensors before and two after pooling, and the pool's int64 indices
+            return 6 * 4 + (32 + 4) * half + 4 * 8
+        case "layer1":
+            return 32 * half
+        case "layer2":
+            return 20 * half
+        case "layer3":
+            return 10 * half
+        case "layer4":
+            return 5 * half
+        case "fc":
+            return 0.1 * half
+
+
+def _caches(recipe: Recipe) -> bool:
+    """Whether a run computes the features of its frozen stages once and keeps them."""
+    frozen = recipe.network == "resnet18" and "stem" not in recipe.trainable
+    return frozen and recipe.cache_features and not recipe.crop_padding
+
+
+def feature_bytes(recipe: Recipe, train: int, evaluation: int) -> int:
+    """Size of the cached features of a run, in bytes; 0 where it caches none.
+
+    Args:
+        train: images that it trains on.
+        evaluation: images that it evaluates after every epoch.
+    """
+    if not _caches(recipe):
+        return 0
+    first = next(number for number, stage in enumerate(ALL_STAGES) if stage in recipe.trainable)
+    channels, stride = ((64, 4), (64, 4), (128, 8), (256, 16), (512, 32))[first - 1]
+    values = channels * ceil(recipe.image_size / stride) ** 2
+    return 2 * values * (train * (2 if recipe.flip else 1) + evaluation)
+
+
+def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that a new process can have, by the machine and by the control groups of this one; None if unknown."""
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+        rooms = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        groups = (proc / "self/cgroup").read_text().splitlines()
+    except (OSError, ValueError):
+        return None
+    for group in groups:
+        _, controllers, name = group.split(":", 2)
+        if controllers == "":
+            root, limit, usage, cache = cgroups, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit = cgroups / "memory", "memory.limit_in_bytes"
+            usage, cache = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        folder = root / name.strip("/")
+        for each in (folder, *folder.parents):
+            if (room := _room(each, limit, usage, cache)) is not None:
+                rooms.append(room)
+            if each == root:
+                break
+    return min(rooms, default=None)
+
+
+def resident_memory(process: int, proc: Path = Path("/proc")) -> int:
+    """Bytes of memory that only this process holds; 0 where that cannot be read."""
+    try:
+        lines = (proc / str(process) / "status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+def _room(group: Path, limit: str, usage: str, cache: str) -> int | None:
+    """Bytes left below the limit of a control group. Cached files count as room, as the kernel drops them."""
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int((group / limit).read_text()) - int((group / usage).read_text()) + int(stat.get(cache, 0))
+    except (OSError, ValueError):  # no such group, or "max": without a limit
+        return None
+
+
+def require(recipe: Recipe, device: torch.device, train: int, evaluation: int, freed: int = 0) -> None:
+    """Refuse a run that does not fit into the machine.
+
+    Args:
+        device: that it would train on.
+        train: images of the training split.
+        evaluation: images that it evaluates after every epoch.
+        freed: bytes of memory that will be free when it starts.
+
+    Raises:
+        RecipeError: it needs more memory than there is, or more disk for its features.
+    """
+    needed = training_bytes(recipe, device, train)
+    gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    has = gpu if gpu is not None else available_memory()
+    if has is not None and needed > has + freed:
+        smaller = "image_size" if recipe.network == "resnet18" else "width"
+        raise RecipeError(
+            f"training would take about {needed / 1e9:.1f} GB of memory, and {(has + freed) / 1e9:.1f} GB are "
+            f"available{' on the GPU' if gpu is not None else ''}; lower batch_size={recipe.batch_size} or "
+            f"{smaller}={getattr(recipe, smaller)}"
+        )
+    features = feature_bytes(recipe, train, evaluation)
+    if not features or (gpu is not None and 2 * features < gpu):
+        return
+    folder = features_folder()
+    room = _features_room(folder)
+    if features > room:
+        raise RecipeError(
+            f"the features of the frozen stages would take {features / 1e9:.1f} GB, and {max(0, room) / 1e9:.1f} GB "
+            f"are free in {folder}; cache_features=false computes them in every epoch, a lower image_size makes them "
+            "smaller"
+        )
+
+
+def _features_room(folder: Path) -> int:
+    """Bytes that a run may write into the folder of features. A run deletes the features of earlier ones."""
+    replaced = sum(file.stat().st_size for file in folder.glob("*.float16")) if folder.is_dir() else 0
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    return shutil.disk_usage(existing).free + replaced - SPARE_BYTES
