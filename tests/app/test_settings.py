@@ -163,7 +163,7 @@ def test_an_empty_store_starts_not_ready_with_a_warning_that_names_it(
         store.mkdir()
     settings = Settings(models=store, runs=tmp_path / "runs", default_model="vgg")
     check_store(settings)
-    with TestClient(create_app(settings)) as service:
+    with caplog.at_level(logging.WARNING), TestClient(create_app(settings)) as service:
         assert service.get("/health/ready").status_code == 503
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [line for line in warned if str(store) in line and "not ready" in line]
