@@ -215,7 +215,9 @@ class Decoders:
             raise Unavailable("the image waited longer than the deadline to be decoded; try again later") from None
         # The work goes on when this task is cancelled, as a thread cannot be; so does its turn.
         future = asyncio.get_running_loop().run_in_executor(lane.workers, work)
-        future.add_done_callback(lambda future: lane.queue.leave(turn, future.result().cpu_s))
+        future.add_done_callback(
+            lambda future: lane.queue.leave(turn, 0.0 if future.cancelled() else future.result().cpu_s)
+        )
         return (await asyncio.shield(future)).get()
 
     def close(self) -> None:

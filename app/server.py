@@ -85,7 +85,7 @@ class DrainingServer(uvicorn.Server):
         yield
 
     @override
-    def handle_exit(self, sig: int, _: FrameType | None = None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None = None) -> None:
         """Receive a signal. A worker ignores it until it ends: then its supervisor has sent it, to hurry the worker."""
         if self._line and not self.should_exit:
             return

@@ -138,7 +138,7 @@ def test_images_above_the_limit_are_refused(
     monkeypatch.setattr("app.decoding.processors", lambda: 1)
 
     async def scenario() -> None:
-        decoders = Decoders(Settings(max_queue=3))
+        decoders = Decoders(Settings(max_queue=4))
         first = asyncio.create_task(decoders.decode(files(kind + b"1", b"quick2"), "a", soon()))
         assert await asyncio.to_thread(gate.entered.wait, 10)
         late = asyncio.create_task(decoders.decode(files(kind + b"3"), "a", time.monotonic() + 0.2))
@@ -159,13 +159,14 @@ def test_images_above_the_limit_are_refused(
 def test_a_client_is_refused_above_its_share_and_another_one_is_not(gate: Gate) -> None:
     async def scenario() -> None:
         decoders = Decoders(Settings(max_queue=8))
-        waiting = [asyncio.create_task(decoders.decode(files(*[b"quick1"] * 4), "a", soon())) for _ in range(2)]
+        waiting = [asyncio.create_task(decoders.decode(files(*[b"quick1"] * 3), "a", soon())) for _ in range(2)]
         await asyncio.sleep(0)
-        assert decoders.waiting == 8
+        assert decoders.waiting == 6
         assert decoders.is_full_for("a")
         assert not decoders.is_full_for("b")
         waiting.append(asyncio.create_task(decoders.decode(files(b"quick2"), "b", soon())))
         await asyncio.sleep(0)
+        assert decoders.waiting == 7
         assert not decoders.is_full_for("b")  # it has one of its share of two
         with pytest.raises(Unavailable):
             await decoders.decode(files(b"quick3", b"quick3"), "b", soon())

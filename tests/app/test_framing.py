@@ -248,14 +248,15 @@ ROUTES = [
 def test_every_route_answers_request_with_upgrade_once(route: str, models: Path, tmp_path: Path) -> None:
     app = create_app(Settings(models=models, runs=tmp_path / "runs"))
     body = b"\r\n" * 100 + HIDDEN
+    offers = [offer for name, offer in OFFERS.items() if name != "proxy"]  # a proxy's header makes the call not local
     plain = (
         f"{route} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n".encode()
     )
     with serving(app) as listening:
         answers = []
-        for offer in (b"", *OFFERS.values()):
+        for offer in (b"", *offers):
             with connect(listening.getsockname()) as connection:
                 connection.sendall(plain + offer + b"\r\n" + body + LAST)
                 answers.append(re.findall(rb"HTTP/1.1 (\d+)", answer(connection)))
-    assert answers == [answers[0]] * (1 + len(OFFERS))
+    assert answers == [answers[0]] * (1 + len(offers))
     assert answers[0][1:] in ([], [b"404"])  # some routes answer before they have read the body, and close then
