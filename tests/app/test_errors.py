@@ -37,6 +37,12 @@ LACKS = [
 LONG = 200_000
 
 
+@pytest.fixture(autouse=True)
+def warnings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Libraries that other tests import may change the level of the root logger."""
+    caplog.set_level(logging.INFO)
+
+
 @pytest.fixture
 def client(models: Path, tmp_path: Path) -> Iterator[TestClient]:
     with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
