@@ -24,6 +24,7 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
+from app.clients import FairShares
 from app.database import MAX_ERROR, WRITES, JobRow, NewerDatabase, connect
 from app.exceptions import BadRequest, NotFound, Unavailable
 from app.settings import Settings
@@ -129,8 +130,8 @@ class Jobs:
         self._fault = ""  # why the database cannot be opened
         self.threads = Threads("the job database", _THREADS)
         """Where requests call the methods that read or write the database."""
-        self.followers = 0
-        """Clients that follow a job's events now."""
+        self.followers = FairShares(settings.max_event_streams)
+        """Clients that follow a job's events now, by network."""
         self._running: str | None = None  # the last value that `running_soon` has read
         self._reading: asyncio.Task[None] | None = None
 
@@ -263,19 +264,22 @@ class Jobs:
         return _Progress(size, metrics, self._job(row) if State(row.state).finished else None)
 
     @contextmanager
-    def follow(self) -> Iterator[None]:
+    def follow(self, network: str) -> Iterator[None]:
         """Count a client as a follower of events while it is one. Called in the event loop.
 
+        Args:
+            network: of the client, see `app.clients`.
+
         Raises:
-            Unavailable: there are too many.
+            Unavailable: there are too many, or too many of this network.
         """
-        if self.followers >= self._settings.max_event_streams:
-            raise Unavailable(f"{self.followers} clients follow training jobs already; try again later")
-        self.followers += 1
+        if not self.followers.allows(network, 1, self.followers.total + 1):
+            raise Unavailable(f"{self.followers.total} clients follow training jobs already; try again later")
+        self.followers.add(network, 1)
         try:
             yield
         finally:
-            self.followers -= 1
+            self.followers.remove(network, 1)
 
     def run(self, job_id: str) -> Run:
         """The run folder of a job."""

@@ -165,12 +165,19 @@ class Pool:
                 return
 
     async def _watch(self) -> None:
+        failure = ""
         while True:
             await asyncio.sleep(self._settings.store_poll_s)
             try:
                 await self.refresh()
-            except Exception:  # one failed look must not end the watching
+            except OSError as error:
+                if failure != str(error):  # logged once, not at every poll
+                    log.error("the model store cannot be read: %s", error)
+                failure = str(error)
+            except Exception:  # one failed refresh must not end the polling
                 log.exception("the model store cannot be read")
+            else:
+                failure = ""
 
     def _load(self, name: str, version: int) -> Model:
         card = self.store.card(name, version)

@@ -9,6 +9,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.access import ForOperators
+from app.clients import client_network
 from app.jobs import Job, JobRequest, Jobs, JobSummary
 from app.services import FromApp
 from app.threads import json_response
@@ -37,7 +38,8 @@ class EventStream(StreamingResponse):
         self._jobs = jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._jobs.follow():
+        client = scope.get("client")
+        with self._jobs.follow(client_network(client[0] if client else "")):
             await super().__call__(scope, receive, send)
 
 

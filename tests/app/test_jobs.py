@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import AsyncMock
@@ -185,10 +185,20 @@ def test_only_so_many_clients_follow_events(jobs: Jobs, tmp_path: Path) -> None:
         job = jobs.submit(REQUEST)
         jobs.cancel(job.id)
         assert client.get(f"/train/{job.id}/events").text.startswith("event: end")
-        assert services_of(client).jobs.followers == 0
-        services_of(client).jobs.followers = 1
+        assert services_of(client).jobs.followers.total == 0
+        services_of(client).jobs.followers.add("another client", 1)
         refused = client.get(f"/train/{job.id}/events")
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+
+
+def test_one_address_cannot_take_every_event_stream(jobs: Jobs) -> None:
+    with ExitStack() as streams:
+        with pytest.raises(Unavailable):
+            for _ in range(100):
+                streams.enter_context(jobs.follow("10.0.0.1"))
+        assert jobs.followers.total < 100
+        streams.enter_context(jobs.follow("10.0.0.2"))
+    assert jobs.followers.total == 0
 
 
 def test_who_follows_events_is_let_go_when_the_service_stops(jobs: Jobs, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_no_more_clients_follow_a_job_than_allowed(tmp_path: Path, models: Path)
 
         with ThreadPoolExecutor(40) as threads:
             statuses = [response.status_code for response in threads.map(follow, range(40))]
-        assert sorted(statuses) == [200] * 5 + [503] * 35
+        assert sorted(statuses) == [200] * 3 + [503] * 37  # one address has at most three quarters
         open_.close()
         wait_for(lambda: _can_follow(client, job), 30)
         client.delete(f"/train/{job}").raise_for_status()
