@@ -103,6 +103,8 @@ class Settings(BaseSettings):
     operator_rate_limit: RateLimit = limits.parse("60/minute")
     """Of calls that need a key, per client and key, and of wrong keys per client; empty for none."""
     predict_rate_limit: RateLimit = None
+    """Of predictions, per client; by default none. A request costs one unit, and one more for each 10 ms of estimated
+    decoding beyond the first 10 ms."""
     trusted_proxies: Annotated[str, AfterValidator(_proxies)] = ""
     """Addresses or networks, separated by commas, whose X-Forwarded-For tells the client; by default nobody's."""
     cors_origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, CommaSeparated] = ()
