@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import sqlite3
 import threading
 import time
@@ -438,6 +439,8 @@ def test_follower_of_events_outlasts_a_database_that_cannot_be_read(
 def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
+
     async def scenario() -> None:
         job = jobs.submit(REQUEST)
         starts, failures = 0, 3
