@@ -170,7 +170,7 @@ class Settings(BaseSettings):
     training_threads: int = Field(default=0, ge=0, le=1024)
     """Of a training process; 0 takes all processors but one, which is left to serving."""
     max_event_streams: int = Field(default=100, gt=0, le=10_000)
-    """Clients that follow training jobs at the same time."""
+    """Clients that follow training jobs at the same time, per worker."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -22,6 +22,14 @@ STOPPED = {signal.SIGTERM: 0, signal.SIGHUP: 0, signal.SIGINT: 130}
 ALONE, SEVERAL = "1", "2"
 
 
+@pytest.fixture(autouse=True)
+def hang_up_is_not_ignored() -> Iterator[None]:
+    """Servers do not inherit that the tests may run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def endless(models: Path) -> Path:
     """A store whose models take forever to load."""
