@@ -55,7 +55,7 @@ def batches(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Itera
 
     Args:
         images: uint8 [N, 32, 32, 3] on the device.
-        recipe: batch size, flip and crop padding.
+        recipe: batch size, flip, crop padding and how it is filled.
         generator: see `draw`.
 
     Yields:
@@ -63,10 +63,14 @@ def batches(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Itera
     """
     drawn = draw(len(images), recipe, generator).to(images.device)
     rows, columns = source_pixels(drawn)
+    rows_inside, columns_inside = (_is_inside(coordinates) for coordinates in (rows, columns))
+    rows, columns = _reflect(rows), _reflect(columns)
     for start in range(0, len(images), recipe.batch_size):
         batch = slice(start, start + recipe.batch_size)
         picked = drawn.order[batch]
         pixels = images[picked[:, None, None], rows[batch, :, None], columns[batch, None, :]]
+        if recipe.crop_fill == "zeros":
+            pixels *= (rows_inside[batch, :, None] & columns_inside[batch, None, :])[..., None]
         yield pixels.permute(0, 3, 1, 2), picked
 
 
@@ -109,10 +113,15 @@ def source_pixels(drawn: Draw) -> tuple[Tensor, Tensor]:
     """Source rows and columns of augmented images.
 
     Returns:
-        int64 [N, 32] each: pixel (i, j) of an augmented image is pixel (rows[i], columns[j]) of its source.
+        int64 [N, 32] each: pixel (i, j) of an augmented image is pixel (rows[i], columns[j]) of its source, or lies
+        outside it, where a coordinate is not within 0-31.
     """
-    rows, columns = (_reflect(torch.arange(32, device=shift.device) + shift[:, None]) for shift in drawn.shifts)
+    rows, columns = (torch.arange(32, device=shift.device) + shift[:, None] for shift in drawn.shifts)
     return rows, torch.where(drawn.mirrored[:, None], columns.flip(1), columns)
+
+
+def _is_inside(coordinates: Tensor) -> Tensor:
+    return (coordinates >= 0) & (coordinates < 32)
 
 
 def _reflect(coordinates: Tensor) -> Tensor:

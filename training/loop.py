@@ -32,6 +32,7 @@ from training.run import TICK_S, Run
 from training.store import Store
 
 WARMUP = 0.25  # share of a one-cycle schedule in which the learning rate rises
+_STEPS = ((10, 1), (15, 10), (25, 20), (math.inf, 50))  # until which epoch the step schedule divides by what
 
 
 class TrainingError(RuntimeError):
@@ -206,10 +207,12 @@ def train(
             network.set_trainable(recipe.trainable_in(epoch))
             source = finetuning
             train_on = Recorded(learn) if records else learn
+        if epoch == recipe.eval_mode_after + 1:  # a recorded step stays in the mode in which it was recorded
+            train_on = Recorded(learn) if records else learn
         started = ticked = time.perf_counter()
         seed = recipe.seed * 10_000 + epoch
         torch.manual_seed(seed)
-        classifier.train()
+        classifier.train(not recipe.trains_in_evaluation_mode(epoch))
         loss_sum.zero_()
         hits.zero_()
         seen = 0
@@ -317,12 +320,15 @@ def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
 def learning_rate(recipe: Recipe, progress: float) -> float:
     """The learning rate after `progress` epochs (a fraction within an epoch) of a run."""
     if progress < recipe.epochs:
-        peak, done = recipe.learning_rate, progress / recipe.epochs
+        peak, elapsed, epochs = recipe.learning_rate, progress, recipe.epochs
     else:
-        peak, done = recipe.finetune_learning_rate, (progress - recipe.epochs) / recipe.finetune_epochs
+        peak, elapsed, epochs = recipe.finetune_learning_rate, progress - recipe.epochs, recipe.finetune_epochs
+    done = elapsed / epochs
     match recipe.schedule:
         case "constant":
             return peak
+        case "step":
+            return peak / next(divisor for until, divisor in _STEPS if elapsed < until)
         case "cosine":
             return peak * (1 + math.cos(math.pi * done)) / 2
         case "one-cycle":

@@ -48,7 +48,7 @@ def test_a_recipe_cannot_be_renamed() -> None:
         ("width", 0),
         ("flip", "perhaps"),
         ("optimizer", "lion"),
-        ("schedule", "step"),
+        ("schedule", "exponential"),
         ("precision", "float8"),
         ("seed", -1),
         ("validation_images", -1),
