@@ -1,7 +1,7 @@
 """Augmented batches against plain NumPy: which image, mirrored or not, shifted by how much."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -57,16 +57,17 @@ def test_flip_mirrors_about_half_of_the_images_and_no_label() -> None:
     assert 160 < mirrored.sum() < 240  # four standard deviations
 
 
+@pytest.mark.parametrize(("fill", "mode"), [("reflection", "reflect"), ("zeros", "constant")])
 @pytest.mark.parametrize(("padding", "flip", "count"), [(2, False, 400), (2, True, 400), (16, False, 30)])
-def test_crops_are_those_of_numpy_pad_with_reflection_and_all_shifts_occur(
-    padding: int, flip: bool, count: int
+def test_crops_are_those_of_numpy_pad_and_all_shifts_occur(
+    padding: int, flip: bool, count: int, fill: str, mode: Literal["reflect", "constant"]
 ) -> None:
-    images, labels = epoch(count, chosen(crop_padding=padding, flip=flip))
+    images, labels = epoch(count, chosen(crop_padding=padding, flip=flip, crop_fill=fill))
     shifts: Counter[tuple[int, int]] = Counter()
     for image, source in zip(images, noise(count).numpy()[labels], strict=True):
         matches = set()
         for turned in (image, image[:, ::-1]) if flip else (image,):
-            padded = np.pad(source, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+            padded = np.pad(source, ((padding, padding), (padding, padding), (0, 0)), mode)
             windows = sliding_window_view(padded, (32, 32), axis=(0, 1))
             matches |= {tuple(place) for place in np.argwhere((windows == turned.transpose(2, 0, 1)).all((2, 3, 4)))}
         assert len(matches) == 1
