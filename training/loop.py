@@ -152,18 +152,27 @@ def train(
     steps = math.ceil(len(split) / recipe.batch_size)
     made_by = provenance()
 
-    taught = None
+    taught, teacher = None, None
     if recipe.teachers:
         load_teacher = partial(distillation.load_teacher, recipe, _needed(store, recipe.teacher), dataset, device)
-        teaching = distillation.teach(recipe.teacher, load_teacher, images, dataset.fingerprint, run)
-        taught = yield from recorded(teaching, run)
+        if recipe.teacher_view == "augmented":
+            teacher = load_teacher()
+        else:
+            teaching = distillation.teach(recipe.teacher, load_teacher, images, dataset.fingerprint, run)
+            taught = yield from recorded(teaching, run)
 
-    def objective(logits: Tensor, rows: Tensor) -> Tensor:
+    def teacher_logits(inputs: Tensor, rows: Tensor) -> Tensor:
+        """The teacher's answers to a batch, float [B, classes]; [B, 0] without a teacher."""
+        if teacher is not None:
+            return teacher(inputs)
+        return labels.new_empty(len(rows), 0, dtype=torch.float32) if taught is None else taught[rows]
+
+    def objective(logits: Tensor, rows: Tensor, answers: Tensor) -> Tensor:
         """The loss against the labels of these images and, where there is one, their teacher's answers."""
         loss = F.cross_entropy(logits, labels[rows], label_smoothing=recipe.label_smoothing)
-        if taught is None:
+        if not recipe.teachers:
             return loss
-        learnt = distillation.loss(logits, taught[rows], recipe.teacher_temperature)
+        learnt = distillation.loss(logits, answers, recipe.teacher_temperature)
         return torch.lerp(loss, learnt, recipe.teacher_weight)
 
     source = Source(partial(augment.batches, images, recipe), eval_images, lambda batch: batch, classifier)
@@ -183,14 +192,16 @@ def train(
 
     loss_sum, hits = torch.zeros(2, device=device)
 
-    def learn(inputs: Tensor, rows: Tensor, *combination: Tensor) -> None:
+    def learn(inputs: Tensor, rows: Tensor, answers: Tensor, *combination: Tensor) -> None:
         """One step on a batch, or on a combination with the partners and share given; adds to loss_sum and hits."""
         with autocast():
             logits = source.head(inputs)
-            loss = objective(logits, rows)
+            loss = objective(logits, rows, answers)
             if combination:
                 partners, share = combination
-                loss = torch.lerp(objective(logits, rows[partners]), loss, share)
+                # A teacher of augmented views has answered for the combination itself.
+                theirs = answers if teacher is not None else answers[partners]
+                loss = torch.lerp(objective(logits, rows[partners], theirs), loss, share)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         with autocast():  # for Muon's products of matrices
@@ -223,11 +234,11 @@ def train(
             rows = rows.to(device, non_blocking=True)
             with autocast():
                 inputs = source.inputs(batch)
+            combination: tuple[Tensor, ...] = ()
             if recipe.combines:
                 inputs, partners, share = augment.combine(inputs, recipe, generator)
-                train_on(inputs, rows, partners, torch.full((), share, device=device))
-            else:
-                train_on(inputs, rows)
+                combination = partners, torch.full((), share, device=device)
+            train_on(inputs, rows, teacher_logits(inputs, rows), *combination)
             seen += len(rows)
             now = time.perf_counter()
             if step == steps or now - ticked > TICK_S:

@@ -62,6 +62,9 @@ class Recipe(BaseModel):
     """Share of the teacher's answers in the loss; the labels have the rest."""
     teacher_temperature: float = Field(default=4.0, gt=0, le=100)
     """Softens both sides' answers before they are compared (Hinton et al. 2015)."""
+    teacher_view: Literal["original", "augmented"] = "original"
+    """Images that the teacher answers for: each training image once, as it is and mirrored; or in every step the very
+    batch that is trained on, shifted and combined (Beyer et al. 2021), which costs the teacher's time in every step."""
 
     flip: bool = True
     """Mirror each training image with probability one half."""
@@ -132,9 +135,11 @@ class Recipe(BaseModel):
                 f"weights={self.weights} applies to network=resnet18, not to {self.network}, "
                 "which takes a version such as resnet/3"
             )
-        for field in ("teacher_weight", "teacher_temperature"):
+        for field in ("teacher_weight", "teacher_temperature", "teacher_view"):
             if not self.teachers and self._differs(field):
                 raise ValueError(f"{field} applies where there is a teacher")
+        if self.teacher_view == "augmented" and self.trainable != ALL_STAGES:
+            raise ValueError("teacher_view=augmented applies where every stage trains, as frozen ones see no such view")
         if self.optimizer == "adam" and self._differs("momentum"):
             raise ValueError("momentum applies to optimizer=sgd or muon, not to adam")
         if not self.crop_padding and not self.finetune_crop_padding and self._differs("crop_fill"):

@@ -76,6 +76,12 @@ def test_all_faults_are_named_at_once() -> None:
         ("resnet18", {"normalization": "half"}, "normalization applies to network=shared-resnet or resnet, not"),
         ("resnet", {"crop_padding": 0, "crop_fill": "zeros"}, "crop_fill=zeros applies where crop_padding shifts"),
         ("resnet", {"teacher_weight": 0.5}, "teacher_weight applies where there is a teacher"),
+        ("resnet", {"teacher_view": "augmented"}, "teacher_view applies where there is a teacher"),
+        (
+            "resnet18",
+            {"teacher": "resnet/1", "teacher_view": "augmented"},
+            "teacher_view=augmented applies where every stage trains",
+        ),
         ("resnet", {"teacher_temperature": 1}, "teacher_temperature applies where there is a teacher"),
         ("resnet18", {"momentum": 0.5}, "momentum applies to optimizer=sgd or muon, not to adam"),
         ("resnet18", {"mixup": 0.2, "cutmix": 1}, "mixup and cutmix exclude each other"),
