@@ -92,14 +92,14 @@ class Source:
     """What a stage of training draws its batches from: the images themselves, or features of them.
 
     Attributes:
-        batches: a seeded generator to one epoch of batches, each with the rows of its images.
+        batches: a seeded generator and the number of an epoch to its batches, each with the rows of its images.
         evaluation: [M, H, W, C], what is evaluated after every epoch.
         inputs: a batch [B, C, H, W] to what `head` takes, and mixup and cutmix combine: the images themselves or, where
             stages are frozen, their features.
         head: those to logits [B, classes].
     """
 
-    batches: Callable[[torch.Generator], Iterator[tuple[Tensor, Tensor]]]
+    batches: Callable[[torch.Generator, int], Iterator[tuple[Tensor, Tensor]]]
     evaluation: Tensor
     inputs: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor]
@@ -228,7 +228,7 @@ def train(
         hits.zero_()
         seen = 0
         generator = torch.Generator().manual_seed(seed)
-        for step, (batch, rows) in enumerate(source.batches(generator), start=1):
+        for step, (batch, rows) in enumerate(source.batches(generator, epoch), start=1):
             rate = learning_rate(recipe, epoch - 1 + (step - 0.5) / steps)
             set_learning_rate(optimizer, rate)
             rows = rows.to(device, non_blocking=True)

@@ -68,6 +68,9 @@ class Recipe(BaseModel):
 
     flip: bool = True
     """Mirror each training image with probability one half."""
+    flip_alternates: bool = False
+    """Mirror a random half of the images in odd epochs and the other half in even ones, instead of drawing anew in
+    every epoch (Jordan 2024)."""
     crop_padding: int = Field(default=0, ge=0, le=16)
     """Shift each training image by up to this many pixels."""
     crop_fill: Literal["reflection", "zeros"] = "reflection"
@@ -142,6 +145,8 @@ class Recipe(BaseModel):
             raise ValueError("teacher_view=augmented applies where every stage trains, as frozen ones see no such view")
         if self.optimizer == "adam" and self._differs("momentum"):
             raise ValueError("momentum applies to optimizer=sgd or muon, not to adam")
+        if self.flip_alternates and not self.flip:
+            raise ValueError("flip_alternates applies with flip=true")
         if not self.crop_padding and not self.finetune_crop_padding and self._differs("crop_fill"):
             raise ValueError(f"crop_fill={self.crop_fill} applies where crop_padding shifts the images")
         if self.mixup and self.cutmix:

@@ -74,6 +74,7 @@ def test_all_faults_are_named_at_once() -> None:
         ("resnet", {"batch_norm_statistics": "shared"}, "batch_norm_statistics applies to network=shared-resnet"),
         ("resnet", {"shortcuts": "identity"}, "shortcuts applies to network=shared-resnet"),
         ("resnet18", {"normalization": "half"}, "normalization applies to network=shared-resnet or resnet, not"),
+        ("resnet", {"flip": False, "flip_alternates": True}, "flip_alternates applies with flip=true"),
         ("resnet", {"crop_padding": 0, "crop_fill": "zeros"}, "crop_fill=zeros applies where crop_padding shifts"),
         ("resnet", {"teacher_weight": 0.5}, "teacher_weight applies where there is a teacher"),
         ("resnet", {"teacher_view": "augmented"}, "teacher_view applies where there is a teacher"),
