@@ -5,11 +5,13 @@ Each epoch seeds its random generators from (seed, epoch), so a checkpoint needs
 gives the same weights as an uninterrupted one: on a CPU to the last bit.
 """
 
+import copy
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training import augment, distillation, torchscript, warm_start
+from training.averaging import WeightAverage
 from training.cuda_graph import Recorded
 from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
@@ -144,6 +147,9 @@ def train(
         finished = state["epoch"]
     elif recipe.predecessor:
         warm_start.load(classifier, recipe, _needed(store, recipe.weights), dataset)
+    average = WeightAverage(classifier, recipe.average_decay) if recipe.average_decay else None
+    if average and resumed:  # the checkpoint's classifier holds the mean
+        classifier.load_state_dict(state["trained"])
     run.forget_after(finished)
 
     split, eval_name, eval_split = splits(recipe, dataset)
@@ -207,6 +213,8 @@ def train(
         with autocast():  # for Muon's products of matrices
             scaler.step(optimizer)
         scaler.update()
+        if average:
+            average.update()
         loss_sum.add_(loss.detach() * len(rows))
         hits.add_((logits.detach().argmax(1) == labels[rows]).sum())
 
@@ -261,8 +269,10 @@ def train(
                 yield tick
 
         classifier.eval()
-        with autocast():
-            result = evaluate(predict(source.logits, source.evaluation), eval_labels.cpu())
+        with average.applied() if average else nullcontext():
+            with autocast():
+                result = evaluate(predict(source.logits, source.evaluation), eval_labels.cpu())
+            to_publish = copy.deepcopy(classifier.state_dict())
         if not math.isfinite(result.loss):
             raise TrainingError(_non_finite(epoch, steps, rate, epoch - 1))
         seconds = time.perf_counter() - started
@@ -287,10 +297,11 @@ def train(
                 "epoch": epoch,
                 "data": dataset.fingerprint,
                 "provenance": made_by,
-                "classifier": classifier.state_dict(),
+                "classifier": to_publish,
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
             }
+            | ({"trained": classifier.state_dict()} if average else {})
         )
         yield outcome
 

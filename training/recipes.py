@@ -53,6 +53,9 @@ class Recipe(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0, lt=1)
     """Shrinks the weights in every step: by itself (adam; the filters with muon, which gives all others 5e-4), or as a
     part of the gradient (sgd)."""
+    average_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the old mean in an exponential moving mean of the weights, which is what is evaluated and published; 0:
+    the weights themselves."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of a label's probability that is spread over all classes (Szegedy et al. 2016)."""
     teacher: str = Field(default="none", pattern=rf"^(none|{_VERSION}(,{_VERSION})*)$")
