@@ -37,7 +37,7 @@ def main(folder: str) -> None:
     images, _ = to_device(dataset.train, torch.device("cpu"))
     torch.manual_seed(0)
     single.train()
-    batches = augment.batches(images, recipe, torch.Generator().manual_seed(0))
+    batches = augment.batches(images, recipe, torch.Generator().manual_seed(0), epoch=1)
     with torch.no_grad():
         for (batch, _), _ in zip(batches, range(GATHERING_BATCHES), strict=False):
             single(batch)

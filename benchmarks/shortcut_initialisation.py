@@ -45,7 +45,8 @@ def identity(classifier: nn.Module) -> None:
 
 
 def main(epochs: int) -> None:
-    chosen = recipe("resnet-seed", {"epochs": epochs, "width": 16, "validation_images": 5000})
+    fields = {"normalization": "dataset", "batch_norm_statistics": "per-use", "eval_mode_after": 0}
+    chosen = recipe("resnet-seed", fields | {"epochs": epochs, "width": 16, "validation_images": 5000})
     dataset = data.load()
     print("| initialisation | epoch | train loss | train top-1 | validation top-1 |\n| --- | --- | --- | --- | --- |")
     for initialise in (default, he, identity):

@@ -25,10 +25,12 @@ pytestmark = pytest.mark.gpu
 
 EXACT = {"precision": "float32", "validation_images": 100, "batch_size": 48, "epochs": 2}
 FROZEN = {"image_size": 64, "weights": "none", "finetune_epochs": 0, "learning_rate": 1e-4}
+SHARED = {"width": 8, "dropout": 0, "learning_rate": 1e-4, "batch_norm_statistics": "per-use"}
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "muon": ("resnet", {"width": 8, "learning_rate": 0.005}),
     "sgd and mixup": ("resnet", {"width": 8, "optimizer": "sgd", "learning_rate": 0.02, "mixup": 0.2}),
-    "shared weights, adam": ("resnet-seed", {"width": 8, "dropout": 0, "learning_rate": 1e-4}),
+    "shared weights, adam": ("resnet-seed", SHARED),
+    "evaluation mode in the second epoch": ("resnet-seed", SHARED | {"eval_mode_after": 1}),
     "features": ("resnet18", FROZEN),
     "frozen stages, cutmix": ("resnet18", FROZEN | {"cache_features": False, "cutmix": 1.0}),
     "two stages": ("resnet18", FROZEN | {"finetune_epochs": 2}),
@@ -77,7 +79,8 @@ def test_recorded_steps_learn_what_steps_on_the_cpu_learn(
 ) -> None:
     chosen = recipe(name, EXACT | overrides)
     here = trained(tmp_path / "gpu", chosen, dataset, gpu)
-    assert len(set(replays)) == (2 if chosen.finetune_epochs else 1)
+    changes_mode = chosen.trains_in_evaluation_mode(chosen.epochs)
+    assert len(set(replays)) == (2 if chosen.finetune_epochs or changes_mode else 1)
     assert here == pytest.approx(trained(tmp_path / "cpu", chosen, dataset, torch.device("cpu")), rel=0.02)
 
 

@@ -34,39 +34,49 @@ class Draw:
         return replace(self, **{name: drawn.to(device, non_blocking=True) for name, drawn in vars(self).items()})
 
 
-def draw(count: int, recipe: Recipe, generator: torch.Generator) -> Draw:
+def draw(count: int, recipe: Recipe, generator: torch.Generator, epoch: int) -> Draw:
     """Draw one epoch of `count` images.
 
     Args:
         recipe: flip and crop padding.
         generator: on the CPU, so that every device trains on the same batches.
+        epoch: counted from 1; with `flip_alternates` it decides which half of the images is mirrored
+            (Jordan 2024, arXiv:2404.00498).
     """
     order = torch.randperm(count, generator=generator)
     shifts, mirrored = torch.zeros(2, count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
     if recipe.crop_padding:
         shifts = torch.randint(-recipe.crop_padding, recipe.crop_padding + 1, (2, count), generator=generator)
-    if recipe.flip:
+    if recipe.flip_alternates:
+        in_odd_epochs = torch.rand(count, generator=torch.Generator().manual_seed(recipe.seed)) < 0.5
+        mirrored = in_odd_epochs[order] == (epoch % 2 == 1)
+    elif recipe.flip:
         mirrored = torch.rand(count, generator=generator) < 0.5
     return Draw(order, mirrored, shifts)
 
 
-def batches(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(images: Tensor, recipe: Recipe, generator: torch.Generator, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled, augmented batches; the last one may be smaller.
 
     Args:
         images: uint8 [N, 32, 32, 3] on the device.
-        recipe: batch size, flip and crop padding.
+        recipe: batch size, flip, crop padding and how it is filled.
         generator: see `draw`.
+        epoch: see `draw`.
 
     Yields:
         uint8 images [B, 3, 32, 32] in channels-last memory format, and int64 [B]: which of the N images they are.
     """
-    drawn = draw(len(images), recipe, generator).to(images.device)
+    drawn = draw(len(images), recipe, generator, epoch).to(images.device)
     rows, columns = source_pixels(drawn)
+    rows_inside, columns_inside = (_is_inside(coordinates) for coordinates in (rows, columns))
+    rows, columns = _reflect(rows), _reflect(columns)
     for start in range(0, len(images), recipe.batch_size):
         batch = slice(start, start + recipe.batch_size)
         picked = drawn.order[batch]
         pixels = images[picked[:, None, None], rows[batch, :, None], columns[batch, None, :]]
+        if recipe.crop_fill == "zeros":
+            pixels *= (rows_inside[batch, :, None] & columns_inside[batch, None, :])[..., None]
         yield pixels.permute(0, 3, 1, 2), picked
 
 
@@ -109,10 +119,15 @@ def source_pixels(drawn: Draw) -> tuple[Tensor, Tensor]:
     """Source rows and columns of augmented images.
 
     Returns:
-        int64 [N, 32] each: pixel (i, j) of an augmented image is pixel (rows[i], columns[j]) of its source.
+        int64 [N, 32] each: pixel (i, j) of an augmented image is pixel (rows[i], columns[j]) of its source, or lies
+        outside it, where a coordinate is not within 0-31.
     """
-    rows, columns = (_reflect(torch.arange(32, device=shift.device) + shift[:, None]) for shift in drawn.shifts)
+    rows, columns = (torch.arange(32, device=shift.device) + shift[:, None] for shift in drawn.shifts)
     return rows, torch.where(drawn.mirrored[:, None], columns.flip(1), columns)
+
+
+def _is_inside(coordinates: Tensor) -> Tensor:
+    return (coordinates >= 0) & (coordinates < 32)
 
 
 def _reflect(coordinates: Tensor) -> Tensor:

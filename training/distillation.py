@@ -1,8 +1,10 @@
 """Learning from a teacher: published classifiers whose answers on the training images are targets beside the labels.
 
-Hinton et al. 2015, arXiv:1503.02531. Several versions make one teacher, by the mean of their logits. It sees every
-image once, as it is and mirrored, before training begins, and the mean of both is kept in the run folder: an epoch then
-costs what it costs without a teacher. A shifted image has the targets of the image where it was.
+Hinton et al. 2015, arXiv:1503.02531. Several versions make one teacher, by the mean of their logits. There are two ways
+to ask it. With `teacher_view=original` it sees every image once, as it is and mirrored, before training begins, and the
+mean of both is kept in the run folder: an epoch then costs what it costs without a teacher, and a shifted image has the
+targets of the image where it was. With `teacher_view=augmented` it sees, in every step, the batch that the student is
+trained on (Beyer et al. 2021, arXiv:2106.05237).
 """
 
 from collections.abc import Callable, Generator
@@ -26,6 +28,8 @@ Teacher = Callable[[Tensor], Tensor]
 def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.device) -> Teacher:
     """The classifiers of the versions that a recipe names as one, on the fastest runtime there is for the device.
 
+    On a CPU, a teacher that is asked in every step answers in its quantized form, if it was published with one.
+
     Args:
         dataset: that the student is trained on.
 
@@ -36,13 +40,16 @@ def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.d
         store.learnable(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
         for version in recipe.teachers
     ]
+    if device.type == "cpu" and recipe.teacher_view == "augmented":
+        quantized = [file.with_name(openvino_ir.INT8) for file in files]
+        files = [int8 if int8.exists() else file for int8, file in zip(quantized, files, strict=True)]
     teachers: list[Teacher] = [
         torchscript.load(file, device) if device.type == "cuda" else openvino_ir.Compiled(file).on_tensors
         for file in files
     ]
 
     def mean(images: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
+        with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
             return torch.stack([teacher(images).float() for teacher in teachers]).mean(0)
 
     return mean

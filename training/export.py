@@ -49,7 +49,8 @@ def publish(
     classifier, state = restore(run, recipe, dataset)
     torchscript.round_weights(classifier)
     training, _, validation = splits(recipe, dataset)
-    renew_statistics(classifier, sample(training, STATISTICS_IMAGES))
+    if not recipe.trains_in_evaluation_mode(state["epoch"]):  # otherwise the weights were fitted to these statistics
+        renew_statistics(classifier, sample(training, STATISTICS_IMAGES))
     if recipe.validation_images:
         images, labels = to_device(validation, CPU)
         classifier.temperature.fill_(fit_temperature(predict(classifier, images), labels))

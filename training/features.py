@@ -47,13 +47,13 @@ class Features:
         self._count = train
         self.evaluation = values[views * train :]
 
-    def batches(self, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, recipe: Recipe, generator: torch.Generator, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of the same batches that `augment.batches` draws.
 
         Yields:
             float16 features [B, C, H, W] in channels-last memory format, and int64 [B]: of which images they are.
         """
-        drawn = draw(self._count, recipe, generator).to(self._train.device)
+        drawn = draw(self._count, recipe, generator, epoch).to(self._train.device)
         rows = drawn.order + self._count * drawn.mirrored
         for picked, row in zip(drawn.order.split(recipe.batch_size), rows.split(recipe.batch_size), strict=True):
             batch = self._train.index_select(0, row)

@@ -5,11 +5,13 @@ Each epoch seeds its random generators from (seed, epoch), so a checkpoint needs
 gives the same weights as an uninterrupted one: on a CPU to the last bit.
 """
 
+import copy
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training import augment, distillation, warm_start
+from training.averaging import WeightAverage
 from training.cuda_graph import Recorded
 from training.data import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
@@ -33,6 +36,7 @@ from training.run import TICK_S, Run
 from training.store import Store
 
 WARMUP = 0.25  # share of a one-cycle schedule in which the learning rate rises
+_STEPS = ((10, 1), (15, 10), (25, 20), (math.inf, 50))  # until which epoch the step schedule divides by what
 
 
 class TrainingError(RuntimeError):
@@ -92,14 +96,14 @@ class Source:
     """What a stage of training draws its batches from: the images themselves, or features of them.
 
     Attributes:
-        batches: a seeded generator to one epoch of batches, each with the rows of its images.
+        batches: a seeded generator and the number of an epoch to its batches, each with the rows of its images.
         evaluation: [M, H, W, C], what is evaluated after every epoch.
         inputs: a batch [B, C, H, W] to what `head` takes, and mixup and cutmix combine: the images themselves or, where
             stages are frozen, their features.
         head: those to logits [B, classes].
     """
 
-    batches: Callable[[torch.Generator], Iterator[tuple[Tensor, Tensor]]]
+    batches: Callable[[torch.Generator, int], Iterator[tuple[Tensor, Tensor]]]
     evaluation: Tensor
     inputs: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor]
@@ -144,6 +148,9 @@ def train(
         finished = state["epoch"]
     elif recipe.predecessor:
         warm_start.load(classifier, recipe, _needed(store, recipe.weights), dataset)
+    average = WeightAverage(classifier, recipe.average_decay) if recipe.average_decay else None
+    if average and resumed:  # the checkpoint's classifier holds the mean
+        classifier.load_state_dict(state["trained"])
     run.forget_after(finished)
 
     split, eval_name, eval_split = splits(recipe, dataset)
@@ -152,18 +159,27 @@ def train(
     steps = math.ceil(len(split) / recipe.batch_size)
     made_by = provenance()
 
-    taught = None
+    taught, teacher = None, None
     if recipe.teachers:
         load_teacher = partial(distillation.load_teacher, recipe, _needed(store, recipe.teacher), dataset, device)
-        teaching = distillation.teach(recipe.teacher, load_teacher, images, dataset.fingerprint, run)
-        taught = yield from recorded(teaching, run)
+        if recipe.teacher_view == "augmented":
+            teacher = load_teacher()
+        else:
+            teaching = distillation.teach(recipe.teacher, load_teacher, images, dataset.fingerprint, run)
+            taught = yield from recorded(teaching, run)
 
-    def objective(logits: Tensor, rows: Tensor) -> Tensor:
+    def teacher_logits(inputs: Tensor, rows: Tensor) -> Tensor:
+        """The teacher's answers to a batch, float [B, classes]; [B, 0] without a teacher."""
+        if teacher is not None:
+            return teacher(inputs)
+        return labels.new_empty(len(rows), 0, dtype=torch.float32) if taught is None else taught[rows]
+
+    def objective(logits: Tensor, rows: Tensor, answers: Tensor) -> Tensor:
         """The loss against the labels of these images and, where there is one, their teacher's answers."""
         loss = F.cross_entropy(logits, labels[rows], label_smoothing=recipe.label_smoothing)
-        if taught is None:
+        if not recipe.teachers:
             return loss
-        learnt = distillation.loss(logits, taught[rows], recipe.teacher_temperature)
+        learnt = distillation.loss(logits, answers, recipe.teacher_temperature)
         return torch.lerp(loss, learnt, recipe.teacher_weight)
 
     source = Source(partial(augment.batches, images, recipe), eval_images, lambda batch: batch, classifier)
@@ -183,19 +199,23 @@ def train(
 
     loss_sum, hits = torch.zeros(2, device=device)
 
-    def learn(inputs: Tensor, rows: Tensor, *combination: Tensor) -> None:
+    def learn(inputs: Tensor, rows: Tensor, answers: Tensor, *combination: Tensor) -> None:
         """One step on a batch, or on a combination with the partners and share given; adds to loss_sum and hits."""
         with autocast():
             logits = source.head(inputs)
-            loss = objective(logits, rows)
+            loss = objective(logits, rows, answers)
             if combination:
                 partners, share = combination
-                loss = torch.lerp(objective(logits, rows[partners]), loss, share)
+                # A teacher of augmented views has answered for the combination itself.
+                theirs = answers if teacher is not None else answers[partners]
+                loss = torch.lerp(objective(logits, rows[partners], theirs), loss, share)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         with autocast():  # for Muon's products of matrices
             scaler.step(optimizer)
         scaler.update()
+        if average:
+            average.update()
         loss_sum.add_(loss.detach() * len(rows))
         hits.add_((logits.detach().argmax(1) == labels[rows]).sum())
 
@@ -207,25 +227,27 @@ def train(
             network.set_trainable(recipe.trainable_in(epoch))
             source = finetuning
             train_on = Recorded(learn) if records else learn
+        if epoch == recipe.eval_mode_after + 1:  # a recorded step stays in the mode in which it was recorded
+            train_on = Recorded(learn) if records else learn
         started = ticked = time.perf_counter()
         seed = recipe.seed * 10_000 + epoch
         torch.manual_seed(seed)
-        classifier.train()
+        classifier.train(not recipe.trains_in_evaluation_mode(epoch))
         loss_sum.zero_()
         hits.zero_()
         seen = 0
         generator = torch.Generator().manual_seed(seed)
-        for step, (batch, rows) in enumerate(source.batches(generator), start=1):
+        for step, (batch, rows) in enumerate(source.batches(generator, epoch), start=1):
             rate = learning_rate(recipe, epoch - 1 + (step - 0.5) / steps)
             set_learning_rate(optimizer, rate)
             rows = rows.to(device, non_blocking=True)
             with autocast():
                 inputs = source.inputs(batch)
+            combination: tuple[Tensor, ...] = ()
             if recipe.combines:
                 inputs, partners, share = augment.combine(inputs, recipe, generator)
-                train_on(inputs, rows, partners, torch.full((), share, device=device))
-            else:
-                train_on(inputs, rows)
+                combination = partners, torch.full((), share, device=device)
+            train_on(inputs, rows, teacher_logits(inputs, rows), *combination)
             seen += len(rows)
             now = time.perf_counter()
             if step == steps or now - ticked > TICK_S:
@@ -248,8 +270,10 @@ def train(
                 yield tick
 
         classifier.eval()
-        with autocast():
-            result = evaluate(predict(source.logits, source.evaluation), eval_labels.cpu())
+        with average.applied() if average else nullcontext():
+            with autocast():
+                result = evaluate(predict(source.logits, source.evaluation), eval_labels.cpu())
+            to_publish = copy.deepcopy(classifier.state_dict())
         if not math.isfinite(result.loss):
             raise TrainingError(_non_finite(epoch, steps, rate, epoch - 1))
         seconds = time.perf_counter() - started
@@ -274,10 +298,11 @@ def train(
                 "epoch": epoch,
                 "data": dataset.fingerprint,
                 "provenance": made_by,
-                "classifier": classifier.state_dict(),
+                "classifier": to_publish,
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
             }
+            | ({"trained": classifier.state_dict()} if average else {})
         )
         yield outcome
 
@@ -318,12 +343,15 @@ def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
 def learning_rate(recipe: Recipe, progress: float) -> float:
     """The learning rate after `progress` epochs (a fraction within an epoch) of a run."""
     if progress < recipe.epochs:
-        peak, done = recipe.learning_rate, progress / recipe.epochs
+        peak, elapsed, epochs = recipe.learning_rate, progress, recipe.epochs
     else:
-        peak, done = recipe.finetune_learning_rate, (progress - recipe.epochs) / recipe.finetune_epochs
+        peak, elapsed, epochs = recipe.finetune_learning_rate, progress - recipe.epochs, recipe.finetune_epochs
+    done = elapsed / epochs
     match recipe.schedule:
         case "constant":
             return peak
+        case "step":
+            return peak / next(divisor for until, divisor in _STEPS if elapsed < until)
         case "cosine":
             return peak * (1 + math.cos(math.pi * done)) / 2
         case "one-cycle":

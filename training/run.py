@@ -164,13 +164,13 @@ class Run:
         return from_dict(_read(self.recipe_file, json.loads))
 
     def extend(self, epochs: int) -> Recipe:
-        """Give a run of a constant learning rate more epochs; what it has learnt so far stays valid.
+        """Give a run more epochs whose learning rate does not depend on their number.
 
         Raises:
             RunError: the recipe's schedule depends on the number of epochs, or they are fewer than before.
         """
         recipe = self.recipe()
-        if recipe.schedule != "constant" or recipe.finetune_epochs:
+        if recipe.schedule not in {"constant", "step"} or recipe.finetune_epochs:
             raise RunError(f"the schedule {recipe.schedule} depends on epochs={recipe.epochs}; start a new run instead")
         if epochs < recipe.epochs:
             raise RunError(f"the run was started for {recipe.epochs} epochs and cannot be shortened to {epochs}")

@@ -1,7 +1,7 @@
 """Augmented batches against plain NumPy: which image, mirrored or not, shifted by how much."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -25,9 +25,9 @@ def noise(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def epoch(count: int, recipe: Recipe, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def epoch(count: int, recipe: Recipe, seed: int = 0, number: int = 1) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """All images [N, 32, 32, 3] and labels of one epoch, in the order of their batches."""
-    drawn = list(batches(noise(count), recipe, torch.Generator().manual_seed(seed)))
+    drawn = list(batches(noise(count), recipe, torch.Generator().manual_seed(seed), number))
     return (
         torch.cat([batch for batch, _ in drawn]).permute(0, 2, 3, 1).numpy(),
         torch.cat([labels for _, labels in drawn]).numpy(),
@@ -42,7 +42,7 @@ def test_without_augmentation_an_epoch_is_a_permutation_of_the_data() -> None:
 
 
 def test_batches_are_full_but_for_the_last_and_in_channels_last_uint8() -> None:
-    drawn = [batch for batch, _ in batches(noise(150), chosen(), torch.Generator())]
+    drawn = [batch for batch, _ in batches(noise(150), chosen(), torch.Generator(), 1)]
     assert [tuple(batch.shape) for batch in drawn] == [(64, 3, 32, 32), (64, 3, 32, 32), (22, 3, 32, 32)]
     assert all(batch.dtype is torch.uint8 for batch in drawn)
     assert all(batch.is_contiguous(memory_format=torch.channels_last) for batch in drawn)
@@ -57,16 +57,32 @@ def test_flip_mirrors_about_half_of_the_images_and_no_label() -> None:
     assert 160 < mirrored.sum() < 240  # four standard deviations
 
 
+def test_alternating_flips_mirror_each_image_in_every_second_epoch() -> None:
+    mirrored = []
+    for number in (1, 2, 3):
+        images, labels = epoch(400, chosen(flip_alternates=True, flip=True), seed=number, number=number)
+        sources = noise(400).numpy()
+        by_source = np.empty_like(images)
+        by_source[labels] = images
+        mirrored.append((by_source == sources[:, :, ::-1]).all(axis=(1, 2, 3)))
+        unchanged = (by_source == sources).all(axis=(1, 2, 3))
+        assert (mirrored[-1] ^ unchanged).all()
+    assert 160 < mirrored[0].sum() < 240  # four standard deviations
+    np.testing.assert_array_equal(mirrored[1], ~mirrored[0])
+    np.testing.assert_array_equal(mirrored[2], mirrored[0])
+
+
+@pytest.mark.parametrize(("fill", "mode"), [("reflection", "reflect"), ("zeros", "constant")])
 @pytest.mark.parametrize(("padding", "flip", "count"), [(2, False, 400), (2, True, 400), (16, False, 30)])
-def test_crops_are_those_of_numpy_pad_with_reflection_and_all_shifts_occur(
-    padding: int, flip: bool, count: int
+def test_crops_are_those_of_numpy_pad_and_all_shifts_occur(
+    padding: int, flip: bool, count: int, fill: str, mode: Literal["reflect", "constant"]
 ) -> None:
-    images, labels = epoch(count, chosen(crop_padding=padding, flip=flip))
+    images, labels = epoch(count, chosen(crop_padding=padding, flip=flip, crop_fill=fill))
     shifts: Counter[tuple[int, int]] = Counter()
     for image, source in zip(images, noise(count).numpy()[labels], strict=True):
         matches = set()
         for turned in (image, image[:, ::-1]) if flip else (image,):
-            padded = np.pad(source, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+            padded = np.pad(source, ((padding, padding), (padding, padding), (0, 0)), mode)
             windows = sliding_window_view(padded, (32, 32), axis=(0, 1))
             matches |= {tuple(place) for place in np.argwhere((windows == turned.transpose(2, 0, 1)).all((2, 3, 4)))}
         assert len(matches) == 1

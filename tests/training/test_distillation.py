@@ -15,6 +15,7 @@ from training.data import Dataset
 from training.evaluate import predict
 from training.export import restore
 from training.loop import Epoch, train
+from training.networks import Classifier
 from training.preparation import Preparation
 from training.recipes import RecipeError, recipe
 from training.run import Run
@@ -129,6 +130,72 @@ def test_a_teacher_that_cannot_be_used_is_an_error(dataset: Dataset, models: Pat
     run = started(tmp_path / "run", teacher="resnet/1")
     with pytest.raises(ValueError, match="without a store there is no resnet/1"):
         list(train(run.recipe(), dataset, run, CPU))
+
+
+class _Watchful:
+    """A teacher that notes the batches it is shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        self.seen.append(pixels.clone())
+        return torch.zeros(len(pixels), 100)
+
+
+@pytest.mark.parametrize("fields", [{}, {"cutmix": 1.0}, {"mixup": 0.5}], ids=["plain", "cutmix", "mixup"])
+def test_a_teacher_of_augmented_views_sees_the_very_batches_that_the_student_is_trained_on(
+    fields: dict[str, Any], dataset: Dataset, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, trained_on = _Watchful(), list[Tensor]()
+    monkeypatch.setattr(distillation, "load_teacher", lambda *_: teacher)
+    preprocess = Classifier.preprocess
+
+    def noting(classifier: Classifier, images: Tensor) -> Tensor:
+        if classifier.training:
+            trained_on.append(images.clone())
+        return preprocess(classifier, images)
+
+    monkeypatch.setattr(Classifier, "preprocess", noting)
+    run = started(tmp_path / "run", teacher="resnet/1", teacher_view="augmented", crop_padding=4, **fields)
+    list(train(run.recipe(), dataset, run, CPU, Store(models)))
+    assert len(teacher.seen) == len(trained_on) == 2 * 5  # epochs of 300 images in batches of 64
+    assert all(torch.equal(shown, trained) for shown, trained in zip(teacher.seen, trained_on, strict=True))
+
+
+def test_the_answers_to_a_combination_are_targets_whatever_its_shares(
+    dataset: Dataset, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all the weight on answers that are always the same, a student learns these."""
+    answer = 20 * torch.eye(100)[7]
+    monkeypatch.setattr(distillation, "load_teacher", lambda *_: lambda pixels: answer.expand(len(pixels), 100))
+    fields = {"optimizer": "adam", "learning_rate": 0.005, "weight_decay": 0, "schedule": "constant"}
+    view = {"teacher": "resnet/1", "teacher_weight": 1, "teacher_view": "augmented", "cutmix": 1.0}
+    run = started(tmp_path / "run", **fields, **view)
+    list(train(run.recipe(), dataset, run, CPU, Store(models)))
+    student, _ = restore(run, run.recipe(), dataset)
+    assert (predict(student, torch.from_numpy(dataset.train.images)).argmax(1) == 7).all()
+
+
+def test_a_teacher_that_is_asked_in_every_step_answers_in_its_quantized_form(
+    dataset: Dataset, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = list[str]()
+
+    def compiled(file: Path) -> SimpleNamespace:
+        loaded.append(file.name)
+        return SimpleNamespace(on_tensors=None)
+
+    monkeypatch.setattr(openvino_ir, "Compiled", compiled)
+    fields = {"teacher": "resnet/1", "validation_images": 100}
+    for quantized in (False, True):
+        if quantized:
+            monkeypatch.setattr(Store, "verify", lambda self, card: self.root / card.name / str(card.version))
+            (models / "resnet" / "1" / openvino_ir.INT8).touch()
+        for view in ("original", "augmented"):
+            chosen = recipe("resnet", fields | {"teacher_view": view})
+            distillation.load_teacher(chosen, Store(models), dataset, CPU)
+    assert loaded == ["model.pt", "model.pt", "model.pt", "int8.xml"]
 
 
 def test_several_versions_teach_the_mean_of_their_logits(

@@ -238,6 +238,22 @@ def _first_convolution_reads_int8(file: Path) -> bool:
     return bool(first.input_value(0).get_node().get_type_name() == "FakeQuantize")
 
 
+@pytest.mark.parametrize(("eval_mode_after", "renewed"), [(0, True), (1, True), (2, False)])
+def test_statistics_are_renewed_unless_the_weights_were_fitted_to_them(
+    eval_mode_after: int, renewed: bool, dataset: Dataset, tmp_path: Path
+) -> None:
+    """The checkpoint is that of the first epoch or, for eval_mode_after=2, of the third."""
+    fields = {"width": 8, "epochs": 3, "int8": False, "eval_mode_after": eval_mode_after}
+    run = Run(tmp_path / "run")
+    run.create(recipe("resnet-seed", fields))
+    trained = build(run.recipe()).state_dict()
+    run.save({"epoch": 1 if renewed else 3, "data": dataset.fingerprint, "classifier": trained})
+    publish(run, dataset, Store(tmp_path / "models"))
+    published = torchscript.load_weights(tmp_path / "models" / "resnet" / "1" / "model.pt")
+    name = "network.blocks.3.bn.running_mean"
+    assert torch.equal(published[name], trained[name]) != renewed
+
+
 def test_a_run_notes_what_it_was_published_as(published_store: Path, finished_run: Run) -> None:
     published = finished_run.publication()
     assert published is not None

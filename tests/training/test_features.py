@@ -52,9 +52,9 @@ def prepared(recipe: Recipe, classifier: Classifier, dataset: Dataset) -> tuple[
     return watched(prepare(recipe, classifier, images, evaluation, torch.float32))
 
 
-@pytest.mark.parametrize("flip", [True, False])
-def test_batches_are_features_of_the_very_images_that_would_be_drawn(flip: bool, dataset: Dataset) -> None:
-    recipe = chosen(flip=flip, trainable="layer3,layer4,fc")
+@pytest.mark.parametrize("flips", [{"flip": True}, {"flip": False}, {"flip_alternates": True}], ids=str)
+def test_batches_are_features_of_the_very_images_that_would_be_drawn(flips: dict[str, bool], dataset: Dataset) -> None:
+    recipe = chosen(**flips, trainable="layer3,layer4,fc")
     classifier = built(recipe)
     features, _ = prepared(recipe, classifier, dataset)
     assert features is not None
@@ -66,8 +66,8 @@ def test_batches_are_features_of_the_very_images_that_would_be_drawn(flip: bool,
 
     images, _ = to_device(dataset.train, CPU)
     pairs = zip(
-        features.batches(recipe, torch.Generator().manual_seed(3)),
-        augment.batches(images, recipe, torch.Generator().manual_seed(3)),
+        features.batches(recipe, torch.Generator().manual_seed(3), epoch=2),
+        augment.batches(images, recipe, torch.Generator().manual_seed(3), epoch=2),
         strict=True,
     )
     for (batch, rows), (pixels, expected_rows) in pairs:

@@ -239,6 +239,11 @@ def test_a_run_does_not_go_on_with_other_data(tiny: Dataset, small: Dataset, tmp
     assert run.load()["epoch"] == 1
 
 
+def test_a_run_of_a_step_schedule_can_be_extended(tmp_path: Path) -> None:
+    run = started(tmp_path, recipe("resnet-seed", {"schedule": "step", "epochs": 1}))
+    assert run.extend(2).epochs == 2
+
+
 def test_a_run_whose_schedule_depends_on_its_length_cannot_be_extended(tmp_path: Path) -> None:
     run = started(tmp_path, recipe("resnet", {"epochs": 2}))
     with pytest.raises(RunError, match="schedule one-cycle depends on epochs=2"):
@@ -276,6 +281,12 @@ def rates(chosen: Recipe, *progress: float) -> list[float]:
 
 def test_a_constant_schedule_is_constant() -> None:
     assert rates(recipe("resnet-seed", {"epochs": 8}), 0, 3.3, 7.99) == [1e-3] * 3
+
+
+def test_a_step_schedule_divides_the_rate_after_10_15_and_25_epochs() -> None:
+    chosen = recipe("resnet-seed", {"schedule": "step", "epochs": 30})
+    expected = [1e-3, 1e-3, 1e-4, 1e-4, 5e-5, 5e-5, 2e-5, 2e-5]
+    assert rates(chosen, 0, 9.99, 10, 14.99, 15, 24.99, 25, 29.99) == pytest.approx(expected)
 
 
 def test_a_cosine_schedule_falls_from_the_peak_through_its_half_to_zero() -> None:
@@ -353,6 +364,31 @@ def test_frozen_weights_get_no_weight_decay_either(tiny: Dataset, tmp_path: Path
     classifier(torch.from_numpy(tiny.train.images[:4]).permute(0, 3, 1, 2)).square().mean().backward()
     optimizer.step()
     assert changed_stages(before, classifier.state_dict()) == {"fc"}
+
+
+@pytest.fixture(scope="module")
+def switched(tiny: Dataset, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Run folders as they were after each of two epochs, of which the second trains in evaluation mode."""
+    root = tmp_path_factory.mktemp("switched")
+    run = started(root / "run", recipe("resnet-seed", {"width": 8, "epochs": 2, "eval_mode_after": 1}))
+    finished = (event for event in train(run.recipe(), tiny, run, CPU) if isinstance(event, Epoch))
+    return [shutil.copytree(run.path, root / str(event.epoch)) for event in finished]
+
+
+def test_in_evaluation_mode_weights_train_and_running_statistics_stay(switched: list[Path]) -> None:
+    before, after = (Run(folder).load()["classifier"] for folder in switched)
+    unchanged = {name for name, value in before.items() if torch.equal(value, after[name])}
+    assert unchanged == set(dict(build(Run(switched[0]).recipe()).named_buffers())) | {
+        "network.blocks.0.shortcut_init.weight",  # which no unit applies
+        "network.blocks.0.shortcut_init.bias",
+    }
+
+
+def test_in_evaluation_mode_nothing_is_dropped(switched: list[Path], tiny: Dataset, tmp_path: Path) -> None:
+    resumed = Run(shutil.copytree(switched[0], tmp_path / "run"))
+    resumed.recipe_file.write_text(resumed.recipe().model_copy(update={"dropout": 0.0}).model_dump_json())
+    finish(resumed, tiny)
+    assert_identical(resumed.load()["classifier"], Run(switched[1]).load()["classifier"])
 
 
 def test_what_is_evaluated_is_the_held_out_split_where_there_is_one(finished_run: Run) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.networks import ResNet, SharedResNet, build
-from training.networks.resnet import SharedBatchNorm, Statistics
+from training.networks import CIFAR100_MEAN, CIFAR100_STD, ResNet, SharedResNet, build
+from training.networks.resnet import SharedBatchNorm, SharedBlock, Statistics
 from training.recipes import recipe
 
 STRIDES = (1, 2, 2, 2)
@@ -89,6 +89,24 @@ def residual_network(layers: Layers, x: Tensor) -> Tensor:
         channels_change = residual.shape[1] != x.shape[1]
         x = F.relu(residual + (layers.conv(f"{name}.shortcut", x, stride) if channels_change else x))
     return layers.head(x)
+
+
+def test_a_unit_with_an_identity_shortcut_starts_by_adding_to_what_it_gets() -> None:
+    block = SharedBlock(8, 8, 1, 2, "per-use", shortcuts="identity")
+    nn.init.zeros_(block.bn.weight)
+    x = images()[:, :1].expand(-1, 8, -1, -1).float()
+    torch.testing.assert_close(block(x), F.relu(x))
+    random = SharedBlock(8, 8, 1, 2, "per-use")
+    nn.init.zeros_(random.bn.weight)
+    assert not torch.allclose(random(x), F.relu(x))
+
+
+def test_pixels_are_normalized_by_the_data_set_or_by_one_half() -> None:
+    extremes = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 32, 32)
+    by_half = build(recipe("resnet", {"normalization": "half"})).preprocess(extremes)
+    torch.testing.assert_close(by_half, torch.tensor([-1.0, 1.0])[:, None, None, None].expand(2, 3, 32, 32))
+    by_data_set = build(recipe("resnet")).preprocess(extremes)[:, :, 0, 0]
+    torch.testing.assert_close(by_data_set[0], -torch.tensor(CIFAR100_MEAN) / torch.tensor(CIFAR100_STD))
 
 
 def parameters(network: nn.Module) -> int:

@@ -56,6 +56,17 @@ def test_a_run_starts_there_goes_on_without_the_version_and_its_card_names_it(
     assert Store(models).card("resnet", published.version).recipe["weights"] == "resnet/1"
 
 
+def test_a_version_that_saw_other_pixel_values_does_not_fit(models: Path, dataset: Dataset) -> None:
+    with pytest.raises(RecipeError, match="resnet/1 has normalization=dataset, which does not fit normalization=half"):
+        warmed(models, dataset, normalization="half")
+
+
+def test_the_card_of_an_earlier_release_lacks_newer_fields(models: Path) -> None:
+    known = Store(models).card("resnet", 1).recipe
+    del known["normalization"]
+    recipe("resnet", FIELDS).require_fit(known)
+
+
 def test_images_that_the_version_was_trained_on_cannot_be_held_out(models: Path, dataset: Dataset) -> None:
     warmed(models, dataset, validation_images=60)
     with pytest.raises(StoreError, match=r"validation_images=101 holds out; give at most 100"):

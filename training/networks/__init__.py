@@ -8,8 +8,10 @@ from training.recipes import Recipe
 # Per-channel statistics of the training images, pixel values in 0-1.
 CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_NORMALIZATIONS = {"dataset": (CIFAR100_MEAN, CIFAR100_STD), "half": (HALF, HALF)}
 
 
 def build(recipe: Recipe, classes: int = 100) -> Classifier:
@@ -20,10 +22,11 @@ def build(recipe: Recipe, classes: int = 100) -> Classifier:
     """
     match recipe.network:
         case "shared-resnet":
-            shared = SharedResNet(classes, recipe.width, recipe.dropout, recipe.batch_norm_statistics)
-            return Classifier(shared, CIFAR100_MEAN, CIFAR100_STD)
+            shared = SharedResNet(classes, recipe.width, recipe.dropout, recipe.batch_norm_statistics, recipe.shortcuts)
+            return Classifier(shared, *_NORMALIZATIONS[recipe.normalization])
         case "resnet":
-            return Classifier(ResNet(classes, recipe.width, recipe.dropout), CIFAR100_MEAN, CIFAR100_STD)
+            own = ResNet(classes, recipe.width, recipe.dropout)
+            return Classifier(own, *_NORMALIZATIONS[recipe.normalization])
         case "resnet18":
             weights = "none" if recipe.predecessor else recipe.weights
             transfer = TransferResNet18(classes, weights, recipe.trainable, recipe.reinitialise)

@@ -10,7 +10,7 @@ In: normalised float images [N, 3, 32, 32].  Out: logits [N, 100].
 """
 
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ STRIDES = (1, 2, 2, 2)
 UNITS = (2, 4, 4, 2)
 
 Statistics = Literal["per-use", "shared"]
+Shortcuts = Literal["random", "identity"]
 
 
 class SharedBatchNorm(nn.Module):
@@ -65,9 +66,22 @@ class SharedBatchNorm(nn.Module):
 
 
 class SharedBlock(nn.Module):
-    """Residual units that all use one set of weights."""
+    """Residual units that all use one set of weights.
 
-    def __init__(self, in_channels: int, channels: int, stride: int, units: int, statistics: Statistics):
+    Args:
+        shortcuts: initial weights of the shortcut of all units but the first: PyTorch's random ones, or the identity,
+            with which each unit starts by passing its input on.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        units: int,
+        statistics: Statistics,
+        shortcuts: Shortcuts = "random",
+    ):
         super().__init__()
         self.units = units
         self.projects = in_channels != channels
@@ -77,6 +91,9 @@ class SharedBlock(nn.Module):
         # The author's block owns this layer even where it is not applied (first block); it counts as parameters.
         self.shortcut_init = nn.Conv2d(in_channels, channels, 1, stride)
         self.shortcut = nn.Conv2d(channels, channels, 1)
+        if shortcuts == "identity":
+            nn.init.dirac_(self.shortcut.weight)
+            nn.init.zeros_(cast(Tensor, self.shortcut.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         residual = F.relu(self.bn(self.conv_init(x), 0))
@@ -97,10 +114,16 @@ class SharedResNet(nn.Module):
         width: channels of the first block; each further block doubles them.
         dropout: probability of dropping an activation after the stem.
         statistics: see `SharedBatchNorm`.
+        shortcuts: see `SharedBlock`.
     """
 
     def __init__(
-        self, classes: int = 100, width: int = WIDTH, dropout: float = 0.25, statistics: Statistics = "per-use"
+        self,
+        classes: int = 100,
+        width: int = WIDTH,
+        dropout: float = 0.25,
+        statistics: Statistics = "per-use",
+        shortcuts: Shortcuts = "random",
     ):
         super().__init__()
         channels = _channels(width)
@@ -109,7 +132,7 @@ class SharedResNet(nn.Module):
         )
         self.blocks = nn.Sequential(
             *(
-                SharedBlock(inputs, outputs, stride, units, statistics)
+                SharedBlock(inputs, outputs, stride, units, statistics, shortcuts)
                 for (inputs, outputs), stride, units in zip(pairwise(channels), STRIDES, UNITS, strict=True)
             )
         )
