@@ -1,8 +1,4 @@
-# make serve   creates .venv, installs, serves the shipped models; HOST and PORT choose another address than 127.0.0.1:8000
-# make test    creates .venv, installs, runs the tests
-# make check   lint, format and types
-# make serving compares the service with its peers: forty minutes; needs wrk, and Java for TorchServe
-# make proof   fuzzing, crashes, hot swaps, hostile surroundings: an hour; make soak takes half an hour more
+.DEFAULT_GOAL := help
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -10,7 +6,16 @@ BIN = .venv/bin
 PROOFS = fuzz_images image_bombs fuzz_http decode_attacks connection_attacks stalled_database api_properties crash_store \
     crash_points hot_swap hostile_surroundings
 
-.PHONY: serve test check proof soak serving clean
+help:
+	@echo 'make serve     create .venv, install, serve the shipped models; HOST and PORT choose another address'
+	@echo 'make test      create .venv, install, run the tests'
+	@echo 'make check     lint, format and types'
+	@echo 'make serving   compare the service with its peers: forty minutes; needs wrk, and Java for TorchServe'
+	@echo 'make proof     attacks, fuzzing, crashes, hot swaps, hostile surroundings; takes hours'
+	@echo 'make soak      everything at once for half an hour'
+	@echo 'make clean     remove .venv and what was built'
+
+.PHONY: help serve test check proof soak serving clean
 
 serve: .venv/installed
 	@exec $(BIN)/python -m app $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
