@@ -2,9 +2,9 @@
 
 The result is the upper limit for any service on this machine. The program gives every engine that can compute a live
 model batches of random images, one batch size after the other, for some seconds each. It then measures the service's
-batcher with calls that come as fast as they are answered: a few callers with as many images per call as the largest
-batch size, and twice as many callers as that size with one image each. It prints the median over the rounds and writes
-it to benchmarks/results/engines.md, or engines_gpu.md on a machine with a GPU.
+batcher under back-to-back calls: a few callers with as many images per call as the largest batch size, and twice as
+many callers as that size with one image each. It prints the median over the rounds and writes it to
+benchmarks/results/engines.md, or engines_gpu.md on a machine with a GPU.
 
     python benchmarks/engines.py [--rounds 3] [--seconds 1] [--models models]
 """

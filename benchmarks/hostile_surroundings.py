@@ -338,7 +338,7 @@ def _mount(*arguments: str) -> None:
 
 @contextmanager
 def _small_disk(folder: Path) -> Iterator[None]:
-    """Move a folder with its content to a small tmpfs mount."""
+    """Put a folder with its content on a small tmpfs mount while the context lasts."""
     content = folder.with_name(f"{folder.name}-content")
     folder.mkdir(exist_ok=True)
     folder.rename(content)
@@ -353,7 +353,7 @@ def _small_disk(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _filled(disk: Path, leaving: int) -> Iterator[None]:
-    """Fill a disk until only `leaving` bytes are free."""
+    """Fill a disk until only `leaving` bytes are free, while the context lasts."""
     ballast = disk / "ballast"
     free = os.statvfs(disk)
     ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - leaving)))

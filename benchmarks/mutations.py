@@ -252,8 +252,9 @@ def _picture(width: int, height: int) -> Image.Image:
 
 
 def _frames() -> dict[str, Any]:
-    """Return options that make an animation. The dict is new each time, because saving as JPEG leaves options in the
-    image.
+    """Return options that make an animation.
+
+    The dict is new each time, because saving an image as JPEG leaves options in it.
     """
     return {"save_all": True, "append_images": [_picture(48, 40).rotate(angle) for angle in (90, 180)]}
 

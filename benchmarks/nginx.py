@@ -47,13 +47,15 @@ def is_installed() -> bool:
 
 @contextmanager
 def proxy(folder: Path, upstream: str, more: str = "") -> Iterator[str]:
-    """Run an nginx that forwards requests, with the usual directives for WebSockets and X-Forwarded-For. Yields its
-    URL.
+    """Run an nginx that forwards requests, with the usual directives for WebSockets and X-Forwarded-For.
 
     Args:
         folder: Folder for the files of nginx.
         upstream: URL of the service.
         more: Further directives for the location.
+
+    Yields:
+        The URL of the nginx.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

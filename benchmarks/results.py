@@ -22,7 +22,7 @@ class Check:
         what: Name of the measurement.
         measured: Value with its unit.
         target: Required value; empty for an observation.
-        met: Whether the value meets the target; None without a target or if it could not be measured.
+        met: True if the value meets the target; None without a target or if it could not be measured.
     """
 
     what: str
@@ -47,7 +47,7 @@ def conclude(name: str, ran: str, checks: list[Check], workers: int = 1, whole: 
         name: Name of the program.
         ran: Sentence that describes the run.
         workers: Number of processes of the service.
-        whole: Whether to write the file.
+        whole: True to write the file, False to print only.
 
     Returns:
         The exit status: 1 if a target was missed, else 0.

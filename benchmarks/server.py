@@ -26,8 +26,9 @@ Value = TypeVar("Value")
 
 
 class Server:
-    """A server process, which starts at once. As a context manager it waits until the server is ready, and kills it at
-    exit.
+    """A server process, which starts at once.
+
+    Used as a context manager, it waits until the server is ready, and kills it at exit.
 
     Args:
         models: Model store.
