@@ -1,4 +1,7 @@
-"""What schemathesis sends besides what it makes up itself: real images, and names that exist. See api_properties.py."""
+"""Hooks that give schemathesis real images and the names of existing models and jobs. See api_properties.py.
+
+schemathesis sends them in addition to the values that it generates.
+"""
 
 import io
 from typing import Any
@@ -27,7 +30,7 @@ schemathesis.openapi.media_type("application/octet-stream", _FILES)
 
 
 def _sometimes(values: dict[str, Any] | None, name: str, known: Any) -> dict[str, Any] | None:
-    """The known value instead of every other made-up one."""
+    """Replace about half of the generated values by the known value."""
     if values and name in values and len(str(values[name])) % 2:
         return values | {name: known}
     return values
@@ -45,7 +48,7 @@ def map_query(_: schemathesis.HookContext, query: dict[str, Any] | None) -> dict
 
 @schemathesis.hook
 def before_call(_: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:  # noqa: ARG001
-    """Ends the job whose events are asked for, as these end with it."""
+    """Cancel the job whose events are requested, because the event stream ends only with the job."""
     if case.operation.path.endswith("/events"):
         job_id = quote(str((case.path_parameters or {}).get("job_id")), safe="")
         service = (case.operation.base_url or "").rstrip("/")

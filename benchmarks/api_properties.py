@@ -1,8 +1,8 @@
-"""Every operation answers as its own OpenAPI description says, whatever is sent to it.
+"""Test that every operation answers as its OpenAPI description says, for valid and invalid requests.
 
-schemathesis makes up requests from the description of a running service, valid and invalid ones and sequences of them,
-sends them with a key, and checks every answer: no 5xx, status, media type, headers and body as described, and methods
-that are not there refused. Training jobs that it starts are really trained, on the synthetic data set.
+schemathesis reads the description of a running service and generates valid requests, invalid requests and sequences of
+requests. It sends them with an API key and checks every answer: no 5xx; status, media type, headers and body as
+described; undescribed methods are refused. The training jobs that it starts really train, on the synthetic data set.
 
     pip install -e '.[proof]' && python benchmarks/api_properties.py [--examples 700] [--seed 0]
 """
@@ -36,7 +36,7 @@ def main(examples: int, seed: int) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store = tiny_models.store(folder)
-        # Limits that answer 503 would be reported as errors: they are high here, and have tests of their own.
+        # schemathesis reports a 503 of these limits as an error, so they are high here. Other tests cover them.
         limits = {"max_jobs": "1000000", "max_event_streams": "1000000"}
         with Server(store.root, folder / "runs", folder / "log", api_keys=KEY, **limits) as server:
             done = subprocess.run(

@@ -1,9 +1,10 @@
-"""What one set of running statistics costs the shared-weight network.
+"""Measure how much accuracy a single set of running statistics costs the shared-weight network.
 
-A block of `resnet-seed` applies one BatchNorm at several depths. This measures one trained run in evaluation mode with
-running statistics for every use, as it was trained, and with a single set, as a literal transcription keeps it. The
-weights are the same; the single set is gathered by passing training batches through the network in training mode. The
-third row normalises every batch by its own statistics, as training does: no running statistics can be to blame there.
+A block of `resnet-seed` applies one BatchNorm at several depths. This program evaluates one trained run in evaluation
+mode, first with separate running statistics for every use, as the run was trained, then with a single set, as a literal
+transcription keeps it. The weights are the same. The program gathers the single set by passing training batches through
+the network in training mode. The third row of the table normalizes every batch by its own statistics, as training does,
+so running statistics have no effect on it.
 
     python benchmarks/batch_norm_statistics.py runs/RUN
 """
@@ -22,7 +23,7 @@ from training.networks import Classifier, build
 from training.networks.resnet import SharedBatchNorm
 from training.run import Run
 
-GATHERING_BATCHES = 200  # with momentum 0.1 the first ones are long forgotten
+GATHERING_BATCHES = 200  # with momentum 0.1, the first batches no longer count
 
 
 def main(folder: str) -> None:
@@ -54,7 +55,7 @@ def main(folder: str) -> None:
 
 def report(name: str, classifier: Classifier, dataset: data.Dataset) -> None:
     images, labels = to_device(dataset.test, torch.device("cpu"))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # batches of all classes
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # every batch has all classes
     result = evaluate(predict(classifier, images[order]), labels[order])
     print(f"| {name} | {result.top1:.2%} | {result.loss:.3f} |", flush=True)
 

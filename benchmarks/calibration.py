@@ -1,8 +1,8 @@
-"""Which temperature calibrates better: that of least cross-entropy, or that of as much confidence as accuracy?
+"""Compare two ways of choosing the temperature: least cross-entropy, and mean confidence equal to accuracy.
 
-Only images that a version's recipe has held out are looked at. They are divided into halves at random, over and over;
-both temperatures are fitted on one half, and the calibration error is measured on the other. (So few images have an
-error of some points by chance alone.) The table is printed and written to benchmarks/results/calibration.md.
+The program uses only the images that a version's recipe holds out. It divides them into random halves many times, fits
+both temperatures on one half and measures the calibration error on the other. (With so few images the error is some
+percentage points by chance alone.) It prints the table and writes it to benchmarks/results/calibration.md.
 
     python benchmarks/calibration.py resnet/2 resnet/3 resnet18/1 resnet18/2 [--splits 40] [--models models]
 """
@@ -23,7 +23,7 @@ from training.store import MODEL, Store
 
 
 def least_cross_entropy(logits: Tensor, labels: Tensor) -> float:
-    """The temperature of Guo et al. 2017, arXiv:1706.04599."""
+    """Return the temperature that minimizes the cross-entropy (Guo et al. 2017, arXiv:1706.04599)."""
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=50, line_search_fn="strong_wolfe")
 
@@ -41,7 +41,12 @@ METHODS = {"least cross-entropy": least_cross_entropy, "as confident as accurate
 
 
 def compare(version: str, store: Store, dataset: data.Dataset, count: int) -> str:
-    """One row of the table."""
+    """Return the table row of one version.
+
+    Args:
+        version: Model and version, such as "resnet/2".
+        count: Number of random divisions into halves.
+    """
     card = store.card(*store.parse(version))
     _, _, validation = splits(from_dict(card.recipe), dataset)
     network = openvino_ir.Compiled(store.verify(card) / MODEL)

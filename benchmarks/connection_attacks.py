@@ -1,9 +1,9 @@
-"""Clients that hold connections without using them do not keep others from being served.
+"""Test that clients which hold connections without using them do not keep other clients from being served.
 
-A real server gets 905 connections of an attacker at 127.0.0.2, which opens each again when it is closed. Meanwhile 20
-clients, each of an address of its own, open a connection for each of their predictions. The attacker sends nothing,
-a head or a body slowly, reads no answer, or keeps answered connections open. Then 16 addresses share the attack, and at
-last the attacker sends its bodies through a real nginx, which passes them on as they come.
+A real server gets 905 connections from an attacker at 127.0.0.2, who reopens each connection that the server closes.
+Meanwhile 20 clients, each with its own address, open a new connection for each of their predictions. The attacker sends
+nothing, sends a head or a body slowly, reads no answer, or keeps answered connections open. Each attack then comes from
+16 addresses. Finally the attacker sends its bodies through a real nginx, which forwards them unbuffered.
 
     python benchmarks/connection_attacks.py [--sockets 905] [--workers 1]
 """
@@ -33,7 +33,7 @@ from results import Check, conclude
 from server import Server
 
 CLIENTS = 20
-REQUESTS = 15  # of each client
+REQUESTS = 15  # per client
 PAUSE_S = 0.1
 TIMEOUT_S = 5.0
 RAMP_S = 3.0
@@ -47,12 +47,12 @@ _HEAD = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r
 
 @dataclass(frozen=True)
 class Attack:
-    """What each connection sends.
+    """The bytes that each connection of an attack sends.
 
     Attributes:
-        name: of the attack.
-        first: sent at once.
-        more: sent every second.
+        name: Name of the attack.
+        first: Bytes that a connection sends at once.
+        more: Bytes that a connection sends every second after that.
     """
 
     name: str
@@ -70,7 +70,7 @@ ATTACKS = (SILENT, SLOW_HEAD, SLOW_BODY, HALF_BODY, SLOW_READER, HOARDER)
 
 
 async def _hold(target: Address, source: str, attack: Attack, delay_s: float) -> None:
-    """Keep one connection open."""
+    """Keep one connection open, and reopen it when the server closes it."""
     loop = asyncio.get_running_loop()
     await asyncio.sleep(delay_s)
     while True:
@@ -110,7 +110,7 @@ def _attack(target: Address, sources: list[str], attack: Attack, sockets: int, b
 
 
 def _predict(target: Address, source: str, image: bytes) -> tuple[str, float]:
-    """The outcome of one prediction on a connection of its own, and how long it took in seconds."""
+    """Return the outcome of one prediction on a new connection, and its duration in seconds."""
     started = time.monotonic()
     connection = http.client.HTTPConnection(*target, timeout=TIMEOUT_S, source_address=(source, 0))
     try:
@@ -126,7 +126,7 @@ def _predict(target: Address, source: str, image: bytes) -> tuple[str, float]:
 
 
 def _under_attack(target: Address, sources: list[str], attack: Attack, sockets: int, image: bytes) -> tuple[int, str]:
-    """How many of the honest predictions were served, and a description of all."""
+    """Return the number of honest predictions that the service served, and a description of all of them."""
 
     def client(number: int) -> list[tuple[str, float]]:
         results = []
@@ -159,7 +159,7 @@ def _under_attack(target: Address, sources: list[str], attack: Attack, sockets: 
 
 
 def main(sockets: int, workers: int) -> int:
-    """The exit status."""
+    """Run all attacks and return the exit status."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "teal").save(buffer, "PNG")
     image = buffer.getvalue()

@@ -1,10 +1,10 @@
-"""No accepted training job is lost, doubled or damaged wherever the service and its training processes are killed.
+"""Test that no kill of the service or its training processes loses, duplicates or damages an accepted job.
 
-One server, one store, one runs folder. A client submits tiny jobs on the synthetic data set (each with a seed of its
-own), cancels some and promotes versions, while the server, the training process or both are killed with SIGKILL at
-random moments, often before the server is ready. After every kill the store and the job database are checked from
-outside. Then the server is left in peace until the queue is empty, and every job must have one end and, if it
-succeeded, every epoch once and exactly one version.
+The test runs one server with one store and one runs folder. A client submits tiny jobs on the synthetic data set (each
+with its own seed), cancels some jobs and promotes versions. Meanwhile SIGKILL hits the server, the training process or
+both at random moments, often before the server is ready. After every kill the program checks the store and the job
+database from outside. At the end it leaves the server alone until the queue is empty. Every job must then have exactly
+one final state. Every job that succeeded must have trained each epoch once and published exactly one version.
 
     python benchmarks/crash_points.py [--kills 200] [--seed 0]
 """
@@ -37,7 +37,7 @@ from training.run import Run
 from training.store import MODEL, Store, StoreError
 
 EPOCHS = 3
-MOST_WAITING = 3  # so that the queue is soon empty at the end
+MOST_WAITING = 3  # a short queue empties quickly at the end
 SCARCELY_STARTED_S = 2.0
 MEAN_DELAY_S = 3.0
 DRAIN_S = 600.0
@@ -46,22 +46,23 @@ FINISHED = [state for state in State if state.finished]
 
 
 class Client(threading.Thread):
-    """Submits, cancels and promotes, whatever becomes of its connections.
+    """A thread that submits and cancels jobs and promotes versions, even if its connections break.
 
     Args:
-        store: whose versions are promoted.
+        store: Store whose versions the client promotes.
+        seed: Seed of the client's random choices.
     """
 
     def __init__(self, store: Store, seed: int):
         super().__init__(daemon=True)
         self.server: Server | None = None
         self.accepted: dict[str, str] = {}
-        """Ids of the jobs that were answered with 202, by idempotency key."""
+        """Ids of the jobs that the server answered with 202, by idempotency key."""
         self.cancelled: set[str] = set()
-        """Jobs whose cancellation was asked for, answered or not."""
+        """Jobs whose cancellation the client requested, with or without an answer."""
         self.promotions = 0
         self.unexpected: Counter[str] = Counter()
-        """Answers that should not have been given."""
+        """Counts of answers with an unexpected status."""
         self.over = threading.Event()
         self._store = store
         self._random = np.random.default_rng(seed)
@@ -74,12 +75,12 @@ class Client(threading.Thread):
                     with self.server.client(10) as http:
                         self._turn(http)
                 except httpx.TransportError:
-                    continue  # killed
+                    continue  # the server was killed
 
     def _turn(self, http: httpx.Client) -> None:
         jobs = self._answer(http.get("/train", params={"limit": 1000}), 200) or []
         if sum(job["state"] in (State.QUEUED, State.INTERRUPTED) for job in jobs) < MOST_WAITING:
-            # The seed tells the jobs' versions apart; the key makes a second try safe.
+            # The seed identifies a job's versions. The idempotency key makes a retry safe.
             wanted = {"recipe": NAME, "overrides": TINY | {"epochs": EPOCHS, "seed": self._next}, "promote": "always"}
             key = f"job {self._next}"
             if job := self._answer(http.post("/train", json=wanted, headers={"Idempotency-Key": key}), 202):
@@ -168,7 +169,7 @@ def main(kills: int, seed: int) -> int:
 
 
 def _moment(runs: Path, training: list[int]) -> str:
-    """What the training is doing."""
+    """Return the phase of the training process."""
     if not training:
         return "no training process"
     run = Run(runs / _job_of(training[0]))
@@ -182,7 +183,7 @@ def _moment(runs: Path, training: list[int]) -> str:
 
 
 def _job_of(process: int) -> str:
-    """Id of the job that a training process works on; empty if it has ended."""
+    """Return the id of the job that a training process works on, or "" if the process has ended."""
     try:
         command = Path(f"/proc/{process}/cmdline").read_text().split("\0")
         return Path(command[command.index("--run") + 1]).name
@@ -191,12 +192,19 @@ def _job_of(process: int) -> str:
 
 
 def _at_work(runs: Path, process: int) -> bool:
-    """Whether a process holds its run folder; one that has only just started finds out by that what there is to do."""
+    """Return whether a process holds the lock of its run folder.
+
+    A process that has only just started does not count: it learns from the lock whether work is left to do.
+    """
     return Run(runs / _job_of(process)).holder() == process
 
 
 def _faults(store: Store, runs: Path, jobs: set[str]) -> list[str]:
-    """What is wrong with the store, the database and the jobs that are worked on just now."""
+    """Return the faults of the store and the database, and a fault if more than one of `jobs` trains at once.
+
+    Args:
+        jobs: Ids of the jobs whose processes hold their run folders now.
+    """
     faults = []
     if len(jobs) > 1:
         states = {row["id"]: row["state"] for row in _rows(runs)}
@@ -219,7 +227,11 @@ def _faults(store: Store, runs: Path, jobs: set[str]) -> list[str]:
 
 
 def _rows(runs: Path) -> list[dict[str, Any]]:
-    """All jobs; raises ValueError if the database is damaged."""
+    """Return all jobs.
+
+    Raises:
+        ValueError: The database is damaged.
+    """
     if not (runs / DATABASE).exists():
         return []
     with closing(sqlite3.connect(runs / DATABASE, timeout=10)) as database:
@@ -239,14 +251,14 @@ def _unfinished(runs: Path) -> list[str]:
 def _lost_or_doubled(
     client: Client, rows: list[dict[str, Any]], runs: Path, store: Store, killed: Counter[str]
 ) -> list[str]:
-    """What is wrong with the jobs after all have ended."""
+    """Return the faults of the jobs after all of them have ended."""
     faults = []
     by_id = {row["id"]: row for row in rows}
     for key, job in client.accepted.items():
         if job not in by_id or by_id[job]["idempotency_key"] != key:
             faults.append(f"{key} was accepted as {job} and is lost")
     versions: dict[int, list[int]] = {}
-    for version in store.versions(NAME)[1:]:  # the first one was there before
+    for version in store.versions(NAME)[1:]:  # the first version existed before the jobs
         versions.setdefault(store.card(NAME, version).seed, []).append(version)
     for row in rows:
         name, mine = row["id"], versions.pop(json.loads(row["recipe"])["seed"], [])

@@ -1,9 +1,9 @@
-"""The model store stays readable, whole and consistent wherever its writers are killed.
+"""Test that the model store stays readable, complete and consistent when its writers are killed at any moment.
 
-Two processes publish, promote and prune versions of one model as fast as they can, and are killed with SIGKILL at
-random moments within a tenth of a second. After every two kills the store is checked from outside: every version is
-what it was when it was first seen and agrees with its card, the live one exists, no number is given twice, and nobody
-holds the lock. What a power failure does to unwritten pages is not tested.
+Two processes publish, promote and prune versions of one model as fast as they can. SIGKILL hits them at random moments
+within a tenth of a second. After every two kills the program checks the store from outside. Every version must be
+unchanged since it was first seen and must match its card. The live version must exist. No version number may be used
+twice. The lock must be free. The test does not cover the effect of a power failure on unwritten pages.
 
     python benchmarks/crash_store.py [--kills 2000] [--seed 0]
 """
@@ -54,7 +54,7 @@ def main(kills: int, seed: int) -> int:
                     faults.append(f"round {round_}: a writer ended by itself with {writer.exitcode}")
             faults += [f"round {round_}: {fault}" for fault in _faults(store, seen)]
             cut_short += _cleared(store.root / NAME)
-        store.promote(NAME, store.versions(NAME)[-1])  # waits for ever if a killed writer held the lock
+        store.promote(NAME, store.versions(NAME)[-1])  # blocks forever if a killed writer still held the lock
         newest = max(seen)
     for fault in faults[:20]:
         print(fault, file=sys.stderr)
@@ -110,7 +110,11 @@ def _publish(store: Store, random: np.random.Generator) -> ModelCard:
 
 
 def _faults(store: Store, seen: dict[int, str]) -> list[str]:
-    """What is wrong with a store that nobody writes; `seen` are the checksums of all versions so far."""
+    """Return the faults of a store that has no writer.
+
+    Args:
+        seen: Checksums of all versions so far, by number. The function adds the new versions.
+    """
     faults = []
     try:
         versions, live = store.versions(NAME), store.live(NAME)
@@ -128,7 +132,11 @@ def _faults(store: Store, seen: dict[int, str]) -> list[str]:
 
 
 def _cleared(model: Path) -> Counter[str]:
-    """Remove what killed writers have left, which tells where they were."""
+    """Remove the files that killed writers left behind.
+
+    Returns:
+        Counts of "draft" (killed during a publication or a removal) and "live" (killed during a promotion).
+    """
     found: Counter[str] = Counter()
     for path in model.glob(".draft-*"):
         found["draft"] += 1

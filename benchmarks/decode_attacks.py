@@ -1,8 +1,8 @@
-"""An honest client is served while others send the images that cost the most to decode.
+"""Test that an honest client is served while other clients send the images that cost the most to decode.
 
-One client sends a photo of 500x375 pixels again and again over a kept connection, first alone, then beside each attack:
-a kind of image, sent in closed loops from 1, 4 and 16 connections of one address, and from 16 addresses with one
-connection each. The attackers send forms of 32 images as well. The service is a real process with the shipped models.
+One client sends a photo of 500x375 pixels repeatedly over a kept connection, first alone, then during each attack. An
+attack sends one kind of image in closed loops from 1, 4 and 16 connections of one address, and from 16 addresses with
+one connection each. The attackers also send forms of 32 images. The service is a real process with the shipped models.
 
     python benchmarks/decode_attacks.py                              # 30 s, five rounds: an hour and a half
     python benchmarks/decode_attacks.py --seconds 10 --rounds 3      # the table is printed, but not kept
@@ -32,7 +32,7 @@ from server import Server
 PHOTO = Path("docs/pictures/rocket.jpg").read_bytes()
 MODELS = Path("models")
 ATTACKS = (("1 connection", 1, 1), ("4 connections", 4, 1), ("16 connections", 16, 1), ("16 addresses", 16, 16))
-"""Name, connections, and the addresses that they come from."""
+"""Name, number of connections, and number of source addresses."""
 
 MAX_SLOWDOWN = 10.0
 MAX_MIB = 1229  # 1.2 GiB
@@ -40,7 +40,7 @@ _ANSWER_S = 30.0
 
 
 def images() -> dict[str, list[bytes]]:
-    """Bodies of attacking requests by what is costly about them; several are sent in turn."""
+    """Return the bodies of attacking requests by kind of image. The attackers send the bodies of one kind in turn."""
     costly = {
         "multi-scan JPEG, 50 megapixels, 3 scans": jpegs.with_scans(3, 7071),
         "multi-scan JPEG, 50 megapixels, 498 scans": jpegs.with_scans(498, 7071),
@@ -63,7 +63,7 @@ def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def _form(files: list[bytes]) -> bytes:
-    """A whole request."""
+    """Return a complete HTTP request with the files in a form."""
     part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     body = b"".join(part + file + b"\r\n" for file in files) + b"--x--\r\n"
     head = "POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=x\r\n"
@@ -72,11 +72,11 @@ def _form(files: list[bytes]) -> bytes:
 
 @dataclass
 class Tally:
-    """Answers to one side's requests.
+    """The answers to the requests of one side.
 
     Attributes:
-        latencies_ms: of successful requests.
-        statuses: how often each status was answered; 0 stands for a connection that broke.
+        latencies_ms: Latencies of successful requests in milliseconds.
+        statuses: Number of answers by status; 0 stands for a broken connection.
     """
 
     latencies_ms: list[float] = field(default_factory=list)
@@ -84,17 +84,17 @@ class Tally:
 
     @property
     def success(self) -> float:
-        """Share of the requests that were answered with 200."""
+        """Share of the requests with status 200."""
         return self.statuses.get(200, 0) / max(1, sum(self.statuses.values()))
 
     def p99_ms(self) -> float:
-        """99th percentile of the latency of successful requests."""
+        """Return the 99th percentile of the latency of successful requests."""
         ordered = sorted(self.latencies_ms) or [float("inf")]
         return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
 
 
 async def send_in_a_loop(address: tuple[str, int], source: str, bodies: list[bytes], end: float, tally: Tally) -> None:
-    """Send requests over a connection until the time has come, each when the last one has been answered."""
+    """Send requests over one connection until the end time, each after the answer to the one before."""
     sent = 0
     streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
     while time.monotonic() < end:
@@ -125,7 +125,7 @@ async def send_in_a_loop(address: tuple[str, int], source: str, bodies: list[byt
 
 
 def attack(address: tuple[str, int], bodies: list[bytes], sources: list[str], seconds: float, pipe: Connection) -> None:
-    """Run in a process of its own: one loop for each source address."""
+    """Run one loop per source address. This function runs in its own process and sends the statuses through `pipe`."""
 
     async def run() -> Tally:
         tally, end = Tally(), time.monotonic() + seconds
@@ -141,7 +141,11 @@ def attack(address: tuple[str, int], bodies: list[bytes], sources: list[str], se
 def measure(
     server: Server, bodies: list[bytes], sources: list[str], seconds: float
 ) -> tuple[Tally, dict[int, int], float]:
-    """The honest client's answers beside an attack, the attackers' statuses, and the most memory in MiB."""
+    """Send the photo of the honest client while an attack runs.
+
+    Returns:
+        The answers to the honest client, the statuses of the attackers, and the peak memory of the service in MiB.
+    """
     host, port = (server.address or "").removeprefix("http://").split(":")
     address = (host, int(port))
     context = multiprocessing.get_context("fork")
@@ -171,13 +175,13 @@ def measure(
 
 
 def _memory_mib(server: Server) -> float:
-    """Of the service and its decoders. Training is not under way."""
+    """Return the memory of the service and its decoders in MiB. No training runs at this time."""
     family = {server.process.pid} | processes.children(server.process.pid)
     total = 0.0
     for each in family:
         try:
             total += processes.memory_mib(each)
-        except (OSError, StopIteration):  # it has just ended
+        except (OSError, StopIteration):  # the process has just ended
             continue
     return total
 
@@ -193,7 +197,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with Server(MODELS, Path(folder) / "runs", log, device="cpu", runtime="auto") as server:
-            measure(server, [], [], 3)  # warms up
+            measure(server, [], [], 3)  # warm-up
             for _ in range(chosen.rounds):
                 for name, bodies in images().items():
                     if chosen.only not in name:

@@ -1,7 +1,7 @@
-"""Compares the estimated cost of decoding with the CPU time and memory that decoding takes.
+"""Compare the estimated cost of decoding with the measured CPU time and memory.
 
-The files are photos written by the encoders that are at hand (Pillow, and cjpeg, jpegtran, ImageMagick, cwebp, gifsicle
-and mozjpeg where they are installed), and files made to be costly. Each is decoded in a process of its own.
+The files are photos from the available encoders (Pillow, and cjpeg, jpegtran, ImageMagick, cwebp, gifsicle and mozjpeg
+where they are installed), and files that are made to be costly. The program decodes each file in a separate process.
 
     python benchmarks/decode_cost.py
 """
@@ -34,7 +34,7 @@ SETTINGS = Settings()
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """Smooth structure with the noise of a camera, as photos of phones have it."""
+    """Return an image with smooth structure and camera noise, similar to a photo from a phone."""
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.int16)
@@ -49,7 +49,7 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def photos() -> dict[str, bytes]:
-    """Photos by the encoder and its options. What exceeds the limit on bytes is left out."""
+    """Return photos by encoder and options, without those that exceed the limit on bytes."""
     files = {}
     for width, height in ((500, 375), (1920, 1440), (4032, 3024), (8064, 6048)):
         image = photo(width, height)
@@ -105,7 +105,7 @@ def _by_other_encoders(image: Image.Image, size: str) -> dict[str, bytes]:
 
 
 def costly_files() -> dict[str, bytes]:
-    """Files that cost more than their bytes suggest."""
+    """Return files that cost more than their size in bytes suggests."""
     refine = jpegs.LONG_RUNS + jpegs.scan([1], 1, 63, 0, 1)
     dc = jpegs.scan([1, 2, 3], 0, 0, 1, 0)
     restarts = b"\xff\xdd\0\4\0\1"
@@ -146,7 +146,10 @@ def costly_files() -> dict[str, bytes]:
 
 
 def measure(data: bytes) -> tuple[DecodeCost, float, float] | str:
-    """Estimated cost, and CPU time in milliseconds and memory in bytes as measured; or why it is refused."""
+    """Return the estimated cost, the measured CPU time in milliseconds and the measured memory in bytes.
+
+    If the service refuses the file, return the reason instead.
+    """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(theirs, data))
@@ -158,7 +161,7 @@ def measure(data: bytes) -> tuple[DecodeCost, float, float] | str:
 
 def _measure(results: Connection, data: bytes) -> None:
     process, times = os.getpid(), []
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = memory_mib(process, "VmHWM")
     cost = DecodeCost(0, 0)
     try:

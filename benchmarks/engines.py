@@ -1,9 +1,10 @@
-"""The engines alone, without HTTP: images a second in one process. No service on this machine can answer more.
+"""Measure the images per second of the engines alone, without HTTP, in one process.
 
-Every engine that can compute a live model is given batches of random images, of one size after the other, for some
-seconds each, and then what the service's batcher makes of calls that come as fast as they are answered: from a few
-callers with as many images as the largest size, or from twice as many callers as that with one image each. The median
-over the rounds is printed and written to benchmarks/results/engines.md, or engines_gpu.md on a machine with a GPU.
+The result is the upper limit for any service on this machine. The program gives every engine that can compute a live
+model batches of random images, one batch size after the other, for some seconds each. It then measures the service's
+batcher under back-to-back calls: a few callers with as many images per call as the largest batch size, and twice as
+many callers as that size with one image each. It prints the median over the rounds and writes it to
+benchmarks/results/engines.md, or engines_gpu.md on a machine with a GPU.
 
     python benchmarks/engines.py [--rounds 3] [--seconds 1] [--models models]
 """
@@ -33,7 +34,7 @@ CALLERS = 4
 
 
 def images_per_s(engine: Callable[[NDArray[np.uint8]], NDArray[np.float32]], size: int, seconds: float) -> float:
-    """How many images of batches of this size an engine computes in a second."""
+    """Return the images per second of an engine with batches of one size."""
     batch = np.random.default_rng(0).integers(0, 256, (size, 3, 32, 32), np.uint8)
     for _ in range(WARMUP_CALLS):
         engine(batch)
@@ -45,7 +46,7 @@ def images_per_s(engine: Callable[[NDArray[np.uint8]], NDArray[np.float32]], siz
 
 
 def batched_per_s(engine: engines.Engine, size: int, callers: int, seconds: float) -> float:
-    """How many images a second a batcher has computed, if so many callers give it batches of this size from memory."""
+    """Return the images per second of a batcher when `callers` callers give it batches of `size` images from memory."""
     images = np.random.default_rng(0).integers(0, 256, (size, 3, 32, 32), np.uint8)
     most = max(SIZES)
     batcher = Batcher(engine, most, callers * size)

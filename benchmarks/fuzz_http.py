@@ -1,10 +1,10 @@
-"""The service answers every broken request with a clear problem, and goes on.
+"""Test that the service answers every broken request with a clear problem and stays available.
 
-A real server gets damaged images (see mutations.py) as raw bodies, as one or several files of a form, in forms that are
-damaged themselves, with wrong content types, and in whole and damaged zips for POST /evaluate; at last a zip of a few
-hundred bytes that unpacks to a gigabyte and says that it does not. No answer may be a 5xx
-other than 503 with Retry-After; every error must be a problem+json with status, title and detail; the server must stay
-alive, ready and within its memory.
+A real server gets damaged images (see mutations.py) as raw bodies, as one or several files of a form, in damaged forms,
+with wrong content types, and in intact and damaged zips for POST /evaluate. The last request is a zip of a few hundred
+bytes that unpacks to a gigabyte but declares one byte. No answer may be a 5xx other than 503 with Retry-After. Every
+error must be a problem+json with status, title and detail. The server must stay alive, ready and within its memory
+limit.
 
     python benchmarks/fuzz_http.py [--inputs 10000] [--seed 0] [--workers 1]
 """
@@ -32,7 +32,7 @@ from server import Server
 
 CLIENTS = 8
 MOST_FILES = 5
-GROWTH_MIB = 1024  # one image of 50 million pixels takes up to 16 bytes for each while it is decoded
+GROWTH_MIB = 1024  # decoding an image of 50 million pixels takes up to 16 bytes per pixel
 KEPT_MIB = 256
 CONTENT_TYPES = (
     "",
@@ -51,7 +51,7 @@ CONTENT_TYPES = (
 
 @dataclass(frozen=True)
 class Input:
-    """One request's path, body and content type."""
+    """The path, body and content type of one request."""
 
     path: str
     body: bytes
@@ -96,12 +96,12 @@ KINDS = (raw, raw, form, form_of_several, damaged_form, wrong_content_type, arch
 
 
 def make(files: dict[str, bytes], seed: int, number: int) -> tuple[str, Input]:
-    """The kind of input `number`, and the input."""
+    """Return the kind of input `number`, and the input."""
     random = np.random.default_rng((seed, number))
     kind = KINDS[number % len(KINDS)]
 
     def image() -> bytes:
-        if random.random() < 0.3:  # whole ones among the others
+        if random.random() < 0.3:  # intact images among the damaged ones
             return files[str(random.choice(sorted(files)))]
         return damaged(files, seed, int(random.integers(1 << 40)))[1]
 
@@ -109,7 +109,7 @@ def make(files: dict[str, bytes], seed: int, number: int) -> tuple[str, Input]:
 
 
 def fault(response: httpx.Response) -> str | None:
-    """What is wrong with an answer."""
+    """Return the fault of an answer, or None if the answer is as it should be."""
     if response.is_success:
         return None
     if response.status_code >= 500 and not (response.status_code == 503 and "Retry-After" in response.headers):
@@ -147,7 +147,7 @@ def main(inputs: int, seed: int, workers: int) -> int:
                     faults.append(f"input {number} ({kind}): {wrong}")
 
             with ThreadPoolExecutor(CLIENTS) as clients:
-                list(clients.map(send, range(len(KINDS) * 20)))  # what is loaded once counts as the start
+                list(clients.map(send, range(len(KINDS) * 20)))  # load lazy modules before the first measurement
                 before, files_before = server.memory_mib(), server.open_files()
                 started = time.monotonic()
                 list(clients.map(send, range(len(KINDS) * 20, inputs)))
@@ -197,7 +197,7 @@ def _zip(image: Images, random: Random) -> bytes:
 
 
 def _bomb() -> bytes:
-    """A zip with a bzip2 member that is said to have one byte and has 2**30."""
+    """Return a zip with a bzip2 member that declares one byte and unpacks to 2**30 bytes."""
     packer = bz2.BZ2Compressor()
     packed = b"".join(packer.compress(bytes(1 << 24)) for _ in range(1 << 6)) + packer.flush()
     buffer = io.BytesIO()

@@ -1,9 +1,9 @@
-"""Nothing but pixels or a clear problem comes out of `app.images.decode`, whatever goes in.
+"""Test that `app.images.decode` returns pixels or raises a clear problem for any input.
 
-Files of every format and variant are damaged (see mutations.py) and decoded under the service's own limits, in a
-process that has at most 2 GiB more address space than it starts with. A crash of that process, or an input that takes
-longer than 30 s, ends it; that input counts as failed and another process goes on with the next. Failed inputs are kept
-in a temporary folder; `--first NUMBER --inputs 1` tries one again.
+The program damages files of every format and variant (see mutations.py) and decodes them under the service's own
+limits, in a process that may have at most 2 GiB more address space than at its start. A crash, or an input that takes
+longer than 30 s, ends that process. The program counts that input as failed and continues with the next one in a new
+process. It keeps failed inputs in a temporary folder; `--first NUMBER --inputs 1` decodes one of them again.
 
     python benchmarks/fuzz_images.py [--inputs 100000] [--seed 0] [--first 0]
 """
@@ -35,24 +35,24 @@ from app.images import SIZE, decode
 from app.settings import Settings
 
 ROOM_MIB = 2048
-GROWTH_MIB = 1024  # one image of 50 million pixels takes up to 16 bytes for each while it is decoded
+GROWTH_MIB = 1024  # decoding an image of 50 million pixels takes up to 16 bytes per pixel
 KEPT_MIB = 64
 HANG_S = 30
 SLOW_S = 5.0
 
 
 class Outcome(NamedTuple):
-    """What became of one input."""
+    """The result of decoding one input."""
 
     number: int
     result: str
-    """"decoded", the name of a problem, or what was wrong."""
+    """Either "decoded", the name of a problem, or a description of the fault."""
     seconds: float
     failed: bool
 
 
 class Memory(NamedTuple):
-    """MiB of the decoding process."""
+    """Memory of the decoding process in MiB."""
 
     before: float
     after: float
@@ -101,7 +101,7 @@ def main(inputs: int, seed: int, first: int) -> int:
 
 
 def _outcomes(files: dict[str, bytes], seed: int, first: int, stop: int) -> Iterator[Outcome | Memory]:
-    """What became of every input, in order, and the memory of every process that ended well."""
+    """Yield the outcome of every input in order, and the memory of every process that ended normally."""
     context = multiprocessing.get_context("fork")
     while first < stop:
         ours, theirs = context.Pipe(duplex=False)
@@ -126,7 +126,7 @@ def _outcomes(files: dict[str, bytes], seed: int, first: int, stop: int) -> Iter
 def _decode_all(results: Connection, files: dict[str, bytes], seed: int, first: int, stop: int) -> None:
     silence()
     settings = Settings()
-    for data in files.values():  # loads all plugins and buffers before the first measurement
+    for data in files.values():  # load all plugins and buffers before the first measurement
         try:
             decode(data, settings.max_image_bytes, settings.max_image_pixels)
         except Problem:
@@ -147,19 +147,19 @@ def _decode_all(results: Connection, files: dict[str, bytes], seed: int, first: 
 
 
 def silence() -> None:
-    """For the rest of a process: nothing is said of what is wrong with files."""
-    warnings.simplefilter("ignore")  # Pillow warns of what it tolerates
+    """Suppress warnings, log lines and stderr for the rest of the process."""
+    warnings.simplefilter("ignore")  # Pillow warns about faults that it tolerates
     logging.disable()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff prints what it finds wrong
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff prints faults to stderr
 
 
 def decoded(data: bytes, settings: Settings) -> tuple[str, bool]:
-    """What `decode` gives, and whether that is wrong."""
+    """Return the result of `decode`, and whether it is a fault."""
     try:
         pixels = decode(data, settings.max_image_bytes, settings.max_image_pixels)
     except Problem as problem:
         return type(problem).__name__, not problem.detail
-    except BaseException as error:  # whatever it is, it is what is looked for
+    except BaseException as error:  # the test looks for any unexpected exception
         return f"{type(error).__name__}: {error}", True
     right = pixels.dtype == np.uint8 and pixels.shape == (3, SIZE, SIZE)
     return ("decoded", False) if right else (f"{pixels.dtype} {pixels.shape}", True)

@@ -1,9 +1,10 @@
-"""What befalls the service from outside is told clearly, damages nothing, and is over when its cause is gone.
+"""Test that faults of the environment are reported clearly, damage nothing, and end when their cause ends.
 
-Every scene starts real servers on a store of its own with two versions of a tiny model, takes something away (room on
-the disk, the right to write, the data set, a model file, the right time, being alone), looks at what the service says,
-gives it back, and looks whether everything works again, mostly without a restart. Small and read-only disks are tmpfs
-mounts, which need root; the clock is libfaketime. A scene whose means are missing here is skipped and says so.
+Every scene starts real servers on its own store with two versions of a tiny model. It takes one thing away: disk space,
+write permission, the data set, a model file, the correct time, or sole use of the store. It checks the answers of the
+service, restores the thing, and checks that everything works again, mostly without a restart. Small and read-only disks
+are tmpfs mounts, which need root. The clock is libfaketime. A scene whose requirements are missing on this machine is
+skipped and reported as skipped.
 
     python benchmarks/hostile_surroundings.py [SCENE ...]
 """
@@ -41,17 +42,17 @@ PICTURE = samples()["png rgb 32x32"]
 
 
 class Skipped(Exception):
-    """The means of a scene are missing here."""
+    """This machine lacks a requirement of the scene."""
 
 
 @dataclass
 class Scene:
-    """Folders of one scene, and what it has found.
+    """The folders and the findings of one scene.
 
     Attributes:
-        folder: with a copy of the model store.
-        said: what the service answered.
-        missed: what should have been so.
+        folder: Folder with a copy of the model store.
+        said: Answers of the service.
+        missed: Expectations that did not hold.
     """
 
     folder: Path
@@ -70,7 +71,7 @@ class Scene:
             self.missed.append(claim)
 
     def expect_problem(self, response: httpx.Response, statuses: tuple[int, ...], *words: str) -> None:
-        """A problem that says what is wrong."""
+        """Expect a problem with one of the statuses whose detail has one of the words."""
         request = f"{response.request.method} {response.request.url.path}"
         detail = response.json().get("detail", "") if "json" in response.headers.get("content-type", "") else ""
         self.said.append(f"{request}: {response.status_code} {detail}")
@@ -78,25 +79,25 @@ class Scene:
         self.expect(f"it says {words}", any(word in detail for word in words))
 
     def expect_failure(self, http: httpx.Client, *words: str) -> None:
-        """A training job that fails and says why."""
+        """Train a job and expect that it fails with one of the words in its error."""
         job = _trained(http)
         self.said.append(f"job: {job['state']}, {job['error']}")
         self.expect(f"the job fails, not {job['state']}", job["state"] == "failed")
         self.expect(f"it says {words}", any(word in (job["error"] or "") for word in words))
 
     def expect_success(self, http: httpx.Client) -> None:
-        """A training job that publishes."""
+        """Train a job and expect that it succeeds."""
         job = _trained(http)
         self.expect(f"a later job succeeds, not {job['state']}: {job['error']}", job["state"] == "succeeded")
 
     def expect_service(self, http: httpx.Client, version: int) -> None:
-        """Predictions by a version."""
+        """Expect that a version of the model answers predictions."""
         response = http.post("/predict", files={"file": PICTURE})
         answered = response.json().get("version") if response.status_code == 200 else response.text
         self.expect(f"version {version} predicts, not {answered}", answered == version)
 
     def expect_intact(self) -> None:
-        """A store without damage and leftovers."""
+        """Expect that the store has no damage and no leftover files."""
         for version in self.store.versions(NAME):
             try:
                 self.store.verify(self.store.card(NAME, version))
@@ -130,7 +131,7 @@ def disk_full_while_publishing(scene: Scene) -> None:
 def disk_full_for_the_database(scene: Scene) -> None:
     with _small_disk(scene.folder / "runs"), scene.server() as server, server.client() as http:
         with _filled(scene.folder / "runs", leaving=0):
-            for _ in range(200):  # until the pages that the database has are used up
+            for _ in range(200):  # until the free pages of the database are used up
                 response = http.post("/train", json=JOB)
                 if response.status_code != 202:
                     break
@@ -187,7 +188,7 @@ def data_set_missing(scene: Scene) -> None:
             classes=np.array(data.CLASSES),
         )
         scene.expect_success(http)
-        # The versions from before are of other classes.
+        # The earlier versions have other classes.
         measured = http.post("/evaluate", params={"limit": 10, "version": 3})
         scene.expect(f"the new version is measured, not {measured.text}", measured.status_code == 200)
 
@@ -207,7 +208,7 @@ def live_model_damaged(scene: Scene) -> None:
         scene.expect("the health is good", not http.get("/health").json()["errors"])
         scene.store.promote(NAME, 1)
         _follows(scene, http, 1)
-        file.write_bytes(b"")  # while the server runs, and promoted by another process
+        file.write_bytes(b"")  # damage while the server runs, then a promotion by another process
         scene.store.promote(NAME, 2)
         wait_for(lambda: http.get("/health").json()["errors"], FOLLOWS_S, server.log)
         scene.expect_service(http, 1)
@@ -307,12 +308,12 @@ def main(wanted: list[str]) -> int:
 
 
 def _trained(http: httpx.Client) -> dict[str, Any]:
-    """A training job, after its end."""
+    """Start a training job and return it after its end."""
     return _ended(http, http.post("/train", json=JOB).raise_for_status().json()["id"])
 
 
 def _ended(http: httpx.Client, job_id: str) -> dict[str, Any]:
-    """A job after its end, or as it is where that takes too long."""
+    """Return a job after its end, or its current state if it does not end within JOB_S seconds."""
 
     def job() -> dict[str, Any]:
         seen: dict[str, Any] = http.get(f"/train/{job_id}").raise_for_status().json()
@@ -324,7 +325,7 @@ def _ended(http: httpx.Client, job_id: str) -> dict[str, Any]:
 
 
 def _follows(scene: Scene, http: httpx.Client, version: int) -> None:
-    """Wait until a version is served that something else has made live."""
+    """Wait until the service serves a version that another process has promoted."""
     wait_for(lambda: http.get(f"/models/{NAME}").json()["live"] == version, FOLLOWS_S, scene.folder / "log")
     scene.expect_service(http, version)
 
@@ -337,7 +338,7 @@ def _mount(*arguments: str) -> None:
 
 @contextmanager
 def _small_disk(folder: Path) -> Iterator[None]:
-    """A folder, with its content, on a small disk of its own."""
+    """Put a folder with its content on a small tmpfs mount while the context lasts."""
     content = folder.with_name(f"{folder.name}-content")
     folder.mkdir(exist_ok=True)
     folder.rename(content)
@@ -352,7 +353,7 @@ def _small_disk(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _filled(disk: Path, leaving: int) -> Iterator[None]:
-    """A disk with so many bytes free."""
+    """Fill a disk until only `leaving` bytes are free, while the context lasts."""
     ballast = disk / "ballast"
     free = os.statvfs(disk)
     ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - leaving)))

@@ -1,10 +1,10 @@
-"""No request fails and none is answered by the wrong version while versions are promoted.
+"""Test that no request fails and no answer comes from a wrong version while versions are promoted.
 
-32 connections post images without pause to one server. Meanwhile versions are promoted, half of them by
-`PUT /models/resnet/live`, half by another process through `training.store.Store.promote`. Every answer must name a
-version that was live at some time between the request's start and its end, and carry that version's probabilities, as
-this process computes them from the version's file. Of several workers, those that have not heard of a promotion yet may
-go on with the version before for `LAG_S`.
+32 connections post images to one server without pause. Meanwhile versions are promoted, half of them by `PUT
+/models/resnet/live`, half by another process through `training.store.Store.promote`. Every answer must name a version
+that was live at some time between the start and the end of the request. It must carry the probabilities of that
+version, as this process computes them from the version's file. With several workers, a worker that has not yet noticed
+a promotion may serve the previous version for `LAG_S` seconds.
 
     python benchmarks/hot_swap.py [--promotions 100] [--workers 1]
 """
@@ -38,7 +38,7 @@ CONNECTIONS = 32
 VERSIONS = 3
 TOP_K = 100
 LAG_S = 1.0
-TOLERANCE = 1e-5  # of probabilities; batches of other sizes round otherwise
+TOLERANCE = 1e-5  # for probabilities; batches of different sizes round differently
 PICTURES = ("jpeg baseline", "png rgb 32x32", "webp lossy", "gif", "tiff")
 PROMOTE = "import sys; from pathlib import Path; from training.store import Store; "
 PROMOTE += "Store(Path(sys.argv[1])).promote(sys.argv[2], int(sys.argv[3]))"
@@ -46,7 +46,7 @@ PROMOTE += "Store(Path(sys.argv[1])).promote(sys.argv[2], int(sys.argv[3]))"
 
 @dataclass(frozen=True)
 class Answer:
-    """One request: when it was sent and answered, by the same clock, and what came."""
+    """One request with its answer; the times of sending and receiving come from the same clock."""
 
     picture: str
     sent: float
@@ -57,9 +57,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reign:
-    """When a version may have been live: from the call that promotes it to the end of the call that promotes another.
+    """The interval in which a version may have been live.
 
-    Where another process promotes, the call ends when the service says which version is live.
+    It lasts from the call that promotes the version to the end of the call that promotes another one. If another
+    process promotes, the call ends when the service reports the new live version.
     """
 
     version: int
@@ -70,10 +71,14 @@ class Reign:
 async def serve_and_promote(
     url: str, store: Store, promotions: int, lag_s: float
 ) -> tuple[list[Answer], list[Reign], list[float]]:
-    """All answers, when which version was live, and the seconds every promotion took.
+    """Post images on all connections and promote versions meanwhile.
 
     Args:
-        lag_s: how much longer some worker may serve a version, and the pause before each further promotion.
+        lag_s: Seconds that a worker may serve the previous version after a promotion. It is also the pause before the
+            next promotion.
+
+    Returns:
+        All answers, the intervals in which each version was live, and the seconds that every promotion took.
     """
     answers: list[Answer] = []
     over = asyncio.Event()
@@ -113,7 +118,7 @@ async def serve_and_promote(
 
 
 def expected(store: Store) -> dict[tuple[int, str], dict[int, float]]:
-    """Probabilities by class id, of every version and picture, from an engine like the service's."""
+    """Return the probabilities by class id for every version and picture, from an engine like that of the service."""
     settings, files, found = Settings(), samples(), {}
     for version in store.versions(NAME):
         card = store.card(NAME, version)
@@ -126,7 +131,7 @@ def expected(store: Store) -> dict[tuple[int, str], dict[int, float]]:
 
 
 def difference(one: dict[int, float], other: dict[int, float]) -> float:
-    """The largest between two sets of probabilities; infinite if their classes differ."""
+    """Return the largest difference between two sets of probabilities, or infinity if their classes differ."""
     return max(abs(one[key] - other[key]) for key in one) if one.keys() == other.keys() else float("inf")
 
 

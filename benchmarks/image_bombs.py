@@ -1,7 +1,8 @@
-"""No image that a client may send costs much more time or memory to decode than its bytes and pixels explain.
+"""Test that no image costs much more time or memory to decode than its bytes and pixels explain.
 
-Files are made as costly as their formats allow, under the service's own limits: endless scans of a JPEG, a million
-chunks, numbers where one is expected. Each is decoded in a process of its own, by the service and by Pillow alone.
+The program makes files as costly as their formats allow, under the service's own limits: endless scans of a JPEG, a
+million chunks, many numbers in a tag that should hold one. It decodes each file in a separate process, once with the
+service's decoder and once with Pillow alone.
 
     python benchmarks/image_bombs.py
 """
@@ -29,19 +30,19 @@ from app.decode_cost import MIB
 from app.images import MAX_COST
 from app.settings import Settings
 
-MAX_S = MAX_COST.cpu_ms / 1000  # of CPU time
+MAX_S = MAX_COST.cpu_ms / 1000  # seconds of CPU time
 MAX_MIB = MAX_COST.memory_bytes / MIB
 
 SETTINGS = Settings()
 SIZE = SETTINGS.max_image_bytes
 LONG_TEXT = zlib.compress(bytes(1_000_000), 9)
-ORIENTATION, X_RESOLUTION = 0x0112, 0x011A  # tags of TIFF and EXIF
-SHORT, LONG, RATIONAL = 3, 4, 5  # their types
+ORIENTATION, X_RESOLUTION = 0x0112, 0x011A  # TIFF and EXIF tags
+SHORT, LONG, RATIONAL = 3, 4, 5  # TIFF and EXIF types
 
 
 def bombs() -> dict[str, bytes]:
-    """Files by what is costly about them."""
-    first, last = b"\xff\xdb", b"\xff\xda"  # the markers of a JPEG's tables and scans
+    """Return files by the feature that makes them costly."""
+    first, last = b"\xff\xdb", b"\xff\xda"  # JPEG markers of tables and scans
     means, all_values = (last + bytes((0, 8, 1, 1, 0, 0, end, 0)) for end in (0, 63))
     numbers = _tiff(ORIENTATION, RATIONAL, SIZE - 10_000)
     return {
@@ -98,7 +99,7 @@ def main() -> int:
 
 
 def _measured(decoding: Callable[[bytes], str], data: bytes) -> tuple[str, float, float]:
-    """What becomes of a file in a process of its own, how many seconds of CPU it takes, and how many MiB."""
+    """Decode a file in a separate process. Returns the result, seconds of CPU time and MiB of memory."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(theirs, decoding, data))
@@ -151,14 +152,14 @@ def _one_color(mode: str, kind: str) -> bytes:
 
 
 def _filled(kind: str, part: bytes, size: int, before: bytes, side: int = 32, **options: object) -> bytes:
-    """An image with as many copies of a part as the size allows, before the first occurrence of something."""
+    """Insert as many copies of `part` as the size allows before the first occurrence of `before`."""
     data = _encoded(kind, side, **options)
     place = data.index(before)
     return data[:place] + part * ((size - len(data)) // len(part)) + data[place:]
 
 
 def _segments(kind: bytes, data: bytes) -> bytes:
-    """Of a JPEG, as one holds no more than 64 KiB."""
+    """Split data into JPEG segments, because one segment holds at most 64 KiB."""
     parts = (kind + data[start : start + 65_000] for start in range(0, len(data), 65_000))
     return b"".join(b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part for part in parts)
 
@@ -171,14 +172,14 @@ def _bmp(width: int, height: int, encoded: bytes) -> bytes:
 
 
 def _tiff(tag: int, kind: int, size: int) -> bytes:
-    """A grey image of 32x32, one of whose tags holds as many numbers as the size allows. EXIF data are the same."""
+    """Return a gray image of 32x32 with as many numbers in one tag as the size allows. EXIF data have the same form."""
     numbers = struct.pack("<II", 1, 3) * (size // 8)
     count = len(numbers) // (8 if kind == RATIONAL else 2)
     return _tiff_file({tag: (kind, count, numbers), 273: (LONG, 1, bytes(1024))}, 32, 32, 32)
 
 
 def _tiff_strips(rows: int) -> bytes:
-    """A grey image one pixel wide, each of whose rows is a strip of its own."""
+    """Return a gray image one pixel wide with a separate strip for each row."""
     places = struct.pack("<I", 8) * rows
     return _tiff_file({273: (LONG, rows, places)}, 1, rows, 1)
 

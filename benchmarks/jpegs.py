@@ -1,4 +1,4 @@
-"""JPEG files assembled from segments, so that tests and benchmarks decide on the frame, the scans and their data."""
+"""Assemble JPEG files from segments, so that tests and benchmarks control the frame, the scans and their data."""
 
 import io
 import struct
@@ -9,12 +9,12 @@ from PIL import Image
 BASELINE, PROGRESSIVE, ARITHMETIC = 0xC0, 0xC2, 0xC9
 END = b"\xff\xd9"
 
-# An AC table with one code of one bit: a run of 2^14 or more blocks without further coefficients.
+# An AC table with a single one-bit code: a run of 2^14 or more blocks without further coefficients.
 LONG_RUNS = b"\xff\xc4" + struct.pack(">HB", 20, 0x10) + bytes([1] + [0] * 15) + b"\xe0"
 
 
 def head(width: int, height: int, frame: int = BASELINE, components: int = 3) -> bytes:
-    """Everything before the first scan: standard tables and a frame header whose components are not subsampled."""
+    """Return all bytes before the first scan: standard tables and a frame header without chroma subsampling."""
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, "JPEG")
     donor, place, tables = buffer.getvalue(), 2, b""
@@ -29,18 +29,18 @@ def head(width: int, height: int, frame: int = BASELINE, components: int = 3) ->
 
 
 def scan(components: Sequence[int], start: int = 0, end: int = 63, high: int = 0, low: int = 0) -> bytes:
-    """The header of a scan; coefficients without data count as zero."""
+    """Return the header of a scan. Decoders take coefficients without data as zero."""
     selectors = b"".join(bytes([number, 0x11 if number > 1 else 0x00]) for number in components)
     length = struct.pack(">HB", 6 + len(selectors), len(components))
     return b"\xff\xda" + length + selectors + bytes([start, end, high << 4 | low])
 
 
 def with_scans(count: int, side: int) -> bytes:
-    """A baseline JPEG of few bytes whose components are in scans of their own, again and again."""
+    """Return a small baseline JPEG with `count` scans of one component each."""
     return head(side, side) + b"".join(scan([number % 3 + 1]) for number in range(count)) + END
 
 
 def with_refinements(count: int, side: int) -> bytes:
-    """A progressive JPEG whose scans read every block to refine coefficients that are all zero."""
+    """Return a progressive JPEG with `count` scans that read every block to refine coefficients that are all zero."""
     first = head(side, side, PROGRESSIVE) + scan([1, 2, 3], 0, 0) + LONG_RUNS + scan([1], 1, 63, 0, 1)
     return first + (scan([1], 1, 63, 1, 0) + bytes(60)) * count + END

@@ -1,6 +1,6 @@
-"""Valid images of every format and variant that the service takes, and damaged files made from them.
+"""Make valid images of every format and variant that the service accepts, and damaged files from them.
 
-In: a seed and a number.  Out: always the same bytes for the same two, so that a failing input can be named by them.
+A seed and a number determine the bytes of a damaged file, so these two identify a failing input.
 """
 
 import io
@@ -16,8 +16,8 @@ from PIL import Image
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112  # EXIF
 _EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
-_HEADER = 96  # bytes in which most formats keep sizes and offsets
-# Where chunks of PNG and WebP, segments of JPEG and blocks of GIF begin. Pieces of other data match as well.
+_HEADER = 96  # leading bytes that hold the sizes and offsets in most formats
+# Matches the start of PNG and WebP chunks, JPEG segments and GIF blocks. It also matches some other data.
 _PARTS = re.compile(
     rb"(?s)(?=....(?:IHDR|PLTE|IDAT|IEND|[tzi][TE]Xt|iCCP|tRNS|eXIf|acTL|fcTL|fdAT))"
     rb"|(?=VP8[ LX]|ANIM|ANMF|ALPH|EXIF|ICCP)|(?=\xff[\xc0-\xfe])|(?=[\x21\x2c][\xf9\xfe\xff\x00])"
@@ -28,7 +28,7 @@ Mutation = Callable[[bytes, bytes, Random], bytes]
 
 
 def samples() -> dict[str, bytes]:
-    """Valid files by what they are."""
+    """Return valid files by format and variant."""
     small, exact, large = _picture(48, 40), _picture(32, 32), _picture(320, 200)
     turned = Image.Exif()
     turned[_ORIENTATION] = 6
@@ -88,18 +88,18 @@ def samples() -> dict[str, bytes]:
 
 
 def damaged(files: dict[str, bytes], seed: int, number: int) -> tuple[str, bytes]:
-    """Input `number` of a seed: what it is made from, and its bytes."""
+    """Return the description and the bytes of input `number` of a seed."""
     random = np.random.default_rng((seed, number))
     names = sorted(files)
     name, other = names[random.integers(len(names))], names[random.integers(len(names))]
     data = damaged_bytes(files[name], files[other], random)
-    if random.random() < 0.5:  # otherwise decoders would refuse most inputs at the first checksum
+    if random.random() < 0.5:  # decoders refuse most other inputs at the first checksum
         data = _checksums_corrected(data)
     return f"{name} with {other}", data
 
 
 def damaged_bytes(data: bytes, other: bytes, random: Random) -> bytes:
-    """The same after one or a few mutations; `other` is what pieces are borrowed from."""
+    """Return the data after one or a few mutations, which may borrow pieces from `other`."""
     for _ in range(random.geometric(0.5)):
         data = _MUTATIONS[random.integers(len(_MUTATIONS))](data, other, random)
     return data
@@ -120,7 +120,7 @@ def set_bytes(data: bytes, _: bytes, random: Random) -> bytes:
 
 
 def set_field(data: bytes, _: bytes, random: Random) -> bytes:
-    """A number of the header, or one anywhere, becomes an extreme."""
+    """Set a number in the header, or anywhere in the file, to an extreme value."""
     size = int(random.choice((1, 2, 4)))
     order = _byte_order(random)
     within = len(data) if random.random() < 0.3 else min(len(data), _HEADER)
@@ -130,7 +130,7 @@ def set_field(data: bytes, _: bytes, random: Random) -> bytes:
 
 
 def add_to_field(data: bytes, _: bytes, random: Random) -> bytes:
-    """A 16-bit number of the header becomes a little larger, smaller, or a multiple."""
+    """Change a 16-bit number in the header by a small amount, or multiply it."""
     start = int(random.integers(min(len(data), _HEADER) + 1))
     order = _byte_order(random)
     value = int.from_bytes(data[start : start + 2], order)
@@ -163,7 +163,7 @@ def insert_noise(data: bytes, _: bytes, random: Random) -> bytes:
 
 
 def splice(data: bytes, other: bytes, random: Random) -> bytes:
-    """The beginning of one file and the end of another."""
+    """Join the beginning of one file and the end of another."""
     return data[: random.integers(len(data) + 1)] + other[random.integers(len(other) + 1) :]
 
 
@@ -186,7 +186,7 @@ def swap_parts(data: bytes, _: bytes, random: Random) -> bytes:
 
 
 def borrow_part(data: bytes, other: bytes, random: Random) -> bytes:
-    """A piece of another file in between."""
+    """Insert a piece of another file."""
     parts, others = _PARTS.split(data), _PARTS.split(other)
     parts.insert(int(random.integers(len(parts) + 1)), others[random.integers(len(others))])
     return b"".join(parts)
@@ -216,7 +216,7 @@ def _byte_order(random: Random) -> Literal["big", "little"]:
 
 
 def _positions(data: bytes, random: Random) -> list[int]:
-    """Up to eight places, often in the header."""
+    """Return up to eight positions, often in the header."""
     if not data:
         return []
     within = min(len(data), _HEADER) if random.random() < 0.5 else len(data)
@@ -224,14 +224,14 @@ def _positions(data: bytes, random: Random) -> list[int]:
 
 
 def _range(data: bytes, random: Random) -> tuple[int, int]:
-    """Up to 64 bytes, or anything."""
+    """Return a range of up to 64 bytes, or sometimes of any length."""
     start = int(random.integers(len(data) + 1))
     longest = 64 if random.random() < 0.8 else len(data)
     return start, min(len(data), start + int(random.integers(longest + 1)))
 
 
 def _checksums_corrected(data: bytes) -> bytes:
-    """PNG chunks with the CRC of what is in them, a RIFF header with the size of the file."""
+    """Correct the CRC of every PNG chunk, or the file size in a RIFF header."""
     if data.startswith(b"RIFF"):
         return data[:4] + struct.pack("<I", max(0, len(data) - 8)) + data[8:]
     if not data.startswith(_PNG):
@@ -252,7 +252,10 @@ def _picture(width: int, height: int) -> Image.Image:
 
 
 def _frames() -> dict[str, Any]:
-    """Options that make an animation; made anew, as saving an image as JPEG leaves options in it."""
+    """Return options that make an animation.
+
+    The dict is new each time, because saving an image as JPEG leaves options in it.
+    """
     return {"save_all": True, "append_images": [_picture(48, 40).rotate(angle) for angle in (90, 180)]}
 
 
@@ -263,12 +266,12 @@ def _encoded(image: Image.Image, kind: str, options: dict[str, Any]) -> bytes:
 
 
 def chunk(kind: bytes, content: bytes = b"") -> bytes:
-    """Of a PNG."""
+    """Return a PNG chunk."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def _interlaced(image: Image.Image) -> bytes:
-    """An RGB PNG in the seven passes of Adam7, which Pillow reads but does not write."""
+    """Return an RGB PNG in the seven passes of Adam7, which Pillow reads but does not write."""
     pixels = np.asarray(image)
     passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
     rows = (row for left, top, right, down in passes for row in pixels[top::down, left::right])

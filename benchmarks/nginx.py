@@ -1,4 +1,4 @@
-"""A real nginx in front of the service, on a free port of the loopback interface."""
+"""Run a real nginx in front of the service, on a free port of the loopback interface."""
 
 import re
 import shutil
@@ -47,12 +47,15 @@ def is_installed() -> bool:
 
 @contextmanager
 def proxy(folder: Path, upstream: str, more: str = "") -> Iterator[str]:
-    """The URL of an nginx that passes requests on, with the usual lines for WebSockets and X-Forwarded-For.
+    """Run an nginx that forwards requests, with the usual directives for WebSockets and X-Forwarded-For.
 
     Args:
-        folder: for its files.
+        folder: Folder for the files of nginx.
         upstream: URL of the service.
-        more: further directives.
+        more: Further directives for the location.
+
+    Yields:
+        The URL of the nginx.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -75,6 +78,6 @@ def _answers(port: int) -> bool:
 
 
 def address(url: str) -> tuple[str, int]:
-    """Host and port of a URL."""
+    """Return the host and port of a URL."""
     host, port = re.findall(r"//([^:/]+):(\d+)", url)[0]
     return host, int(port)

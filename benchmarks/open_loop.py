@@ -1,7 +1,8 @@
-"""An open-loop load generator: requests leave on schedule, whether or not the earlier ones have been answered.
+"""An open-loop load generator: it sends requests on schedule, whether or not earlier requests have answers.
 
-That is how a crowd of independent clients behaves when a service is too slow for them. Every latency counts from the
-time at which the request was due, so the generator's own lateness is never hidden. The result is printed as JSON.
+Independent clients behave the same way when a service is too slow for them. The generator measures every latency from
+the time at which the request was due, so the latency includes any delay of the generator itself. It prints the result
+as JSON.
 
     python benchmarks/open_loop.py HOST PORT REQUEST_FILE... --rate 1000 --seconds 10
 """
@@ -19,24 +20,24 @@ from typing import cast
 
 import uvloop
 
-CONNECTIONS = 800  # at most; our service takes 900
-PATIENCE_S = 30.0  # for the last answers
+CONNECTIONS = 800  # our service accepts at most 900
+PATIENCE_S = 30.0  # wait for the last answers
 
 
 @dataclass
 class Tally:
-    """What became of the requests.
+    """The outcomes of the requests.
 
     Attributes:
-        due: how many the schedule held.
-        unsent: found no free connection; the service is not to blame for them, the generator is.
-        on_time: answers 200 that came before the schedule's end.
-        accepted_ms: latencies of all answers 200.
-        refused_ms: latencies of the answers 503.
-        advised: refusals with Retry-After.
-        failed: other answers, and connections that broke or never answered.
-        seconds: of the schedule.
-        end: of the schedule, by this process's clock.
+        due: Number of requests on the schedule.
+        unsent: Requests without a free connection; the generator is the cause, not the service.
+        on_time: Answers with status 200 before the end of the schedule.
+        accepted_ms: Latencies of all answers with status 200, in milliseconds.
+        refused_ms: Latencies of the answers with status 503, in milliseconds.
+        advised: Answers with status 503 and Retry-After.
+        failed: Other answers, broken connections, and requests without an answer.
+        seconds: Length of the schedule in seconds.
+        end: End of the schedule by this process's clock.
     """
 
     due: int = 0
@@ -51,7 +52,7 @@ class Tally:
 
 
 class Connection(asyncio.Protocol):
-    """A kept connection with at most one request under way."""
+    """A kept connection with at most one request in flight."""
 
     def __init__(self, tally: Tally, idle: list["Connection"]):
         self.tally = tally
@@ -97,10 +98,10 @@ class Connection(asyncio.Protocol):
 
 
 async def drive(host: str, port: int, requests: Sequence[bytes], rate: float, seconds: float) -> Tally:
-    """Send `rate` requests a second for some seconds, then wait for the answers.
+    """Send `rate` requests per second for `seconds` seconds, then wait for the answers.
 
     Args:
-        requests: whole HTTP requests, sent in turn.
+        requests: Complete HTTP requests, sent in turn.
     """
     tally, idle = Tally(seconds=seconds), list[Connection]()
     loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""What the kernel tells about processes: memory, open files, who is alive. Linux only, but for `working_in`."""
+"""Read memory, open files and child processes from the kernel. Linux only, except `working_in`."""
 
 from pathlib import Path
 
@@ -6,30 +6,34 @@ PROC = Path("/proc")
 
 
 def memory_mib(process: int, field: str = "VmRSS") -> float:
-    """Memory of a process in MiB: VmRSS is resident now, VmHWM was at most, VmSize is address space."""
+    """Return the memory of a process in MiB.
+
+    Args:
+        field: "VmRSS" for resident memory now, "VmHWM" for its peak, "VmSize" for the address space.
+    """
     status = Path(f"/proc/{process}/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:")) / 1024
 
 
 def children(process: int) -> set[int]:
-    """Its child processes."""
-    lists = Path(f"/proc/{process}/task").glob("*/children")  # of every thread
+    """Return the child processes of a process."""
+    lists = Path(f"/proc/{process}/task").glob("*/children")  # one file per thread
     return {int(child) for each in lists for child in each.read_text().split()}
 
 
 def open_files(process: int) -> int:
-    """How many file descriptors a process has open."""
+    """Return the number of open file descriptors of a process."""
     return len(list(Path(f"/proc/{process}/fd").iterdir()))
 
 
 def working_in(folder: Path, kind: str = "") -> list[int]:
-    """Processes whose command line names the folder or something in it, and has `kind` in it; none but on Linux."""
+    """Return the processes whose command line contains `kind` and the folder or a path in it; empty except on Linux."""
     found = []
     for entry in PROC.iterdir() if PROC.exists() else ():
         if entry.name.isdecimal():
             try:
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:  # it has just ended
+            except OSError:  # the process has just ended
                 continue
             if str(folder) in command and kind in command:
                 found.append(int(entry.name))

@@ -1,8 +1,9 @@
-"""What quantisation to int8 costs a published version, and which convolutions it costs most.
+"""Measure the cost of int8 quantization for a published version, and the convolutions that cost most.
 
-Compares, on the images that its recipe holds out of training, the floating-point form with int8 throughout and with
-int8 but for one convolution, for each in turn. KL is the mean divergence of the quantised form's probabilities from
-those of the floating-point form: it tells forms apart whose top-1 differs by less than the noise of these images.
+The program uses the images that the version's recipe holds out of training. It compares the floating-point form with
+int8 in all layers, and with int8 in all layers except one convolution, for each given convolution in turn. KL is the
+mean divergence of the quantized form's probabilities from those of the floating-point form. It separates forms whose
+difference in top-1 is smaller than the noise of these images.
 
     python benchmarks/quantisation.py NAME/VERSION [POSITION ...]
 """

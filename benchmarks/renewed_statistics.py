@@ -1,8 +1,8 @@
-"""What it brings to renew batch normalisation's statistics before a model is exported.
+"""Measure the gain from renewing the batch normalization statistics before a model is exported.
 
-Only images that a version's recipe has held out are looked at. `running` are the statistics of the version as it is (if
-it was exported before they were renewed), `renewed` those that `training.export` gathers now. The table is printed and
-written to benchmarks/results/renewed_statistics.md.
+The program uses only the images that a version's recipe holds out. `running` are the version's own statistics (if it
+was exported before they were renewed). `renewed` are the statistics that `training.export` gathers now. It prints the
+table and writes it to benchmarks/results/renewed_statistics.md.
 
     python benchmarks/renewed_statistics.py resnet/3 resnet18/1 resnet18/2 resnet18/4 [--models models]
 """
@@ -23,7 +23,7 @@ from training.store import MODEL, Store
 
 
 def compare(version: str, store: Store, dataset: data.Dataset) -> str:
-    """One row of the table."""
+    """Return the table row of one version."""
     card = store.card(*store.parse(version))
     recipe = from_dict(card.recipe)
     training, _, validation = splits(recipe, dataset)

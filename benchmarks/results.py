@@ -1,4 +1,4 @@
-"""What a program has measured: printed as a table, kept in benchmarks/results/, told by a proof's exit status."""
+"""Print a program's measurements as a table, keep them in benchmarks/results/, and compute the exit status."""
 
 import platform
 from collections.abc import Iterable
@@ -16,13 +16,13 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Check:
-    """One line of a table.
+    """One row of a table.
 
     Attributes:
-        what: was measured.
-        measured: the value, with its unit.
-        target: what it should be; empty for a mere observation.
-        met: whether it is; None where there is no target or it could not be tried.
+        what: Name of the measurement.
+        measured: Value with its unit.
+        target: Required value; empty for an observation.
+        met: True if the value meets the target; None without a target or if it could not be measured.
     """
 
     what: str
@@ -32,7 +32,7 @@ class Check:
 
 
 def keep(name: str, lines: Iterable[str], whole: bool = True) -> None:
-    """Print lines of markdown, and write them to `results/NAME.md` unless a part is left out."""
+    """Print lines of markdown, and write them to `results/NAME.md` if `whole` is true."""
     text = "\n".join(lines)
     print(text, flush=True)
     if whole:
@@ -41,16 +41,16 @@ def keep(name: str, lines: Iterable[str], whole: bool = True) -> None:
 
 
 def conclude(name: str, ran: str, checks: list[Check], workers: int = 1, whole: bool = True) -> int:
-    """Keep a table as `results/NAME.md`, or for several workers as `results/NAME_workers.md`.
+    """Print and keep a table as `results/NAME.md`, or as `results/NAME_workers.md` with several workers.
 
     Args:
-        name: of the program.
-        ran: what was run, in a sentence.
-        workers: processes of the service.
-        whole: whether it is kept.
+        name: Name of the program.
+        ran: Sentence that describes the run.
+        workers: Number of processes of the service.
+        whole: True to write the file, False to print only.
 
     Returns:
-        The exit status: 1 if a target was missed.
+        The exit status: 1 if a target was missed, else 0.
     """
     missed = [check for check in checks if check.met is False]
     if workers > 1:
@@ -60,7 +60,7 @@ def conclude(name: str, ran: str, checks: list[Check], workers: int = 1, whole: 
 
 
 def table(checks: Iterable[Check]) -> list[str]:
-    """Lines of markdown."""
+    """Return the checks as lines of a markdown table."""
     answers = {True: "yes", False: "**no**", None: ""}
     return [
         "| what | measured | target | met |",
@@ -70,14 +70,14 @@ def table(checks: Iterable[Check]) -> list[str]:
 
 
 def occasion() -> str:
-    """When, of which commit and on what machine something is measured."""
+    """Return the date, the commit and the machine of a measurement."""
     sha, dash, dirty = (commit() or "").partition("-")
     of = f", commit {sha[:7]}{dash}{dirty}" if sha else ""
     return f"{datetime.now(UTC):%Y-%m-%d}{of}, {machine()}"
 
 
 def machine() -> str:
-    """Its processor, how many of it this process may use, and its GPU."""
+    """Return the processor's name, the number of cores that this process may use, and the GPU's name."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

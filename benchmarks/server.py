@@ -1,6 +1,6 @@
-"""The service as a real process: started, found on its free port, killed or stopped, and never left behind.
+"""Run the service as a real process on a free port, find its address, and kill or stop it.
 
-In: a model store and a runs folder.  Out: a `Server` with its address, log and process.
+Input: a model store and a runs folder. Output: a `Server` with its address, log and process.
 """
 
 import os
@@ -26,14 +26,16 @@ Value = TypeVar("Value")
 
 
 class Server:
-    """A server process, started at once. As a context it is ready within and killed afterwards.
+    """A server process, which starts at once.
+
+    Used as a context manager, it waits until the server is ready, and kills it at exit.
 
     Args:
-        models: the model store.
-        runs: where training jobs live.
-        log: gets what the process writes, after what is there already.
-        settings: CIFAR100_... variables by their names in `app.settings`; others are those of small machines.
-        wrapper: a command that starts the server's command, such as one that shifts its clock.
+        models: Model store.
+        runs: Folder of the training jobs.
+        log: File to which the output of the process is appended.
+        wrapper: Command that starts the server's command, such as one that shifts its clock.
+        settings: CIFAR100_... variables by their names in `app.settings`. The defaults suit small machines.
     """
 
     def __init__(self, models: Path, runs: Path, log: Path, wrapper: tuple[str, ...] = (), /, **settings: str):
@@ -64,43 +66,43 @@ class Server:
 
     @property
     def address(self) -> str | None:
-        """Its URL, once it takes requests in all its processes."""
+        """URL of the server, once all its processes accept requests; None before."""
         with self.log.open("rb") as log:
             log.seek(self._heard)
             found: list[bytes] = re.findall(rb"running on (http://[\w.:\[\]]+)", log.read())
         return found[0].decode() if len(found) >= self._workers else None
 
     def memory_mib(self, field: str = "VmRSS") -> float:
-        """Of all processes that answer; fields are those of `processes.memory_mib`."""
+        """Return the total memory of all answering processes in MiB, by a field of `processes.memory_mib`."""
         return sum(processes.memory_mib(process, field) for process in self._answering())
 
     def open_files(self) -> int:
-        """Of all processes that answer."""
+        """Return the total number of open file descriptors of all answering processes."""
         return sum(map(processes.open_files, self._answering()))
 
     def _answering(self) -> set[int]:
         return processes.children(self.process.pid) if self._workers > 1 else {self.process.pid}
 
     def client(self, timeout_s: float = 60.0) -> httpx.Client:
-        """Talks to a server that takes requests."""
+        """Return an HTTP client of a server that accepts requests."""
         return httpx.Client(base_url=self.address or "", timeout=timeout_s)
 
     def kill(self) -> None:
-        """As kill -9 does."""
+        """Kill the process with SIGKILL."""
         self.process.kill()
         self.process.wait()
 
     def stop(self) -> int:
-        """As a supervisor does; the exit status."""
+        """Stop the process with SIGTERM, as a supervisor does, and return the exit status."""
         self.process.terminate()
         return self.process.wait(STOP_S)
 
 
 def wait_for(condition: Callable[[], Value | None], timeout_s: float, log: Path | None = None) -> Value:
-    """The first true value of a condition.
+    """Return the first true value of a condition.
 
     Raises:
-        TimeoutError: there was none in time; with the end of the log.
+        TimeoutError: The condition had no true value in time; the message has the end of the log.
     """
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:

@@ -1,11 +1,12 @@
-"""Our service against its peers: requests a second, latency, CPU, memory and start, at the same accuracy.
+"""Compare our service with its peers: requests per second, latency, CPU, memory and start time, at the same accuracy.
 
-Every server in turn is started, asked for the top-1 of some images, driven by wrk with each scenario, and stopped; no
-two run at once. One whose answers are others than TorchScript's in float32 is not compared. A round takes each server
-once, the tables show medians over the rounds. Peers run the same `model.pt` twice: with TorchScript, as their
-documentation shows, and with OpenVINO in the precision that ours takes without int8, which leaves the serving path as
-the only difference. Finally ours is overloaded, with requests that leave on schedule, and driven while it trains. The
-tables are printed and, with all servers, written to benchmarks/results/serving.md.
+The program starts each server in turn, requests the top-1 of some images, drives the server with wrk in each scenario,
+and stops it. Two servers never run at once. A server whose answers differ from TorchScript's in float32 is left out of
+the comparison. A round visits each server once; the tables show medians over the rounds. Peers run the same `model.pt`
+twice: with TorchScript, as their documentation shows, and with OpenVINO in the precision that our service uses without
+int8. In the second case the serving path is the only difference. Finally the program overloads our service with
+requests that leave on schedule, and measures it during training. It prints the tables and, if all servers took part,
+writes them to benchmarks/results/serving.md.
 
     python benchmarks/serving.py [--servers ours mosec ...] [--rounds 3] [--seconds 3] [--models models]
         [--image-size 224]
@@ -56,24 +57,24 @@ ENGINES = {
     "openvino": "All with the same engine: `model.pt` in OpenVINO, in one precision",
 }
 SHIPPED = "torchscript"
-PICTURES = 50  # different ones, so that no cache helps
-CHECKED = {"resnet": 1000, "resnet18": 200}  # images whose top-1 is compared
-SAME = 0.95  # of them have TorchScript's top-1, or the answers are others
+PICTURES = 50  # distinct, so that no cache helps
+CHECKED = {"resnet": 1000, "resnet18": 200}  # number of images whose top-1 is compared
+SAME = 0.95  # smallest share of images with TorchScript's top-1
 WARMUP_S = 1
 OVERLOAD = 5.0
-OVERLOAD_S = 10.0  # long enough for what waits at the end, and is answered too late, to matter little
+OVERLOAD_S = 10.0  # long enough that requests still waiting at the end matter little
 TRAINING = {"recipe": "resnet", "overrides": {"epochs": 100}, "promote": "never"}
 TRAINING_STARTS_S = 120.0
-BESIDE_S = 6  # of every load beside training, as a job tells every five seconds how far it has come
+BESIDE_S = 6  # length of each load during training; a job reports its progress every five seconds
 FAILURES = (
     *(RuntimeError, OSError, subprocess.SubprocessError, httpx.HTTPError),
-    *(LookupError, TypeError, ValueError),  # an answer that is not understood
+    *(LookupError, TypeError, ValueError),  # an answer that cannot be parsed
 )
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A load: which model gets which pictures over how many connections."""
+    """A load: the model, the kind of picture and the number of connections."""
 
     model: str
     picture: str
@@ -97,15 +98,15 @@ SCENARIOS = (
 
 @dataclass
 class Measured:
-    """A server with one engine, over all rounds."""
+    """The measurements of a server with one engine over all rounds."""
 
     loads: dict[Scenario, list[Load]] = field(default_factory=lambda: defaultdict(list))
     start_s: list[float] = field(default_factory=list)
-    """From the command to the first answer, with the first model."""
+    """Seconds from the command to the first answer, with the first model."""
     memory_mib: list[float] = field(default_factory=list)
-    """Of all processes after the load on it; pages that they share count once."""
+    """Memory of all processes after the load; shared pages count once."""
     engines: dict[str, str] = field(default_factory=dict)
-    """By model, of ours: which one it has chosen."""
+    """Engine that our service chose, by model."""
     agreement: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
     error: str = ""
@@ -115,14 +116,17 @@ class Measured:
 
 
 def png(image: NDArray[np.uint8]) -> bytes:
-    """An RGB image [H, W, 3] as a PNG file."""
+    """Encode an RGB image [H, W, 3] as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
 def photo(seed: int) -> bytes:
-    """A 500x375 JPEG of quality 90 that is as hard to decode as a photo: 1/f noise, as in nature, and some objects."""
+    """Return a 500x375 JPEG of quality 90 that is as hard to decode as a photo.
+
+    It has 1/f noise, as natural images have, and some objects.
+    """
     random = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None, :])
     frequency[0, 0] = np.inf
@@ -143,9 +147,13 @@ def photo(seed: int) -> bytes:
 
 
 def at_size(store: Store, folder: Path, size: int, dataset: data.Dataset) -> tuple[Store, str]:
-    """A store with the live `resnet18` exported once more, for images upsampled to another size; what to say about it.
+    """Export the live `resnet18` again for images upsampled to another size.
 
-    It is as fast as one that was trained at that size, and has an int8 form of which nothing is known but its speed.
+    The exported model is as fast as one trained at that size. It has an int8 form; only its speed is meaningful, its
+    accuracy is unknown.
+
+    Returns:
+        A store with that model, and a note about it for the report.
     """
     card = store.card("resnet18", store.live("resnet18") or 0)
     resized = from_dict(card.recipe).blank.model_copy(update={"image_size": size})
@@ -167,12 +175,12 @@ def at_size(store: Store, folder: Path, size: int, dataset: data.Dataset) -> tup
 
 
 def live(store: Store, model: str) -> Path:
-    """Folder of a model's live version."""
+    """Return the folder of a model's live version."""
     return store.folder(model, store.live(model) or 0).resolve()
 
 
 def reference(store: Store, model: str, images: NDArray[np.uint8]) -> list[str]:
-    """The labels that TorchScript gives images [N, 32, 32, 3] in float32."""
+    """Return the labels that TorchScript gives images [N, 32, 32, 3] in float32."""
     folder = live(store, model)
     module = torchscript.load(folder / MODEL)
     with torch.inference_mode():
@@ -184,14 +192,14 @@ def reference(store: Store, model: str, images: NDArray[np.uint8]) -> list[str]:
 
 @dataclass(frozen=True)
 class Checks:
-    """Images whose top-1 is known, as PNGs."""
+    """Images as PNGs, with TorchScript's top-1 and the true label of each."""
 
     images: list[bytes]
     expected: list[str]
     truth: list[str]
 
     def of(self, running: Running) -> tuple[float, float]:
-        """The server's agreement with TorchScript in float32, and its accuracy."""
+        """Return the server's agreement with TorchScript in float32, and its accuracy."""
         labels = running.labels(self.images)
         return _share(labels, self.expected), _share(labels, self.truth)
 
@@ -201,14 +209,14 @@ def _share(labels: Sequence[str], right: Sequence[str]) -> float:
 
 
 class Benchmark:
-    """All measurements of all servers.
+    """The measurements of all servers.
 
     Args:
-        store: has a live version of the models.
-        dataset: whose test images are sent.
-        seconds: of every load.
-        folder: for logs and requests.
-        models: that are asked.
+        store: Store with a live version of the models.
+        dataset: Data set whose test images are sent.
+        seconds: Length of every load.
+        folder: Folder for logs and requests.
+        models: Names of the models under test.
     """
 
     def __init__(self, store: Store, dataset: data.Dataset, seconds: int, folder: Path, models: Sequence[str]):
@@ -236,7 +244,10 @@ class Benchmark:
         }
 
     def visit(self, server: Server, engine: str) -> None:
-        """Start a server for each model and drive it with every scenario. Its failure is noted, and ends its visits."""
+        """Start a server for each model and drive it in every scenario.
+
+        A failure is recorded and ends the server's visits.
+        """
         measured = self.measured[server, engine]
         first, *_ = self.checks
         for model in self.checks:
@@ -263,9 +274,9 @@ class Benchmark:
                 _progress(f"{server.name} {engine}: {error}")
 
     def overload(self, rounds: int) -> list[Check]:
-        """Ours with five times the requests that it can answer, sent on schedule.
+        """Send our service five times the requests that it can answer, on schedule.
 
-        It has one processor, and who sends the requests has the others: the two do not slow each other down.
+        The service has one processor and the load generator has the others, so that neither slows the other down.
         """
         mine, *others = sorted(os.sched_getaffinity(0))
         with only_on({mine}):
@@ -291,7 +302,7 @@ class Benchmark:
         ]
 
     def _overloaded(self, running: Running) -> tuple[float, Tally]:
-        """The peak, requests a second, and what becomes of several times as many."""
+        """Return the peak in requests per second, and the outcomes of `OVERLOAD` times as many."""
         peak = self._drive(running, PEAK).requests_per_s
         program = [sys.executable, str(Path(__file__).with_name("open_loop.py")), "127.0.0.1", str(running.port)]
         program += [str(path) for path in self._requests(running, PEAK)]
@@ -300,14 +311,14 @@ class Benchmark:
         return peak, Tally(**json.loads(told))
 
     def beside_training(self) -> list[Check]:
-        """Ours with every scenario, without and with a training job on the same processors."""
+        """Drive our service in every scenario, first without and then with a training job on the same processors."""
         with self._running(OURS, SHIPPED, PEAK.model) as running, running.client() as http:
             quiet = [self._drive(running, scenario, BESIDE_S) for scenario in self.scenarios]
             job = f"/train/{http.post('/train', json=TRAINING).raise_for_status().json()['id']}"
             started = wait_for(lambda: _first_steps(http.get(job).json()), TRAINING_STARTS_S)
             busy = [self._drive(running, scenario, BESIDE_S) for scenario in self.scenarios]
             trained = http.delete(job).raise_for_status().json()
-        steps = trained["progress"]["step"] - started  # all of them in the first epoch
+        steps = trained["progress"]["step"] - started  # all steps are in the first epoch
         errors = sum(load.errors for load in quiet + busy)
         checks = []
         for scenario, before, beside in zip(self.scenarios, quiet, busy, strict=True):
@@ -337,7 +348,7 @@ class Benchmark:
 
 
 def request_files(running: Running, model: str, pictures: Sequence[bytes], media_type: str, folder: Path) -> list[Path]:
-    """Files with whole requests to a model, one for each picture."""
+    """Write one file per picture with a complete request to a model."""
     paths = []
     for number, picture in enumerate(pictures):
         path = folder / f"request-{number}"
@@ -347,19 +358,19 @@ def request_files(running: Running, model: str, pictures: Sequence[bytes], media
 
 
 def engine_of(running: Running, model: str) -> str:
-    """Of ours: what computes a model."""
+    """Return the engine that our service uses for a model."""
     with running.client() as http:
         return str(http.get("/health").json()["models"][model]["engine"])
 
 
 def _first_steps(job: dict[str, Any]) -> int:
-    """How many a training job has done so far."""
+    """Return the number of steps that a training job has done, or 0 before its first progress report."""
     progress = job["progress"]
     return progress["step"] if progress and progress["event"] == "tick" else 0
 
 
 def unless_it_fails(measure: Callable[[], list[Check]]) -> list[Check]:
-    """What has been measured, or why it could not be."""
+    """Return the measurements, or one failed check with the reason why there are none."""
     try:
         return measure()
     except FAILURES as error:
@@ -367,10 +378,10 @@ def unless_it_fails(measure: Callable[[], list[Check]]) -> list[Check]:
 
 
 def report(benchmark: Benchmark, rounds: int, checks: dict[str, list[Check]], notes: str) -> list[str]:
-    """Everything as lines of markdown.
+    """Return the whole report as lines of markdown.
 
     Args:
-        checks: further tables, by their title.
+        checks: Further tables by title.
     """
     versions = dict(line.split("==") for line in (PEERS / "requirements.txt").read_text().splitlines() if "==" in line)
     served = " and ".join(f"{model}/{live(benchmark.store, model).name}" for model in benchmark.checks)
@@ -394,7 +405,7 @@ def report(benchmark: Benchmark, rounds: int, checks: dict[str, list[Check]], no
 
 
 def _loads(rows: dict[Server, Measured], scenario: Scenario) -> list[str]:
-    """The table of a scenario, and how far ours is ahead of the best peer."""
+    """Return the table of a scenario, and the lead of our service over the best peer."""
     lines = [
         "| server | req/s | p50 ms | p99 ms | CPU ms per request | errors |",
         "| --- | --: | --: | --: | --: | --: |",
@@ -451,7 +462,7 @@ def _cell(text: str) -> str:
 
 
 def _percentile(rounds: Sequence[Sequence[float]], percent: int) -> float:
-    """Of each round's values, the median over the rounds."""
+    """Return the median over the rounds of each round's percentile."""
     return statistics.median(float(np.percentile(values, percent)) if values else 0.0 for values in rounds)
 
 

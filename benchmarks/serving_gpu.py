@@ -1,8 +1,8 @@
-"""The service over HTTP on a machine with a GPU.
+"""Measure the service over HTTP on a machine with a GPU.
 
-The service is started as one process and as several, and wrk asks each live model for the classes of 32x32 PNGs over
-many connections; medians of the rounds, that of the start included, are printed and written to
-benchmarks/results/serving_gpu.md. What the engines could compute is in the table that benchmarks/engines.py prints.
+The program starts the service as one process and as several. For each live model, wrk posts 32x32 PNGs over many
+connections. The program prints the medians of the rounds, including the start time, and writes them to
+benchmarks/results/serving_gpu.md. The table of benchmarks/engines.py has the limits of the engines alone.
 
     python benchmarks/serving_gpu.py [--workers 1 8] [--rounds 3] [--seconds 2] [--models models] [--data FOLDER]
 
@@ -30,7 +30,7 @@ WRK_THREADS = 4
 
 
 def loads(running: Running, pictures: list[bytes], seconds: int, folder: Path) -> Iterator[tuple[int, Load]]:
-    """What a running server answers over each number of connections."""
+    """Yield each number of connections with the load that a running server answers over them."""
     files = request_files(running, running.model, pictures, MEDIA_TYPES[PNG], folder)
     for connections in CONNECTIONS:
         threads = min(WRK_THREADS, connections)

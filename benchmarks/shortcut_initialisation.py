@@ -1,8 +1,9 @@
-"""What the initialisation of the 1x1 shortcuts does to the shared-weight network.
+"""Measure the effect of the initialization of the 1x1 shortcuts on the shared-weight network.
 
-The author's shortcuts are plain convolutions, so at the start no unit passes its input on. This trains `resnet-seed`
-at half width for a few epochs on 45,000 images, with the shortcuts as PyTorch initialises them (the recipe), all
-convolutions after He et al. 2015, and the shortcuts as the identity, and evaluates on the other 5,000 training images.
+The author's shortcuts are plain convolutions, so no unit passes its input on at the start. The program trains
+`resnet-seed` at half width for a few epochs on 45,000 images and evaluates it on the other 5,000 training images. It
+compares three initializations: PyTorch's default (the recipe), all convolutions after He et al. 2015, and the shortcuts
+as the identity.
 
     python benchmarks/shortcut_initialisation.py [EPOCHS]
 """
@@ -25,11 +26,11 @@ from training.run import Run
 
 
 def default(_: nn.Module) -> None:
-    """As PyTorch does it."""
+    """Keep PyTorch's initialization."""
 
 
 def he(classifier: nn.Module) -> None:
-    """All convolutions: variance 2 / fan-in, no bias."""
+    """Initialize all convolutions with variance 2 / fan-in and no bias (He et al. 2015)."""
     for layer in classifier.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -37,7 +38,7 @@ def he(classifier: nn.Module) -> None:
 
 
 def identity(classifier: nn.Module) -> None:
-    """The shortcuts of all units but the first of a block pass their input on."""
+    """Initialize the shortcuts of all units except the first of a block to the identity."""
     for block in classifier.modules():
         if isinstance(block, SharedBlock):
             nn.init.dirac_(block.shortcut.weight)

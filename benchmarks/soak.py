@@ -1,9 +1,9 @@
-"""The service stays well under mixed load: no unexpected answer, no memory or file descriptor lost.
+"""Test that the service stays healthy under mixed load: no unexpected answer, no leak of memory or file descriptors.
 
-Clients of a real server send pictures of all formats and sizes, broken ones, evaluations and promotions, read every
-route, follow event streams, and keep a training job running all the time, while memory and open files of the server are
-sampled, over all workers if there are several. The slope of its memory is that of a line through the samples after the
-first quarter of the time.
+Clients of a real server send pictures of all formats and sizes, damaged pictures, evaluations and promotions. They read
+every route, follow event streams, and keep a training job running all the time. Meanwhile the program samples the
+memory and the open files of the server, summed over its workers. The slope of the memory is that of a line through the
+samples after the first quarter of the time.
 
     python benchmarks/soak.py [--minutes 30] [--workers 1]
 """
@@ -32,9 +32,9 @@ from tiny_models import NAME, TINY
 from training.store import Store
 
 SAMPLE_S = 3.0
-WARM = 0.25  # of the time
+WARM = 0.25  # warm-up as a share of the time
 MOMENTS = 9
-MOST_SLOPE = 2.0  # MiB a minute, of a worker
+MOST_SLOPE = 2.0  # MiB per minute and worker
 MOST_FILES_MORE = 4
 JOB = {"recipe": NAME, "overrides": TINY | {"epochs": 20}, "promote": "always"}
 SIZES = ((32, 32), (640, 480), (3000, 2000), (33, 900))
@@ -46,10 +46,10 @@ Turn = Callable[[httpx.Client], None]
 
 
 class Load:
-    """What the clients do, and what they were answered that they should not have been.
+    """The actions of the clients, and the counts of all answers and of the unexpected ones.
 
     Args:
-        store: whose versions are promoted.
+        store: Store whose versions the clients promote.
     """
 
     def __init__(self, store: Store):
@@ -59,7 +59,7 @@ class Load:
         self._store = store
         self._random = np.random.default_rng(0)
         self._files = samples()
-        del self._files["tiff float"]  # which is refused
+        del self._files["tiff float"]  # the service refuses it
         self._pictures = [*self._files.values(), *(_photo(size, kind) for size in SIZES for kind in ("JPEG", "PNG"))]
 
     def turns(self) -> tuple[Turn, ...]:
@@ -91,7 +91,7 @@ class Load:
 
     def promote(self, http: httpx.Client) -> None:
         version = int(self._random.choice(self._store.versions(NAME)))
-        # 404: a job has just removed an old version.
+        # The answer is 404 if a job has just removed an old version.
         self._ask(http, "PUT", f"/models/{NAME}/live", (200, 404), json={"version": version})
         time.sleep(2)
 
@@ -140,7 +140,7 @@ def main(minutes: float, workers: int) -> int:
             rows: list[tuple[float, float, int]] = []
             while time.monotonic() - started < minutes * 60 and server.process.poll() is None:
                 time.sleep(SAMPLE_S)
-                with suppress(OSError, StopIteration):  # a worker has ended since it was listed
+                with suppress(OSError, StopIteration):  # a worker ended after it was listed
                     rows.append(((time.monotonic() - started) / 60, server.memory_mib(), server.open_files()))
             over.set()
             for client in clients:
@@ -177,12 +177,12 @@ def main(minutes: float, workers: int) -> int:
 
 
 def _go_on(turn: Turn, server: Server, load: Load, over: threading.Event) -> None:
-    """Take turns until it is over."""
+    """Repeat a turn until `over` is set."""
     with server.client() as http:
         while not over.is_set():
             try:
                 turn(http)
-            except Exception as error:  # whatever it is, the client goes on
+            except Exception as error:  # the client continues after any error
                 if not over.is_set():
                     load.unexpected[f"{turn.__name__}: {type(error).__name__}: {error}"] += 1
 

@@ -1,10 +1,10 @@
-"""A job database that another process has locked holds up training jobs and nothing else.
+"""Test that a job database locked by another process delays requests about training jobs and no others.
 
-A server on a tiny model gets 60 clients that list the jobs ten times a second, one that starts a job again and again,
-and one client each for the page, the models, the health, a prediction and a form of 2 MB. Another process locks the
-database for 25 s in the midst of it: first as a writer does (BEGIN EXCLUSIVE), then so that readers have to wait too
-(the read marks of SQLite's shared memory). The table has each request's worst time until its answer and its statuses.
-A training job that runs meanwhile goes on.
+A server with a tiny model gets 60 clients that list the jobs ten times a second, one client that submits a job
+repeatedly, and one client each for the page, the models, the health, a prediction and a form of 2 MB. Meanwhile another
+process locks the database for 25 s: first as a writer does (BEGIN EXCLUSIVE), then so that readers have to wait too
+(the read marks of SQLite's shared memory). The table has each request's longest time to its answer and its statuses. A
+training job that runs at the same time must continue.
 
     python benchmarks/stalled_database.py [CHECKOUT]     CHECKOUT: of other code, which is measured first
 """
@@ -38,20 +38,20 @@ READERS = 60
 PAUSE_S = 0.1
 JOB_S = 120.0
 SWIFT_S = 2.0
-"""The longest answer allowed to what has nothing to do with jobs; the machine has other work as well."""
+"""Longest time allowed for an answer that does not need the database; the machine has other work as well."""
 REFUSED_S = 5.0
-"""The longest answer allowed to what needs the database."""
+"""Longest time allowed for an answer that needs the database."""
 JOB = {"recipe": NAME, "overrides": TINY | {"epochs": 500}, "promote": "never"}
 JOB_GOES_ON = "running, 0 crashes, 1 process"
 READ_MARKS = (120, 8)
-"""First byte and length of the locks of SQLite's shared memory (wal.c: WALINDEX_LOCK_OFFSET, SQLITE_SHM_NLOCK)."""
+"""First byte and length of the locks in SQLite's shared memory (wal.c: WALINDEX_LOCK_OFFSET, SQLITE_SHM_NLOCK)."""
 
 Send = Callable[[httpx.Client], httpx.Response]
 
 
 @dataclass
 class Answers:
-    """Answers to one kind of request while the database was locked."""
+    """Answers to one kind of request while the database is locked."""
 
     worst_s: float = 0.0
     statuses: Counter[str] = field(default_factory=Counter)
@@ -87,7 +87,7 @@ def locked_for_readers(database: Path) -> Iterator[None]:
             try:
                 fcntl.lockf(memory, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
                 break
-            except BlockingIOError:  # somebody reads just now
+            except BlockingIOError:  # a reader holds a lock now
                 if time.monotonic() > end:
                     raise
         yield
@@ -112,7 +112,7 @@ def requests() -> dict[str, Send]:
 
 
 def measure(store: Path, folder: Path, lock: str, wrapper: tuple[str, ...]) -> Outcome:
-    """Answers of a server while its database is locked."""
+    """Return the answers of a server while its database is locked, its tracebacks, and the state of its running job."""
     answers = {"GET /train": Answers()} | {name: Answers() for name in requests()}
     recording, over = threading.Event(), threading.Event()
     counting = threading.Lock()

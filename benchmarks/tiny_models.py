@@ -1,4 +1,4 @@
-"""Models that are trained and published for real within seconds, on the synthetic data set."""
+"""Train and publish real models within seconds, on the synthetic data set."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ NAME = "resnet"
 
 
 def store(folder: Path, versions: int = 1) -> Store:
-    """A model store with versions of `resnet` that differ in their seed; the last one is live.
+    """Return a model store with versions of `resnet` that differ in their seed. The last version is live.
 
     Args:
-        folder: an empty one; the runs stay in it as well.
+        folder: Empty folder for the store and the runs.
     """
     torch.set_num_threads(1)
     dataset, made = data.load(DATA), Store(folder / "models")

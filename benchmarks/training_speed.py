@@ -1,9 +1,9 @@
-"""Our training step against the plain loop that everyone writes, on the same network, batch and data.
+"""Compare our training step with a plain PyTorch training loop, on the same network, batch and data.
 
-The plain loop: one Python object per image, PIL transforms, a DataLoader with a worker per core, float32, NCHW. Ours is
-`training.loop.train` itself, as `python -m training train` runs it. Every measurement is a process of its own, the
-variants take turns, and the table shows medians; memory is the most that the process and its workers hold, looked at
-four times a second. With both networks the table is kept in benchmarks/results/. Linux only.
+The plain loop has one Python object per image, PIL transforms, a DataLoader with a worker per core, float32 and NCHW.
+Ours is `training.loop.train` itself, as `python -m training train` runs it. Every measurement is a separate process,
+the variants take turns, and the table shows medians. Memory is the peak of the process and its workers, sampled four
+times a second. With both networks the program writes the table to benchmarks/results/. Linux only.
 
     python benchmarks/training_speed.py [--network resnet|resnet18] [--batches N] [--rounds 3] [--data FOLDER]
 """
@@ -44,7 +44,7 @@ VARIANTS = {"resnet": ("plain", "ours"), "resnet18": ("plain", "ours without cac
 
 
 class Images(TorchDataset[tuple[Tensor, int]]):
-    """What torchvision.datasets.CIFAR100 is: an array, a PIL image for each item, a transform."""
+    """A data set like torchvision.datasets.CIFAR100: an array, a PIL image for each item, and a transform."""
 
     def __init__(self, split: Split, transform: transforms.Compose):
         self.split = split
@@ -58,7 +58,7 @@ class Images(TorchDataset[tuple[Tensor, int]]):
 
 
 def plain(chosen: Recipe, dataset: Dataset, device: torch.device) -> float:
-    """Images per second of the second epoch of the plain loop."""
+    """Return the images per second of the second epoch of the plain loop."""
     small = chosen.network == "resnet"
     augmentation: list[Any] = (
         [transforms.RandomCrop(32, padding=4)] if small else [transforms.Resize(chosen.image_size)]
@@ -87,12 +87,12 @@ def plain(chosen: Recipe, dataset: Dataset, device: torch.device) -> float:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        loss.item()  # waits for a GPU
+        loss.item()  # synchronizes with a GPU
     return len(dataset.train) / (time.perf_counter() - started)
 
 
 def ours(chosen: Recipe, dataset: Dataset, device: torch.device) -> float:
-    """Images per second of the second epoch of `training.loop.train`."""
+    """Return the images per second of the second epoch of `training.loop.train`."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CIFAR100_FEATURES"] = folder
         run = Run(Path(folder, "run"))
@@ -102,7 +102,7 @@ def ours(chosen: Recipe, dataset: Dataset, device: torch.device) -> float:
 
 
 def measure(network: str, variant: str, batches: int, source: str | None) -> float:
-    """Images per second, measured in this process."""
+    """Return the images per second of one variant, measured in this process."""
     short: dict[str, Any] = {"epochs": 2, "validation_images": 0}
     if network == "resnet18":
         short |= {"weights": "none", "image_size": 224, "finetune_epochs": 0, "finetune_crop_padding": 0}
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, help=f"of an epoch; default: {BATCHES}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", help="folder of cifar100.npz, or synthetic:N")
-    parser.add_argument("--variant", help=argparse.SUPPRESS)  # one measurement, whose result is printed
+    parser.add_argument("--variant", help=argparse.SUPPRESS)  # prints the result of one measurement
     given = parser.parse_args()
     if given.variant:
         print(measure(given.network[0], given.variant, given.batches, given.data))
@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def _in_its_own_process(network: str, variant: str, batches: int, source: str | None) -> tuple[float, float]:
-    """Images per second, and GiB of memory."""
+    """Return the images per second and the peak memory in GiB."""
     command = [sys.executable, __file__, "--network", network, "--variant", variant, "--batches", str(batches)]
     command += ["--data", source] if source else []
     most = 0.0

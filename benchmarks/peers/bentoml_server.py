@@ -1,8 +1,8 @@
-"""BentoML with its adaptive batching. Its batches are lists, which it takes as multipart forms only.
+"""A BentoML server with its adaptive batching. Its batches are lists, which BentoML accepts only as multipart forms.
 
-Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO; `CLASSIFIER_WORKERS`): two workers of
-one thread 522, 374; one worker of two threads 347, 393. On another processor two were better with OpenVINO, too: 628
-against 444 to 519. A lower latency limit made no difference.
+Requests per second on two cores with 32 connections (TorchScript, OpenVINO) by `CLASSIFIER_WORKERS`: two workers with
+one thread 522, 374; one worker with two threads 347, 393. On another processor, two workers were faster with OpenVINO
+too: 628 against 444 to 519. A lower latency limit made no difference.
 """
 
 import os
@@ -32,4 +32,4 @@ if __name__ == "__main__":
     address = ["--host", "127.0.0.1", "--port", str(PORT)]
     command = [sys.executable, "-m", "bentoml", "serve", f"{Path(__file__).stem}:Service", *address]
     os.chdir(folder)
-    os.execv(sys.executable, command)  # noqa: S606  # this very interpreter
+    os.execv(sys.executable, command)  # noqa: S606  # the same interpreter

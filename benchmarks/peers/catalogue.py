@@ -1,6 +1,7 @@
-"""The servers that are compared: how each is started, asked and understood.
+"""Describe the servers of the comparison: their commands, their requests and their answers.
 
-All do one job: an encoded image in, the five most probable classes with their probabilities out, as JSON.
+All servers do the same job: the input is an encoded image; the output is JSON with the five most probable classes and
+their probabilities.
 """
 
 import json
@@ -25,12 +26,12 @@ Message = tuple[dict[str, str], bytes]
 
 
 def raw(image: bytes, media_type: str) -> Message:
-    """The image is the body."""
+    """Return a request with the image as its body."""
     return {"Content-Type": media_type}, image
 
 
 def form(image: bytes, media_type: str) -> Message:
-    """The image is a file of a form."""
+    """Return a request with the image as a file in a form."""
     disposition = 'Content-Disposition: form-data; name="images"; filename="image"'
     head = f"--{BOUNDARY}\r\n{disposition}\r\nContent-Type: {media_type}\r\n\r\n"
     body = head.encode() + image + f"\r\n--{BOUNDARY}--\r\n".encode()
@@ -38,7 +39,7 @@ def form(image: bytes, media_type: str) -> Message:
 
 
 def open_inference(image: bytes, _: str) -> Message:
-    """The image is a string in the binary form of the Open Inference Protocol."""
+    """Return a request with the image as a string in the binary form of the Open Inference Protocol."""
     value = struct.pack("<I", len(image)) + image
     tensor = {"name": "image", "shape": [1, 1], "datatype": "BYTES"}
     head = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": len(value)}}]}).encode()
@@ -51,14 +52,14 @@ class Server:
     """One of the servers.
 
     Attributes:
-        name: chooses it on the command line.
-        package: whose version its requirements pin; empty for ours.
-        title: its name in tables.
-        path: of its URL; {model} is replaced.
-        message: makes a request of an image and its media type.
-        best: the label of the most probable class in an answer.
-        workers: of ours: how many processes serve, 0 is one for each processor; None for a peer.
-        device: of ours: where it computes.
+        name: Name on the command line.
+        package: Package whose version requirements.txt pins; empty for our service.
+        title: Name in the tables.
+        path: Path of the URL; {model} is replaced.
+        best: Function from an answer to the label of its most probable class.
+        message: Function from an image and its media type to a request.
+        workers: Number of processes of our service, 0 for one per processor; None for a peer.
+        device: Device on which our service computes.
     """
 
     name: str
@@ -71,18 +72,18 @@ class Server:
     device: str = "cpu"
 
     def command(self, port: int, folder: Path, engine: str, runs: Path) -> tuple[list[str], dict[str, str]]:
-        """Command line and environment of the server.
+        """Return the command line and the environment of the server.
 
         Args:
-            folder: the version of a model in a store, which a peer serves; ours serves the whole store.
-            engine: that a peer uses: torchscript, or OpenVINO in a precision, such as openvino-bf16. Ours uses what
-                suits the processor, or with OpenVINO this but no int8.
-            runs: where ours may keep jobs.
+            folder: Version of a model in a store. A peer serves this version; our service serves the whole store.
+            engine: Engine of a peer: torchscript, or OpenVINO in a precision, such as openvino-bf16. Our service
+                chooses the engine that suits the processor; with OpenVINO it uses OpenVINO without int8.
+            runs: Folder for the jobs of our service.
         """
         if self.workers is not None:
             settings = {"CIFAR100_MODELS": str(folder.parent.parent), "CIFAR100_RUNS": str(runs)}
             settings |= {"CIFAR100_WORKERS": str(self.workers), "CIFAR100_DEVICE": self.device}
-            settings |= {"CIFAR100_LOG_LEVEL": "WARNING"}  # no line for every request, as with the peers
+            settings |= {"CIFAR100_LOG_LEVEL": "WARNING"}  # no log line per request, as with the peers
             settings |= {"CIFAR100_RUNTIME": "openvino"} if engine.startswith("openvino") else {}
             return [sys.executable, "-m", "app", "--port", str(port)], os.environ | settings
         settings = {"CLASSIFIER_MODEL": str(folder), "CLASSIFIER_ENGINE": engine, "CLASSIFIER_PORT": str(port)}
@@ -90,7 +91,7 @@ class Server:
         return [str(PYTHON), str(HERE / f"{self.name}_server.py")], os.environ | settings
 
     def request(self, port: int, model: str, image: bytes, media_type: str) -> bytes:
-        """A whole HTTP request."""
+        """Return a complete HTTP request."""
         headers, body = self.message(image, media_type)
         headers = {"Host": f"127.0.0.1:{port}", **headers, "Content-Length": str(len(body))}
         lines = [

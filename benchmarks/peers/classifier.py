@@ -1,16 +1,16 @@
-"""What the peers share: the model, the engine that runs it, and the way from an image to an answer.
+"""Code that the peers share: the model, the engine that runs it, and the path from an image to an answer.
 
-Each peer adds only its own serving path around `decode`, `Classifier` and the settings below, which
-`benchmarks/serving.py` hands over as environment variables:
+Each peer adds only its own serving path around `decode`, `Classifier` and the settings below. `benchmarks/serving.py`
+passes the settings as environment variables:
 
     CLASSIFIER_MODEL    folder of a version in the model store: model.pt and card.json
-    CLASSIFIER_ENGINE   torchscript (what the peers' documentation shows), or OpenVINO (what our service uses) in a
+    CLASSIFIER_ENGINE   torchscript (as in the peers' documentation), or OpenVINO (as in our service) in a
                         precision: openvino-bf16
-    CLASSIFIER_PORT     of the loopback address
-    CLASSIFIER_CORES    processors that it may use
-    CLASSIFIER_WORKERS  processes that compute, each with its share of the processors; by default what is best
+    CLASSIFIER_PORT     port on the loopback address
+    CLASSIFIER_CORES    processors that the server may use
+    CLASSIFIER_WORKERS  processes that compute, each with its share of the processors; the default is the fastest
 
-Of each peer's settings those are taken that answer most requests a second over 32 connections, on two cores.
+Each peer has the settings that answer the most requests per second over 32 connections on two cores.
 """
 
 import io
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Waiting threads of a batch would otherwise spin, and take the processor from those that still compute.
+# By default, waiting threads of a batch spin and take processor time from the threads that still compute.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -33,7 +33,8 @@ MODEL = Path(os.environ["CLASSIFIER_MODEL"])
 ENGINE, _, PRECISION = os.environ.get("CLASSIFIER_ENGINE", "torchscript").partition("-")
 PORT = int(os.environ.get("CLASSIFIER_PORT", "8000"))
 CORES = int(os.environ.get("CLASSIFIER_CORES", os.cpu_count() or 1))
-# Measured: TorchScript gains little from a second thread, so it gets a process per core; OpenVINO does best as one.
+# In measurements TorchScript gains little from a second thread, so it gets one process per core. OpenVINO is fastest
+# as one process.
 WORKERS = int(os.environ.get("CLASSIFIER_WORKERS", CORES if ENGINE == "torchscript" else 1))
 THREADS = max(1, CORES // WORKERS)
 MAX_BATCH = 32
@@ -47,13 +48,13 @@ Answer = dict[str, Any]
 
 
 def decode(data: bytes) -> Images:
-    """The central square of an encoded image: uint8 [3, 32, 32]."""
+    """Return the central square of an encoded image as uint8 [3, 32, 32]."""
     return pixels(Image.open(io.BytesIO(data)))
 
 
 def pixels(image: Image.Image) -> Images:
-    """The central square of an opened image: uint8 [3, 32, 32]."""
-    image.draft("RGB", (2 * SIZE, 2 * SIZE))  # a JPEG is decoded at an eighth, a quarter or half of its size
+    """Return the central square of an opened image as uint8 [3, 32, 32]."""
+    image.draft("RGB", (2 * SIZE, 2 * SIZE))  # decodes a JPEG at an eighth, a quarter or half of its size
     image = image.convert("RGB")
     if image.size != (SIZE, SIZE):
         side = min(image.size)
@@ -63,7 +64,7 @@ def pixels(image: Image.Image) -> Images:
 
 
 class Classifier:
-    """A loaded and warm model. To be called by one thread at a time."""
+    """A loaded and warm model. Only one thread may call it at a time."""
 
     def __init__(self) -> None:
         self.labels: list[str] = json.loads((MODEL / "card.json").read_text())["classes"]
@@ -72,7 +73,7 @@ class Classifier:
             self(list(np.zeros((size, 3, SIZE, SIZE), np.uint8)))
 
     def __call__(self, images: Sequence[Images]) -> list[Answer]:
-        """The five most probable classes of every image [3, 32, 32], best first."""
+        """Return the five most probable classes of every image [3, 32, 32], best first."""
         logits = self._logits(np.stack(images))
         exponentials = np.exp(logits - logits.max(1, keepdims=True))
         probabilities = exponentials / exponentials.sum(1, keepdims=True)
@@ -84,13 +85,13 @@ class Classifier:
 
 
 def _torchscript(path: Path, threads: int) -> Callable[[Images], NDArray[np.float32]]:
-    """In bfloat16 where the processor computes faster in it, and with channels last, as PyTorch's tuning guide advises.
+    """Load a TorchScript model that computes in bfloat16, if that is faster here, and in channels-last memory format.
 
-    With channels last one thread computes 113 instead of 80 images a second of `resnet18`, and as many of `resnet`; two
-    together 758 instead of 665 of `resnet`.
+    PyTorch's tuning guide advises channels last. With it, one thread computes 113 instead of 80 images per second of
+    `resnet18`, and equally many of `resnet`. Two threads together compute 758 instead of 665 of `resnet`.
     """
     torch.set_num_threads(threads)
-    module = torch.jit.freeze(torch.jit.load(str(path)))  # which our service does as well
+    module = torch.jit.freeze(torch.jit.load(str(path)))  # our service does the same
     fast = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
     def logits(images: Images) -> NDArray[np.float32]:
@@ -103,8 +104,8 @@ def _torchscript(path: Path, threads: int) -> Callable[[Images], NDArray[np.floa
 
 
 def _openvino(path: Path, threads: int) -> Callable[[Images], NDArray[np.float32]]:
-    """The same conversion and hints as in `training/openvino_ir.py`."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would report to its maker
+    """Compile a model with the same conversion and hints as `training/openvino_ir.py`."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # disables telemetry
     import openvino
 
     shape = openvino.PartialShape([-1, 3, SIZE, SIZE])

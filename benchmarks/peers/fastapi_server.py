@@ -1,8 +1,8 @@
-"""Plain FastAPI as everyone writes it: one request, one call of the model, no batching.
+"""A plain FastAPI server without batching: each request is one call of the model.
 
-Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO; `CLASSIFIER_WORKERS`): two processes
-of one thread 300, 332; one process of two threads 107, 572. The model in a thread pool instead of the event loop gained
-nothing.
+Requests per second on two cores with 32 connections (TorchScript, OpenVINO) by `CLASSIFIER_WORKERS`: two processes with
+one thread 300, 332; one process with two threads 107, 572. Running the model in a thread pool instead of the event loop
+gained nothing.
 """
 
 import os
@@ -33,4 +33,4 @@ if __name__ == "__main__":
     file = Path(__file__)
     command = [sys.executable, "-m", "uvicorn", f"{file.stem}:app", "--app-dir", str(file.parent)]
     command += ["--port", str(PORT), "--workers", str(WORKERS), "--log-level", "warning", "--no-access-log"]
-    os.execv(sys.executable, command)  # noqa: S606  this very interpreter
+    os.execv(sys.executable, command)  # noqa: S606  the same interpreter

@@ -1,8 +1,8 @@
-"""LitServe with its dynamic batching.
+"""A LitServe server with its dynamic batching.
 
-Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO; `CLASSIFIER_WORKERS`): two workers of
-one thread 502, 421; one worker of two threads 409, 579. A wait of 1 ms, the slower queue and a second API server did
-not help beyond the noise.
+Requests per second on two cores with 32 connections (TorchScript, OpenVINO) by `CLASSIFIER_WORKERS`: two workers with
+one thread 502, 421; one worker with two threads 409, 579. A wait of 1 ms, the slower queue and a second API server made
+no difference beyond the noise.
 """
 
 from typing import Annotated
@@ -13,7 +13,7 @@ from fastapi import Body
 
 
 class Api(litserve.LitAPI):
-    def setup(self, device: str) -> None:  # noqa: ARG002  # named so by LitServe
+    def setup(self, device: str) -> None:  # noqa: ARG002  # LitServe sets the name
         self.classifier = Classifier()
 
     def decode_request(self, request: Annotated[bytes, Body()]) -> Images:

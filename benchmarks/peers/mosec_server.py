@@ -1,8 +1,8 @@
-"""mosec with its dynamic batching.
+"""A mosec server with its dynamic batching.
 
-Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO; `CLASSIFIER_WORKERS`): two workers of
-one thread 480, 505; one worker of two threads 680, 932. On another processor a wait of 1 instead of 2 ms brought 862
-instead of 750, and 1775 instead of 1709. Decoding in a stage of its own was slower.
+Requests per second on two cores with 32 connections (TorchScript, OpenVINO) by `CLASSIFIER_WORKERS`: two workers with
+one thread 480, 505; one worker with two threads 680, 932. On another processor, a wait of 1 ms instead of 2 ms gave 862
+instead of 750, and 1775 instead of 1709. Decoding in a separate stage was slower.
 """
 
 import os

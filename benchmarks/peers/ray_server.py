@@ -1,8 +1,8 @@
-"""Ray Serve with its dynamic batching, and with what its guide to high throughput switches on.
+"""A Ray Serve server with its dynamic batching and the options of its guide to high throughput.
 
-Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO; `CLASSIFIER_WORKERS`): two replicas of
-one thread 628, 453; one replica of two threads 496, 686. On another processor, without HAProxy two replicas 252, 262
-instead of 775, 649.
+Requests per second on two cores with 32 connections (TorchScript, OpenVINO) by `CLASSIFIER_WORKERS`: two replicas with
+one thread 628, 453; one replica with two threads 496, 686. On another processor, two replicas gave 252, 262 without
+HAProxy instead of 775, 649.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""A server under measurement: started, asked, loaded with wrk, weighed, and gone with all its processes afterwards.
+"""Start a server, query it, load it with wrk, measure its memory and CPU time, and end all its processes.
 
-Call `adopt` first: whatever a server leaves behind then becomes a child of this process, so that all of it is measured
-and ended. Linux only.
+Call `adopt` first: it makes this process the parent of any process that a server leaves behind, so that all of them are
+measured and ended. Linux only.
 """
 
 import ctypes
@@ -28,34 +28,35 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def adopt() -> None:
-    """Become the parent of all processes started from here whose own parent ends, and end them when told to end."""
+    """Adopt all descendant processes whose own parent ends, and exit on SIGTERM so that they are ended too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk and the kernel measured."""
+    """The measurements of wrk and the kernel under one load."""
 
     requests_per_s: float
     p50_ms: float
     p99_ms: float
     cpu_ms: float
-    """Of all the server's processes, per request."""
+    """CPU time of all the server's processes per request."""
     errors: int
 
 
 class Running:
-    """A started server; a context that ends with all its processes gone.
+    """A started server. Used as a context manager, it ends all processes of the server at exit.
 
     Args:
-        engine: see `Server.command`.
-        version: folder of the model's version in its store.
-        first: a PNG for the first question.
-        folder: for its log and its runs.
+        engine: Engine, as in `Server.command`.
+        version: Folder of the model's version in its store.
+        model: Name of the model.
+        first: PNG for the first request.
+        folder: Folder for the log and the runs.
 
     Raises:
-        RuntimeError: it ended, or gave no answer in time; with the last lines that it wrote.
+        RuntimeError: The server ended or gave no answer in time; the message has the last lines of its log.
     """
 
     def __init__(self, server: Server, engine: str, version: Path, model: str, first: bytes, folder: Path):
@@ -88,22 +89,22 @@ class Running:
         self.stop()
 
     def client(self, timeout_s: float = 60.0) -> httpx.Client:
-        """A client of the server."""
+        """Return an HTTP client of the server."""
         return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=timeout_s, trust_env=False)
 
     def ask(self, http: httpx.Client, image: bytes) -> str:
-        """The label of the most probable class of a PNG."""
+        """Return the label of the most probable class of a PNG."""
         headers, content = self.server.message(image, "image/png")
         response = http.post(self.server.path.format(model=self.model), headers=headers, content=content)
         return self.server.best(response.raise_for_status().json())
 
     def labels(self, images: Sequence[bytes]) -> list[str]:
-        """The labels of the most probable classes of PNGs, asked for over some connections."""
+        """Return the labels of the most probable classes of PNGs, requested over several connections."""
         with self.client() as http, ThreadPoolExecutor(8) as clients:
             return list(clients.map(lambda image: self.ask(http, image), images))
 
     def stop(self) -> None:
-        """First as a supervisor does, then by force, until nothing that was started is left."""
+        """Stop the server with SIGTERM, kill it after STOP_S seconds, and return when all its processes have ended."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
         end = time.monotonic() + STOP_S
@@ -114,10 +115,10 @@ class Running:
             time.sleep(0.05)
 
     def _descendants(self) -> list[int]:
-        """What still runs of all that was started."""
+        """Return the processes that still run, and reap those that have ended."""
         self.process.poll()
         for process in descendants():
-            with suppress(ChildProcessError):  # the child of another one
+            with suppress(ChildProcessError):  # the child of another process
                 if process != self.process.pid:
                     os.waitpid(process, os.WNOHANG)
         return descendants()
@@ -140,11 +141,11 @@ class Running:
 
 
 def descendants() -> list[int]:
-    """All processes that this one has started, directly or not. It adopts those whose parents have ended."""
+    """Return all processes that this one has started, directly or indirectly, with the adopted ones."""
     children = defaultdict(list)
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
-            with suppress(OSError):  # it has just ended
+            with suppress(OSError):  # the process has just ended
                 children[int(_stat(int(entry.name))[1])].append(int(entry.name))
     found, waiting = [], [os.getpid()]
     while waiting:
@@ -154,12 +155,12 @@ def descendants() -> list[int]:
 
 
 def _stat(process: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on."""
+    """Return the fields of /proc/PID/stat from the state on."""
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
 
 
 def cpu_ms() -> float:
-    """Time that all descendants have computed so far, with their children that have ended."""
+    """Return the CPU time of all descendants and their ended children in milliseconds."""
     ticks = 0
     for process in descendants():
         with suppress(OSError):
@@ -168,7 +169,7 @@ def cpu_ms() -> float:
 
 
 def resident_mib() -> float:
-    """Memory of all descendants; a page that several share counts once."""
+    """Return the memory of all descendants in MiB. A page that several processes share counts once."""
     kib = 0
     for process in descendants():
         with suppress(OSError):
@@ -178,7 +179,7 @@ def resident_mib() -> float:
 
 
 def drive(port: int, connections: int, pictures: Sequence[Path], seconds: int, threads: int = 1) -> Load:
-    """Load from wrk: every connection sends its next request as soon as it has its answer."""
+    """Load a server with wrk: every connection sends its next request as soon as it has its answer."""
     script, url = str(HERE / "wrk.lua"), f"http://127.0.0.1:{port}"
     command = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", script, url, "--"]
     before = cpu_ms()

@@ -1,7 +1,7 @@
-"""TorchServe: a handler in a .mar archive, behind its Java front end with dynamic batching.
+"""A TorchServe server: a handler in a .mar archive, behind its Java front end with dynamic batching.
 
-Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO; `CLASSIFIER_WORKERS`): two workers of
-one thread 420, 371; one worker of two threads 394, 563.
+Requests per second on two cores with 32 connections (TorchScript, OpenVINO) by `CLASSIFIER_WORKERS`: two workers with
+one thread 420, 371; one worker with two threads 394, 563.
 """
 
 import os
@@ -16,7 +16,7 @@ BIN = Path(sys.executable).parent
 
 
 class Handler:
-    """Lives in each worker."""
+    """The handler that each worker process creates."""
 
     def initialize(self, _: Any) -> None:
         from classifier import Classifier

@@ -1,9 +1,9 @@
-"""Triton through nvidia-pytriton, with Triton's dynamic batching.
+"""A Triton server through nvidia-pytriton, with Triton's dynamic batching.
 
-The image is one string of the inference protocol, sent in its binary form; a raw body would need one size for all.
+The image is one string in the binary form of the inference protocol. A raw body would require one size for all images.
 
-Tried on two cores, requests a second with 32 connections (TorchScript, OpenVINO; `CLASSIFIER_WORKERS`): two functions
-of one thread 550, 416; one function of two threads 445, 594. A delay of 1 or 2 ms made no difference beyond the noise.
+Requests per second on two cores with 32 connections (TorchScript, OpenVINO) by `CLASSIFIER_WORKERS`: two functions with
+one thread 550, 416; one function with two threads 445, 594. A delay of 1 or 2 ms made no difference beyond the noise.
 """
 
 import os
@@ -30,7 +30,7 @@ class Service:
 
 
 if __name__ == "__main__":
-    # Triton's Python backend must find the libpython of this interpreter before the system's.
+    # Triton's Python backend must find this interpreter's libpython before the system's libpython.
     os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
     config = TritonConfig(http_address="127.0.0.1", http_port=PORT, allow_grpc=False, allow_metrics=False)
     with Triton(config=config) as triton:
