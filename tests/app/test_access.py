@@ -1,4 +1,4 @@
-"""Tests of access control.
+"""Test access control.
 
 The tests cover API keys, the local-only rule of a service without keys, rate limits, and the headers and origin checks
 that protect visitors of the web page.

@@ -1,4 +1,4 @@
-"""Tests of the HTTP interface in process: accepted requests, refused requests, and the format of the answers."""
+"""Test the HTTP interface in process: accepted requests, refused requests, and the format of the answers."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Tests of the batcher, with an engine that computes only when the test lets it."""
+"""Test the batcher, with an engine that computes only when the test lets it."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Tests of connections over real sockets: large heads, slow and stalled clients, bodies of all sizes and speeds."""
+"""Test connections over real sockets: large heads, slow and stalled clients, bodies of all sizes and speeds."""
 
 import asyncio
 import io

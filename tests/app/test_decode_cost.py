@@ -1,4 +1,4 @@
-"""Tests of the estimated decoding cost: hostile images raise it, photos of common encoders stay far below the limit."""
+"""Test the estimated decoding cost: hostile images raise it, photos of common encoders stay far below the limit."""
 
 import io
 import random

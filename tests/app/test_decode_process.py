@@ -1,4 +1,4 @@
-"""Tests of decoding in a separate process: it returns the same pixels, enforces hard limits and leaves no process."""
+"""Test decoding in a separate process: it returns the same pixels, enforces hard limits and leaves no process."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Tests of decoding for many clients: the lane of an image, the order of waiting clients, and refused images."""
+"""Test decoding for many clients: the lane of an image, the order of waiting clients, and refused images."""
 
 import asyncio
 import io

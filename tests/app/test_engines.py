@@ -1,4 +1,4 @@
-"""Tests of the engines: every runtime computes the logits of the exported file, or the engine refuses to load."""
+"""Test the engines: every runtime computes the logits of the exported file, or the engine refuses to load."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""Tests of error answers.
+"""Test error answers.
 
 The service answers a shortage of machine resources with 503 and one log line. No error message repeats long input.
 """

@@ -1,4 +1,4 @@
-"""Tests of the fair queue: the order of turns, the accounting of time spent, and clients that stop waiting."""
+"""Test the fair queue: the order of turns, the accounting of time spent, and clients that stop waiting."""
 
 import asyncio
 import random

@@ -1,4 +1,4 @@
-"""Tests of request framing: upgrade offers, and ambiguous heads that two parsers would read differently.
+"""Test request framing: upgrade offers, and ambiguous heads that two parsers would read differently.
 
 Each test sends bytes over a real socket and checks the requests that the application receives.
 """

@@ -1,4 +1,4 @@
-"""Tests of decoding untrusted bytes to pixels: every format and mode, every limit, every kind of damage."""
+"""Test decoding untrusted bytes to pixels: every format and mode, every limit, every kind of damage."""
 
 import io
 from typing import Any

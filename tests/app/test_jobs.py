@@ -1,4 +1,4 @@
-"""Tests of the queue and history of training jobs: stored jobs, state changes, and a database that fails."""
+"""Test the queue and history of training jobs: stored jobs, state changes, and a database that fails."""
 
 import asyncio
 import json

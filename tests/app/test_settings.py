@@ -1,4 +1,4 @@
-"""Tests of invalid settings and of the other startup errors that are found before models load."""
+"""Test invalid settings and the other startup errors that are found before models load."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""Tests of threads with a bounded queue: they refuse calls that are late or too many, and no others."""
+"""Test threads with a bounded queue: they refuse calls that are late or too many, and no others."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""Tests of the installed uvicorn: it has the methods and attributes that our subclasses override and read.
+"""Test the installed uvicorn: it has the methods and attributes that our subclasses override and read.
 
 An update of uvicorn that changes one of them fails here.
 """
