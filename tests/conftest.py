@@ -1,4 +1,4 @@
-"""What tests share: a small synthetic data set and a store with one tiny model, trained and published for real."""
+"""Provide shared fixtures: a small synthetic data set, and a store with one tiny, really trained model."""
 
 import shutil
 from collections.abc import Iterator
@@ -14,19 +14,22 @@ from training.recipes import recipe
 from training.run import Run
 from training.store import Store
 
-torch.set_num_threads(1)  # reproducible, and the machine may be small
+torch.set_num_threads(1)  # makes results reproducible and suits small machines
 SYNTHETIC = "synthetic:4"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def surroundings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test leaves features of frozen stages in the home folder; services start fast, and all compute on the CPU but
-    with `-m gpu`."""
+    """Set the environment of all tests.
+
+    Features of frozen stages go to a temporary folder, not to the home folder. Services use TorchScript, which starts
+    fast. All tests compute on the CPU, except with `-m gpu`.
+    """
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CIFAR100_FEATURES", str(tmp_path_factory.mktemp("features")))
         environment.setenv("CIFAR100_RUNTIME", "torchscript")
         if request.config.option.markexpr != "gpu":
-            environment.setenv("CUDA_VISIBLE_DEVICES", "")  # another device would compute other last bits
+            environment.setenv("CUDA_VISIBLE_DEVICES", "")  # a GPU would round results differently
         yield
 
 
@@ -37,7 +40,7 @@ def dataset() -> data.Dataset:
 
 @pytest.fixture(scope="session")
 def finished_run(dataset: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of one epoch."""
+    """A finished run of one epoch of the network `resnet` at width 8."""
     run = Run(tmp_path_factory.mktemp("run"))
     fields = {"width": 8, "epochs": 1, "batch_size": 16, "learning_rate": 0.05, "validation_images": 100, "int8": False}
     run.create(recipe("resnet", fields))
@@ -47,7 +50,7 @@ def finished_run(dataset: data.Dataset, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def published_store(finished_run: Run, dataset: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with resnet version 1, live. Not to be changed: take `models` for that."""
+    """A store in which version 1 of resnet is live. Tests share it: use `models` in a test that changes the store."""
     root = tmp_path_factory.mktemp("published")
     publish(finished_run, dataset, Store(root))
     return root
@@ -55,5 +58,5 @@ def published_store(finished_run: Run, dataset: data.Dataset, tmp_path_factory: 
 
 @pytest.fixture
 def models(published_store: Path, tmp_path: Path) -> Path:
-    """A store of one's own with resnet version 1, live."""
+    """A copy of the store for one test. Version 1 of resnet is live."""
     return shutil.copytree(published_store, tmp_path / "models")

@@ -1,11 +1,11 @@
-"""What may know what: the boundaries that DESIGN draws between the packages."""
+"""Test that the imports between packages stay within the boundaries of DESIGN."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# The values, formats, measures and runtimes that both sides share; never a network definition or the training loop.
+# Both packages share these values, formats, measures and runtimes, never a network definition or the training loop.
 SHARED = {
     "cuda_graph",
     "data",

@@ -1,4 +1,7 @@
-"""What a GPU computes is what a CPU computes, but for rounding: `python -m pytest -m gpu` on a machine that has one."""
+"""Test that a GPU computes the same as a CPU, except for rounding.
+
+Run `python -m pytest -m gpu` on a machine with a GPU.
+"""
 
 import gc
 import weakref
@@ -47,7 +50,7 @@ def gpu() -> torch.device:
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[torch.cuda.CUDAGraph]:
-    """Gets a graph each time that one is replayed."""
+    """A list that receives each CUDA graph when it is replayed."""
     replayed: list[torch.cuda.CUDAGraph] = []
     replay = torch.cuda.CUDAGraph.replay
 
@@ -60,7 +63,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[torch.cuda.CUDAGraph]:
 
 
 def trained(path: Path, chosen: Recipe, dataset: Dataset, device: torch.device) -> list[float]:
-    """The losses of a run's epochs."""
+    """Train a run, or resume it, and return the training loss and the validation loss of each epoch, in turn."""
     run = Run(path)
     if not path.exists():
         run.create(chosen)
@@ -149,7 +152,7 @@ def test_the_engine_computes_any_number_of_images(models: Path, dataset: Dataset
 def test_an_engine_that_is_not_needed_any_more_leaves_the_gpu(models: Path) -> None:
     engine = engines.load(models / "resnet" / "1" / "model.pt", "cuda", "torchscript")
     gone = weakref.ref(engine)
-    gc.disable()  # the service has none either, of what was loaded as it started
+    gc.disable()  # the service freezes the objects of its start, so the collector never visits them
     try:
         del engine
         assert gone() is None

@@ -1,6 +1,6 @@
-"""The models in `models/`: whole, described, and as accurate as their cards say.
+"""Test the models in `models/`: the files are complete and described, and as accurate as their cards say.
 
-What needs CIFAR-100 itself runs where cifar100.npz is at hand (CIFAR100_DATA) and is skipped elsewhere.
+Tests that need CIFAR-100 run if cifar100.npz is available (CIFAR100_DATA). Otherwise they are skipped.
 """
 
 import io
@@ -45,7 +45,7 @@ def test_files_match_their_card(name: str, version: int) -> None:
     assert tuple(card.classes) == data.CLASSES
     recipe = recipes.from_dict(card.recipe)
     assert recipe.model == name
-    assert recipe.predecessor or "/" not in recipe.weights  # no path of the machine that trained it
+    assert recipe.predecessor or "/" not in recipe.weights  # no file path of the training machine
     assert card.test.images == 10_000
 
 
@@ -57,7 +57,7 @@ def test_accuracy_is_what_the_card_says(name: str, version: int, cifar100: data.
     tenth = cifar100.test[slice(None, None, 10)]
     logits = predict(torchscript.load(STORE.folder(name, version) / MODEL), torch.from_numpy(tenth.images))
     result = evaluate(logits, torch.from_numpy(tenth.labels))
-    assert result.top1 == pytest.approx(card.test.top1, abs=0.05)  # more than 3 standard errors of 1,000 images
+    assert result.top1 == pytest.approx(card.test.top1, abs=0.05)  # more than 3 standard errors for 1,000 images
 
 
 @needs_real_data

@@ -1,4 +1,4 @@
-"""A client of the service in process, on the service's own machine."""
+"""Create an in-process test client that calls the service from its own machine, 127.0.0.1."""
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient

@@ -1,4 +1,4 @@
-"""A server with this service's protocol in a thread, and raw connections to it."""
+"""Run a server with the protocol class of this service in a thread, and open raw socket connections to it."""
 
 import socket
 import threading
@@ -25,7 +25,7 @@ def serving(
     trusted_proxies: str = "",
     stop_s: int = 20,
 ) -> Iterator[socket.socket]:
-    """The listening socket of a server that is ready."""
+    """Start a server in a thread and yield its listening socket once the server accepts connections."""
     http = partial(BoundedHttp, sheds=sheds, table=table or ConnectionTable(900, trusted_proxies))
     config = uvicorn.Config(
         app,
@@ -52,12 +52,12 @@ def serving(
 
 
 def connect(address: Address, source: str = "127.0.0.1") -> socket.socket:
-    """A connection from a loopback address."""
+    """Open a TCP connection from the loopback address `source`."""
     return socket.create_connection(address, timeout=10, source_address=(source, 0))
 
 
 def answer(connection: socket.socket) -> bytes:
-    """All that the server sends until it closes the connection."""
+    """Return all bytes that the server sends until it closes or resets the connection."""
     received = b""
     try:
         while data := connection.recv(65536):

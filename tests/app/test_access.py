@@ -1,4 +1,8 @@
-"""Who is let in: API keys, the rule for services without any, rate limits; and what protects the page's visitors."""
+"""Test access control.
+
+The tests cover API keys, the local-only rule of a service without keys, rate limits, and the headers and origin checks
+that protect visitors of the web page.
+"""
 
 import json
 import logging
@@ -31,7 +35,7 @@ COSTLY = (
 def client(
     models: Path, runs: Path, address: str = "127.0.0.1", host: str = "127.0.0.1", **settings: Any
 ) -> TestClient:
-    """A client at `address` that calls the service by the name `host`."""
+    """Return a client at the IP address `address` that calls the service by the host name `host`."""
     app = create_app(Settings(models=models, runs=runs, data="synthetic:4", **settings))
     return TestClient(app, base_url=f"http://{host}", client=(address, 50000))
 
@@ -106,14 +110,14 @@ def test_without_keys_only_this_machine_may_make_costly_calls(
 
 @pytest.fixture(scope="module")
 def local_app(published_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
-    """A service without keys that runs on 127.0.0.1."""
+    """A running service without API keys, to be called on 127.0.0.1."""
     app = create_app(Settings(models=published_store, runs=tmp_path_factory.mktemp("runs"), operator_rate_limit=None))
     with TestClient(app):
         yield app
 
 
 def status_of_raw(app: FastAPI, *headers: tuple[bytes, bytes], **scope: Any) -> int:
-    """The answer to a local DELETE that has these headers exactly, and of which `scope` changes something more."""
+    """Return the status of a local DELETE with exactly these headers; `scope` overrides further ASGI scope entries."""
     local = {"client": ("127.0.0.1", 50000), "server": ("127.0.0.1", 8000)}
 
     async def changed(own: Scope, receive: Receive, send: Send) -> None:
@@ -123,7 +127,7 @@ def status_of_raw(app: FastAPI, *headers: tuple[bytes, bytes], **scope: Any) -> 
     return answer.status_code
 
 
-ALLOWED, REFUSED = 404, 403  # there is no such job
+ALLOWED, REFUSED = 404, 403  # a call that passes gets 404: the job does not exist
 HOST = (b"host", b"127.0.0.1:8000")
 
 
@@ -307,11 +311,11 @@ def test_any_sign_of_a_proxy_ends_local(header: str, local_app: FastAPI) -> None
 @pytest.mark.parametrize(
     "headers",
     [
-        # Chromium, from the service's own page
+        # Chromium sends these from the service's own page.
         "accept accept-encoding accept-language cache-control connection content-length content-type cookie dnt "
         "pragma referer sec-ch-ua sec-ch-ua-mobile sec-ch-ua-platform sec-fetch-dest sec-fetch-mode sec-gpc user-agent "
         "upgrade-insecure-requests x-requested-with",
-        # clients and tracing libraries
+        # HTTP clients and tracing libraries send these.
         "authorization expect idempotency-key if-match last-event-id priority range te traceparent tracestate "
         "transfer-encoding x-api-key x-b3-traceid x-correlation-id x-request-id",
     ],
@@ -361,16 +365,16 @@ def test_refused_calls_of_other_sites_do_not_use_up_the_operator_s_rate(models: 
         assert statuses(service, 5, **{"Sec-Fetch-Site": "cross-site"}) == [403] * 5
         assert statuses(service, 5, Host="evil.example") == [403] * 5
         assert statuses(from_address(service, "127.0.0.1"), 4) == [404, 404, 404, 429]
-        assert statuses(service, 1, Origin="https://evil.example") == [403]  # the check comes before the charge
+        assert statuses(service, 1, Origin="https://evil.example") == [403]  # the origin check precedes the rate limit
 
 
 def test_calls_without_a_key_or_with_wrong_ones_lock_no_holder_out(models: Path, tmp_path: Path) -> None:
     with client(models, tmp_path, api_keys=",".join(KEYS), operator_rate_limit="3/minute") as service:
-        assert statuses(service, 5) == [401] * 5  # without a key there is no guess
+        assert statuses(service, 5) == [401] * 5  # a call without a key does not count as a guess
         assert statuses(service, 1, KEYS[0]) == [404]
         assert statuses(service, 5, "a wrong key of 16") == [401, 401, 401, 429, 429]
-        assert statuses(service, 3, KEYS[0]) == [404, 404, 429]  # the rate of this key
-        assert statuses(service, 1, KEYS[1]) == [429]  # not used from this address before, so it could be a guess
+        assert statuses(service, 3, KEYS[0]) == [404, 404, 429]  # this key has its own rate limit
+        assert statuses(service, 1, KEYS[1]) == [429]  # this address has not used the key before: it could be a guess
         elsewhere = from_address(service, "127.0.0.2")
         assert statuses(elsewhere, 4, KEYS[1]) == [404, 404, 404, 429]
         assert statuses(elsewhere, 1, KEYS[0]) == [404]
@@ -402,7 +406,7 @@ def test_guesses_are_counted_together_wherever_they_are_sent(models: Path, tmp_p
         assert statuses(service, 2, "a wrong key of 16") == [401, 401]
         assert predicted(3, "a wrong key of 16") == [401, 429, 429]
         assert service.post("/predict", files={"file": b"x"}).status_code == 401
-        assert predicted(2, KEYS[0]) == [415, 429]  # refused ones took nothing of its rate
+        assert predicted(2, KEYS[0]) == [415, 429]  # refused calls did not count against its rate
         assert statuses(service, 1, KEYS[0]) == [404]
         assert predicted(1, KEYS[1]) == [429]
 
@@ -417,14 +421,14 @@ def test_too_many_costly_calls_are_429_per_client(models: Path, tmp_path: Path) 
     with client(models, tmp_path, operator_rate_limit="3/minute", predict_rate_limit="2/minute") as service:
         statuses = [call(service, "DELETE", "/train/x").status_code for _ in range(4)]
         assert statuses == [404, 404, 404, 429]
-        refused = call(service, "POST", "/train")  # all costly calls count together
+        refused = call(service, "POST", "/train")  # all costly calls share one rate limit
         assert refused.status_code == 429
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert [service.post("/predict", files={"file": b"x"}).status_code for _ in range(3)] == [415, 415, 429]
         assert service.get("/health").status_code == 200
         other = TestClient(service.app, base_url="http://127.0.0.1", client=("127.0.0.2", 50000))
         assert call(other, "DELETE", "/train/x").status_code == 404
-        for host in ("127.0.0.1", "::ffff:127.0.0.1"):  # the same one
+        for host in ("127.0.0.1", "::ffff:127.0.0.1"):  # both forms are one client
             again = TestClient(service.app, base_url="http://127.0.0.1", client=(host, 50000))
             assert call(again, "DELETE", "/train/x").status_code == 429
         others = TestClient(service.app, base_url="http://127.0.0.1", client=("::ffff:127.0.0.3", 50000))
@@ -470,7 +474,7 @@ def test_every_line_of_the_log_names_its_request_and_no_secret(
     assert named.headers["x-request-id"] == "from-a-proxy.1"
     assert re.fullmatch("[0-9a-f]{32}", own.headers["x-request-id"])
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    lines = [line for line in lines if line["logger"] != "httpx"]  # the test's own
+    lines = [line for line in lines if line["logger"] != "httpx"]  # drop the records of the test's own client
     answered = [line for line in lines if line["logger"] == "app.logs"]
     assert [line["message"] for line in answered] == ["DELETE /train/x 404", "GET /nowhere 404"]
     assert [line["request_id"] for line in answered] == ["from-a-proxy.1", own.headers["x-request-id"]]

@@ -1,4 +1,4 @@
-"""The HTTP interface, in process: what is accepted, what is refused, and in which form."""
+"""Test the HTTP interface in process: accepted requests, refused requests, and the format of the answers."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def zipped(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
 
 
 def second_version(models: Path) -> Store:
-    """A store with version 2, a copy of 1, which stays live."""
+    """Publish version 2 as a copy of version 1 and return the store. Version 1 stays live."""
     store = Store(models)
     with store.draft("resnet") as draft:
         (draft / "model.pt").write_bytes((models / "resnet" / "1" / "model.pt").read_bytes())
@@ -195,7 +195,8 @@ def test_a_version_that_is_removed_while_it_is_loaded_is_404(
     assert_problem(client.put("/models/resnet/live", json={"version": 2}), 404, "no version 2 of resnet")
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # what one thread ignores others may bring back
+# Warning filters are global: another thread may restore the filter that the loading thread has disabled.
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_versions_that_are_not_live_are_loaded_one_at_a_time(
     client: TestClient, models: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +214,7 @@ def test_versions_that_are_not_live_are_loaded_one_at_a_time(
         first = clients.submit(client.post, "/predict", **wanted)
         assert begun.wait(10)
         assert_problem(client.post("/predict", **wanted), 503, "is being loaded")
-        promoted = clients.submit(client.put, "/models/resnet/live", json={"version": 2})  # waits
+        promoted = clients.submit(client.put, "/models/resnet/live", json={"version": 2})  # waits for the load
         gate.set()
         assert first.result().json()["version"] == 2
         assert promoted.result().json()["live"] == 2
@@ -233,7 +234,7 @@ def test_a_live_version_that_cannot_be_loaded_is_not_tried_all_the_time(
         before = len(tried)
         time.sleep(0.3)
         assert "no such instructions" in client.get("/health").json()["errors"]["resnet"]
-        assert len(tried) == before <= 2  # as live, and as the last resort
+        assert len(tried) == before <= 2  # once as the live version, once as the fallback
 
 
 def test_evaluate_tells_the_recorded_accuracy(client: TestClient, models: Path) -> None:
@@ -263,7 +264,7 @@ def test_a_measurement_is_known_to_other_servers_and_to_later_ones(
         file = tmp_path / "runs" / "evaluations" / f"{measured['id']}.json"
         file.write_text(json.dumps(measured | {"state": "running", "result": None}))
         assert other.get(f"/evaluate/{measured['id']}").json()["state"] == "running"
-        os.utime(file, (0, 0))  # its server has not been heard of for long
+        os.utime(file, (0, 0))  # its server has not updated the file for a long time
         assert other.get(f"/evaluate/{measured['id']}").json()["state"] == "failed"
 
 
@@ -300,13 +301,13 @@ def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:
         client.post("/evaluate", content=b"", headers={"Content-Type": "application/zip"}), 415, "send a zip"
     )
     assert_problem(send(zipped({})), 422, "no images")
-    # A few kilobytes of bzip2 or LZMA may unpack to gigabytes at once, whatever size the entry claims.
+    # A few kilobytes of bzip2 or LZMA data can unpack to gigabytes at once, whatever size the entry claims.
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         assert_problem(send(zipped({"red_disc/1.png": image}, method)), 422, "unusual method")
     damaged = bytearray(zipped({"red_disc/1.png": bytes(5000)}, zipfile.ZIP_DEFLATED))
     damaged[45:50] = b"\xff" * 5
     assert_problem(send(bytes(damaged)), 422, "zip cannot be read")
-    for at in range(20):  # wherever the directory is damaged
+    for at in range(20):  # one damaged byte at each of 20 places of the zip directory
         directory = bytearray(zipped({"red_disc/1.png": image}))
         directory[-70 + 3 * at] ^= 0xFF
         assert send(bytes(directory)).status_code in (200, 413, 422)
@@ -403,7 +404,7 @@ def test_a_damaged_version_never_goes_live(client: TestClient, models: Path, ima
     (damaged / "model.pt").write_bytes(b"not the file of the card")
     assert_problem(client.put("/models/resnet/live", json={"version": 2}), 503, "sha256")
     assert client.get("/models/resnet").json()["live"] == 1
-    Store(models).promote("resnet", 2)  # by somebody else, past the service
+    Store(models).promote("resnet", 2)  # another process promotes it, without the service
     (models / "resnet" / "live").touch()
     assert client.put("/models/resnet/live", json={"version": 1}).json()["error"] is None
     assert client.post("/predict", files={"file": image}).json()["version"] == 1
@@ -462,7 +463,7 @@ def test_the_shortcut_answers_as_fastapi_does(models: Path, tmp_path: Path, imag
 
 
 def test_limits_hold_for_what_is_decoded_with_its_batch(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As everything small is, and more where there is one processor only."""
+    """The batch decodes small images itself. On a machine with one processor it also decodes larger ones."""
     sizes = {96: 200, 400: 413}
     for side, status in sizes.items():
         buffer = io.BytesIO()
@@ -521,7 +522,11 @@ def test_the_page_and_its_files_are_served(client: TestClient) -> None:
 
 
 def crafted_zip(*entries: tuple[str, bytes, int | None]) -> bytes:
-    """A zip whose directory may lie: names, contents, and for each entry where the directory says that it is."""
+    """Build a zip whose directory may give wrong offsets.
+
+    Args:
+        entries: Name, content and offset of each entry. The directory gives this offset, or the true one for None.
+    """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content, _ in entries:
@@ -542,16 +547,16 @@ def test_zip_entries_that_share_bytes_are_refused_before_anything_is_decoded(
     with zipfile.ZipFile(twice, "w") as archive:
         archive.writestr(name, image)
         archive.filelist *= 50  # the directory names one entry fifty times
-    # An entry inside the data of another one: an image that ends with a zip entry of its own.
+    # The data of one entry contain another entry: the image file ends with a zip entry.
     inner = zipped({name: image})
     other = "red_disc/2.png"
     nested = crafted_zip((name, inner, None), (other, image, 30 + len(name)))
     first = crafted_zip((name, image, None), (other, image, 0))
     longer = bytearray(zipped({name: image, other: image}))
     directory = longer.index(b"PK\x01\x02")
-    for field in (20, 24):  # the first entry's sizes in the directory
+    for field in (20, 24):  # positions of the first entry's sizes in the directory
         longer[directory + field : directory + field + 4] = (2 * len(image)).to_bytes(4, "little")
-    whole = bytearray(zipped({name: image}))  # whose data reach into the directory
+    whole = bytearray(zipped({name: image}))  # its data will overlap the directory
     directory = whole.index(b"PK\x01\x02")
     for field in (20, 24):
         whole[directory + field : directory + field + 4] = (len(image) + 40).to_bytes(4, "little")
@@ -569,7 +574,7 @@ def test_zip_behind_other_bytes_and_of_every_usual_form_is_measured(client: Test
     streamed = io.BytesIO()
     with zipfile.ZipFile(cast(Any, Unseekable(streamed)), "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
-            archive.writestr(name, content)  # sizes come after the data
+            archive.writestr(name, content)  # an unseekable stream gets the sizes after the data
     for content in (b"#!/bin/sh\n" + zipped(files), zipped(files, zipfile.ZIP_DEFLATED), streamed.getvalue()):
         measured = client.post("/evaluate", files={"file": content})
         assert measured.status_code == 200, measured.text
@@ -577,7 +582,7 @@ def test_zip_behind_other_bytes_and_of_every_usual_form_is_measured(client: Test
 
 
 class Unseekable:
-    """A stream that can only be written."""
+    """A write-only stream that cannot seek."""
 
     def __init__(self, buffer: io.BytesIO):
         self._buffer = buffer
@@ -626,7 +631,7 @@ def test_card_that_does_not_fit_its_model_is_refused_and_the_last_good_version_s
     app = create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4", store_poll_s=0.01))
     with local(app) as client:
         assert_problem(client.put("/models/resnet/live", json={"version": 2}), 503, words)
-        store.promote("resnet", 2)  # by another process
+        store.promote("resnet", 2)  # another process promotes it
         end = time.monotonic() + 60
         while not (errors := client.get("/health").json()["errors"]):
             assert time.monotonic() < end
@@ -637,7 +642,7 @@ def test_card_that_does_not_fit_its_model_is_refused_and_the_last_good_version_s
         assert (answer.status_code, answer.json()["version"]) == (200, 1)
     with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
         assert words in client.get("/health").json()["errors"]["resnet"]
-        assert client.post("/predict", files={"file": image}).json()["version"] == 1  # the best that can be loaded
+        assert client.post("/predict", files={"file": image}).json()["version"] == 1  # the best loadable version
 
 
 def test_model_whose_logits_are_not_finite_is_refused(models: Path, tmp_path: Path, image: bytes) -> None:

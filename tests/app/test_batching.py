@@ -1,4 +1,4 @@
-"""The batcher with an engine whose pace the test controls."""
+"""Test the batcher, with an engine that computes only when the test lets it."""
 
 import asyncio
 import os
@@ -19,12 +19,12 @@ from app.exceptions import DamagedImage, Unavailable
 
 @pytest.fixture(autouse=True)
 def engine_has_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As most of these tests wait in the event loop for what the engine's thread does."""
+    """Compute every batch in the engine's thread, because most of these tests block the engine and wait in the loop."""
     monkeypatch.setattr(batching, "_BRIEF_S", 0.0)
 
 
 class SlowEngine(Engine):
-    """Answers with each image's first pixel; computes only when the test opens the gate."""
+    """An engine that returns the first pixel of each image and waits until the test opens the gate."""
 
     name = "slow"
     tolerance = 0.0
@@ -86,7 +86,7 @@ def test_a_lone_image_is_computed_in_the_loop_where_the_thread_has_no_processor(
         async def answered(*values: int) -> None:
             scores = await asyncio.gather(*(batcher.run(pictures(value)) for value in values))
             assert [each.logits.item() for each in scores] == list(values)
-            await asyncio.wrap_future(batcher._thread.submit(int))  # the thread has looked into the queue once more
+            await asyncio.wrap_future(batcher._thread.submit(int))  # the thread has checked the queue once more
 
         await answered(1)
         await answered(2)
@@ -98,7 +98,8 @@ def test_a_lone_image_is_computed_in_the_loop_where_the_thread_has_no_processor(
     in_loop: list[bool] = []
     monkeypatch.setattr(batching, "_BRIEF_S", 0.5)
     asyncio.run(scenario())
-    # How long it takes is not known at first; several images, and one that takes long, go to the thread.
+    # The thread gets the first image because its duration is unknown yet. It also gets several images at once, and an
+    # image after a slow one.
     assert in_loop == [False, True, False, True, False]
 
 
@@ -130,7 +131,7 @@ def test_what_queues_while_the_engine_is_busy_is_computed_together() -> None:
         engine.gate.set()
         await first
         assert [(await other).logits[:, 0].tolist() for other in others] == [[1, 2, 3], [11, 12, 13], [21, 22, 23]]
-        assert engine.batches == [1, 6, 3]  # requests stay whole
+        assert engine.batches == [1, 6, 3]  # a batch never splits a request
         assert batcher.queued == 0
 
     asyncio.run(scenario())
@@ -162,7 +163,7 @@ def test_images_are_decoded_with_their_batch_and_only_a_damaged_one_fails() -> N
         with pytest.raises(DamagedImage, match="truncated"):
             await others.pop(1)
         assert [(await other).logits.item() for other in others] == [1, 3, 4]
-        with pytest.raises(DamagedImage):  # a batch of nothing else
+        with pytest.raises(DamagedImage):  # a batch of damaged images only
             await batcher.run(decoding(-6))
         assert (await batcher.run(decoding(7))).logits.item() == 7
 
@@ -177,7 +178,7 @@ def test_classes_are_ranked_for_the_whole_batch() -> None:
     logits = np.array([[0, 2, 1], [3, 3, -700], [-1, -2, 0]], np.float32)
     computed = Computed(logits)
     order, probabilities = Scores(computed, slice(1, 3)).ranking
-    assert order.tolist() == [[0, 1, 2], [2, 0, 1]]  # the first of equals first
+    assert order.tolist() == [[0, 1, 2], [2, 0, 1]]  # equal logits keep the order of their classes
     softmax = np.exp(logits[1:].astype(float)) / np.exp(logits[1:].astype(float)).sum(1, keepdims=True)
     np.testing.assert_allclose(probabilities, -np.sort(-softmax))
     assert computed.ranking is computed.ranking
@@ -256,7 +257,7 @@ def test_a_cancelled_request_costs_nothing() -> None:
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.sleep(0)
-        stays = asyncio.create_task(batcher.run(pictures(3)))  # in the place of the one that has gone
+        stays = asyncio.create_task(batcher.run(pictures(3)))  # takes the queue places of the cancelled request
         await asyncio.sleep(0)
         engine.gate.set()
         assert (await stays).logits.tolist() == [[3]]

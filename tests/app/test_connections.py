@@ -1,4 +1,4 @@
-"""Connections over real sockets: large heads, slow and stalled clients, bodies of all sizes and paces."""
+"""Test connections over real sockets: large heads, slow and stalled clients, bodies of all sizes and speeds."""
 
 import asyncio
 import io
@@ -45,7 +45,7 @@ def keep_alive_s() -> int:
 
 @pytest.fixture
 def listening(app: FastAPI, monkeypatch: pytest.MonkeyPatch, keep_alive_s: int) -> Iterator[socket.socket]:
-    """The socket of a server whose patience is short."""
+    """The listening socket of a server with timeouts of 0.5 s and at most five connections."""
     monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_S", 0.5)
     monkeypatch.setattr(protocol, "_READ_TIMEOUT_S", 0.5)
     monkeypatch.setattr(limits, "_GRACE_S", 0.5)
@@ -102,7 +102,7 @@ def test_a_large_head_is_431(address: Address, head: bytes) -> None:
         try:
             connection.sendall(head)
         except (BrokenPipeError, ConnectionResetError):
-            return  # refused before all of it was sent
+            return  # the server closed before the whole head was sent
         received = answer(connection)
         assert not received or received.startswith(b"HTTP/1.1 431 ")
     assert alive(address)
@@ -127,7 +127,7 @@ def test_headers_after_a_body_are_bounded_and_dropped(address: Address) -> None:
     with connect(address) as connection:
         for part in (head + b"1\r\nx\r\n0\r\n", b"X-Large: " + b"a" * 40_000):
             connection.sendall(part)
-            time.sleep(0.1)  # what comes together with a piece of the body does not count
+            time.sleep(0.1)  # bytes that arrive together with a piece of the body do not count
         assert answer(connection).startswith(b"HTTP/1.1 431 ")
     assert alive(address)
 
@@ -163,7 +163,7 @@ def test_a_body_that_begins_fast_may_not_be_silent_for_longer(
 ) -> None:
     monkeypatch.setattr(limits, "SLOWEST_BYTES_PER_S", 1000)
     with connect(address) as connection:
-        connection.sendall(upload(100_001) + bytes(100_000))  # as much as may take 100 seconds
+        connection.sendall(upload(100_001) + bytes(100_000))  # at 1,000 bytes/s this body may take 100 s
         started = time.monotonic()
         assert answer(connection).startswith(b"HTTP/1.1 408 ")
         assert time.monotonic() - started < 5
@@ -179,7 +179,7 @@ def test_bodies_of_all_requests_together_are_bounded() -> None:
     scope = {"type": "http", "method": "POST", "path": "/predict", "headers": [(b"content-length", b"250000")]}
 
     async def post(last: asyncio.Event) -> Message:
-        """The start of the answer to a body whose last byte comes after an event."""
+        """Send a body whose last byte waits for an event, and return the first message of the answer."""
         parts = iter([(bytes(249_999), True), (b"\0", False)])
         answer: list[Message] = []
 
@@ -205,7 +205,7 @@ def test_bodies_of_all_requests_together_are_bounded() -> None:
         assert (b"retry-after", b"1") in refused["headers"]
         complete.set()
         assert (await first)["status"] == 200
-        assert (await post(now))["status"] == 200  # what the first one held is free again
+        assert (await post(now))["status"] == 200  # the bytes of the first body are released
         assert bounded.pending.total == 0
 
     asyncio.run(scenario())
@@ -221,7 +221,7 @@ def test_bodies_of_one_address_do_not_keep_another_address_from_sending() -> Non
     head = {"type": "http", "method": "POST", "path": "/predict", "headers": [(b"content-length", b"60000")]}
 
     async def post(host: str, last: asyncio.Event) -> int:
-        """The status of the answer to a body whose last byte comes after an event."""
+        """Send a body whose last byte waits for an event, and return the status of the answer."""
         parts = iter([(bytes(59_999), True), (b"\0", False)])
         statuses: list[int] = []
 
@@ -242,7 +242,7 @@ def test_bodies_of_one_address_do_not_keep_another_address_from_sending() -> Non
         now.set()
         held = [asyncio.create_task(post(f"2001:db8::{number}", later)) for number in range(20)]
         await asyncio.sleep(0.1)
-        assert [task.done() for task in held].count(False) == 12  # three quarters
+        assert [task.done() for task in held].count(False) == 12  # one network may hold three quarters of the bytes
         assert await post("127.0.0.3", now) == 200
         later.set()
         assert sorted(await asyncio.gather(*held)) == [200] * 12 + [503] * 8
@@ -253,7 +253,7 @@ def test_bodies_of_one_address_do_not_keep_another_address_from_sending() -> Non
 
 @pytest.fixture
 def overloaded(app: FastAPI, address: Address) -> Batcher:
-    """Its queue seems to be full."""
+    """The batcher of the live model, with a queue that appears full."""
     batcher: Batcher = app.state.services.pool.live()["resnet"].batcher
     batcher.queued = batcher.max_queue
     return batcher
@@ -272,8 +272,8 @@ def test_requests_that_come_at_once_count_before_they_are_queued(app: FastAPI, m
         assert not services.sheds(b"/predict", "127.0.0.1")
         monkeypatch.setattr(services.decoders, "is_full_for", lambda client: client == "127.0.0.1")
         assert services.sheds(b"/predict", "127.0.0.1")
-        assert not services.sheds(b"/predict", "127.0.0.2")  # another client has a share of its own
-        assert not services.sheds(b"/predict?version=1", "127.0.0.1")  # has a queue of its own
+        assert not services.sheds(b"/predict", "127.0.0.2")  # each client has its own share of the queue
+        assert not services.sheds(b"/predict?version=1", "127.0.0.1")  # has its own queue
         refused = b'cifar100_requests_total{method="POST",route="/predict",status="503"} 2.0'
         assert refused in services.metrics.text(services.pool)
 
@@ -281,7 +281,7 @@ def test_requests_that_come_at_once_count_before_they_are_queued(app: FastAPI, m
 
 
 def status_line(connection: socket.socket) -> bytes:
-    """Of one answer, which is read to its end."""
+    """Read one answer to its end and return its status line."""
     received = b""
     while b"\r\n\r\n" not in received:
         received += connection.recv(65536)
@@ -303,9 +303,10 @@ def test_predictions_are_refused_before_they_cost_anything_while_the_queue_is_fu
             connection.sendall(upload(3) + b"abc")
             assert status_line(connection) == b"HTTP/1.1 503 Service Unavailable"
         connection.sendall(upload(3).replace(b"/predict", b"/predict?model=other") + b"abc")
-        assert status_line(connection) == b"HTTP/1.1 404 Not Found"  # no queue of that name is full
+        assert status_line(connection) == b"HTTP/1.1 404 Not Found"  # an unknown model has no queue
         connection.sendall(upload(3).replace(b"Host", b"Origin: https://friend.example\r\nHost") + b"abc")
-        assert status_line(connection) == b"HTTP/1.1 415 Unsupported Media Type"  # by what adds its origin to answers
+        # A page sees only answers with its origin, and only the application adds it.
+        assert status_line(connection) == b"HTTP/1.1 415 Unsupported Media Type"
         connection.sendall(upload(100_000))
         for _ in range(10):
             time.sleep(0.01)
@@ -313,7 +314,7 @@ def test_predictions_are_refused_before_they_cost_anything_while_the_queue_is_fu
         assert status_line(connection) == b"HTTP/1.1 503 Service Unavailable"
         overloaded.queued = 0
         connection.sendall(upload(3) + b"abc")
-        assert status_line(connection) == b"HTTP/1.1 415 Unsupported Media Type"  # looked at again
+        assert status_line(connection) == b"HTTP/1.1 415 Unsupported Media Type"  # the queue has room again
     assert alive(address)
 
 
@@ -391,7 +392,7 @@ def test_a_client_that_does_not_read_is_cut_off(address: Address) -> None:
 def test_a_client_that_leaves_the_rest_of_an_answer_unread_is_cut_off(
     address: Address, listening: socket.socket, line: bytes
 ) -> None:
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that the rest waits in the server
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # the rest of the answer waits in the server
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(address)
@@ -414,7 +415,7 @@ ATTACKS = {
 
 @pytest.fixture
 def patient(app: FastAPI) -> Iterator[Address]:
-    """A server of twelve connections with the timeouts of a real one."""
+    """The address of a server with at most twelve connections and the default timeouts."""
     with serving(app, app.state.services.sheds, ConnectionTable(12, "")) as listening:
         yield cast(Address, listening.getsockname())
 
@@ -453,7 +454,7 @@ def test_connections_of_several_addresses_shut_no_other_address_out(patient: Add
 
 
 def in_loop(scenario: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """A test that runs in an event loop."""
+    """Turn a coroutine function into a test that runs in an event loop."""
 
     @wraps(scenario)
     def test(*args: Any, **kwargs: Any) -> None:
@@ -463,7 +464,7 @@ def in_loop(scenario: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...,
 
 
 class Held:
-    """A connection of a table."""
+    """A stand-in for a connection in a connection table."""
 
     def __init__(self, progress: float = 0.0, is_busy: bool = False):
         self.progress = progress
@@ -475,7 +476,7 @@ class Held:
 
 
 def filled(table: ConnectionTable, **counts: int) -> dict[str, list[Held]]:
-    """Connections of networks such as `a`, each with more progress than the one before."""
+    """Fill a table with `counts` connections per network, each with more progress than the one before."""
     made = {network: [Held(float(number)) for number in range(count)] for network, count in counts.items()}
     assert all(table.admit(connection, network) for network, each in made.items() for connection in each)
     return made
@@ -507,7 +508,7 @@ async def test_connection_with_request_that_is_worked_on_is_not_closed(monkeypat
     assert evicted(*held["a"], *held["b"]) == [False] * 4 + [True, False, False]
     for connection in [*held["b"], *held["c"], *held["d"]]:
         connection.is_busy = True
-    assert table.admit(Held(is_busy=True), "f") is True  # in the place of the one of `e`
+    assert table.admit(Held(is_busy=True), "f") is True  # replaces the connection of `e`
     assert table.admit(Held(), "g") is False
 
 
@@ -531,7 +532,7 @@ async def test_limit_of_a_network_applies_only_above_three_quarters() -> None:
     assert len(table) == 75
     for connection in held["a"]:
         connection.progress = asyncio.get_running_loop().time()
-    assert not table.admit(Held(), "a")  # none of its connections has stalled
+    assert not table.admit(Held(), "a")  # all connections of the network are making progress
     filled(table, b=25)
     assert len(table) == 100
 
@@ -555,10 +556,10 @@ async def test_connections_of_trusted_proxy_count_for_its_clients() -> None:
     for connection in proxied[:50]:
         assert table.charge(connection, "1.1.1.1")
     assert not any(evicted(*proxied))
-    assert table.charge(proxied[99], "2.2.2.2")  # holds no share yet
+    assert table.charge(proxied[99], "2.2.2.2")  # this client has no other connection
     assert evicted(*proxied).count(True) == 0
     assert table.charge(proxied[60], "6.6.6.6, 1.1.1.1")
-    assert evicted(proxied[0]) == [True]  # the same client's connection with the least progress
+    assert evicted(proxied[0]) == [True]  # closes the client's connection with the least progress
     for connection in [*proxied[1:50], proxied[60]]:
         connection.is_busy = True
     assert not table.charge(proxied[61], "1.1.1.1")

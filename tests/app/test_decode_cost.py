@@ -1,4 +1,4 @@
-"""The estimated cost of decoding: what makes it grow, and that photos of common encoders stay far below the limit."""
+"""Test the estimated decoding cost: hostile images raise it, photos of common encoders stay far below the limit."""
 
 import io
 import random
@@ -22,7 +22,7 @@ def cost(data: bytes) -> DecodeCost:
     return EncodedImage(data, 10 * MIB, 50_000_000).cost
 
 
-def encode(image: Image.Image, format: str, **options: Any) -> bytes:  # noqa: A002, Pillow's name for it
+def encode(image: Image.Image, format: str, **options: Any) -> bytes:  # noqa: A002, the name that Pillow uses
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -57,13 +57,13 @@ def test_arithmetic_coding_costs_more_than_huffman_coding() -> None:
 
 @pytest.mark.parametrize("between", [b"", b"\xff\xff\xff", b"\xff\x01", b"abc", b"\xff\xfe\0\x06\xff\xd9ab", b"\xff\0"])
 def test_scans_are_counted_as_libjpeg_finds_them(between: bytes) -> None:
-    """Fill bytes, garbage, and an end marker within a comment do not hide the scans behind them."""
+    """Fill bytes, garbage and an end marker within a comment do not hide the scans that follow them."""
     hidden = jpegs.head(1000, 1000) + jpegs.scan([1]) + between + 200 * jpegs.scan([2]) + jpegs.END
     assert cost(hidden).cpu_ms > cost(jpegs.with_scans(200, 1000)).cpu_ms * 0.9
 
 
 def test_what_follows_the_end_of_a_jpeg_costs_nothing() -> None:
-    """Phones append videos, in which scan markers occur by chance."""
+    """Phones append videos, which contain scan markers by chance."""
     image = encode(photo(1000, 750), "JPEG", progressive=True)
     attached = image + 400 * jpegs.scan([1])
     assert cost(attached).cpu_ms == pytest.approx(cost(image).cpu_ms, rel=0.2)
@@ -84,7 +84,8 @@ def test_an_image_that_needs_too_much_memory_is_refused_before_it_is_decoded() -
         cost(encode(Image.new("RGB", (7071, 7071)), "WEBP", lossless=True))
 
 
-# Scan scripts: spectral selection (start, end, high, low) by component.
+# Scan scripts of progressive encoders. Each scan: components, spectral selection start and end, successive
+# approximation high and low.
 LIBJPEG = [
     ([1, 2, 3], 0, 0, 0, 1), ([1], 1, 5, 0, 2), ([3], 1, 63, 0, 1), ([2], 1, 63, 0, 1), ([1], 6, 63, 0, 2),
     ([1], 1, 63, 2, 1), ([1, 2, 3], 0, 0, 1, 0), ([3], 1, 63, 1, 0), ([2], 1, 63, 1, 0), ([1], 1, 63, 1, 0),
@@ -99,7 +100,7 @@ PHOTOSHOP = [([1, 2, 3], 0, 0, 0, 0)] + [([n], a, b, 0, 0) for a, b in ((1, 2), 
 @pytest.mark.parametrize("script", [LIBJPEG, MOZJPEG, PHOTOSHOP], ids=["libjpeg", "mozjpeg", "photoshop"])
 @pytest.mark.parametrize("size", [(4032, 3024), (8064, 6048)])
 def test_progressive_photos_of_common_encoders_are_accepted(script: list[Any], size: tuple[int, int]) -> None:
-    data = bytes(10 * MIB // len(script) - 1000)  # as much as the limit on bytes allows
+    data = bytes(10 * MIB // len(script) - 1000)  # fills the byte limit
     scans = b"".join(jpegs.scan(*each) + data for each in script)
     estimate = cost(jpegs.head(*size, jpegs.PROGRESSIVE) + scans + jpegs.END)
     assert not estimate.exceeds(MAX_COST)
@@ -131,7 +132,7 @@ def test_tiles_that_extend_beyond_a_tiff_cost_their_pixels() -> None:
 
 
 def with_tags(tiff: bytes, tags: dict[int, int]) -> bytes:
-    """A little-endian TIFF whose directory has some tags more, and no strips."""
+    """Return a little-endian TIFF whose directory has these additional tags and no strips."""
     start = struct.unpack_from("<L", tiff, 4)[0]
     count = struct.unpack_from("<H", tiff, start)[0]
     entries = [tiff[start + 2 + 12 * n : start + 14 + 12 * n] for n in range(count)]
@@ -141,7 +142,7 @@ def with_tags(tiff: bytes, tags: dict[int, int]) -> bytes:
     return tiff[:4] + struct.pack("<L", len(tiff)) + tiff[8:] + struct.pack("<H", len(kept)) + b"".join(kept) + bytes(4)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, which `app.images` ignores as well
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow emits it; `app.images` ignores it too
 def test_damaged_headers_raise_only_problems() -> None:
     chance = random.Random(0)  # noqa: S311
     originals = [jpegs.with_scans(5, 100), encode(photo(64, 48), "PNG"), encode(photo(64, 48), "TIFF")]

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own: same pixels, hard limits, and no process left behind."""
+"""Test decoding in a separate process: it returns the same pixels, enforces hard limits and leaves no process."""
 
 import os
 import signal
@@ -85,7 +85,7 @@ def test_the_process_ends_with_the_server(start: Start) -> None:
     child = process._process
     assert child
     assert child.stdin
-    child.stdin.close()  # as the kernel does when the server is killed
+    child.stdin.close()  # the kernel does this when the server is killed
     assert wait_for(lambda: child.poll() is not None, 30)
 
 

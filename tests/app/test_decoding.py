@@ -1,4 +1,4 @@
-"""Decoding for many clients: which lane an image takes, who waits for whom, and what is refused."""
+"""Test decoding for many clients: the lane of an image, the order of waiting clients, and refused images."""
 
 import asyncio
 import io
@@ -30,12 +30,12 @@ def soon() -> float:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110  counters announce nothing
+        while not condition():  # noqa: ASYNC110  counters signal no event
             await asyncio.sleep(0.005)
 
 
 class Gate:
-    """Stands for the decoders: an image's name gives its cost, and no image is done before the gate is open."""
+    """A replacement for the decoders. An image's name gives its cost, and decoding waits until the gate is open."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.begun: list[bytes] = []
@@ -103,7 +103,7 @@ def test_costly_images_delay_only_each_other(gate: Gate) -> None:
         costly = [asyncio.create_task(decoders.decode(files(b"costly1", b"quick2"), "a", soon())) for _ in range(10)]
         await until(lambda: len(gate.begun) >= 2)
         assert (decoders.waiting, decoders.held_up) == (0, 20)
-        assert set(gate.begun) == {b"costly1"}  # one in each of two processes
+        assert set(gate.begun) == {b"costly1"}  # each of the two processes decodes one
         quick = asyncio.create_task(decoders.decode(files(b"quick3", b"quick4"), "a", soon()))
         await until(lambda: b"quick3" in gate.begun)
         gate.open.set()
@@ -167,7 +167,7 @@ def test_a_client_is_refused_above_its_share_and_another_one_is_not(gate: Gate) 
         waiting.append(asyncio.create_task(decoders.decode(files(b"quick2"), "b", soon())))
         await asyncio.sleep(0)
         assert decoders.waiting == 7
-        assert not decoders.is_full_for("b")  # it has one of its share of two
+        assert not decoders.is_full_for("b")  # it uses one of its two places
         with pytest.raises(Unavailable):
             await decoders.decode(files(b"quick3", b"quick3"), "b", soon())
         gate.open.set()
@@ -224,7 +224,7 @@ def test_a_request_is_charged_a_unit_for_each_10_ms_of_estimated_decoding(gate: 
         gate.open.set()
         decoders, units = Decoders(Settings()), list[int]()
         await decoders.decode(files(b"quick1"), "a", soon(), units.append)
-        assert units == []  # the first unit is charged with the request
+        assert units == []  # the request itself is charged the first unit
         await decoders.decode(files(*[b"quick1"] * 9, b"medium2", b"costly3"), "a", soon(), units.append)
         assert sum(units) == 54 - 1  # 539 ms
 

@@ -1,4 +1,4 @@
-"""Every runtime computes what the exported file does, or is refused."""
+"""Test the engines: every runtime computes the logits of the exported file, or the engine refuses to load."""
 
 import logging
 import sys
@@ -25,7 +25,7 @@ def model(models: Path) -> Path:
 
 @pytest.fixture
 def quantised(model: Path, dataset: Dataset) -> Path:
-    """The same with an int8 form beside it."""
+    """The model file with a quantized int8 form beside it."""
     quantise(model, torch.from_numpy(dataset.train.images[:8]))
     return model
 
@@ -34,7 +34,7 @@ def quantised(model: Path, dataset: Dataset) -> Path:
 def test_answers_are_those_of_the_exported_file(model: Path, dataset: Dataset, runtime: Runtime) -> None:
     engine = engines.load(model, "cpu", runtime)
     assert engine.name.startswith(runtime)
-    for size in (1, 3, 16, 13, 64, 2):  # sizes it has seen and others
+    for size in (1, 3, 16, 13, 64, 2):  # repeated and new batch sizes
         images = np.ascontiguousarray(dataset.test.images[:size].transpose(0, 3, 1, 2))
         with torch.inference_mode():
             expected = load(model)(torch.from_numpy(images)).numpy()

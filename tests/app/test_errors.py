@@ -1,4 +1,7 @@
-"""A shortage of the machine is answered with 503 and one log line. No error message repeats long input."""
+"""Test error answers.
+
+The service answers a shortage of machine resources with 503 and one log line. No error message repeats long input.
+"""
 
 import errno
 import io
@@ -39,7 +42,7 @@ LONG = 200_000
 
 @pytest.fixture(autouse=True)
 def warnings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Libraries that other tests import may change the level of the root logger."""
+    """Set the level of the root logger, because libraries that other tests import may have changed it."""
     caplog.set_level(logging.INFO)
 
 
@@ -56,7 +59,7 @@ def small(dataset: Dataset) -> bytes:
 
 @pytest.fixture(scope="session")
 def large() -> bytes:
-    """An image of 1.5 MB."""
+    """A PNG image of 1.5 MB."""
     return png(np.random.default_rng(0).integers(0, 256, (710, 710, 3), np.uint8))
 
 
@@ -71,7 +74,7 @@ def services_of(client: TestClient) -> Services:
 
 
 def assert_refused(response: httpx.Response, words: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The answer is 503 with Retry-After and names the shortage; the log has one warning and no traceback."""
+    """Assert a 503 with Retry-After that names the shortage, and a log with one warning and no traceback."""
     assert response.status_code == 503, response.text
     assert response.headers["retry-after"] == "1"
     assert words in response.json()["detail"]

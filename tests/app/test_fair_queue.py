@@ -1,4 +1,4 @@
-"""Fair turns: whose turn is next, what counts as spent, and what happens to those that stop waiting."""
+"""Test the fair queue: the order of turns, the accounting of time spent, and clients that stop waiting."""
 
 import asyncio
 import random
@@ -13,7 +13,7 @@ MINUTE_S = 60.0
 
 
 class Clients:
-    """Turns of a queue in the order in which they start."""
+    """The clients of a queue, and their turns in the order in which they start."""
 
     def __init__(self, slots: int = 1, memory_bytes: int = 100):
         self.queue = FairQueue(slots, memory_bytes)
@@ -94,7 +94,7 @@ def test_a_client_that_was_away_has_not_saved_up_time() -> None:
         for _ in range(3):
             clients.queue.leave(clients.running.pop(0), 0.01)
             await settle()
-        for client in "bbbb":  # had one turn early on
+        for client in "bbbb":  # b had one turn at the start
             clients.wait(client)
         assert await clients.finish_all() == list("abaa") + list("bababb")
 
@@ -158,7 +158,7 @@ def test_a_client_that_leaves_makes_room_even_in_the_moment_of_its_turn() -> Non
         await settle()
         gone, waits = clients.wait("b"), clients.wait("c")
         await settle()
-        clients.queue.leave(clients.running.pop(), 0.01)  # it is b's turn from here on
+        clients.queue.leave(clients.running.pop(), 0.01)  # the next turn now belongs to b
         gone.cancel()
         await settle()
         assert waits.done()
@@ -174,7 +174,7 @@ def test_a_turn_may_come_between_the_cancellation_of_its_task_and_its_end() -> N
         await settle()
         gone, waits = clients.wait("b"), clients.wait("c")
         await settle()
-        gone.cancel()  # the task has not run yet when the turn comes
+        gone.cancel()  # the task has not run yet when its turn comes
         clients.queue.leave(clients.running.pop(), 0.01)
         await settle()
         assert waits.done()

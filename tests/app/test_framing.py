@@ -1,6 +1,6 @@
-"""Where one request ends and the next one begins: offers to change the protocol, and heads that are read in two ways.
+"""Test request framing: upgrade offers, and ambiguous heads that two parsers would read differently.
 
-Each test sends bytes over a real socket and looks at the requests that the application gets.
+Each test sends bytes over a real socket and checks the requests that the application receives.
 """
 
 import re
@@ -31,7 +31,7 @@ OFFERS = {
 
 @dataclass
 class Recorder:
-    """An application that keeps the requests it gets."""
+    """An ASGI application that records the requests it receives."""
 
     requests: list[tuple[str, str, bytes]]
 
@@ -248,7 +248,7 @@ ROUTES = [
 def test_every_route_answers_request_with_upgrade_once(route: str, models: Path, tmp_path: Path) -> None:
     app = create_app(Settings(models=models, runs=tmp_path / "runs"))
     body = b"\r\n" * 100 + HIDDEN
-    offers = [offer for name, offer in OFFERS.items() if name != "proxy"]  # a proxy's header makes the call not local
+    offers = [offer for name, offer in OFFERS.items() if name != "proxy"]  # a proxy's header makes the call non-local
     plain = (
         f"{route} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n".encode()
     )
@@ -259,4 +259,4 @@ def test_every_route_answers_request_with_upgrade_once(route: str, models: Path,
                 connection.sendall(plain + offer + b"\r\n" + body + LAST)
                 answers.append(re.findall(rb"HTTP/1.1 (\d+)", answer(connection)))
     assert answers == [answers[0]] * (1 + len(offers))
-    assert answers[0][1:] in ([], [b"404"])  # some routes answer before they have read the body, and close then
+    assert answers[0][1:] in ([], [b"404"])  # some routes answer without reading the body and close

@@ -1,4 +1,4 @@
-"""Untrusted bytes to pixels: every format and mode, every limit, every kind of damage."""
+"""Test decoding untrusted bytes to pixels: every format and mode, every limit, every kind of damage."""
 
 import io
 from typing import Any
@@ -16,7 +16,7 @@ def decode(data: bytes, max_bytes: int = 10 << 20, max_pixels: int = 10_000_000)
     return images.decode(data, max_bytes, max_pixels)
 
 
-def encode(image: Image.Image, format: str, **options: Any) -> bytes:  # noqa: A002, Pillow's name for it
+def encode(image: Image.Image, format: str, **options: Any) -> bytes:  # noqa: A002, the name that Pillow uses
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -167,7 +167,7 @@ def test_more_bytes_than_allowed_are_too_large() -> None:
 
 def test_more_pixels_than_allowed_are_refused_before_decoding() -> None:
     bomb = encode(Image.new("1", (5000, 5000)), "PNG")
-    # Only the header is left, so decoding it would be another error.
+    # Only the header is passed, so decoding would raise a different error.
     with pytest.raises(TooLarge, match="5000x5000 pixels"):
         decode(bomb[:100])
 
@@ -176,7 +176,7 @@ def test_more_pixels_than_allowed_are_refused_before_decoding() -> None:
 def test_a_jpeg_of_endless_scans_is_refused_before_decoding(progressive: bool) -> None:
     data = encode(Image.new("RGB", (64, 64), "teal"), "JPEG", progressive=progressive)
     begin, end = data.index(b"\xff\xda"), len(data) - 2
-    last = 0 if progressive else 63  # a scan of the first component's mean values, or of all
+    last = 0 if progressive else 63  # the scan holds the DC coefficients of a component, or all coefficients
     scan = b"\xff\xda" + bytes([0, 8, 1, 1, 0, 0, last, 0])
     decode(data)
     decode(data[:begin] + 400 * scan + data[begin:])
@@ -207,7 +207,7 @@ def test_a_tiff_of_endless_values_is_refused_before_it_is_opened(big: bool) -> N
         decode(data)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, which `app.images` ignores as well
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow emits it; `app.images` ignores it too
 @pytest.mark.parametrize("place", [0, 1, 2**32, 2**63])
 def test_a_tiff_whose_directory_is_not_in_the_file_is_a_problem(place: int) -> None:
     for data in (b"II+\0\x08\0\0\0" + place.to_bytes(8, "little"), b"MM\0*" + place.to_bytes(8)[-4:]):

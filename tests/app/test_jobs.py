@@ -1,4 +1,4 @@
-"""The queue and history of training jobs: what the database keeps, and what it does when it cannot."""
+"""Test the queue and history of training jobs: stored jobs, state changes, and a database that fails."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ def services_of(client: TestClient) -> Services:
 
 @contextmanager
 def locked_by_a_writer(jobs: Jobs) -> Iterator[None]:
-    """The database as another program has locked it that is about to write."""
+    """Lock the database exclusively, like another program that is about to write."""
     with closing(sqlite3.connect(jobs.run("jobs.sqlite").path, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
         yield
@@ -148,7 +148,7 @@ def test_a_job_whose_folder_is_damaged_fails_and_the_next_one_runs(jobs: Jobs, m
         monkeypatch.setattr(runner, "_child", child)
         runner.start()
         async with asyncio.timeout(60):
-            while jobs.running() != job.id:  # noqa: ASYNC110  the database announces nothing
+            while jobs.running() != job.id:  # noqa: ASYNC110  the database signals no event
                 await asyncio.sleep(0.05)
         await runner.stop()
         assert jobs.state(damaged.id) is State.FAILED
@@ -176,7 +176,7 @@ def test_a_runner_that_is_stopped_ends_even_if_it_cannot_note_so(jobs: Jobs, mon
         runner.start()
         await asyncio.wait_for(started.wait(), 10)
         await asyncio.wait_for(runner.stop(), 10)
-        assert jobs.state(job.id) is State.RUNNING  # which the next start claims first
+        assert jobs.state(job.id) is State.RUNNING  # the next start claims this job first
 
     asyncio.run(scenario())
 
@@ -259,7 +259,7 @@ def test_a_finished_job_stays_as_it_is(jobs: Jobs, publication: Publication) -> 
     jobs.fail(job.id, "late")
     jobs.interrupt(job.id, "late")
     assert jobs.cancel(job.id) == cancelled
-    jobs.succeed(job.id, publication)  # it had published before it could be stopped
+    jobs.succeed(job.id, publication)  # it published before it could be stopped
     assert jobs.get(job.id) == cancelled.model_copy(update={"published": publication})
     assert jobs.claim() is None
 
@@ -274,7 +274,7 @@ def test_the_same_key_gives_the_same_job_and_with_another_request_an_error(jobs:
 
 
 def test_requests_with_one_key_at_the_same_time_give_one_job(tmp_path: Path) -> None:
-    """From several connections, as several server processes have them."""
+    """Each request uses its own database connection, like separate server processes."""
     found: list[str] = []
     opened(tmp_path).close()
 
@@ -296,7 +296,7 @@ def test_a_full_queue_refuses_and_a_cancelled_job_makes_room(tmp_path: Path) -> 
     jobs.submit(REQUEST, "key")
     with pytest.raises(Unavailable, match="2 jobs are waiting"):
         jobs.submit(REQUEST)
-    assert jobs.submit(REQUEST, "key")  # known already
+    assert jobs.submit(REQUEST, "key")  # the queue already has this job
     jobs.cancel(first.id)
     jobs.submit(REQUEST)
 
@@ -362,11 +362,11 @@ def test_reader_does_not_wait_for_a_writer_and_a_writer_is_refused_soon(jobs: Jo
                 write()
     jobs.cancel(job.id)
     with locked_by_a_writer(jobs):
-        assert jobs.claim() is None  # an idle queue locks nothing
+        assert jobs.claim() is None  # an empty queue takes no lock
 
 
 def test_more_readers_than_connections_in_the_pool_are_answered(jobs: Jobs) -> None:
-    """SQLAlchemy's own pool has 15, and raises an error of another kind after 30 s."""
+    """The default pool of SQLAlchemy has 15 connections and raises a different error after 30 s."""
     job = jobs.submit(REQUEST)
     barrier = threading.Barrier(40, timeout=30)
 
@@ -466,7 +466,7 @@ def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
         monkeypatch.setattr("app.runner._LEASE_POLL_S", 0.01)
         runner.start()
         async with asyncio.timeout(60):
-            while not jobs.state(job.id).finished:  # noqa: ASYNC110  the database announces nothing
+            while not jobs.state(job.id).finished:  # noqa: ASYNC110  the database signals no event
                 await asyncio.sleep(0.01)
         await runner.stop()
         assert (starts, jobs.get(job.id).error) == (1, "no luck")
@@ -521,4 +521,4 @@ def test_job_that_does_not_fit_into_the_machine_is_refused_unless_it_is_known(
     claimed(jobs)
     monkeypatch.setattr("training.run.Run.holder", lambda *_, **__: 4711)
     monkeypatch.setattr("training.resources.resident_memory", {4711: 30_000_000_000}.__getitem__)
-    jobs.submit(large)  # the running job gives its memory back before this one starts
+    jobs.submit(large)  # the running job frees its memory before this one starts

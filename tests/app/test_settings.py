@@ -1,4 +1,4 @@
-"""Settings that cannot be, and what else is found wrong before models are loaded."""
+"""Test invalid settings and the other startup errors that are found before models load."""
 
 import errno
 import logging
@@ -149,7 +149,8 @@ def test_a_store_that_cannot_be_read_is_refused_in_one_line(models: Path, monkey
     def refuse(_: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "iterdir", refuse)  # as permissions do not bind the user of some containers
+    # File permissions have no effect on root, which is the user in some containers.
+    monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(StartupError, match=f"{models} cannot be read: Permission denied"):
         check_store(Settings(models=models))
 

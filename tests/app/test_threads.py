@@ -1,4 +1,4 @@
-"""Threads with a bounded queue refuse calls that are late or too many, and no others."""
+"""Test threads with a bounded queue: they refuse calls that are late or too many, and no others."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ from app.threads import Threads
 
 
 class Gate:
-    """Something that blocks the threads that call it until it is opened."""
+    """A callable that blocks the calling thread until the gate is opened."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -37,7 +37,7 @@ def gate() -> Iterator[Gate]:
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110  a thread announces nothing
+        while not condition():  # noqa: ASYNC110  the threads signal no event
             await asyncio.sleep(0.01)
 
 
@@ -71,7 +71,7 @@ def test_call_that_waits_for_too_long_is_refused_and_never_made(gate: Gate) -> N
         with pytest.raises(Unavailable, match=r"does not answer within 0.05 s"):
             await threads.run(gate)
         gate.open()
-        assert await first == "done"  # one that has begun is waited for: it may have changed something
+        assert await first == "done"  # a call that has begun may have changed data, so it is awaited
         assert await threads.run(lambda: gate.calls) == 1
 
     scenario(run)
@@ -105,7 +105,7 @@ def test_call_whose_client_has_left_is_never_made(gate: Gate) -> None:
         await asyncio.sleep(0)
         second.cancel()
         await asyncio.wait([second])
-        third = asyncio.create_task(threads.run(lambda: gate.calls))  # there is room for it again
+        third = asyncio.create_task(threads.run(lambda: gate.calls))  # the cancelled call leaves room in the queue
         gate.open()
         assert (await first, await third) == ("done", 1)
 

@@ -1,4 +1,7 @@
-"""The uvicorn that is installed has what our subclasses override and read; an update that changes it fails here."""
+"""Test the installed uvicorn: it has the methods and attributes that our subclasses override and read.
+
+An update of uvicorn that changes one of them fails here.
+"""
 
 import ast
 import asyncio
@@ -43,7 +46,7 @@ def test_methods_not_marked_as_override_hide_none_of_uvicorn(kind: type) -> None
 
 
 def reads(kind: type) -> set[str]:
-    """Attributes that the source of a class reads, such as `transport` and `cycle.more_body`."""
+    """Return the attributes that the source of a class reads, such as `transport` and `cycle.more_body`."""
     found = set()
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind)))):
         parts: list[str] = []
@@ -80,7 +83,7 @@ def test_attributes_that_are_read_exist(kind: type) -> None:
     own = set(dir(kind)) - set(dir(_CLASSES[kind])) | (vars(made[kind]).keys() - vars(made[_CLASSES[kind]]).keys())
     inherited = {name for name in reads(kind) if name.partition(".")[0] not in own}
     missing = []
-    for name in inherited - {"lifespan", "lifespan.state", "servers"}:  # set by uvicorn at start
+    for name in inherited - {"lifespan", "lifespan.state", "servers"}:  # uvicorn sets these at startup
         owner, _, attribute = name.partition(".")
         if not hasattr(made[_CLASSES[kind]], owner):
             missing.append(owner)

@@ -1,4 +1,4 @@
-"""An image to send; and no training process outlives its test, even one that failed."""
+"""Provide an image to send, and kill the training processes that a test leaves behind, even when the test fails."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A real server for a test, started as the benchmarks start theirs, and the training processes it leaves behind."""
+"""Start a real server for a test, like the benchmarks do, and find the training processes that it leaves behind."""
 
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 1, "learni
 def service(
     models: Path, runs: Path, log: Path, **settings: str
 ) -> Iterator[tuple[httpx.Client, "subprocess.Popen[bytes]"]]:
-    """A server on a free port, ready to answer, and its process."""
+    """Start a server on a free port. Yield a client and the server process once the server is ready."""
     with Server(models, runs, log, **settings) as server, server.client() as client:
         yield client, server.process
 
@@ -28,5 +28,5 @@ def finished(client: httpx.Client, job_id: str) -> dict[str, Any] | None:
 
 
 def processes_of(runs: Path) -> list[int]:
-    """Training processes that work below a folder."""
+    """Return the ids of training processes whose command line names a folder in `runs`."""
     return working_in(runs, "training train")

@@ -1,4 +1,4 @@
-"""Images that cost much to decode, sent to a real server: they delay only their sender, and leave no process behind."""
+"""Test images with a high decoding cost on a real server: they delay only their sender and leave no process."""
 
 import io
 import os
@@ -32,7 +32,7 @@ def client_at(address: str, base_url: httpx.URL) -> httpx.Client:
 
 def test_a_costly_image_gets_the_answer_of_its_pixels(tmp_path: Path, models: Path) -> None:
     with service(models, tmp_path / "runs", tmp_path / "log") as (client, _):
-        # Scans without data leave every coefficient at zero, which is the gray of this image.
+        # Scans without data leave every coefficient at zero, so the image decodes to the same gray.
         gray = io.BytesIO()
         Image.new("RGB", (64, 64), (128, 128, 128)).save(gray, "PNG")
         answers = [client.post("/predict", files=form(image)).json() for image in (COSTLY, gray.getvalue())]

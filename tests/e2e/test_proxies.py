@@ -1,4 +1,4 @@
-"""Clients and proxies that offer another protocol: a real nginx, the client of the JDK, curl."""
+"""Test clients and proxies that offer a protocol upgrade: a real nginx, the HTTP client of the JDK, and curl."""
 
 import re
 import shutil
@@ -33,7 +33,7 @@ class Predict {
 
 
 def two_versions(models: Path) -> Store:
-    """A store whose second version is live."""
+    """Return a store with two versions, of which the second is live."""
     store = Store(models)
     with store.draft("resnet") as draft:
         (draft / "model.pt").write_bytes((models / "resnet" / "1" / "model.pt").read_bytes())
@@ -58,7 +58,7 @@ def test_request_hidden_in_body_behind_nginx_is_not_carried_out(tmp_path: Path, 
                 for _ in range(3):
                     with socket.create_connection(nginx.address(proxy), timeout=20) as connection:
                         connection.sendall(head.encode() + empty_lines)
-                        time.sleep(0.02)  # so that the hidden request arrives apart from the head
+                        time.sleep(0.02)  # the hidden request must arrive apart from the head
                         connection.sendall(hidden + last)
                         received = b""
                         while data := connection.recv(65536):

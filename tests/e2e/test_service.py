@@ -1,4 +1,4 @@
-"""The whole service as its users meet it: `python -m app` as a process, HTTP over a real socket."""
+"""Test the whole service as users run it: a `python -m app` process, and HTTP over a real socket."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def test_predict_evaluate_and_train_until_the_new_version_is_live(tmp_path: Path
         assert queued["state"] == "queued"
         assert client.delete(f"/train/{queued['id']}").json()["state"] == "cancelled"
 
-        events = client.get(f"{place}/events").text  # ends with the job
+        events = client.get(f"{place}/events").text  # the stream ends with the job
         kinds = re.findall(r"^event: (\w+)$", events, re.MULTILINE)
         assert kinds == ["tick", "epoch", "end"]
         replayed = client.get(f"{place}/events", headers={"Last-Event-ID": "1"}).text
@@ -61,7 +61,7 @@ def test_the_log_is_json_whatever_pillow_thinks_of_an_image(tmp_path: Path, mode
     with service(models, tmp_path / "runs", log) as (client, _):
         headers = {"Content-Type": "image/jpeg", "X-Request-ID": "mine"}
         assert client.post("/predict", content=content.getvalue(), headers=headers).status_code == 200
-        wait_for(lambda: "POST /predict 200" in log.read_text(), 10, log)  # is written once the answer is sent
+        wait_for(lambda: "POST /predict 200" in log.read_text(), 10, log)  # logged after the answer
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["message"] for line in lines if line["request_id"] == "mine"] == ["POST /predict 200"]
 
@@ -94,9 +94,9 @@ def test_no_request_is_lost_while_versions_are_swapped_under_load(tmp_path: Path
             version = swap % 3 + 1
             if swap % 2:
                 client.put("/models/resnet/live", json={"version": version}).raise_for_status()
-            else:  # by another process: the service follows the store
+            else:  # another process promotes, and the service follows the store
                 store.promote("resnet", version)
-            # From here on every new request is answered by the new version.
+            # From here on the new version answers every new request.
             wait_for(partial(answered_by, version), 30, log)
             answer = client.post("/predict", content=content, headers={"content-type": "image/png"}).json()
             assert answer["version"] == version

@@ -1,4 +1,4 @@
-"""The first and the last moments of a service: what it finds wrong before it loads models, and which signals end it."""
+"""Test startup and shutdown: errors that the service reports before it loads models, and signals that end it."""
 
 import os
 import signal
@@ -17,14 +17,14 @@ from service import TINY, processes_of, service
 
 from app.startup import authority
 
-END_S = 60.0  # by far enough on a busy machine, and less than models that never load take
+END_S = 60.0  # ample for a shutdown on a busy machine; models that never load take longer
 STOPPED = {signal.SIGTERM: 0, signal.SIGHUP: 0, signal.SIGINT: 130}
 ALONE, SEVERAL = "1", "2"
 
 
 @pytest.fixture(autouse=True)
 def hang_up_is_not_ignored() -> Iterator[None]:
-    """Servers do not inherit that the tests may run under `nohup`."""
+    """Reset SIGHUP to its default, so that servers do not inherit an ignored SIGHUP from tests under `nohup`."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -32,16 +32,16 @@ def hang_up_is_not_ignored() -> Iterator[None]:
 
 @pytest.fixture
 def endless(models: Path) -> Path:
-    """A store whose models take forever to load."""
+    """A store whose models never finish loading."""
     live = models / "resnet" / "live"
     live.unlink()
-    os.mkfifo(live)  # a read waits until a writer opens it
+    os.mkfifo(live)  # a reader blocks until a writer opens the pipe
     return models
 
 
 @contextmanager
 def starting(models: Path, runs: Path, log: Path, **settings: str) -> Iterator[Server]:
-    """A server that may not be ready yet."""
+    """Start a server and yield it without waiting until it is ready."""
     server = Server(models, runs, log, **settings)
     try:
         yield server
@@ -50,7 +50,7 @@ def starting(models: Path, runs: Path, log: Path, **settings: str) -> Iterator[S
 
 
 def serving(server: Server, workers: str) -> set[int]:
-    """The processes that serve, or will."""
+    """Return the ids of the processes that serve or are about to serve."""
     return {server.process.pid} if workers == ALONE else children(server.process.pid)
 
 
@@ -121,7 +121,7 @@ def test_nothing_is_left_in_the_temporary_folder_and_the_next_start_clears_the_r
         assert metrics_folders(runs) == [left]
     with (
         starting(endless, runs, tmp_path / "log2", workers=SEVERAL) as second,
-        starting(endless, runs, tmp_path / "log3", workers=SEVERAL) as third,  # shares the runs folder
+        starting(endless, runs, tmp_path / "log3", workers=SEVERAL) as third,  # uses the same runs folder
     ):
         wait_until_loading(second, SEVERAL)
         wait_until_loading(third, SEVERAL)
@@ -164,7 +164,7 @@ def test_a_service_listens_on_every_address_of_its_host(workers: str, host: str,
         for _, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             url = f"http://{authority(str(address[0]), port or 0)}"
             assert httpx.get(f"{url}/health/ready").status_code == 200
-            assert httpx.delete(f"{url}/train/x").status_code == 404  # a local one
+            assert httpx.delete(f"{url}/train/x").status_code == 404  # the call counts as local
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -195,7 +195,7 @@ def test_a_service_under_nohup_outlives_its_terminal(workers: str, tmp_path: Pat
     with server, server.client() as client:
         for process in serving(server, workers) | {server.process.pid}:
             os.kill(process, signal.SIGHUP)
-        server.process.send_signal(signal.SIGTERM)  # obeyed after it
+        server.process.send_signal(signal.SIGTERM)  # still obeyed after SIGHUP
         wait_for(lambda: client.get("/health/ready").status_code == 503, END_S, server.log)
         assert len([process for process in serving(server, workers) if running(process)]) == int(workers)
 

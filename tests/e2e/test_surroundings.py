@@ -1,4 +1,4 @@
-"""A real server whose surroundings fail: a full temporary folder, a limit of its files, too many clients."""
+"""Test a real server under resource limits: a full temporary folder, a file size limit, too many clients."""
 
 import io
 import json
@@ -90,7 +90,7 @@ def test_no_more_clients_follow_a_job_than_allowed(tmp_path: Path, models: Path)
 
         with ThreadPoolExecutor(40) as threads:
             statuses = [response.status_code for response in threads.map(follow, range(40))]
-        assert sorted(statuses) == [200] * 3 + [503] * 37  # one address has at most three quarters
+        assert sorted(statuses) == [200] * 3 + [503] * 37  # one address may hold three quarters of the 5 streams
         open_.close()
         wait_for(lambda: _can_follow(client, job), 30)
         client.delete(f"/train/{job}").raise_for_status()
@@ -108,7 +108,7 @@ def test_child_that_has_just_been_started_is_known_to_the_next_server_and_ends_w
     with service(models, runs, tmp_path / "log") as (client, server):
         job = client.post("/train", json=JOB).raise_for_status().json()["id"]
         (child,) = wait_for(lambda: processes_of(runs), 30, tmp_path / "log")
-        os.kill(child, signal.SIGSTOP)  # long before it has loaded its libraries
+        os.kill(child, signal.SIGSTOP)  # the child has not loaded its libraries yet
         server.kill()
         server.wait()
     with service(models, runs, log) as (client, server):

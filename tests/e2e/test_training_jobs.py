@@ -1,4 +1,4 @@
-"""Training jobs outlive what may befall them: crashes of their process and of the server, restarts, several servers."""
+"""Test training jobs that survive crashes of their process and of the server, restarts, and several servers."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def kill(processes: list[int]) -> None:
 
 
 def checkpointed(client: httpx.Client, job_id: str, runs: Path, log: Path) -> None:
-    """Wait until a job can be resumed. A checkpoint is saved just after its epoch is recorded."""
+    """Wait until a job can be resumed. The run saves a checkpoint just after it records the epoch."""
     wait_for(lambda: client.get(f"/train/{job_id}").json()["history"], 60, log)
     wait_for((runs / job_id / "checkpoint.pt").exists, 60, log)
 
@@ -45,7 +45,7 @@ def answers(client: httpx.Client) -> bool:
 
 
 def assert_trained_once(client: httpx.Client, job_id: str, models: Path, log: Path) -> None:
-    """The job ends well, with every epoch once, and has published one version."""
+    """Assert that the job succeeds with every epoch recorded once and one version published."""
     job = wait_for(lambda: finished(client, job_id), 90, log)
     assert job["state"] == "succeeded", log.read_text()
     assert [epoch["epoch"] for epoch in job["history"]] == list(range(1, 9))
@@ -61,7 +61,7 @@ def test_jobs_are_cancelled_with_their_process(tmp_path: Path, models: Path) -> 
         first, second, deaf = (submit(client, LONG) for _ in range(3))
         checkpointed(client, first, runs, log)
         assert client.get("/health").json()["training"] == first
-        assert client.delete(f"/train/{second}").json()["state"] == "cancelled"  # while it is queued
+        assert client.delete(f"/train/{second}").json()["state"] == "cancelled"  # the job is still queued
         assert client.delete(f"/train/{first}").json()["state"] == "cancelled"
         wait_for(lambda: not list(processes_of(runs / first)), 5, log)
         assert (runs / first / "checkpoint.pt").exists()
@@ -73,7 +73,7 @@ def test_jobs_are_cancelled_with_their_process(tmp_path: Path, models: Path) -> 
         assert os.getpriority(os.PRIO_PROCESS, process) > os.getpriority(os.PRIO_PROCESS, server.pid)
         if (autogroup := Path(f"/proc/{process}/autogroup")).exists():
             assert autogroup.read_text().split()[-1] == str(os.getpriority(os.PRIO_PROCESS, process))
-        os.kill(process, signal.SIGSTOP)  # a stopped process does not hear SIGTERM
+        os.kill(process, signal.SIGSTOP)  # a stopped process does not react to SIGTERM
         client.delete(f"/train/{deaf}").raise_for_status()
         wait_for(lambda: not processes_of(runs), 5, log)
         assert client.get("/health").json()["training"] is None
@@ -83,7 +83,7 @@ def test_jobs_are_cancelled_with_their_process(tmp_path: Path, models: Path) -> 
 def test_a_failed_job_says_why(tmp_path: Path, models: Path) -> None:
     log = tmp_path / "log"
     with service(models, tmp_path / "runs", log) as (client, _):
-        # The data set has no more than that.
+        # The data set has only 400 training images, so none is left to train on.
         job_id = submit(client, {"recipe": "resnet", "overrides": {**TINY, "validation_images": 400}})
         failed = wait_for(lambda: finished(client, job_id), 60, log)
         assert failed["state"] == "failed"
@@ -116,15 +116,15 @@ def test_a_job_survives_the_death_of_the_server(tmp_path: Path, models: Path) ->
         (child,) = processes_of(runs)
         server.kill()
         server.wait()
-    os.kill(child, signal.SIGSTOP)  # so that it cannot end before the next start
+    os.kill(child, signal.SIGSTOP)  # the child cannot end before the next start
     with service(models, runs, tmp_path / "log2") as (client, server):
         assert client.get(f"/train/{job_id}").json()["state"] == "running"
         time.sleep(1)
-        assert processes_of(runs) == [child]  # it was not started a second time
+        assert processes_of(runs) == [child]  # the job was not started again
         server.kill()
         server.wait()
     kill([child])
-    with service(models, runs, tmp_path / "log3") as (client, _):  # both have died: resumed
+    with service(models, runs, tmp_path / "log3") as (client, _):  # both processes died: the job resumes
         assert_trained_once(client, job_id, models, tmp_path / "log3")
         assert client.get("/train").json()[0]["crashes"] == 0
 
@@ -137,7 +137,7 @@ def test_a_job_whose_server_dies_while_cancelling_it_ends_all_the_same(tmp_path:
         assert processes_of(runs)
         server.kill()
         server.wait()
-    Run(runs / job_id).ask_to_stop()  # the first thing that cancelling does
+    Run(runs / job_id).ask_to_stop()  # the first step of a cancellation
     wait_for(lambda: not processes_of(runs), 5, log)
     with service(models, runs, tmp_path / "log2") as (client, _):
         wait_for(lambda: client.get(f"/train/{job_id}").json()["state"] == "cancelled", 10, tmp_path / "log2")
@@ -160,7 +160,7 @@ def test_a_stopped_server_drains_first_and_its_job_goes_on_at_the_next_start(
             content = image.read_bytes()
             head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {}\r\n\r\n"
             under_way.sendall(head.format(len(content)).encode() + content[:-1])
-            wait_for(lambda: not answers(client), 10, log)  # no new connections are accepted any more
+            wait_for(lambda: not answers(client), 10, log)  # the server no longer accepts connections
             under_way.sendall(content[-1:])
             assert under_way.recv(100).startswith(b"HTTP/1.1 200 ")
         assert server.wait(30) == 0, log.read_text()
@@ -187,7 +187,7 @@ def test_of_two_servers_one_runs_the_jobs_and_the_other_takes_over(tmp_path: Pat
         checkpointed(two, running, runs, log)
         (child,) = processes_of(runs)
         assert [job["state"] for job in two.get("/train").json()] == ["queued", "running"]
-        two.delete(f"/train/{running}").raise_for_status()  # the other one's child
+        two.delete(f"/train/{running}").raise_for_status()  # its process is a child of the other server
         wait_for(lambda: child not in processes_of(runs), 5, log)
         wait_for(lambda: two.get(f"/train/{queued}").json()["history"], 60, log)
         server.kill()

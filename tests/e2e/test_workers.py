@@ -1,4 +1,4 @@
-"""One service of two workers: what they share, and who ends with whom."""
+"""Test one service with two workers: shared state, replaced workers, and shutdown."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def running(process: int) -> bool:
 
 
 def heard_by(log: Path, message: str) -> Counter[int]:
-    """How many times each process has logged a message."""
+    """Return how many times each process has logged a message."""
     lines = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return Counter(line["process"] for line in lines if line["message"] == message)
 
@@ -39,7 +39,7 @@ def ready(log: Path, workers: set[int], address: httpx.URL) -> bool:
 
 
 def live(address: httpx.URL) -> bool:
-    """Whether a new connection gets an answer."""
+    """Return whether a new connection gets an answer within 2 s."""
     try:
         return httpx.get(f"{address}/health/live", timeout=2).status_code == 200
     except httpx.TimeoutException:
@@ -55,7 +55,7 @@ def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path
         assert len(workers) == WORKERS
         wait_for(lambda: ready(log, workers, address), 60, log)
 
-        # Every call over a connection of its own, of which each of them gets every other.
+        # Every call opens a new connection. Connections alternate between the two workers.
         predicted = [httpx.post(f"{address}/predict", **sent).raise_for_status() for _ in range(30)]
         assert len({json.dumps(answer.json()["predictions"]) for answer in predicted}) == 1
         wait_for(lambda: heard_by(log, "POST /predict 200") == dict.fromkeys(workers, 15), 10, log)
@@ -91,7 +91,7 @@ def test_a_worker_that_hangs_is_replaced_and_keeps_no_service_from_ending(tmp_pa
         hanging = min(workers)
         os.kill(hanging, signal.SIGSTOP)
         wait_for(lambda: all(live(client.base_url) for _ in range(4)), 15, log)
-        assert running(hanging)  # and gets no connections any more
+        assert running(hanging)  # alive, but gets no more connections
         wait_for(lambda: not running(hanging), 60, log)
         assert f"worker {hanging} does not respond and is killed" in log.read_text()
         wait_for(lambda: ready(log, children(supervisor.pid), client.base_url), 60, log)
@@ -104,7 +104,7 @@ def test_a_worker_that_hangs_is_replaced_and_keeps_no_service_from_ending(tmp_pa
 
 @contextmanager
 def silent_worker() -> Iterator[tuple[Worker, socket.socket]]:
-    """A worker that sends what the test sends for it."""
+    """Yield a worker that sends nothing itself, and the socket over which the test sends messages in its name."""
     line, its_line = socket.socketpair()
     process = subprocess.Popen(["sleep", "1000"], stdin=its_line.fileno())
     try:
@@ -117,8 +117,16 @@ def silent_worker() -> Iterator[tuple[Worker, socket.socket]]:
 
 
 def seconds_until_killed(beats: bytes, beat: bytes, log: pytest.LogCaptureFixture) -> int | None:
-    """After how many seconds of polls a worker is killed that has sent some beats and sends a further one each second;
-    None for one that is still running after ten minutes."""
+    """Poll a worker until it is killed.
+
+    Args:
+        beats: Messages that the worker sends at once.
+        beat: Message that the worker sends in each second of polls.
+        log: Captured log records.
+
+    Returns:
+        The number of seconds of polls until the kill; None if the worker still runs after ten minutes of polls.
+    """
     log.clear()
     with silent_worker() as (worker, line):
         line.send(beats)
@@ -165,7 +173,7 @@ def test_draining_is_for_all_workers_and_a_second_signal_cuts_it_short(tmp_path:
         address = client.base_url
         workers = children(supervisor.pid)
         wait_for(lambda: ready(log, workers, address), 60, log)
-        for process in (supervisor.pid, *workers):  # as is done to whole groups of processes
+        for process in (supervisor.pid, *workers):  # signals to a process group reach every process
             os.kill(process, signal.SIGTERM)
         wait_for(lambda: all(httpx.get(f"{address}/health/ready").status_code == 503 for _ in range(10)), 10, log)
         assert httpx.get(f"{address}/health/live").status_code == 200

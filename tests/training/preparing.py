@@ -1,4 +1,4 @@
-"""What is computed before the first epoch, watched to its end."""
+"""Run the preparation before the first epoch to its end and collect its progress events."""
 
 from collections.abc import Generator
 from typing import TypeVar
@@ -9,7 +9,7 @@ Prepared = TypeVar("Prepared")
 
 
 def watched(steps: Generator[Preparation, None, Prepared]) -> tuple[Prepared, list[Preparation]]:
-    """The result, and the progress that was reported."""
+    """Run a preparation to its end and return its result and its progress events."""
     events = []
     while True:
         try:

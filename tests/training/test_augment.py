@@ -1,4 +1,4 @@
-"""Augmented batches against plain NumPy: which image, mirrored or not, shifted by how much."""
+"""Test augmented batches against plain NumPy: order, flips, crops and combinations of images."""
 
 from collections import Counter
 from typing import Any, Literal
@@ -21,12 +21,12 @@ def chosen(**fields: Any) -> Recipe:
 
 
 def noise(count: int) -> Tensor:
-    """Random images [N, 32, 32, 3]."""
+    """Return random images, uint8 [N, 32, 32, 3]."""
     return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def epoch(count: int, recipe: Recipe, seed: int = 0, number: int = 1) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """All images [N, 32, 32, 3] and labels of one epoch, in the order of their batches."""
+    """Return all images [N, 32, 32, 3] and labels [N] of one epoch, in batch order."""
     drawn = list(batches(noise(count), recipe, torch.Generator().manual_seed(seed), number))
     return (
         torch.cat([batch for batch, _ in drawn]).permute(0, 2, 3, 1).numpy(),
@@ -54,7 +54,7 @@ def test_flip_mirrors_about_half_of_the_images_and_no_label() -> None:
     mirrored = (images == sources[:, :, ::-1]).all(axis=(1, 2, 3))
     unchanged = (images == sources).all(axis=(1, 2, 3))
     assert (mirrored ^ unchanged).all()
-    assert 160 < mirrored.sum() < 240  # four standard deviations
+    assert 160 < mirrored.sum() < 240  # 200 expected, plus or minus four standard deviations
 
 
 def test_alternating_flips_mirror_each_image_in_every_second_epoch() -> None:
@@ -67,7 +67,7 @@ def test_alternating_flips_mirror_each_image_in_every_second_epoch() -> None:
         mirrored.append((by_source == sources[:, :, ::-1]).all(axis=(1, 2, 3)))
         unchanged = (by_source == sources).all(axis=(1, 2, 3))
         assert (mirrored[-1] ^ unchanged).all()
-    assert 160 < mirrored[0].sum() < 240  # four standard deviations
+    assert 160 < mirrored[0].sum() < 240  # 200 expected, plus or minus four standard deviations
     np.testing.assert_array_equal(mirrored[1], ~mirrored[0])
     np.testing.assert_array_equal(mirrored[2], mirrored[0])
 
@@ -121,7 +121,7 @@ def test_shares_follow_the_beta_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
     shares = torch.tensor([combine(torch.zeros(2, 1, 1, 1), chosen(mixup=0.2), generator)[2] for _ in range(2000)])
     assert shares.mean() == pytest.approx(0.5, abs=0.04)
-    assert shares.var() == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.08)  # of Beta(a, a)
+    assert shares.var() == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.08)  # the variance of Beta(a, a), a = 0.2
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
@@ -143,4 +143,4 @@ def test_cutmix_replaces_one_rectangle_of_the_share_that_it_says(dtype: torch.dt
         shares.append(share)
     assert min(shares) < 0.3
     assert max(shares) > 0.9
-    assert torch.equal(batch[:, 0, 0, 0], own)  # the batch itself stays as it was
+    assert torch.equal(batch[:, 0, 0, 0], own)  # the batch itself is unchanged

@@ -1,4 +1,4 @@
-"""The moving mean of weights: its values, runs that resume with it, and what of it is published."""
+"""Test the moving average of weights: its values, resumed runs, and the published weights."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command line as people type it."""
+"""Test the command line with commands as users type them."""
 
 import re
 import signal
@@ -21,7 +21,7 @@ from training.store import Store
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
-    """`train` takes over SIGTERM for its process, which here is ours."""
+    """Restore the SIGTERM handler, because `train` replaces the handler of the test process."""
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -32,7 +32,7 @@ def typed(*words: str, columns: int = 80) -> Result:
 
 
 def said(result: Result) -> str:
-    """All output, with lines unwrapped."""
+    """Return all output as one line with single spaces."""
     return " ".join(result.output.split())
 
 

@@ -1,4 +1,4 @@
-"""Where the data set comes from, what is refused, and how it is split."""
+"""Test the data set: its sources, refused files, and the split into training and validation images."""
 
 import errno
 import functools
@@ -23,7 +23,7 @@ from training.data import CLASSES, SUPERCLASSES, DataError, Split, hold_out, loa
 
 Arrays = dict[str, NDArray[Any]]
 
-# Class ids as the official archive has them.
+# Class ids and names of the official archive.
 KNOWN_LABELS = {
     0: "apple",
     1: "aquarium_fish",
@@ -162,7 +162,7 @@ def test_any_flipped_bit_is_either_harmless_or_a_data_error(tmp_path: Path) -> N
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no server listens on this port
     monkeypatch.setenv("no_proxy", "")
 
 
@@ -186,7 +186,7 @@ class Archive(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def official_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A stand-in for the official archive, with the same structure and its own checksums, over HTTP."""
+    """A folder served over HTTP in place of the official archive, with the same structure but its own checksums."""
     site = tmp_path / "site"
     site.mkdir()
     content = arrays()
@@ -223,7 +223,7 @@ def official_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     server.server_close()
 
 
-# torchvision unpacks without naming a filter; Python 3.12 and 3.13 warn of that.
+# torchvision extracts the archive without a filter argument; Python 3.12 and 3.13 warn about this.
 @pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
 def test_the_official_archive_is_downloaded_and_converted_once(official_site: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
@@ -246,7 +246,7 @@ def test_an_archive_with_another_checksum_is_an_error_and_nothing_is_converted(
     assert not list((tmp_path / "data").glob("*.npz"))
 
 
-# torchvision unpacks without naming a filter; Python 3.12 and 3.13 warn of that.
+# torchvision extracts the archive without a filter argument; Python 3.12 and 3.13 warn about this.
 @pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
 def test_a_disk_that_is_full_is_an_error_and_no_partial_file_stays(
     official_site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -262,7 +262,7 @@ def test_a_disk_that_is_full_is_an_error_and_no_partial_file_stays(
 
 
 def numbered(per_class: int) -> Split:
-    """Images that carry their row number in their first pixel."""
+    """Return a split whose images hold their row number in the first pixel."""
     n = 100 * per_class
     images = np.zeros((n, 32, 32, 3), np.uint8)
     images[:, 0, 0, 0], images[:, 0, 0, 1] = np.arange(n) % 256, np.arange(n) // 256

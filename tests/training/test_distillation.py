@@ -1,4 +1,4 @@
-"""Learning from a teacher: the loss, what the teacher is asked, and runs that follow it."""
+"""Test distillation: the loss, the images that the teacher gets, and the runs that learn from its logits."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ def taught(
 
 
 def test_the_gradient_is_the_difference_of_softened_answers_times_the_temperature() -> None:
-    """Hinton et al. 2015, equation 2, with the factor T^2 that keeps its scale."""
+    """The gradient is equation 2 of Hinton et al. 2015, times T^2, which keeps its scale independent of T."""
     random = torch.Generator().manual_seed(0)
     student = torch.randn(5, 7, generator=random, requires_grad=True)
     teacher = 3 * torch.randn(5, 7, generator=random)
@@ -69,11 +69,11 @@ def test_a_teacher_is_asked_once_about_every_image_and_its_mirror_image(tmp_path
         taught(run, forgetful, images, name="resnet/2")
     with pytest.raises(AssertionError, match="asked again"):
         taught(run, forgetful, images, data="other images")
-    assert len(taught(run, left_column, images[:100])[0]) == 100  # what is kept is of other images
+    assert len(taught(run, left_column, images[:100])[0]) == 100  # the stored logits belong to other images
 
 
 class _Confused:
-    """A teacher that takes every class for the next one."""
+    """A teacher that predicts the class after the true one."""
 
     def __init__(self, dataset: Dataset):
         images = torch.from_numpy(dataset.train.images).permute(0, 3, 1, 2)
@@ -85,7 +85,7 @@ class _Confused:
 
     @staticmethod
     def _key(image: Tensor) -> int:
-        """The same for an image and its mirror image."""
+        """Return a key that is the same for an image and its mirror image."""
         return hash(tuple(sorted((image.numpy().tobytes(), image.flip(2).numpy().tobytes()))))
 
 
@@ -133,7 +133,7 @@ def test_a_teacher_that_cannot_be_used_is_an_error(dataset: Dataset, models: Pat
 
 
 class _Watchful:
-    """A teacher that notes the batches it is shown."""
+    """A teacher that records the batches it receives."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
@@ -159,14 +159,14 @@ def test_a_teacher_of_augmented_views_sees_the_very_batches_that_the_student_is_
     monkeypatch.setattr(Classifier, "preprocess", noting)
     run = started(tmp_path / "run", teacher="resnet/1", teacher_view="augmented", crop_padding=4, **fields)
     list(train(run.recipe(), dataset, run, CPU, Store(models)))
-    assert len(teacher.seen) == len(trained_on) == 2 * 5  # epochs of 300 images in batches of 64
+    assert len(teacher.seen) == len(trained_on) == 2 * 5  # two epochs of 300 images in batches of 64
     assert all(torch.equal(shown, trained) for shown, trained in zip(teacher.seen, trained_on, strict=True))
 
 
 def test_the_answers_to_a_combination_are_targets_whatever_its_shares(
     dataset: Dataset, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all the weight on answers that are always the same, a student learns these."""
+    """A student with teacher weight 1 learns the teacher's logits, here the same for every image."""
     answer = 20 * torch.eye(100)[7]
     monkeypatch.setattr(distillation, "load_teacher", lambda *_: lambda pixels: answer.expand(len(pixels), 100))
     fields = {"optimizer": "adam", "learning_rate": 0.005, "weight_decay": 0, "schedule": "constant"}

@@ -1,4 +1,4 @@
-"""Measures against values computed by hand or with plain NumPy."""
+"""Test the evaluation measures against values computed by hand or with plain NumPy."""
 
 import math
 
@@ -23,7 +23,7 @@ def test_accuracy_loss_and_classes_of_four_images_computed_by_hand() -> None:
             [0.02, 0.05, 0.08, 0.10, 0.15, 0.20, 0.40],
         ]
     )
-    result = evaluate(logits, torch.tensor([0, 4, 1, 6]))  # ranked 1st, 5th, 6th, 1st
+    result = evaluate(logits, torch.tensor([0, 4, 1, 6]))  # the true classes rank 1st, 5th, 6th and 1st
     assert result.images == 4
     assert result.top1 == 0.5
     assert result.top5 == 0.75
@@ -37,7 +37,8 @@ def test_the_rate_of_a_class_is_over_its_own_images() -> None:
 
 
 def test_calibration_error_computed_by_hand() -> None:
-    # In bins of 1/15, 0.54 and 0.59 share the ninth, 0.62 is in the tenth, 0.68 in the eleventh, 1 in the last.
+    # The bins are 1/15 wide: 0.54 and 0.59 fall into the ninth, 0.62 into the tenth, 0.68 into the eleventh, and 1 into
+    # the last.
     logits = logits_of([[0.54, 0.46], [0.59, 0.41], [0.62, 0.38], [0.68, 0.32], [1.0, 0.0]])
     labels = torch.tensor([1, 0, 0, 1, 0])
     expected = (abs(0.54 + 0.59 - 1) + abs(0.62 - 1) + abs(0.68 - 0) + abs(1 - 1)) / 5

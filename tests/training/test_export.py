@@ -1,4 +1,4 @@
-"""From a network to a published version: the file computes what the network computes, the card says what it is."""
+"""Test export and publication: the file computes the same as the network, and the card describes the version."""
 
 import hashlib
 import importlib.metadata
@@ -42,7 +42,7 @@ def noise(count: int) -> Tensor:
 
 
 def assert_close_to(classifier: Classifier, exported: torch.jit.ScriptModule) -> None:
-    for count in (1, 7, 7, 7):  # the just-in-time compiler rewrites the graph within its first calls
+    for count in (1, 7, 7, 7):  # the JIT compiler rewrites the graph during the first calls
         images = noise(count)
         with torch.inference_mode():
             logits, expected = exported(images), classifier(images)
@@ -69,7 +69,7 @@ def test_an_exported_file_computes_what_the_network_computes_temperature_and_ups
 
 
 class Inconstant(nn.Module):
-    """Computes something else on its second call, which is the one that is traced."""
+    """A network that returns a different result on its second call, which is the traced call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ def test_a_quantised_form_is_published_if_it_is_as_accurate(
     accepted: bool,
     float_first_layer: bool,
 ) -> None:
-    if top1:  # as if this had been measured, of the form in floating point and of each that is tried
+    if top1:  # replaces the measured top-1: first of the floating-point form, then of each int8 form that is tried
         measured = iter(top1)
         monkeypatch.setattr(export, "_top1_in_views", lambda *_: next(measured))
     monkeypatch.setattr(export, "MOST_LOST", most_lost)
@@ -242,7 +242,7 @@ def _first_convolution_reads_int8(file: Path) -> bool:
 def test_statistics_are_renewed_unless_the_weights_were_fitted_to_them(
     eval_mode_after: int, renewed: bool, dataset: Dataset, tmp_path: Path
 ) -> None:
-    """The checkpoint is that of the first epoch or, for eval_mode_after=2, of the third."""
+    """The checkpoint comes from the first epoch or, for eval_mode_after=2, from the third."""
     fields = {"width": 8, "epochs": 3, "int8": False, "eval_mode_after": eval_mode_after}
     run = Run(tmp_path / "run")
     run.create(recipe("resnet-seed", fields))
@@ -277,7 +277,7 @@ def test_a_crash_after_publishing_does_not_publish_the_run_twice(
     published = publish(run, dataset, store)
     assert (published.version, published.live) == (1, True)
     assert run.publication() == published
-    assert publish(run, dataset, store).version == 2  # on request it is published again
+    assert publish(run, dataset, store).version == 2  # a second request publishes the run again
 
 
 def test_a_run_without_a_finished_epoch_is_not_published(dataset: Dataset, tmp_path: Path) -> None:

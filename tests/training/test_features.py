@@ -1,4 +1,4 @@
-"""The frozen stages' features: the same training as without them, one file, and what happens when it has no room."""
+"""Test cached features of the frozen stages: equal training results, one file, and a disk without room for it."""
 
 import fcntl
 import resource
@@ -88,7 +88,7 @@ def finished(path: Path, recipe: Recipe, dataset: Dataset) -> tuple[list[Epoch],
 def test_training_on_features_gives_what_training_on_images_gives(
     dataset: Dataset, tmp_path: Path, folder: Path, combination: dict[str, float]
 ) -> None:
-    """But for rounding to float16: the weights end up closer to each other than 1 % of the way they went."""
+    """The results differ only by rounding to float16: final weights differ by less than 1 % of their total change."""
     fields = {"epochs": 3, "batch_size": 50, "optimizer": "sgd", "learning_rate": 0.01, **combination}
     images = finished(tmp_path / "images", chosen(**fields, cache_features=False), dataset)
     assert not folder.exists()
@@ -165,7 +165,7 @@ def test_a_file_that_is_not_whole_is_computed_again(dataset: Dataset, folder: Pa
     first, _ = prepared(recipe, built(recipe), dataset)
     (file,) = folder.iterdir()
     whole = file.read_bytes()
-    file.unlink()  # as another run does
+    file.unlink()  # another run unlinks the file like this
     assert first is not None
     assert first.evaluation.any()
     file.write_bytes(whole[:-2])

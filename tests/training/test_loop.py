@@ -1,4 +1,4 @@
-"""The training loop, with real runs: it learns, it survives being killed, and it goes on as if nothing had happened."""
+"""Test the training loop with real runs: it learns, survives a kill, and resumes with identical results."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-# Augmentation, momentum and dropout: everything a resumed run has to continue.
+# Augmentation, momentum and dropout all have state that a resumed run must continue.
 INTERRUPTED = {
     "validation_images": 0,
     "width": 8,
@@ -62,7 +62,7 @@ def finish(run: Run, dataset: Dataset) -> list[Epoch]:
 
 
 def assert_identical(one: Any, other: Any) -> None:
-    """Equal to the last bit, through all dicts and lists of a checkpoint."""
+    """Assert that two checkpoints are bitwise equal, through all nested dicts and lists."""
     if isinstance(one, Tensor):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
@@ -78,12 +78,12 @@ def assert_identical(one: Any, other: Any) -> None:
 
 
 def measures(run: Run) -> list[tuple[float, ...]]:
-    """What the epochs of a run report, without times."""
+    """Return number, training loss, loss and top-1 accuracy of each epoch of a run, without times."""
     return [(epoch["epoch"], epoch["train_loss"], epoch["loss"], epoch["top1"]) for epoch in run.epochs()]
 
 
 def test_a_small_network_learns_the_synthetic_classes_within_four_epochs(tmp_path: Path) -> None:
-    """46.6 % measured (20 s on half a busy core), against 1 % by chance."""
+    """The measured accuracy is 46.6 % (20 s on half a busy core); chance is 1 %."""
     overrides = {"width": 8, "epochs": 4, "batch_size": 32, "optimizer": "adam", "learning_rate": 0.005}
     plain = {"validation_images": 0, "flip": False, "crop_padding": 0, "label_smoothing": 0, "weight_decay": 0}
     run = started(tmp_path / "run", recipe("resnet", overrides | plain))
@@ -102,9 +102,9 @@ def command(run: Path, *options: str) -> list[str]:
 
 @pytest.fixture
 def second_epoch(tmp_path: Path) -> Iterator[tuple[Run, "subprocess.Popen[str]"]]:
-    """A run in its own process that has finished its first epoch of four."""
+    """A run in a separate process that has finished the first of four epochs, and the process."""
     run = Run(tmp_path / "run")
-    # A shell's background jobs ignore SIGINT, and their children inherit that; a handler of ours they do not.
+    # Background jobs of a shell ignore SIGINT, and child processes inherit this. They do not inherit a Python handler.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command(run.path),
@@ -263,7 +263,7 @@ def test_a_loss_that_is_no_longer_finite_ends_the_run_and_keeps_the_last_good_ch
     run = started(tmp_path, recipe("resnet", {"width": 8, "epochs": 1, "schedule": "constant", "validation_images": 0}))
     finish(run, tiny)
     good = run.load()
-    # Each step multiplies the weights by 1 - 100 * 0.9.
+    # Each step multiplies the weights by 1 - 100 * 0.9, so they diverge.
     diverging = run.recipe().model_copy(
         update={"epochs": 2, "learning_rate": 100.0, "weight_decay": 0.9, "batch_size": 2, "momentum": 0.0}
     )
@@ -314,7 +314,7 @@ def test_the_loop_follows_the_schedule(uninterrupted: Run) -> None:
 
 @pytest.fixture(scope="module")
 def transfer(tiny: Dataset, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Run folders of resnet18 as they were before the first epoch and after each of 1 + 2 epochs."""
+    """Copies of a resnet18 run folder: before the first epoch and after each of 1 + 2 epochs."""
     fields = {"weights": "none", "image_size": 32, "epochs": 1, "finetune_epochs": 2, "finetune_learning_rate": 0.01}
     fields |= {"validation_images": 0, "finetune_crop_padding": 0}
     chosen = recipe("resnet18", fields | {"optimizer": "sgd", "momentum": 0, "schedule": "constant"})
@@ -368,7 +368,7 @@ def test_frozen_weights_get_no_weight_decay_either(tiny: Dataset, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def switched(tiny: Dataset, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Run folders as they were after each of two epochs, of which the second trains in evaluation mode."""
+    """Copies of a run folder after each of two epochs. The second epoch trains in evaluation mode."""
     root = tmp_path_factory.mktemp("switched")
     run = started(root / "run", recipe("resnet-seed", {"width": 8, "epochs": 2, "eval_mode_after": 1}))
     finished = (event for event in train(run.recipe(), tiny, run, CPU) if isinstance(event, Epoch))
@@ -379,7 +379,7 @@ def test_in_evaluation_mode_weights_train_and_running_statistics_stay(switched: 
     before, after = (Run(folder).load()["classifier"] for folder in switched)
     unchanged = {name for name, value in before.items() if torch.equal(value, after[name])}
     assert unchanged == set(dict(build(Run(switched[0]).recipe()).named_buffers())) | {
-        "network.blocks.0.shortcut_init.weight",  # which no unit applies
+        "network.blocks.0.shortcut_init.weight",  # no unit applies this layer
         "network.blocks.0.shortcut_init.bias",
     }
 

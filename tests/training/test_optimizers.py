@@ -1,4 +1,4 @@
-"""Muon against its definition by singular values, and against PyTorch's SGD where it is SGD."""
+"""Test Muon against its definition by singular values, and its SGD part against the SGD of PyTorch."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_orthogonal_keeps_the_singular_vectors_and_evens_out_the_values(shape: t
     matrices = noise(*shape) * torch.tensor([1e-4, 1.0, 1e3])[: shape[0], None, None]
     result = orthogonal(matrices)
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    values = u.mT @ result @ v.mT  # diagonal where the singular vectors are the same
+    values = u.mT @ result @ v.mT  # diagonal if the singular vectors are unchanged
     diagonal = values.diagonal(dim1=1, dim2=2)
     assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-3
     assert diagonal.max() < 1.3
@@ -27,7 +27,7 @@ def test_orthogonal_keeps_the_singular_vectors_and_evens_out_the_values(shape: t
 
 def test_half_precision_finds_the_same_directions() -> None:
     u, _, v = torch.linalg.svd(noise(2, 32, 288), full_matrices=False)
-    matrices = u * torch.logspace(0, -4, 32) @ v  # such as momentum has them
+    matrices = u * torch.logspace(0, -4, 32) @ v  # singular values from 1 to 1e-4, as in momentum
     exact = orthogonal(matrices)
     with torch.autocast("cpu", torch.bfloat16):
         result = orthogonal(matrices)
@@ -37,7 +37,7 @@ def test_half_precision_finds_the_same_directions() -> None:
 
 
 def test_a_filter_moves_along_its_orthogonal_momentum() -> None:
-    """Two steps, written out for one filter."""
+    """The test computes two steps for one convolution weight in plain PyTorch."""
     start, first, second = noise(3, 8, 4, 3, 3)
     weight = nn.Parameter(start.clone())
     optimizer = Muon([weight], [], lr=0.1, momentum=0.9, weight_decay=0.5)

@@ -1,4 +1,4 @@
-"""Recipes: what is parsed, what is refused and in which words."""
+"""Test recipes: accepted values, refused values, and the text of the errors."""
 
 import json
 from typing import Any
@@ -154,7 +154,7 @@ def test_the_store_keeps_both_forms_of_part_1_under_one_name() -> None:
 
 
 def test_every_text_and_list_of_a_recipe_has_a_greatest_length() -> None:
-    """Each is an argument of the training process, and repeated by every list of jobs."""
+    """Each value is an argument of the training process, and every list of jobs repeats it."""
     for field, schema in Recipe.model_json_schema()["properties"].items():
         for form in schema.get("anyOf", [schema]):
             if form.get("type") == "string":
@@ -165,7 +165,8 @@ def test_every_text_and_list_of_a_recipe_has_a_greatest_length() -> None:
         RECIPES["resnet18"].model_dump()
         | {"teacher": ",".join([f"{'x' * 64}/{'9' * 9}"] * MAX_TEACHERS), "weights": "x" * 4096}
     )
-    assert sum(len(as_text(value)) for value in longest.model_dump().values()) < 16_000  # a process may have 128 KiB
+    # A process may have 128 KiB of arguments.
+    assert sum(len(as_text(value)) for value in longest.model_dump().values()) < 16_000
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pictures and TensorBoard events say what was measured."""
+"""Test the report: pictures and TensorBoard events show the measured values."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from training.data import Dataset
 from training.loop import Epoch, Event
 from training.run import Run, RunError
 
-FOUR_CLASSES = ("animal", "animal", "plant", "plant")  # superclasses of classes 0-3
+FOUR_CLASSES = ("animal", "animal", "plant", "plant")  # the superclasses of classes 0 to 3
 
 
 def epoch(number: int, top1: float) -> Epoch:
@@ -67,7 +67,7 @@ def test_a_run_that_was_not_exported_has_no_pictures(dataset: Dataset, tmp_path:
 
 
 def confident(predictions: list[int], confidence: float = 0.9) -> torch.Tensor:
-    """Logits over four classes whose softmax gives `confidence` to each prediction."""
+    """Return logits [N, 4] whose softmax gives `confidence` to each predicted class."""
     rest = (1 - confidence) / 3
     return torch.full((len(predictions), 4), rest).scatter(1, torch.tensor(predictions)[:, None], confidence).log()
 
@@ -78,7 +78,7 @@ def bars(axes: Axes) -> list[Rectangle]:
 
 def test_confusion_of_superclasses_is_in_percent_of_the_true_one() -> None:
     labels = torch.tensor([0, 0, 1, 1, 2, 3])
-    logits = confident([0, 1, 0, 3, 2, 2])  # one animal of four is taken for a plant
+    logits = confident([0, 1, 0, 3, 2, 2])  # one of four animals is predicted as a plant
     (axes,) = report.superclass_confusion(logits, labels, FOUR_CLASSES).axes
     assert np.asarray(axes.images[0].get_array()).tolist() == [[75, 25], [0, 100]]
     assert [text.get_text() for text in axes.texts] == ["75", "25", "100"]

@@ -1,4 +1,4 @@
-"""Part 1: both networks against plain transcriptions of their description, written with functions only."""
+"""Test both networks of part 1 against plain functional transcriptions of their descriptions."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -20,7 +20,7 @@ Network = TypeVar("Network", SharedResNet, ResNet)
 
 
 def randomised(network: Network) -> Network:
-    """Random values for all parameters and statistics, in float64 so that equal means equal."""
+    """Set all parameters and statistics to random values in float64, so that exact comparison is possible."""
     random = torch.Generator().manual_seed(1)
     network.double()
     for name, value in network.state_dict().items():
@@ -37,7 +37,7 @@ def images(count: int = 4) -> Tensor:
 
 
 class Layers:
-    """Layers applied by name, from a state dict."""
+    """The layers of a state dict, applied by name."""
 
     def __init__(self, state: dict[str, Tensor], training: bool) -> None:
         self.state = state
@@ -153,7 +153,10 @@ def test_both_kinds_of_statistics_are_the_same_function_in_training() -> None:
 
 
 def disagreement_of_evaluation_with_training(statistics: Statistics) -> float:
-    """Of the logits of one batch, relative to them, when the statistics are those of this very batch."""
+    """Return how far logits in evaluation mode differ from logits in training mode, as a relative norm.
+
+    Momentum 1 sets the running statistics to those of the same batch of 16 images.
+    """
     network = randomised(SharedResNet(width=8, dropout=0.0, statistics=statistics))
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d | SharedBatchNorm):

@@ -1,4 +1,4 @@
-"""Estimates of memory and disk are upper bounds within a factor of two. A run that does not fit is refused."""
+"""Test the estimates of memory and disk: upper bounds within a factor of two. A run that does not fit is refused."""
 
 import os
 import shutil
@@ -97,7 +97,7 @@ def test_recipe_that_does_not_fit_is_refused_with_what_to_lower(monkeypatch: pyt
         require(wide, CPU, 50_000, 10_000)
     require(wide, CPU, 50_000, 10_000, freed=20_000_000_000)
     require(recipe("resnet"), CPU, 50_000, 10_000)
-    monkeypatch.setattr(resources, "available_memory", lambda: None)  # not on Linux
+    monkeypatch.setattr(resources, "available_memory", lambda: None)  # available memory is unknown except on Linux
     require(wide, CPU, 50_000, 10_000)
 
 
@@ -137,7 +137,7 @@ def test_features_for_which_the_disk_has_no_room_are_refused(tmp_path: Path, mon
     require(chosen, CPU, 400, 100)
     (tmp_path / "features").mkdir()
     with (tmp_path / "features" / "earlier.float16").open("wb") as earlier:
-        earlier.truncate(12_000_000_000)  # a hole: it takes no room
+        earlier.truncate(12_000_000_000)  # a sparse file uses no disk space
     require(chosen, CPU, 50_000, 10_000)
 
 

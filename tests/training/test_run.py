@@ -1,4 +1,4 @@
-"""A run folder belongs to one process at a time, whatever becomes of that process."""
+"""Test run folders: one process at a time holds a folder, however that process ends."""
 
 import fcntl
 import os
@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def other(run: Run) -> Iterator["subprocess.Popen[str]"]:
-    """Another process that holds the lock."""
+    """A separate process that holds the lock of the run."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "locked\n"
@@ -163,7 +163,7 @@ def test_child_holds_the_lock_before_it_has_begun_and_until_it_ends(run: Run) ->
     assert child.stdin is not None
     assert child.stdout is not None
     try:
-        assert run.holder() == child.pid  # although its parent has closed the file and it has not opened it
+        assert run.holder() == child.pid  # the parent has closed the lock file, the child has not opened it yet
         with pytest.raises(RunBusy, match=f"process {child.pid}"), run.lock():
             pass
         with pytest.raises(RunBusy), run.lock_for_child():

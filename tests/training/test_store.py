@@ -1,4 +1,4 @@
-"""The model store: numbering, the live pointer, and what happens when several write or something breaks."""
+"""Test the model store: version numbers, the live pointer, concurrent writers, and failures."""
 
 import os
 import shutil
@@ -204,7 +204,7 @@ def test_one_changed_byte_is_found_and_the_file_named(store: Store) -> None:
 
 def test_a_file_too_many_is_found_and_named(store: Store) -> None:
     card = published(store)
-    (store.root / "resnet" / "1" / ".DS_Store").touch()  # a file manager's
+    (store.root / "resnet" / "1" / ".DS_Store").touch()  # file managers create it
     store.verify(card)
     (store.root / "resnet" / "1" / "int8.xml").touch()
     with pytest.raises(StoreError, match=r"int8\.xml does not belong to this version"):

@@ -1,4 +1,4 @@
-"""Part 2: what is loaded, what is refused, and what trains."""
+"""Test transfer learning, part 2: accepted weights, refused weights, and trainable stages."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def pretrained() -> State:
-    """A ResNet-18 state dict in which no tensor has the value it is initialised with."""
+    """A ResNet-18 state dict in which every tensor differs from its initial value."""
     random = torch.Generator().manual_seed(0)
     state = resnet18().state_dict()
     for name, value in state.items():
@@ -51,7 +51,7 @@ def snapshot(network: nn.Module) -> State:
 
 
 def backward(network: nn.Module) -> set[str]:
-    """The stages that a training step's backward pass gives gradients."""
+    """Run one backward pass in training mode and return the stages that get gradients."""
     network.train()
     network(torch.randn(4, 3, 32, 32)).square().mean().backward()
     return {stage_of(name) for name, parameter in network.named_parameters() if parameter.grad is not None}
@@ -98,7 +98,7 @@ def test_float16_weights_are_cast(pretrained: State, tmp_path: Path) -> None:
 
 
 def test_weights_without_batch_counters_are_accepted_as_torch_itself_does(pretrained: State, tmp_path: Path) -> None:
-    """Files from before torch 0.4.1 have none, among them torchvision's own."""
+    """Files from before torch 0.4.1 lack batch counters, including the files of torchvision."""
     torch.save({name: value for name, value in pretrained.items() if value.dim()}, tmp_path / "old.pth")
     resnet18().load_state_dict(torch.load(tmp_path / "old.pth"))
     backbone = TransferResNet18(100, str(tmp_path / "old.pth"), trainable=("fc",)).backbone
@@ -167,8 +167,8 @@ def test_a_missing_file_is_an_error_naming_it() -> None:
 def test_imagenet_weights_without_a_network_is_an_error_naming_the_other_way(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no cached copy
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # a folder without cached weights
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no server listens on this port
     monkeypatch.setenv("no_proxy", "")
     with pytest.raises(WeightsError, match=r"could not be downloaded.*weights=/path/to/resnet18\.pth"):
         TransferResNet18(100, "imagenet", trainable=("fc",))

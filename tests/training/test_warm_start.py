@@ -1,4 +1,4 @@
-"""Training on from a published version: its weights, what it must not have seen, and versions that do not fit."""
+"""Test training from a published version: its weights, held-out images, and versions that do not fit."""
 
 import re
 import warnings
