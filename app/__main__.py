@@ -1,4 +1,4 @@
-"""Runs the service: `python -m app --help`."""
+"""Runs the service from the command line: `python -m app --help`."""
 
 import signal
 import sys
@@ -33,13 +33,13 @@ def main(
         sys.exit(str(error))
     if settings.workers > 1 and not line:
         sys.exit(workers.Supervisor(settings, sockets).run())
-    from app.server import serve  # which loads PyTorch; the supervisor does without
+    from app.server import serve  # imports PyTorch, which the supervisor does not need
 
     sys.exit(serve(settings, sockets, line))
 
 
 def cli() -> None:
-    """Entry point of the console command."""
+    """Run the console command."""
     typer.run(main)
 
 

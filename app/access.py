@@ -1,4 +1,4 @@
-"""Who may do what. Reading and predicting are open; what costs much or changes something is for operators.
+"""Decides which clients may make a call. Reading and predicting are open; costly or changing calls need an operator.
 
 request --> API key, or a local caller where no key is configured --> rate limit --> route
             401 wrong or none   403 not local                         429
@@ -26,35 +26,35 @@ from app.settings import Settings
 
 _GUESSES = "wrong keys"
 _MAX_HOLDERS = 10_000
-_SHOWN = 100  # characters of a header that an error repeats
+_SHOWN = 100  # characters of a header that an error quotes
 
-# Proxies and content delivery networks add headers with one of these words in their names, or with a name that ends
-# with the kind of its value, an address of the client: X-Real-IP, True-Client-IP, X-Remote-Addr.
+# Proxies and content delivery networks add headers. Their names contain one of these words, or end with a word for the
+# client address: X-Real-IP, True-Client-IP, X-Remote-Addr.
 _PROXY_WORDS = {"akamai", "arr", "azure", "cdn", "cf", "envoy", "fastly", "forward", "forwarded", "forwards", "incap"}
 _PROXY_WORDS |= {"original", "proxied", "proxy", "rewrite", "sucuri", "tailscale", "varnish", "via"}
 _ADDRESS_ENDINGS = ("ip", "addr", "address")
 
-# RFC 3986, section 3.2, without user information: a name, an IPv4 address or an IPv6 address in brackets, and a port.
+# RFC 3986, section 3.2, without user information: a name, an IPv4 address or an IPv6 address in brackets, plus a port.
 _AUTHORITY = re.compile(r"(?:\[(?P<ipv6>[0-9a-fA-F:.]+)\]|(?P<name>[0-9a-zA-Z.-]+))(?::(?P<port>[1-9][0-9]{0,4}))?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _MAX_PORT = 65535
 
 
 class Access:
-    """The rules of one service.
+    """The access rules and rate limits of one service.
 
-    Access is checked first and a rate is charged then, so a refused request takes nothing from the operator's rate. A
-    foreign web page in the operator's browser, or a stranger at the operator's address, cannot use that rate up. A call
-    with a right key is charged to this key at this address, any other call to its address.
+    The access check comes before the rate limit, so a refused request does not use the operator's limit. A foreign web
+    page in the operator's browser, or a stranger at the operator's address, cannot exhaust it. A call with a valid key
+    counts for this key at this address. Any other call counts for its address.
 
-    Wrong keys have a rate of their own at each address. While it is used up, the service refuses every key from there
-    unseen, so a guess beyond the rate fails even if it is right. Keys that were right at this address before are the
-    exception: their holders go on, whatever a stranger at their address sends. The price is that this stranger can
-    guess the key of such a holder without a limit; keys have at least 16 characters for that. Requests without a key
-    are no guesses and are not charged.
+    Wrong keys have a separate limit per address. While an address is over it, the service refuses every key from there
+    without a check, so a further guess fails even if the key is valid. Keys that were valid at this address before are
+    the exception: their holders are not locked out by a stranger at the same address. The cost is that this stranger
+    can guess such a key without a limit. Keys have at least 16 characters for this reason. Requests without a key are
+    not guesses and do not count.
 
     Args:
-        settings: keys, address, rate limits.
+        settings: API keys, listening address and rate limits.
     """
 
     def __init__(self, settings: Settings):
@@ -62,15 +62,15 @@ class Access:
         self._keys = [_digest(key.get_secret_value()) for key in settings.api_keys]
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._holders: OrderedDict[tuple[bytes, str], None] = OrderedDict()
-        """Digests of right keys with the clients that have sent them, the latest ones last."""
+        """Pairs of the digest of a valid key and the client that sent it, most recent last."""
 
     def require_operator(self, request: Request, key: str | None) -> None:
-        """Let only operators pass: those with a key or, where none is configured, those on this machine.
+        """Accept only operators: clients with a key or, if no key is configured, clients on this machine.
 
         Raises:
-            Unauthorized: the key is missing or wrong.
-            Forbidden: no key is configured and the request is not local.
-            TooManyRequests: over the rate limit of such calls, or of wrong keys.
+            Unauthorized: The key is missing or wrong.
+            Forbidden: No key is configured and the request is not local.
+            TooManyRequests: The client is over the rate limit of these calls or of wrong keys.
         """
         if not self._keys and (reason := self._not_local(request)):
             raise Forbidden(
@@ -81,18 +81,20 @@ class Access:
         self._charge(self._settings.operator_rate_limit, "calls", _client(request), holder)
 
     def require_predictor(self, request: Request, key: str | None) -> None:
-        """Let those pass who may predict: by default everybody.
+        """Accept only clients that may predict. By default, every client may.
 
-        Raises: as for `require_operator`, except Forbidden.
+        Raises:
+            Unauthorized: Predictions need a key, and it is missing or wrong.
+            TooManyRequests: The client is over the rate limit of predictions or of wrong keys.
         """
         holder = self._authenticate(request, key) if self._settings.predict_needs_key else ""
         self._charge(self._settings.predict_rate_limit, "predictions", _client(request), holder)
 
     def charge_prediction(self, request: Request, units: int) -> None:
-        """Charge a prediction's rate limit further units, because its images are costly to decode.
+        """Charge additional units to the prediction rate limit, because the images are costly to decode.
 
         Raises:
-            TooManyRequests: over the rate limit, or the request costs more than the whole limit.
+            TooManyRequests: The client is over the rate limit, or the request costs more than the whole limit.
         """
         limit, key = self._settings.predict_rate_limit, _bearer_key(request)
         if limit and units >= limit.amount:
@@ -102,18 +104,18 @@ class Access:
         self._charge(limit, "predictions", _client(request), holder, units=units)
 
     def is_key(self, key: str) -> bool:
-        """Whether this is one of the API keys."""
+        """Return whether `key` is one of the API keys."""
         given = _digest(key)
-        # All are compared, each in constant time: the answer's time tells nothing about the keys.
+        # Every key is compared in constant time, so the response time reveals nothing about the keys.
         matches = [hmac.compare_digest(given, known) for known in self._keys]
         return any(matches)
 
     def _authenticate(self, request: Request, key: str | None) -> str:
-        """The digest of a right key.
+        """Return the digest of a valid key.
 
         Raises:
-            Unauthorized: the key is missing or wrong.
-            TooManyRequests: too many wrong keys came from this client, and this one was not right before.
+            Unauthorized: The key is missing or wrong.
+            TooManyRequests: The client sent too many wrong keys, and it has not sent this key successfully before.
         """
         if key is None:
             raise Unauthorized("this call needs an API key: send it as 'Authorization: Bearer KEY'")
@@ -132,10 +134,11 @@ class Access:
         return given.hex()
 
     def _not_local(self, request: Request) -> str | None:
-        """Why a request is not trusted to come from this machine's user. Headers that cannot be parsed are not trusted.
+        """Return why a request may not come from a user of this machine, or None if it does.
 
-        A browser on this machine may be made to call by any web page, with that page's Origin or, after DNS rebinding,
-        with that page's Host. A proxy on this machine may pass on what others send.
+        Any web page can make a browser on this machine send requests. They carry the Origin of the page or, after DNS
+        rebinding, its Host. A proxy on this machine can forward requests of other machines. Headers that cannot be
+        parsed count as not local.
         """
         server, client = request.scope.get("server"), request.client
         if not (_is_loopback(self._settings.host) and server and server[1] is not None and _is_loopback(server[0])):
@@ -159,7 +162,7 @@ class Access:
         return None
 
     def _charge(self, limit: RateLimitItem | None, *bucket: str, units: int = 1) -> None:
-        """Charge a bucket, which is named by the kind of call, its client and its key if it has one."""
+        """Charge a bucket. Its name consists of the kind of call, the client and, if present, the key."""
         if limit and not self._limiter.hit(limit, *bucket, cost=units):
             raise self._too_many(limit, *bucket)
 
@@ -181,17 +184,17 @@ ForOperators: Any = Depends(_operator)
 
 
 def let_predictor_pass(request: Request) -> None:
-    """Raises what `Access.require_predictor` does."""
+    """Accept only clients that may predict. Raise the errors of `Access.require_predictor`."""
     access_of(request).require_predictor(request, _bearer_key(request))
 
 
 def access_of(request: Request) -> Access:
-    """The rules of the application that got a request."""
+    """Return the access rules of the application that received the request."""
     return cast(Access, request.app.state.access)
 
 
 def client_of(request: Request) -> str:
-    """Who shares the decoders under one name: the holder of a key, or else a client address or IPv6 network."""
+    """Return the name under which a client shares the decoders: its key digest, or else its address or IPv6 network."""
     key = _bearer_key(request)
     return f"key {_digest(key).hex()}" if key and access_of(request).is_key(key) else _client(request)
 
@@ -209,8 +212,8 @@ def _authority(text: str, scheme: str) -> tuple[str, int] | None:
     """Parse a Host header, or an origin without its scheme.
 
     Returns:
-        The host in lower case, an IPv6 address in its short form, and the port, which the scheme may imply. None for
-        text that is not exactly a host with an optional port.
+        The host and the port. The host is in lower case, an IPv6 address in its short form. If there is no port, it is
+        the default port of the scheme. None if the text is not exactly a host with an optional port.
     """
     match = _AUTHORITY.fullmatch(text)
     if not match:
@@ -226,13 +229,13 @@ def _authority(text: str, scheme: str) -> tuple[str, int] | None:
 
 
 def _is_of_proxy(header: str) -> bool:
-    """Whether only proxies send a header of this name, which is in lower case."""
+    """Return whether only proxies send this header. The name is in lower case."""
     name = header.replace("_", "-")
     return name.endswith(_ADDRESS_ENDINGS) or not _PROXY_WORDS.isdisjoint(name.split("-"))
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a host is an address of this machine only, or the one name that always means it."""
+    """Return whether a host is a loopback address or "localhost", so that it always means this machine."""
     return host == "localhost" or _is_loopback_address(host)
 
 

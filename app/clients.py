@@ -1,21 +1,22 @@
-"""Clients as the service counts them: by network, with a fair share of what is scarce."""
+"""Identifies clients by their network, and divides a scarce capacity fairly among them."""
 
 import ipaddress
 from collections import defaultdict
 from functools import lru_cache
 
-_CONTESTED = 0.75  # of the capacity
+_CONTESTED = 0.75  # fraction of the capacity above which shares apply
 
 
 @lru_cache(4096)
 def client_network(host: str) -> str:
-    """The network that counts as one client.
+    """Return the network that counts as one client.
 
     Args:
-        host: address of the client, or the name that a trusted proxy gives it.
+        host: Address of the client, or the name that a trusted proxy gives it.
 
     Returns:
-        An IPv4 address, or the /64 network of an IPv6 address, which is what one customer gets.
+        An IPv4 address, or the /64 network of an IPv6 address, because providers assign a /64 to one customer. For a
+        name, the name itself. For an empty host, "unknown".
     """
     try:
         address = ipaddress.ip_address(host)
@@ -26,37 +27,37 @@ def client_network(host: str) -> str:
 
 
 class FairShares:
-    """A capacity and how much of it each client network holds.
+    """A capacity and the amount of it that each client network holds.
 
-    Up to 75 % of the capacity a network may hold any part of it. Above that, a network that holds an equal share gets
-    nothing more. One share is kept for a network that comes later, so a single network never holds all.
+    While at most 75 % of the capacity is in use, a network may take any amount. Above 75 %, each network is limited to
+    an equal share. One share is reserved for a network that comes later, so a single network never holds everything.
 
     Args:
-        capacity: in any unit.
+        capacity: Total amount, in any unit.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.total = 0
         self.held: defaultdict[str, int] = defaultdict(int)
-        """Amount of each network that holds anything."""
+        """Amount held by each network, without networks that hold nothing."""
 
     def allows(self, network: str, amount: int, total: int) -> bool:
-        """Whether a network may hold a further amount.
+        """Return whether a network may take a further amount.
 
         Args:
-            network: of `client_network`.
-            amount: in the unit of the capacity.
-            total: held by all, with the further amount.
+            network: Client network from `client_network`.
+            amount: Further amount, in the unit of the capacity.
+            total: Amount that all networks would hold, including `amount`.
         """
         if total <= self.capacity * _CONTESTED:
             return True
         return total <= self.capacity and self.held.get(network, 0) + amount <= self.share(network)
 
     def exceeds_share(self, network: str, amount: int) -> bool:
-        """Whether a network that holds something would get more than its share where much of the capacity is held.
+        """Return whether a further amount puts a network above its share while over 75 % of the capacity is in use.
 
-        In contrast to `allows`, the first amount of each network is always within its share, even above the capacity.
+        Unlike `allows`, this accepts the first amount of every network, even above the capacity.
         """
         held = self.held.get(network, 0)
         if not held or self.total + amount <= self.capacity * _CONTESTED:
@@ -64,7 +65,7 @@ class FairShares:
         return held + amount > self.share(network)
 
     def share(self, network: str) -> int:
-        """The equal share of a network, which may hold nothing yet."""
+        """Return the equal share of a network, which may hold nothing yet."""
         networks = len(self.held) + (network not in self.held)
         return max(1, self.capacity // (networks + 1))
 

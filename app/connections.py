@@ -1,7 +1,7 @@
-"""The open connections of one server process, and which of them makes room for a new one.
+"""Tracks the open connections of one server process, and closes slow ones to make room for new ones.
 
-Progress is a point in time. It begins when a connection is opened and is renewed by each answer; each 64 KiB received
-adds a second. The connection whose progress is the oldest is the slowest.
+The progress of a connection is a point in time. It starts as the time when the connection opens. Each response resets
+it to the current time. Each 64 KiB received adds one second. The connection with the oldest progress is the slowest.
 """
 
 import asyncio
@@ -15,44 +15,45 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from app.clients import FairShares, client_network
 
 SLOWEST_BYTES_PER_S = 64 << 10
-"""A client that sends at this pace makes progress as fast as time passes."""
+"""Rate at which the progress of a sending client keeps up with the clock: 64 KiB/s."""
 
-_CANDIDATES = 128  # found by one scan of all connections, so that few new connections need a scan
-_SCAN_PAUSE_S = 10e-6  # per connection, after a scan that finds fewer; a scan takes a few microseconds per connection
-_GAINED_S = 1.0  # progress since the scan that saves a candidate
-_STALLED_S = (
-    5.0  # without progress, so that a network above its share cannot have its connections replaced all the time
-)
+_CANDIDATES = 128  # connections that one scan finds, so that few new connections need a scan
+# Pause per open connection, after a scan that finds fewer. A scan takes a few microseconds per connection.
+_SCAN_PAUSE_S = 10e-6
+_GAINED_S = 1.0  # a candidate with more progress than this since the scan stays open
+# Seconds without progress. They keep a network above its share from replacing its connections all the time.
+_STALLED_S = 5.0
 
 
 class Connection(Protocol):
-    """What the table knows of a connection."""
+    """The interface of a connection in the table."""
 
     progress: float
-    """Time of the event loop, in seconds: when it was opened or last got an answer, plus what its pace has gained."""
+    """Event loop time in seconds of the opening or the latest response, plus 1 s for each 64 KiB received."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether its client waits for the service. If not, the service waits for its client."""
+        """True if the client waits for the service, False if the service waits for the client."""
 
     def evict(self) -> None:
-        """Close the connection at once, whatever its client has still to send or to read."""
+        """Close the connection at once and drop all data that is still to be sent or read."""
 
 
 class ConnectionTable:
-    """Admits connections, up to a capacity that client networks share.
+    """The open connections of one process, up to a capacity that client networks share.
 
-    Where a new connection has no place, the network that holds the most connections loses the one with the least
-    progress. Connections with a request that the service works on stay. A network never takes the place of one that
-    holds fewer. A network above its share gets a new connection only in the place of one that has stalled for 5 s.
-    Otherwise a client that reopens each closed connection would make the service accept and close all the time.
+    When the table is full, a new connection replaces another one: the network with the most connections loses its
+    slowest connection. A connection whose request is being processed is never closed. A network never replaces a
+    connection of a network that holds fewer. A network above its share can only replace a connection that has stalled
+    for 5 s. Without this rule, a client that reopens every closed connection would make the service accept and close
+    connections all the time.
 
-    The connections of a trusted proxy count for no network of their own. While a request is under way, its connection
+    Connections of a trusted proxy do not count for the proxy's network. While a request is in progress, its connection
     counts for the client that the proxy names.
 
     Args:
-        capacity: connections that may be open.
-        trusted_proxies: addresses and networks, separated by commas, whose X-Forwarded-For names the client.
+        capacity: Maximum number of open connections.
+        trusted_proxies: Addresses and networks, separated by commas, whose X-Forwarded-For names the client.
     """
 
     def __init__(self, capacity: int, trusted_proxies: str):
@@ -66,38 +67,38 @@ class ConnectionTable:
         return len(self._networks)
 
     def is_proxy(self, host: str) -> bool:
-        """Whether an address is that of a trusted proxy."""
+        """Return whether an address belongs to a trusted proxy."""
         return host in self._proxies
 
     def admit(self, connection: Connection, host: str) -> bool:
-        """Take a connection in, or return false where there is no place for it.
+        """Add a connection, or return False if there is no room for it.
 
         Args:
-            connection: just opened.
-            host: address of the other side.
+            connection: Connection that was just opened.
+            host: Address of the peer.
         """
         network = None if host in self._proxies else client_network(host)
         return self._assign(connection, network, len(self) + 1)
 
     def charge(self, connection: Connection, forwarded_for: str) -> bool:
-        """Count a proxy's connection for the client of a request, or return false where it holds too many.
+        """Count a proxy's connection for the client of a request, or return False if that client holds too many.
 
         Args:
-            connection: of a trusted proxy, admitted.
-            forwarded_for: X-Forwarded-For of the request.
+            connection: Admitted connection of a trusted proxy.
+            forwarded_for: X-Forwarded-For header of the request.
         """
         host, _ = self._proxies.get_trusted_client_address(forwarded_for)
         self.discharge(connection)
         return self._assign(connection, client_network(host), len(self))
 
     def discharge(self, connection: Connection) -> None:
-        """Count a proxy's connection for no client any more."""
+        """Stop counting a proxy's connection for a client."""
         if connection in self._networks:
             self.remove(connection)
             self._networks[connection] = None
 
     def remove(self, connection: Connection) -> None:
-        """Forget a connection, which may have been forgotten before."""
+        """Remove a connection. Do nothing if it is not in the table."""
         if network := self._networks.pop(connection, None):
             self._shares.remove(network, 1)
 
@@ -114,12 +115,12 @@ class ConnectionTable:
         return True
 
     def _make_room(self, newcomer: Connection, held: int, stalled_s: float) -> bool:
-        """Close one connection, or return false if there is none that may be closed.
+        """Close one connection, or return False if none may be closed.
 
         Args:
-            newcomer: gets the place.
-            held: connections of its network; networks that hold fewer lose none.
-            stalled_s: for how long the connection must have made no progress.
+            newcomer: New connection that needs room.
+            held: Number of connections of its network. Networks that hold fewer lose none.
+            stalled_s: Minimum time in seconds without progress of the connection to close.
         """
         now = asyncio.get_running_loop().time()
         candidate = self._candidate(newcomer, held)
@@ -136,7 +137,7 @@ class ConnectionTable:
         return True
 
     def _candidate(self, newcomer: Connection, held: int) -> Connection | None:
-        """The first one to close; those that have changed since the scan are dropped."""
+        """Return the next connection to close, and drop candidates that have changed since the scan."""
         while self._candidates and self._candidates[-1][0] >= held:
             _, progress, candidate = self._candidates[-1]
             has_gained = candidate.progress > progress + _GAINED_S
@@ -146,7 +147,12 @@ class ConnectionTable:
         return None
 
     def _scan(self) -> list[tuple[int, float, Connection]]:
-        """The connections to close first, the first one last, each with what its network will hold then."""
+        """Rank the connections to close.
+
+        Returns:
+            Up to 128 tuples, the first one to close last: connections that its network holds before it is closed,
+            progress, connection.
+        """
         waiting: defaultdict[str | Connection, list[Connection]] = defaultdict(list)
         for connection, network in self._networks.items():
             if not connection.is_busy:

@@ -1,4 +1,7 @@
-"""Every failure as application/problem+json (RFC 9457): problems of `app.exceptions`, and shortages of the machine."""
+"""Turns every failure into an application/problem+json response (RFC 9457).
+
+Input: problems of `app.exceptions`, errors of Starlette and FastAPI, and resource shortages of the machine.
+"""
 
 import asyncio
 import errno
@@ -20,8 +23,8 @@ from training.text import shorten
 log = logging.getLogger(__name__)
 
 _MAX_DETAIL = 2000  # characters
-_MAX_FAULTS = 10  # An answer lists this many faults of a request,
-_MAX_FAULT = 200  # each in this many characters.
+_MAX_FAULTS = 10  # validation errors that a response lists
+_MAX_FAULT = 200  # characters per validation error
 
 _LACKS = {
     errno.ENOSPC: "a disk is full",
@@ -35,12 +38,12 @@ _LACKS = {
     errno.ENOMEM: "there is not enough memory",
     errno.EAGAIN: "no further thread or process can be started",
 }
-_NO_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # in messages of PyTorch's RuntimeErrors
-_NO_THREAD = "can't start new thread"  # in that of Python's
+_NO_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # parts of messages of PyTorch's RuntimeError
+_NO_THREAD = "can't start new thread"  # part of the message of Python's RuntimeError
 
 
 class ProblemDetails(BaseModel):
-    """RFC 9457; some problems have further members."""
+    """Problem details as in RFC 9457. Some problems have additional members."""
 
     type: str
     title: str
@@ -53,22 +56,22 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "The request cannot be fulfilled; `detail` says why.", **_RESPONSE},
     "5XX": {"description": "The service cannot fulfil it now.", **_RESPONSE},
 }
-"""What every operation may answer as well, for OpenAPI."""
+"""OpenAPI descriptions of the error responses that every operation can return."""
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
-    """A problem+json response; `more` adds members. A long detail is cut off, as it may quote the client."""
+    """Return a problem+json response. `more` adds members. Shorten a long detail, because it may quote the client."""
     detail = shorten(detail, _MAX_DETAIL)
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
     return JSONResponse(content, status, headers, media_type="application/problem+json")
 
 
 EXPECTED = (Problem, HTTPException, RequestValidationError, OSError, MemoryError, RuntimeError)
-"""Failures that may have an answer of their own."""
+"""Exceptions for which `answer` may have a response."""
 
 
 def shortage(error: BaseException) -> str | None:
-    """The shortage that an error reports: of memory, disk, files, threads or rights. None for other errors."""
+    """Describe a lack of memory, disk space, files, threads or permissions. Return None for other errors."""
     match error:
         case OSError():
             return _LACKS.get(error.errno or 0)
@@ -82,10 +85,10 @@ def shortage(error: BaseException) -> str | None:
 
 
 async def answer(request: Request, error: Exception) -> JSONResponse:
-    """The response to an `EXPECTED` failure.
+    """Return the response to an `EXPECTED` exception.
 
     Raises:
-        Exception: the failure itself, where it has none.
+        Exception: `error` itself, if there is no response for it.
     """
     match error:
         case Problem():
@@ -111,22 +114,22 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Make every failure of `app` a problem."""
+    """Register `answer` as the handler of every `EXPECTED` exception of `app`."""
     for kind in EXPECTED:
         app.add_exception_handler(kind, answer)
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """The original error. Starlette raises further ones from it if the answer has begun already."""
+    """Return the original error. Starlette wraps it in further errors if the response has already started."""
     while error.__cause__:
         error = error.__cause__
     return error
 
 
 class Unexpected:
-    """ASGI middleware: an error that nothing else has handled is logged and answered with 500.
+    """ASGI middleware that logs every unhandled error and responds with 500.
 
-    A request that is cancelled because the server stops is answered with 503.
+    A request that is canceled because the server stops gets a 503 response.
     """
 
     def __init__(self, app: ASGIApp):
@@ -143,15 +146,15 @@ class Unexpected:
         try:
             await self.app(scope, receive, noted)
         except ClientDisconnect:
-            return  # nobody is left to be told
-        except asyncio.CancelledError:  # only a server that stops cancels a request, after the time it gives it
+            return  # the client is gone, so there is no response
+        except asyncio.CancelledError:  # only a stopping server cancels requests, after its grace period
             if not started:
                 stopping = problem(HTTPStatus.SERVICE_UNAVAILABLE, "the service stops; try again", {"Retry-After": "1"})
                 await stopping(scope, receive, send)
         except Exception as error:
             if started and (lacks := shortage(cause := _first_cause(error))):
                 log.warning("%s %s was broken off: %s (%s)", scope.get("method"), scope.get("path"), lacks, cause)
-                return  # the server closes the connection, as the answer is incomplete
+                return  # the server closes the connection, because the response is incomplete
             log.exception("%s %s failed", scope.get("method"), scope.get("path"))
             if started:
                 raise

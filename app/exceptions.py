@@ -1,4 +1,4 @@
-"""Failures that a client is told about, each with its HTTP status. `app.errors` makes responses of them.
+"""Defines the errors that a client sees, each with its HTTP status. `app.errors` turns them into responses.
 
 This module imports only the standard library, so that the process that decodes costly images starts quickly.
 
@@ -14,10 +14,10 @@ from typing import ClassVar
 
 
 class Problem(Exception):
-    """A failure the client is told about.
+    """An error that the client sees.
 
     Args:
-        detail: what happened, with the value, and what to do.
+        detail: Text for the client: the error, the value that caused it, and a remedy.
     """
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
@@ -30,7 +30,7 @@ class Problem(Exception):
 
 
 class UnsupportedImage(Problem):
-    """Neither an image of a supported format nor, for /evaluate, a form with a zip."""
+    """The body is neither an image of a supported format nor, for /evaluate, a form with a zip file."""
 
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
 
@@ -42,42 +42,42 @@ class DamagedImage(Problem):
 
 
 class TooLarge(Problem):
-    """More bytes, pixels or files than the limits allow."""
+    """The request has more bytes, pixels or files than the limits allow."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
 class BadRequest(Problem):
-    """The request can be read but not fulfilled as it stands."""
+    """The request is readable, but its content cannot be processed."""
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
 
 
 class NotFound(Problem):
-    """No such model, version, job or evaluation."""
+    """The model, version, job or evaluation does not exist."""
 
     status = HTTPStatus.NOT_FOUND
 
 
 class Unauthorized(Problem):
-    """No API key, or a wrong one."""
+    """The API key is missing or wrong."""
 
     status = HTTPStatus.UNAUTHORIZED
     default_headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Bearer"}
 
 
 class Forbidden(Problem):
-    """Not from there, as the service is set up."""
+    """The configuration does not allow this call from this client."""
 
     status = HTTPStatus.FORBIDDEN
 
 
 class TooManyRequests(Problem):
-    """Over the rate limit.
+    """The client is over the rate limit.
 
     Args:
-        detail: as for every problem.
-        retry_after_s: when a further request is let through.
+        detail: Text for the client.
+        retry_after_s: Seconds until a further request is accepted.
     """
 
     status = HTTPStatus.TOO_MANY_REQUESTS
@@ -88,7 +88,7 @@ class TooManyRequests(Problem):
 
 
 class Unavailable(Problem):
-    """Not now: overloaded, not ready, or past the deadline. Worth another try."""
+    """The service is overloaded, not ready, or past the deadline of the request. The client can try again."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     default_headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}

@@ -1,4 +1,4 @@
-"""Forms: what a browser or `curl -F` sends."""
+"""Parses the multipart forms that browsers and `curl -F` send."""
 
 import logging
 
@@ -12,12 +12,15 @@ log = logging.getLogger(__name__)
 
 
 async def read_form(request: Request, max_files: int, max_fields: int) -> FormData:
-    """The parts of a multipart form, to be closed by the caller; larger files are on disk.
+    """Parse a multipart form. The caller closes it.
+
+    Files above Starlette's spool size are in the temporary folder.
 
     Raises:
-        BadRequest: it cannot be decoded by the charset that it names.
-        Unavailable: the temporary folder cannot take a larger file.
-        starlette.exceptions.HTTPException: it is damaged, or has more parts than that.
+        BadRequest: The form cannot be decoded with the charset of its Content-Type.
+        Unavailable: The temporary folder cannot store a file.
+        starlette.exceptions.HTTPException: The form is malformed, or has more than `max_files` files or `max_fields`
+            fields.
     """
     try:
         form = await request.form(max_files=max_files, max_fields=max_fields)
@@ -30,6 +33,6 @@ async def read_form(request: Request, max_files: int, max_fields: int) -> FormDa
             f"send files of up to {MultiPartParser.spool_max_size:,} bytes, which are not kept there"
         ) from error
     for part in form.getlist("file"):
-        if isinstance(part, UploadFile) and part.filename:  # some charsets can give what no UTF-8 has
+        if isinstance(part, UploadFile) and part.filename:  # some charsets decode to text that UTF-8 cannot encode
             part.filename = part.filename.encode("utf-8", "replace").decode()
     return form

@@ -1,6 +1,6 @@
-"""Headers: the media type that a request names, and what is for security on every answer.
+"""Reads the media type of a request and adds security headers to every response.
 
-Pages set their own content security policy, everything else may load nothing.
+Pages set their own content security policy. All other responses forbid loading anything.
 """
 
 from starlette.requests import Request
@@ -17,12 +17,12 @@ _HEADERS = (
 
 
 def media_type(request: Request) -> str:
-    """Of a request's body, without parameters, in lower case; empty if it names none."""
+    """Return the media type of a request in lower case, without parameters. Empty if there is no Content-Type."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 class SecurityHeaders:
-    """ASGI middleware: adds what a route has not set itself."""
+    """ASGI middleware that adds the security headers that a route has not set itself."""
 
     def __init__(self, app: ASGIApp):
         self.app = app

@@ -1,4 +1,4 @@
-"""A parser of HTTP/1.1 requests for which `Upgrade` does not end HTTP."""
+"""Parses HTTP/1.1 requests and ignores `Upgrade` headers."""
 
 from array import array
 from typing import Protocol
@@ -8,40 +8,40 @@ from typing_extensions import override
 
 
 class Connection(Protocol):
-    """Gets the callbacks of its parser."""
+    """The interface of a connection that receives the callbacks of its parser."""
 
     parser: httptools.HttpRequestParser
     url: bytes
-    """Target of the latest request."""
+    """Request target of the latest request."""
     headers: list[tuple[bytes, bytes]]
     """Headers of the latest request, with names in lower case."""
 
 
 class RequestParser(httptools.HttpRequestParser):
-    """httptools' parser, which goes on where a client offers another protocol.
+    """The httptools parser, extended to continue with HTTP when a client requests a protocol upgrade.
 
-    llhttp takes a head with `Connection: upgrade` and `Upgrade` for the end of HTTP: it skips the body and parses what
-    follows as the next request. This service takes no such offer, and a server that ignores it reads the request as
-    if the offer was not there (RFC 9110, section 7.8). So such a head is read twice. The second time it has no
-    `Upgrade` lines, and a new parser of the connection reads it. `should_upgrade` is true in the callbacks of the first
-    time only.
+    llhttp treats a head with `Connection: upgrade` and `Upgrade` as the end of HTTP. It skips the body and parses the
+    bytes that follow as the next request. This service supports no upgrade. A server that ignores an upgrade must read
+    the request as if the header were absent (RFC 9110, section 7.8). The parser therefore reads such a head twice. For
+    the second pass it removes the `Upgrade` lines and gives the head to a new parser of the connection.
+    `should_upgrade` is true only in the callbacks of the first pass.
 
     Args:
-        connection: whose bytes are parsed.
+        connection: Connection whose bytes are parsed.
     """
 
     def __init__(self, connection: Connection):
         super().__init__(connection)
         self._connection = connection
-        # Without this, what follows a request with `Connection: close` keeps that request from being answered.
+        # Without this, bytes after a request with `Connection: close` are an error, and the request gets no response.
         self.set_dangerous_leniencies(lenient_data_after_close=True)
 
     @override
     def feed_data(self, data: "bytes | bytearray | memoryview[int] | array[int]") -> None:
-        """Parse what has been received.
+        """Parse received bytes.
 
         Raises:
-            httptools.HttpParserError: it is no HTTP/1.1 request, or a callback failed.
+            httptools.HttpParserError: The bytes are not an HTTP/1.1 request, or a callback failed.
         """
         parser, rest = self, memoryview(data)
         while True:

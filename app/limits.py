@@ -1,4 +1,4 @@
-"""Bounds every request body while it streams in: its size, its pace, and that of all bodies together."""
+"""Limits request bodies while they arrive: the size and pace of each body, and the total size of all bodies."""
 
 import asyncio
 import time
@@ -17,14 +17,15 @@ from app.settings import MIB, Settings
 
 _OTHER_BYTES = MIB
 _MULTIPART_OVERHEAD = 64 << 10
-# A client may be silent for this long in all; what it sends gives it back as much as it takes at the slowest pace.
+# Time budget of a body, in seconds. Waiting for data uses it up; each 64 KiB received adds one second, up to 30 s.
 _GRACE_S = 30.0
 
 
 class BodyLimit:
-    """ASGI middleware: refuses bodies that are over their route's limit (413), too slow (408) or too many (503).
+    """ASGI middleware that refuses bodies over the limit of their route (413), too slow (408) or too many (503).
 
-    A declared Content-Length is refused before the body is read, a streamed one as soon as it exceeds the limit.
+    A body whose Content-Length is over the limit is refused before it is read. A chunked body is refused as soon as it
+    exceeds the limit.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings):
@@ -34,7 +35,7 @@ class BodyLimit:
             "/evaluate": settings.max_archive_bytes + _MULTIPART_OVERHEAD,
         }
         self.pending = FairShares(settings.max_pending_bytes)
-        """Bytes received for all requests under way."""
+        """Bytes received for all requests in progress, per client network."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,7 +62,7 @@ class BodyLimit:
                     message = await receive()
             except TimeoutError:
                 refusal = _refusal(HTTPStatus.REQUEST_TIMEOUT, "the request body arrives too slowly")
-                raise ClientDisconnect from None  # what a route already expects of a body that ends early
+                raise ClientDisconnect from None  # routes already handle this for a body that ends early
             gained = len(message.get("body", b"")) / SLOWEST_BYTES_PER_S
             patience_s = min(_GRACE_S, patience_s + asked - time.monotonic() + gained)
             return message
@@ -69,7 +70,7 @@ class BodyLimit:
         async def bounded() -> Message:
             nonlocal refusal, received, complete
             if complete:
-                return await receive()  # the client's leaving, for which any time is right
+                return await receive()  # only the disconnect can follow, which has no time limit
             message = await receive() if ARRIVED in scope else await in_time()
             size = len(message.get("body", b""))
             received += size
@@ -87,7 +88,7 @@ class BodyLimit:
 
         async def unless_refused(message: Message) -> None:
             if message["type"] == "http.response.start" and not complete:
-                MutableHeaders(scope=message)["Connection"] = "close"  # what is still to come is not read
+                MutableHeaders(scope=message)["Connection"] = "close"  # the rest of the body is not read
             if not refusal:
                 await send(message)
 

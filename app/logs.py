@@ -1,6 +1,7 @@
-"""Logs: one line of JSON per event, each with the id of the request it belongs to; plain text on a terminal.
+"""Configures logging and logs every request.
 
-Lines hold no image content, no query and no key.
+A log line is a JSON object with the id of its request, or plain text on a terminal. Log lines contain no image content,
+no query string and no API key.
 """
 
 import logging
@@ -18,10 +19,10 @@ from app.settings import Style
 log = logging.getLogger(__name__)
 
 LEFT = 499
-"""Stands for the status of a request whose client has left before the answer, as with nginx."""
+"""Status of a request whose client disconnected before the response, as in nginx."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_PROBES = ("/health/live", "/health/ready", "/metrics")  # asked every few seconds
+_PROBES = ("/health/live", "/health/ready", "/metrics")  # called every few seconds
 _request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
@@ -29,8 +30,8 @@ def configure(style: Style, level: str) -> None:
     """Send all logs of the process to stderr.
 
     Args:
-        style: auto is text on a terminal and JSON elsewhere.
-        level: the lowest that is written.
+        style: Log format. "auto" is text on a terminal and JSON elsewhere.
+        level: Lowest level to log.
     """
     handler = logging.StreamHandler()
     if style == "json" or (style == "auto" and not sys.stderr.isatty()):
@@ -46,7 +47,7 @@ def configure(style: Style, level: str) -> None:
     handler.addFilter(_with_request_id)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a client's broken form is answered, not logged
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a bad form gets a response, not a log line
 
 
 def _with_request_id(record: logging.LogRecord) -> bool:
@@ -55,9 +56,9 @@ def _with_request_id(record: logging.LogRecord) -> bool:
 
 
 class RequestLog:
-    """ASGI middleware: gives every request an id, sends it back as X-Request-ID, and logs one line per answer.
+    """ASGI middleware that gives every request an id, returns it as X-Request-ID, and logs one line per request.
 
-    A client's own X-Request-ID is kept if it is short and plain.
+    It keeps the X-Request-ID of a client that has 1 to 64 letters, digits, dots, underscores or hyphens.
     """
 
     def __init__(self, app: ASGIApp):

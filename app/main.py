@@ -1,4 +1,4 @@
-"""Builds the application: settings in, a FastAPI app out. `python -m app` runs it."""
+"""Builds the FastAPI application from the settings. `python -m app` runs it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,10 +25,10 @@ DESCRIPTION = "Classifies images with residual networks trained on CIFAR-100, an
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The service. Models are loaded before the first request is accepted.
+    """Create the application. It loads the models before it accepts the first request.
 
     Args:
-        settings: by default from the environment.
+        settings: Settings of the service. Default: read from the environment.
     """
     settings = settings or Settings()
     services = Services.create(settings)
@@ -48,10 +48,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         responses=errors.RESPONSES,
         generate_unique_id_function=lambda route: route.name,
-        openapi_url=None,  # routes.page has these pages, the first one kept and the second with a security policy
+        openapi_url=None,  # routes.page serves both: a cached schema, and docs with a security policy
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # Starlette redirects to whatever host the client names
+        redirect_slashes=False,  # Starlette would redirect to any host that the client names
     )
     app.state.services = services
     app.state.access = Access(settings)
@@ -60,7 +60,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(resource.router)
         _answer_head(app, resource.router)
     app.mount("/web", StaticFiles(directory=page.WEB))
-    # The last one added is the first to see a request.
+    # The middleware that is added last sees a request first.
     app.add_middleware(predict.Shortcut)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(errors.Unexpected)
@@ -75,7 +75,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def _answer_head(app: FastAPI, router: APIRouter) -> None:
-    """HEAD as well as GET, which many monitors send; the server leaves the body out. Streams have no end to tell of."""
+    """Add HEAD to all GET routes, because many monitors send it. The server omits the body.
+
+    Streaming routes are excluded, because their responses do not end.
+    """
     for route in router.routes:
         if isinstance(route, APIRoute) and route.methods == {"GET"} and route.response_class is not StreamingResponse:
             app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)

@@ -1,6 +1,6 @@
-"""Prometheus metrics: requests by route and status, latency, queues, batches, live versions.
+"""Collects Prometheus metrics: requests by route and status, latency, queues, batches, live versions.
 
-Several workers keep theirs in files of one folder, and whichever is asked adds them up.
+Several workers write their metrics to files in one folder. The worker that gets the request for /metrics sums them.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5
 
 
 class Metrics:
-    """The registry of one application."""
+    """The metrics of one application and their registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -68,16 +68,16 @@ class Metrics:
         )
 
     def observe_batch(self, model: str, images: int, seconds: float) -> None:
-        """One batch that an engine has computed."""
+        """Count a batch that an engine has computed."""
         self.batch_images.labels(model).observe(images)
         self.batch_seconds.labels(model).observe(seconds)
 
     def count_shed(self) -> None:
-        """One prediction that was refused before anything else was done."""
+        """Count a prediction that was refused with 503 before it reached the application."""
         self._shed.inc()
 
     def text(self, pool: Pool) -> bytes:
-        """In Prometheus' text format, of all workers."""
+        """Return the metrics of all workers in the Prometheus text format."""
         self._sample(pool)
         registry = self.registry
         if METRICS in os.environ:
@@ -86,7 +86,7 @@ class Metrics:
         return generate_latest(registry)
 
     async def follow(self, pool: Pool) -> None:
-        """Keep the values of this process up to date for the other workers."""
+        """Update the gauges of this process every second, so that other workers can read them."""
         while True:
             self._sample(pool)
             await asyncio.sleep(_SAMPLE_S)
@@ -98,7 +98,7 @@ class Metrics:
 
 
 class Measured:
-    """ASGI middleware: counts and times every request."""
+    """ASGI middleware that counts and times every request."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self.app = app
@@ -120,7 +120,7 @@ class Measured:
         try:
             await self.app(scope, receive, noted)
         finally:
-            # The route's pattern, not the path: the number of label values stays bounded.
+            # The label is the route's pattern, not the path, so that the number of label values is bounded.
             route = getattr(scope.get("route"), "path", "unknown")
             self.metrics.requests.labels(scope["method"], route, str(status)).inc()
             self.metrics.latency.labels(scope["method"], route).observe(time.perf_counter() - started)

@@ -1,8 +1,8 @@
-"""HTTP connections with bounds: uvicorn's protocol has none on the size of a head, nor on how slowly a client may be.
+"""Limits the head size and the slowness of HTTP connections, because uvicorn's protocol limits neither.
 
-`app.limits` bounds the bodies, `app.connections` the number of connections, `app.http_parser` what counts as one
-request. A prediction that an overloaded service would refuse anyway is refused here, before it costs more than reading
-its bytes.
+`app.limits` limits the bodies and `app.connections` the number of connections. `app.http_parser` finds the boundaries
+of requests. When the service is overloaded, this module refuses predictions after reading their bytes, before they
+cost more.
 """
 
 import asyncio
@@ -23,25 +23,27 @@ _MAX_HEAD_BYTES = 32 << 10
 _HEAD_TIMEOUT_S = 10.0
 _READ_TIMEOUT_S = 30.0
 _MAX_PIPELINED = 32
-_CREDIT_S = 5.0  # progress that a client can make ahead of time
+_CREDIT_S = 5.0  # maximum progress of a client ahead of the clock
 
 
 ON_LEAVING = "cifar100.on_leaving"
-"""Key of a request's scope: what is to be called if its client leaves before it is answered."""
+"""Key in a request's scope: a function to call if the client disconnects before the response."""
 
 
 ARRIVED = "cifar100.arrived"
-"""Key of a request's scope that is there once its whole body is."""
+"""Key that is added to a request's scope when its whole body has arrived."""
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Cuts off clients that send too large a head, too many requests ahead of the answers, or send or read too slowly.
+    """A uvicorn protocol with limits for each connection.
 
-    Offers to change the protocol are ignored; a head that servers read in different ways is refused.
+    It limits the head size, the number of pipelined requests, and the time that a client takes to send a head or to
+    read a response. It ignores protocol upgrades, and refuses a head that other servers may parse differently.
 
     Args:
-        sheds: whether a request for this URL is to be refused at once with 503, as the service has too much to do.
-        table: the connections of this process.
+        sheds: Function of a URL and a client address. It returns True if the service is too busy, so that the request
+            must be refused with 503.
+        table: Connections of this process.
     """
 
     def __init__(self, *args: Any, sheds: Callable[[bytes, str], bool], table: ConnectionTable, **kwargs: Any):
@@ -54,8 +56,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._shedding = False
         self._is_refused = False
         self._in_head = True
-        self._head_bytes = 0  # since the head began, or after it since the last piece of the body
-        self._unread = 0  # of what has just been received
+        self._head_bytes = 0  # bytes since the start of the head, or since the last part of the body
+        self._unread = 0  # bytes of the last read that no callback has counted
         self._head_timer: asyncio.TimerHandle | None = None
         self._stalled_timer: asyncio.TimerHandle | None = None
 
@@ -91,7 +93,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._head_bytes += self._unread
         if self._head_bytes > _MAX_HEAD_BYTES:
             self.send_400_response("")
-        elif self._in_head or (self._idle and not self.timeout_keep_alive_task):  # by an empty line before a head
+        elif self._in_head or (self._idle and not self.timeout_keep_alive_task):  # an empty line came before a head
             self._time_head()
 
     @override
@@ -102,7 +104,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     @override
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # what follows a chunked body in the form of headers is dropped
+        if self._in_head:  # trailers of a chunked body are dropped
             super().on_header(name, value)
 
     @override
@@ -110,11 +112,11 @@ class BoundedHttp(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > _MAX_HEAD_BYTES:
             self._head_bytes = size
-            raise ValueError(size)  # which uvicorn answers with `send_400_response`
+            raise ValueError(size)  # uvicorn calls `send_400_response` for it
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 self._reject(HTTPStatus.NOT_IMPLEMENTED, "this service is no proxy: CONNECT is not supported")
-            return  # the parser reads the head again, without the offer
+            return  # the parser reads the head again without `Upgrade`
         self._count_anew()
         if len(self.pipeline) >= _MAX_PIPELINED:
             self.transport.abort()
@@ -129,7 +131,7 @@ class BoundedHttp(HttpToolsProtocol):
             and not self._from_page
             and self._sheds(self.url, self.client[0] if self.client else "")
         ):
-            self._shedding = True  # the head counts as going on until the body is there
+            self._shedding = True  # the head timer runs until the body has arrived
             if self.expect_100_continue:
                 self._refuse(_unavailable(_OVERLOADED))
             return
@@ -162,7 +164,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     @override
     def send_400_response(self, msg: str) -> None:
-        """Answer what cannot be read as a request, and close the connection."""
+        """Send an error response to a malformed request, and close the connection."""
         if self.transport.is_closing():
             return
         if self._head_bytes > _MAX_HEAD_BYTES:
@@ -198,26 +200,30 @@ class BoundedHttp(HttpToolsProtocol):
 
     @property
     def is_busy(self) -> bool:
-        """Whether the client waits for the service: it has sent a request, and reads what it gets."""
+        """True if the client waits for the service: it has sent a whole request and reads the response."""
         is_complete = bool(self.pipeline) or (not self._idle and not self.cycle.more_body)
         return is_complete and not self.flow.write_paused
 
     def evict(self) -> None:
-        """Close the connection at once, and drop the bytes that are still to be sent."""
+        """Close the connection at once and drop the unsent bytes."""
         self.transport.abort()
 
     @property
     def _idle(self) -> bool:
-        """Whether all requests so far have been answered."""
+        """True if every request so far has its response."""
         return self.cycle is None or self.cycle.response_complete
 
     @property
     def _from_page(self) -> bool:
-        """Whether a web page made the request, which sees only answers with its origin: those of the application."""
+        """True if a web page made the request.
+
+        A page of another origin can only read a response with CORS headers, which the application adds. This protocol
+        therefore never sheds such a request.
+        """
         return any(name == b"origin" for name, _ in self.headers)
 
     def _check_framing(self) -> None:
-        """Refuse a head that a proxy in front may have read in another way (RFC 9112, sections 3.2 and 6.1)."""
+        """Refuse a head that a proxy in front may parse differently (RFC 9112, sections 3.2 and 6.1)."""
         names = [name for name, _ in self.headers]
         hosts = names.count(b"host")
         if hosts != 1 and (hosts or self.parser.get_http_version() != "1.0"):
@@ -236,7 +242,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._reject(HTTPStatus.SERVICE_UNAVAILABLE, _TOO_MANY_CONNECTIONS, Unavailable.default_headers)
 
     def _reject(self, status: HTTPStatus, detail: str, headers: dict[str, str] | None = None) -> NoReturn:
-        """Answer a head, and stop parsing."""
+        """Send an error response to a head, and stop the parser."""
         self._refuse(problem(status, detail, headers))
         raise ValueError(detail)
 
@@ -248,7 +254,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_S, self._give_up)
 
     def _give_up(self) -> None:
-        if self._shedding:  # its answer is known without the rest of its body
+        if self._shedding:  # its response does not depend on the rest of the body
             self._refuse(_unavailable(_OVERLOADED))
         else:
             self.transport.abort()
@@ -269,9 +275,9 @@ class BoundedHttp(HttpToolsProtocol):
             self._stalled_timer = None
 
     def _refuse(self, answer: JSONResponse) -> None:
-        """Answer, and close the connection.
+        """Send a response and close the connection.
 
-        Requests that came before get their answers first; then the connection is closed without another one.
+        If earlier requests are in progress, they get their responses first, and the connection closes without `answer`.
         """
         if self._is_refused:
             return
@@ -287,7 +293,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._close()
 
     def _close(self) -> None:
-        """Close the connection once the client has read what is still to be sent, or has had time enough to."""
+        """Close the connection after the client has read the pending bytes, or after 30 s."""
         self.transport.close()
         self._time_reading()
 

@@ -1,6 +1,7 @@
-"""The service as a process that listens: one server, alone or one of several workers.
+"""Runs one server process, either alone or as one of several workers.
 
-In: settings, and for a worker connections.  Out: an exit status, once it was told to end and requests are answered.
+Input: settings and, for a worker, connections from its supervisor. Output: an exit status, after the process was told
+to stop and the requests in progress are answered.
 """
 
 import asyncio
@@ -33,24 +34,26 @@ from app.startup import authority
 log = logging.getLogger(__name__)
 
 _STOP_S = 20
-_LEAVE_S = 7.0  # a training process that is told to stop has 3, and is killed within 3 more
+_LEAVE_S = 7.0  # a training process has 3 s to stop and is killed within another 3 s
 _MAX_CONNECTIONS = 900
-_OTHER_FILES = 120  # descriptors of a process for all but connections
+_OTHER_FILES = 120  # file descriptors that are not connections
 
-# Names and numbers of glibc's malloc.h
+# Names and values from glibc's malloc.h
 _M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 16 << 20
 _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 4 << 20
 
 
 class DrainingServer(uvicorn.Server):
-    """Goes on for a while after SIGTERM, not ready any more, so that load balancers notice before it is gone.
+    """A server that keeps serving for some seconds after SIGTERM while it reports that it is not ready.
+
+    Load balancers notice this and stop sending requests before the server exits.
 
     Args:
-        app: what it serves.
-        config: how.
-        drain_s: how long.
-        line: of a worker, which takes connections and orders from its supervisor, see `app.workers`, instead of
-            listening and of signals.
+        app: Application to serve.
+        config: uvicorn configuration.
+        drain_s: Seconds to keep serving after SIGTERM.
+        line: A worker's connection to its supervisor, see `app.workers`. The worker takes connections and orders from
+            it instead of from listening sockets and signals. None for a server without a supervisor.
     """
 
     def __init__(self, app: FastAPI, config: uvicorn.Config, drain_s: float, line: workers.Line | None):
@@ -74,28 +77,29 @@ class DrainingServer(uvicorn.Server):
             self._line.socket.setblocking(False)
             asyncio.get_running_loop().add_reader(self._line.socket, self._obey, self._line.socket)
             self._beat(self._line)
-        # What has been made so far stays: looking through it for garbage would stop the service for 0.1 s every second.
+        # Objects created so far live as long as the process. Without the freeze, garbage collection would scan them and
+        # pause the service for 0.1 s every second.
         gc.collect()
         gc.freeze()
 
     @override
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to `serve`: uvicorn would raise them once more at the end, and knows no SIGHUP."""
+        """Install no handlers, because `serve` does. uvicorn raises signals again at exit and does not know SIGHUP."""
         yield
 
     @override
     def handle_exit(self, sig: int, frame: FrameType | None = None) -> None:
-        """Receive a signal. A worker ignores it until it ends: then its supervisor has sent it, to hurry the worker."""
+        """Handle a signal. A worker ignores signals until it stops; then its supervisor sends one to hurry it."""
         if self._line and not self.should_exit:
             return
         self.signals.append(sig)
         if not self.started or self._leaving:
             exit_at_once(sig)
-        asyncio.get_running_loop().call_soon_threadsafe(self._stop, sig)  # threadsafe, as that wakes the loop
+        asyncio.get_running_loop().call_soon_threadsafe(self._stop, sig)  # the threadsafe call wakes the loop
 
     def _stop(self, sig: int) -> None:
-        """Obey a signal: the first one drains, the next one ends that, as SIGINT does, and one more hurries."""
+        """React to a signal: the first one drains, SIGINT or a second one stops, a further one exits at once."""
         if self.should_exit:
             self._leaving = self._leaving or asyncio.create_task(self._leave())
         elif self._drain_s and sig != signal.SIGINT and not self._services.draining:
@@ -105,7 +109,7 @@ class DrainingServer(uvicorn.Server):
             self._end()
 
     async def _leave(self) -> None:
-        """End without waiting for requests. A training process is stopped first, as it would go on alone."""
+        """Exit without waiting for requests. Stop the training process first, as it would outlive the server."""
         try:
             async with asyncio.timeout(_LEAVE_S):
                 await self._services.runner.stop()
@@ -117,7 +121,7 @@ class DrainingServer(uvicorn.Server):
         asyncio.get_running_loop().call_later(workers.BEAT_S, self._beat, line)
 
     def _obey(self, line: socket.socket) -> None:
-        """Take what the supervisor has sent: connections and orders, and the end of it as the last one."""
+        """Read connections and orders from the supervisor. The end of the stream stops the worker."""
         loop = asyncio.get_running_loop()
         order = workers.CONNECTION
         while order:
@@ -125,7 +129,7 @@ class DrainingServer(uvicorn.Server):
                 order, connections, _, _ = socket.recv_fds(line, 1, 1, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return
-            except ConnectionResetError:  # a supervisor that was killed before it read the last beat
+            except ConnectionResetError:  # the supervisor was killed before it read the last heartbeat
                 break
             for descriptor in connections:
                 task = loop.create_task(self._adopt(socket.socket(fileno=descriptor)))
@@ -139,10 +143,10 @@ class DrainingServer(uvicorn.Server):
     async def _adopt(self, connection: socket.socket) -> None:
         """Serve a connection that the supervisor has accepted."""
         loop = asyncio.get_running_loop()
-        protocol = self.config.http_protocol_class(  # type: ignore[call-arg]  # as `super().startup` makes them
+        protocol = self.config.http_protocol_class(  # type: ignore[call-arg]  # same arguments as in `super().startup`
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
         )
-        with suppress(OSError):  # its client may have gone
+        with suppress(OSError):  # the client may have disconnected
             await loop.connect_accepted_socket(lambda: protocol, connection)
 
     def _end(self) -> None:
@@ -151,12 +155,12 @@ class DrainingServer(uvicorn.Server):
 
 
 def serve(settings: Settings, listening: Sequence[socket.socket], line: workers.Line | None = None) -> int:
-    """Serve until a signal comes, or as a worker until its supervisor says so.
+    """Serve until a signal or, in a worker, the supervisor stops the process.
 
     Args:
-        settings: limits and folders.
-        listening: sockets of `app.startup.listen`; none for a worker.
-        line: the connection of a worker to its supervisor.
+        settings: Limits and folders.
+        listening: Listening sockets from `app.startup.listen`. Empty for a worker.
+        line: A worker's connection to its supervisor.
 
     Returns:
         The exit status.
@@ -170,7 +174,7 @@ def serve(settings: Settings, listening: Sequence[socket.socket], line: workers.
         app,
         host=settings.host,
         port=settings.port,
-        http=http,  # type: ignore[arg-type]  # called, never inherited
+        http=http,  # type: ignore[arg-type]  # uvicorn only calls it
         ws="none",
         access_log=False,
         log_config=None,
@@ -183,21 +187,21 @@ def serve(settings: Settings, listening: Sequence[socket.socket], line: workers.
     server = DrainingServer(app, config, settings.drain_s, line)
     on_stop(server.handle_exit)
     server.run(list(listening))
-    on_stop(exit_at_once)  # only threads with nothing to lose still run
+    on_stop(exit_at_once)  # the threads that still run have nothing to save
     return exit_status(server.signals) if server.started else STARTUP_FAILURE
 
 
 def _allow_files() -> int:
-    """Raise the number of file descriptors that this process may open to the most that it can get, and return it."""
+    """Raise the limit of open file descriptors to the hard limit, and return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # of a system that calls more than it gives unlimited
+    with suppress(ValueError, OSError):  # some systems report "unlimited" but grant less
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def _bound_malloc() -> None:
-    """Have glibc return the memory of what was large; left alone, it learns to keep ever larger blocks."""
+    """Make glibc return large blocks to the system. By default its thresholds grow, and it keeps ever larger blocks."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)

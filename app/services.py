@@ -1,4 +1,4 @@
-"""What the routes work with: one object, made at start-up, handed to them by FastAPI."""
+"""Defines the object that holds everything the routes use. It is created at startup and injected by FastAPI."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from training.store import Store
 
 @dataclass
 class Services:
-    """Everything that lives as long as the application."""
+    """The objects that live as long as the application."""
 
     settings: Settings
     store: Store
@@ -34,9 +34,9 @@ class Services:
     decoders: Decoders
     metrics: Metrics
     store_threads: Threads = field(default_factory=lambda: Threads("the model store", 4))
-    """Where requests read and change the model store."""
+    """Threads in which requests read and change the model store."""
     draining: bool = False
-    """Whether the service is about to stop and wants no further requests."""
+    """True while the service is about to stop and should receive no further requests."""
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     _arriving: int = field(default=0, init=False)
 
@@ -59,23 +59,23 @@ class Services:
 
     @property
     def ready(self) -> bool:
-        """Whether requests should be sent here."""
+        """True if load balancers should send requests to this service."""
         return self.pool.ready and not self.draining
 
     def sheds(self, url: bytes, client: str) -> bool:
-        """Whether a request for this URL is a prediction that would be refused, as too many images are waiting.
+        """Return whether a request for this URL is a prediction that must be refused, because too many images wait.
 
-        Asked in the event loop, once for every request. Those that are let in have reached the queue at the loop's next
-        turn, most of them; until then they count as if they had.
+        Call this in the event loop, once per request. Most accepted requests reach the queue in the next iteration of
+        the loop. Until then they count as queued.
         """
         path, _, query = url.partition(b"?")
-        if path != b"/predict" or b"version" in query:  # another version has a queue of its own
+        if path != b"/predict" or b"version" in query:  # each version has its own queue
             return False
         model = self.pool.peek(_model_in(query))
         if model is None:
             return False
         is_full = model.batcher.queued + self._arriving >= model.batcher.max_queue
-        # Behind a trusted proxy the client is known only once the request has reached the application.
+        # Behind a trusted proxy, the client address is known only after the request has reached the application.
         if is_full or (not self.settings.trusted_proxies and self.decoders.is_full_for(client_network(client))):
             self.metrics.count_shed()
             return True
@@ -106,11 +106,11 @@ def _model_in(query: bytes) -> str | None:
 
 
 def services_of(request: Request) -> Services:
-    """Those of the application that got a request."""
+    """Return the services of the application that received the request."""
     return cast(Services, request.app.state.services)
 
 
-async def _services(request: Request) -> Services:  # FastAPI would give one that is not async a thread of its own
+async def _services(request: Request) -> Services:  # async, because FastAPI would run a sync function in a thread
     return services_of(request)
 
 

@@ -1,4 +1,7 @@
-"""Every knob of the service, read from environment variables such as CIFAR100_PORT."""
+"""Defines the settings of the service and reads them from environment variables such as CIFAR100_PORT.
+
+Input: the environment. Output: a validated `Settings`, or a pydantic ValidationError.
+"""
 
 import difflib
 import ipaddress
@@ -70,107 +73,113 @@ CommaSeparated = BeforeValidator(_split_commas)
 Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
 OF_TRAINING = ("CIFAR100_FEATURES",)
-"""Variables that only `training` reads."""
+"""Environment variables that only `training` reads."""
 
-# Kubernetes sets such variables for each service of a namespace: CIFAR100_WEB_PORT for one called cifar100-web.
+# Kubernetes sets these variables for each service of a namespace: CIFAR100_WEB_PORT for a service cifar100-web.
 _SERVICE_LINK = re.compile(r".+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 
 
 class Settings(BaseSettings):
-    """Environment variables carry the prefix CIFAR100_. One with that prefix and an unknown name is refused.
+    """The settings of the service, read from environment variables with the prefix CIFAR100_.
 
-    Every number has an upper bound beyond what one machine can use, so that a slip is refused at the start.
+    A variable with this prefix and an unknown name is an error. Every number has an upper bound above any value that
+    one machine can use, so that a typing error is reported at startup.
     """
 
     model_config = SettingsConfigDict(
         env_prefix="CIFAR100_",
         use_attribute_docstrings=True,
         arbitrary_types_allowed=True,
-        hide_input_in_errors=True,  # which may be a key
+        hide_input_in_errors=True,  # the input may be an API key
     )
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535)
     workers: int = Field(default=1, ge=0, le=1024)
-    """Processes that serve, each with its share of the processors and all models in memory; 0 takes one for each
-    processor, or fewer where memory does not suffice. A machine has a bound of its own, see
-    `app.workers.choose_count`. What is counted or queued is so by each of them, but for metrics, which are added up."""
+    """Number of server processes. 0 starts one per CPU, or fewer if memory is short. Each process has its share of the
+    CPUs and holds all models in memory. The machine limits the number, see `app.workers.choose_count`. Each process has
+    its own rate limits, queues and other limits; only metrics are summed over all processes."""
 
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode, CommaSeparated] = ()
-    """Secrets, separated by commas, of those who may train, cancel, promote and measure. Without any, only requests of
-    this machine may, and only while the service listens on a loopback address."""
+    """API keys, separated by commas, that allow a client to train, cancel, promote and evaluate. Without keys, these
+    calls are allowed only from this machine, and only while the service listens on a loopback address."""
     predict_needs_key: bool = False
     operator_rate_limit: RateLimit = limits.parse("60/minute")
-    """Of calls that need a key, per client and key, and of wrong keys per client; empty for none."""
+    """Rate limit for calls that need a key, per client and key. Wrong keys have the same limit per client. An empty
+    value disables both."""
     predict_rate_limit: RateLimit = None
-    """Of predictions, per client; by default none. A request costs one unit, and one more for each 10 ms of estimated
-    decoding beyond the first 10 ms."""
+    """Rate limit for predictions, per client. Default: no limit. A request costs one unit. Estimated decoding time
+    above 10 ms costs one more unit for each 10 ms."""
     trusted_proxies: Annotated[str, AfterValidator(_proxies)] = ""
-    """Addresses or networks, separated by commas, whose X-Forwarded-For tells the client; by default nobody's."""
+    """Proxy addresses or networks, separated by commas. The service takes the client address from the X-Forwarded-For
+    header of these proxies. Default: no proxy is trusted."""
     cors_origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, CommaSeparated] = ()
-    """Other sites whose pages may call the service from a browser."""
+    """Origins, separated by commas, whose web pages may call the service from a browser."""
 
     log_style: Style = "auto"
-    """One JSON object per line, or text; auto is text on a terminal."""
+    """Log format. "json" writes one JSON object per line, "text" writes plain text. "auto" is text on a terminal and
+    JSON elsewhere."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     drain_s: Seconds = 0.0
-    """How long the service still takes requests after SIGTERM, while /health/ready says no already."""
+    """Seconds to accept requests after SIGTERM, while /health/ready already reports that the service is not ready."""
 
     keep_alive_s: int = Field(default=65, gt=0, le=3600)
-    """How long a connection may be idle; longer than with most load balancers (60), which would use it otherwise just
-    when it is closed."""
+    """Seconds that a connection may be idle. Most load balancers use 60 s; a longer timeout here keeps them from
+    reusing a connection at the moment it is closed."""
 
     models: Path = Path("models")
-    """The model store."""
+    """Folder of the model store."""
     runs: Path = Path("runs")
-    """Where training jobs keep their run folders."""
+    """Folder that contains the run folders of training jobs."""
     data: str | None = None
-    """Folder of cifar100.npz, or "synthetic"; by default ~/.cache/cifar100."""
+    """Folder that contains cifar100.npz, or "synthetic". Default: ~/.cache/cifar100."""
 
     device: Device = "auto"
     runtime: Runtime = "auto"
-    """auto takes TorchScript on the GPU; on the CPU OpenVINO, and there the int8 form where a model has one and the
-    processor has instructions for it; openvino never takes that form, and torchscript computes there in float32."""
+    """Inference runtime. "auto" uses TorchScript on the GPU and OpenVINO on the CPU. On the CPU it prefers the int8
+    network if the model has one and the CPU has int8 instructions. "openvino" never uses the int8 network.
+    "torchscript" computes in float32 on the CPU."""
     default_model: str | None = None
-    """What answers when a request names no model; by default the most accurate live one."""
+    """Model for requests that name none. Default: the live model with the highest accuracy."""
 
     max_image_bytes: int = Field(default=10 * MIB, gt=0, le=GIB)
     max_image_pixels: int = Field(default=50_000_000, gt=0, le=500_000_000)
     max_images: int = Field(default=32, gt=0, le=1024)
-    """Per /predict request."""
+    """Maximum number of images per /predict request."""
     max_predict_bytes: int = Field(default=64 * MIB, gt=0, le=4 * GIB)
-    """Of the body of a /predict request."""
+    """Maximum size of the body of a /predict request, in bytes."""
     max_archive_bytes: int = Field(default=256 * MIB, gt=0, le=16 * GIB)
-    """Of a zip sent to /evaluate, packed and unpacked."""
+    """Maximum size in bytes of a zip file sent to /evaluate, both compressed and uncompressed."""
     max_archive_images: int = Field(default=20_000, gt=0, le=1_000_000)
     max_pending_bytes: int = Field(default=GIB, gt=0, le=64 * GIB)
-    """Of the bodies of all requests under way together; one client holds at most three quarters of it, and an equal
-    share above that."""
+    """Maximum total size in bytes of the bodies of all requests in progress. One client holds at most three quarters of
+    it. When more than three quarters are in use, each client is limited to an equal share."""
 
     max_batch: int = Field(default=64, gt=0, le=4096)
-    """Images computed together. A GPU is at its best with 256."""
+    """Maximum number of images per batch. A GPU has its highest throughput with 256."""
     max_queue: int = Field(default=256, gt=0, le=100_000)
-    """Images waiting for one model; further ones are refused."""
+    """Maximum number of images that wait for one model. The service refuses further images."""
     deadline_s: Seconds = Field(default=10.0, gt=0)
-    """A request that could not be started within this time is refused."""
+    """Seconds that a request may wait for its computation to start. The service refuses it after that."""
 
     store_poll_s: Seconds = Field(default=1.0, ge=0.01)
-    """How often the store is looked at for newly promoted versions."""
+    """Seconds between two checks of the store for newly promoted versions."""
     evaluate_wait_s: Seconds = 5.0
-    """POST /evaluate answers with the result if it is ready within this time, with 202 otherwise."""
+    """Seconds that POST /evaluate waits for its result. The response is 202 if the result takes longer."""
 
     max_jobs: int = Field(default=100, gt=0, le=10_000)
-    """Training jobs waiting."""
+    """Maximum number of training jobs in the queue."""
     max_job_epochs: int = Field(default=500, gt=0, le=100_000)
-    """Of both stages together."""
+    """Maximum number of epochs of a job, summed over both stages."""
     max_job_batch: int = Field(default=1024, gt=0, le=50_000)
     max_job_width: int = Field(default=128, gt=0, le=1024)
     keep_versions: int | None = Field(default=None, gt=0, le=1_000_000)
-    """Versions of a model that stay when a job has published another one; the live one always stays. Default: all."""
+    """Number of versions of a model to keep when a job publishes a new one. The live version is always kept. Default:
+    all."""
     training_threads: int = Field(default=0, ge=0, le=1024)
-    """Of a training process; 0 takes all processors but one, which is left to serving."""
+    """Threads of a training process. 0 uses all CPUs except one, which stays free for serving."""
     max_event_streams: int = Field(default=100, gt=0, le=10_000)
-    """Clients that follow training jobs at the same time, per worker."""
+    """Maximum number of clients that follow training jobs at the same time, per worker."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

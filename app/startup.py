@@ -1,6 +1,6 @@
-"""Checks before any model is loaded: the settings, the model store, the address to listen on.
+"""Checks the settings, the model store and the listening address before any model is loaded.
 
-Out: `Settings` and listening sockets, or a `StartupError` whose text is one line for the operator.
+Output: `Settings` and listening sockets, or a `StartupError` whose text is one line for the operator.
 """
 
 import errno
@@ -15,20 +15,20 @@ from pydantic import ValidationError
 from app.settings import Settings
 from training.store import Store
 
-_BACKLOG = 2048  # connections that wait to be accepted
-_ATTEMPTS = 20  # to find a port that is free at every address
+_BACKLOG = 2048  # maximum number of connections that wait to be accepted
+_ATTEMPTS = 20  # attempts to find a port that is free at every address
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 class StartupError(Exception):
-    """A setting prevents the start. The text says which one, why, and what to change."""
+    """A setting that prevents the start. The text names the setting, the reason and the remedy."""
 
 
 def read_settings() -> Settings:
-    """The settings of the environment.
+    """Read the settings from the environment.
 
     Raises:
-        StartupError: a variable has an impossible value or an unknown name.
+        StartupError: A variable has an invalid value or an unknown name.
     """
     try:
         return Settings()
@@ -43,12 +43,12 @@ def _fault(error: Any) -> str:
 
 
 def check_store(settings: Settings) -> None:
-    """Check that the model store can be read and has the default model.
+    """Check that the model store is readable and contains the default model.
 
-    A folder that does not exist yet is an empty store, which is no error: models may be trained into it.
+    An empty store or one that does not exist yet is not an error, because training jobs can fill it.
 
     Raises:
-        StartupError: the store cannot be read, or has models but not the default one.
+        StartupError: The store cannot be read, or it has models but not the default one.
     """
     root = settings.models.absolute()
     try:
@@ -66,7 +66,7 @@ def _models_in(root: Path) -> list[str]:
     try:
         root.lstat()
     except FileNotFoundError:
-        if root.parent.is_dir():  # the store is made with its first model
+        if root.parent.is_dir():  # the first model creates the store
             return []
         raise
     next(root.iterdir(), None)  # fails for a file, or without permission
@@ -74,14 +74,17 @@ def _models_in(root: Path) -> list[str]:
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on every address of a host, so that no other process can. Connections wait in them.
+    """Listen on every address of a host, so that no other process can. Connections wait until they are accepted.
 
     Args:
-        host: an address, or a name such as localhost that may have several.
-        port: 0 takes a free one, the same for all addresses.
+        host: An address, or a name such as localhost that may have several addresses.
+        port: Port number. 0 takes a free port, the same for all addresses.
+
+    Returns:
+        One nonblocking listening socket per address.
 
     Raises:
-        StartupError: the port is in use, or the host is not of this machine.
+        StartupError: The port is in use, or the host is not an address of this machine.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -99,7 +102,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 def _listen_on_all(addresses: Iterable[tuple[int, Any]]) -> list[socket.socket]:
-    """Listen on one port at every address that this machine has. The first address decides on a port of 0."""
+    """Listen on one port at every available address. For port 0, the first address determines the port."""
     with ExitStack() as on_error:
         sockets: list[socket.socket] = []
         absent: OSError | None = None
@@ -108,7 +111,7 @@ def _listen_on_all(addresses: Iterable[tuple[int, Any]]) -> list[socket.socket]:
                 address = (address[0], sockets[0].getsockname()[1], *address[2:])
             try:
                 sockets.append(on_error.enter_context(_listening(family, address)))
-            except OSError as error:  # a name may have an IPv6 address where the machine has no IPv6
+            except OSError as error:  # a name may have an IPv6 address although the machine has no IPv6
                 if error.errno not in _ABSENT:
                     raise
                 absent = error
@@ -132,5 +135,5 @@ def _listening(family: int, address: Sequence[Any]) -> socket.socket:
 
 
 def authority(host: str, port: int) -> str:
-    """Host and port as a URL has them: an IPv6 address stands in brackets."""
+    """Format host and port as in a URL, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

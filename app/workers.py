@@ -1,17 +1,19 @@
-"""Several processes that serve on one port, as one process runs Python on one processor only. Linux only.
+"""Runs several server processes on one port, because one Python process uses only one CPU. Linux only.
 
-    supervisor --> worker, worker, ...    each of them the whole service, on its share of the processors
+    supervisor --> worker, worker, ...    each worker is the whole service, on its share of the CPUs
 
-The supervisor accepts connections and deals them out in turn, so that even a few are shared evenly; the kernel, which
-could spread them as well (SO_REUSEPORT), does so by chance. Until a worker has loaded its models, connections wait.
-Workers share what all servers on one store and one runs folder do: models, jobs, measurements; their metrics are added
-up. One that dies or hangs is replaced. They ignore the signals that stop the service, which often go to a whole group
-of processes, and listen to the supervisor instead.
+The supervisor accepts connections and distributes them round robin, so that even a few connections are shared evenly.
+The kernel could distribute them too (SO_REUSEPORT), but it does so at random. Connections wait until a worker has
+loaded its models.
 
-A worker's standard input is a socket, its line to the supervisor. The supervisor sends connections over it, and a byte
-to have the worker drain. It closes the line, however it ends, to have the worker finish what is under way and end. The
-worker writes a byte every second, as long as it responds: while it loads its models a thread does so, later the event
-loop. A worker that still loads serves nothing and ends at once.
+Workers share models, jobs and evaluations through the model store and the runs folder, as all servers on the same
+folders do. Their metrics are summed. The supervisor replaces a worker that dies or hangs. Workers ignore the signals
+that stop the service, because these often go to a whole process group. They follow the supervisor instead.
+
+A worker's standard input is a socket to the supervisor, called its line. The supervisor sends connections over it, and
+one byte that makes the worker drain. When the line closes, the worker finishes its requests and exits. This also
+happens when the supervisor is killed. The worker sends a heartbeat byte every second while it responds: a thread sends
+it during model loading, the event loop afterwards. A worker that is still loading serves no requests and exits at once.
 """
 
 import fcntl
@@ -42,42 +44,42 @@ from training.store import locked
 log = logging.getLogger(__name__)
 
 METRICS = "PROMETHEUS_MULTIPROC_DIR"
-"""Where the workers write their metrics: prometheus_client's environment variable."""
+"""Environment variable of prometheus_client that names the folder of the workers' metrics."""
 
 CONNECTION = b"c"
-"""What the supervisor writes with the file descriptor of each connection."""
+"""Byte that the supervisor sends with the file descriptor of each connection."""
 
 DRAIN = b"d"
-"""What the supervisor writes to have a worker drain."""
+"""Byte that the supervisor sends to make a worker drain."""
 
 LOADING = b"l"
-"""What a worker writes while it loads its models."""
+"""Heartbeat of a worker that is loading its models."""
 
 BEAT = b"b"
-"""What a worker writes as long as it responds."""
+"""Heartbeat of a worker that has loaded its models and responds."""
 
 BEAT_S = 1.0
 
 _POLL_S = 0.2
-_START_S = 30.0  # a worker that gives up sooner cannot start at all
-_LOAD_S = 300.0  # a worker that has not loaded its models by then hangs
-_QUIET_S = 3.0  # a worker that sends no beat for so long gets no connections
-_SILENCE_S = 20.0  # and for so long hangs
-# Importing PyTorch holds the interpreter: of eight workers that started on two processors some were silent for 7 s.
+_START_S = 30.0  # a first worker that fails sooner than this ends the service
+_LOAD_S = 300.0  # a worker that takes longer to load its models hangs
+_QUIET_S = 3.0  # a worker without a heartbeat for this long gets no connections
+_SILENCE_S = 20.0  # a worker without a heartbeat for this long hangs
+# Importing PyTorch holds the GIL: when eight workers started on two CPUs, some sent no heartbeat for 7 s.
 _LOADING_SILENCE_S = 60.0
-_STOP_S = 30.0  # a worker told to end gives the requests under way 20
-_HURRY_S = 10.0  # and less where a further signal comes
-_PACE_S = 2.0  # between two starts in one place
+_STOP_S = 30.0  # a stopping worker gives its requests 20 s
+_HURRY_S = 10.0  # limit after a further signal
+_PACE_S = 2.0  # minimum time between two starts of the same worker
 _MAX_PER_PROCESSOR = 4
-_WORKER_BYTES = 512 * MIB  # a worker with the two models of this repository has 440 MiB that it shares with no other
-_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # Linux' control groups, version 2
+_WORKER_BYTES = 512 * MIB  # a worker with this repository's two models has 440 MiB of private memory
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # Linux control groups, version 2
 _MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
 _LOCK = "lock"
 _PACKAGES = Path(__file__).parents[1]
 
 
 def processors() -> int:
-    """How many this process may use; a container may have the time of some of the machine's only."""
+    """Return the number of CPUs that this process may use. A container's CPU quota lowers it."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = _CPU_MAX.read_text().split()
@@ -87,27 +89,30 @@ def processors() -> int:
 
 
 def memory_bytes() -> int:
-    """How much this process may use; a container may have some of the machine's only."""
+    """Return the memory in bytes that this process may use. A container's memory limit lowers it."""
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         return min(installed, int(_MEMORY_MAX.read_text()))
-    except (OSError, ValueError):  # it is "max" without a limit
+    except (OSError, ValueError):  # the file contains "max" if there is no limit
         return installed
 
 
 def max_workers() -> int:
-    """How many workers this machine can run: more would wait for processors, or take memory that it does not have."""
+    """Return the number of workers that this machine can run: up to 4 per CPU, with 512 MiB of memory each.
+
+    More workers would wait for CPUs or run out of memory.
+    """
     return max(1, min(_MAX_PER_PROCESSOR * processors(), memory_bytes() // _WORKER_BYTES))
 
 
 def choose_count(wanted: int) -> int:
-    """The number of workers to start.
+    """Return the number of workers to start.
 
     Args:
-        wanted: 0 for one on each processor, or fewer where memory does not suffice.
+        wanted: Number of workers. 0 means one per CPU, or fewer if memory is short.
 
     Raises:
-        StartupError: this machine cannot run so many, or is not Linux.
+        StartupError: The machine cannot run this many workers, or several are requested and the system is not Linux.
     """
     number = wanted or min(processors(), max_workers())
     if number > 1 and sys.platform != "linux":
@@ -124,11 +129,12 @@ def choose_count(wanted: int) -> int:
 class Line:
     """A worker's end of the socket to its supervisor.
 
-    Until `loaded` is called, a thread sends a beat every second. It ends the process as soon as the supervisor orders
-    anything or is gone, even by SIGKILL before the worker has begun to load: nothing is served yet.
+    Until `loaded` is called, a thread sends a heartbeat every second. The thread ends the process as soon as the
+    supervisor sends an order or is gone, even if the supervisor was killed before the worker began to load. No request
+    is lost, because a loading worker serves none.
 
     Args:
-        line: the socket.
+        line: The socket.
     """
 
     def __init__(self, line: socket.socket):
@@ -142,18 +148,18 @@ class Line:
         return cls(socket.socket(fileno=os.dup(sys.stdin.fileno())))
 
     def loaded(self) -> None:
-        """Leave the line to the event loop."""
+        """Stop the thread. The event loop reads the line and sends heartbeats from now on."""
         with self._changing:
             self._loading = False
 
     def beat(self, message: bytes) -> None:
-        with suppress(OSError):  # the supervisor may be busy with something else, or gone
+        with suppress(OSError):  # the socket is full or the supervisor is gone
             self.socket.send(message, socket.MSG_DONTWAIT)
 
     def _attend(self) -> None:
         ordered = False
         while True:
-            with self._changing:  # so that nothing that is meant for the event loop ends the process
+            with self._changing:  # an order after `loaded` belongs to the event loop
                 if not self._loading:
                     return
                 if ordered:
@@ -163,12 +169,12 @@ class Line:
 
 
 class Worker:
-    """A worker process, as its supervisor sees it.
+    """The supervisor's view of a worker process.
 
     Args:
-        process: just started.
-        line: to the socket that is its standard input.
-        replaces: whether there was another one in its place.
+        process: The process, just started.
+        line: Socket connected to the standard input of the process.
+        replaces: True if the worker replaces an earlier one.
     """
 
     def __init__(self, process: "subprocess.Popen[bytes]", line: socket.socket, replaces: bool):
@@ -187,13 +193,13 @@ class Worker:
 
     @property
     def responds(self) -> bool:
-        """Whether it has loaded its models, and does not seem to hang."""
+        """True if the worker has loaded its models and sent a heartbeat within the last 3 s."""
         return self._loaded and 0 <= self._silent_s < _QUIET_S
 
     def kill_if_hanging(self) -> None:
-        """Kill it if it has sent no beat for too long, or loads for too long; called at every poll.
+        """Kill the worker if its heartbeat stopped or if it loads for too long. Call this at every poll.
 
-        Polls are counted, not seconds, so that a machine that stood still for a while kills no worker.
+        The method counts polls instead of seconds, so that a machine that was suspended does not kill its workers.
         """
         beats = b""
         with suppress(BlockingIOError, ConnectionResetError):
@@ -209,7 +215,7 @@ class Worker:
             self._silent_s = self._loading_s = -math.inf
 
     def take(self, connection: socket.socket) -> bool:
-        """Hand a connection over to it; false if it has ended, or has too many that it has not taken yet."""
+        """Send a connection to the worker. Return False if the worker has ended or its socket buffer is full."""
         try:
             socket.send_fds(self._line, [CONNECTION], [connection.fileno()])
         except OSError:
@@ -217,24 +223,24 @@ class Worker:
         return True
 
     def drain(self) -> None:
-        with suppress(OSError):  # it may have just ended
+        with suppress(OSError):  # the worker may have ended
             self._line.send(DRAIN)
 
     def end(self) -> None:
-        """Have it finish its requests and end. A worker that is still loading ends at once."""
+        """Make the worker finish its requests and exit. A worker that is still loading exits at once."""
         self._line.close()
 
     def hurry(self) -> None:
-        """Have a worker that is ending drop its requests."""
+        """Make a stopping worker drop its requests."""
         self.process.terminate()
 
 
 class Supervisor:
-    """Starts workers, deals out connections, replaces workers that die or hang, and stops them.
+    """The process that starts workers, distributes connections, replaces dead or hanging workers, and stops them.
 
     Args:
-        settings: how many workers, and how long they go on after SIGTERM, not ready any more.
-        listening: sockets of `app.startup.listen`.
+        settings: Number of workers, drain time after SIGTERM, and runs folder.
+        listening: Listening sockets from `app.startup.listen`.
     """
 
     def __init__(self, settings: Settings, listening: Sequence[socket.socket]):
@@ -247,9 +253,9 @@ class Supervisor:
         self._dealt = 0
 
     def run(self) -> int:
-        """Supervise until a signal stops the service, or a worker cannot start.
+        """Supervise workers until a signal stops the service or a worker cannot start.
 
-        A second signal cuts draining short, as SIGINT does, and a further one what is under way.
+        SIGINT or a second signal ends draining early. A further signal drops the requests in progress.
 
         Returns:
             The exit status.
@@ -273,17 +279,17 @@ class Supervisor:
                     try:
                         running[place] = self._start(place, metrics, lock, replaces=True)
                         worker.end()
-                    except OSError as error:  # such as no memory; tried again after a pause
+                    except OSError as error:  # for example no memory; retried after a pause
                         log.error("no worker can be started: %s", error)
                         worker.started, worker.replaces = time.monotonic(), True
             self._stop(running)
         return exit_status(self._signals) or status
 
     def _start_all(self, running: list[Worker], metrics: Path, lock: int) -> int:
-        """Start the workers, until a signal comes.
+        """Start the workers. Stop early if a signal arrives.
 
         Returns:
-            The exit status of a service that cannot start, or 0.
+            1 if a process cannot be started, else 0.
         """
         for place in range(self._workers):
             if self._signals:
@@ -296,7 +302,7 @@ class Supervisor:
         return 0
 
     def _deal(self, running: list[Worker]) -> None:
-        """Hand the connections that come until the next poll to those who respond, one after the other."""
+        """Distribute new connections round robin to the responding workers, until the next poll."""
         end = time.monotonic() + _POLL_S
         responding = [worker for worker in running if worker.responds]
         while (left := end - time.monotonic()) > 0:
@@ -307,10 +313,10 @@ class Supervisor:
                     self._hand_over(ready, responding)
 
     def _hand_over(self, listening: socket.socket, responding: list[Worker]) -> None:
-        """Give a connection to the worker whose turn it is, or if it takes none to the next one."""
+        """Accept a connection and send it to the next worker. Try the others if that worker does not take it."""
         try:
             connection, _ = listening.accept()
-        except OSError:  # it is gone already, or there are too many open files
+        except OSError:  # the client is gone, or too many files are open
             time.sleep(0.01)
             return
         with connection:
@@ -322,7 +328,7 @@ class Supervisor:
     def _start(self, place: int, metrics: Path, lock: int, replaces: bool) -> Worker:
         share = self._processors[place :: self._workers] or [self._processors[place % len(self._processors)]]
         host, port, *_ = self._listening[0].getsockname()
-        # This very package, whatever lies in the current folder.
+        # -P and PYTHONPATH make the worker import this package, even if the current folder has another `app`.
         command = [sys.executable, "-P", "-m", "app", "--host", host, "--port", str(port), "--worker"]
         search = os.pathsep.join(filter(None, (str(_PACKAGES), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {METRICS: str(metrics), "CIFAR100_WORKERS": str(self._workers), "PYTHONPATH": search}
@@ -356,7 +362,7 @@ class Supervisor:
         latest = time.monotonic() + _STOP_S
         while left := [worker for worker in running if worker.process.poll() is None]:
             if len(self._signals) > signals:
-                signals = sys.maxsize  # once
+                signals = sys.maxsize  # hurry the workers only once
                 latest = min(latest, time.monotonic() + _HURRY_S)
                 for worker in left:
                     worker.hurry()
@@ -370,12 +376,11 @@ class Supervisor:
 
 @contextmanager
 def _metrics_folder(runs: Path) -> Iterator[tuple[Path, int]]:
-    """A folder for the workers' metrics, and a file descriptor for every worker to inherit.
+    """Create a folder for the workers' metrics. Yield its path and a file descriptor that every worker inherits.
 
-    prometheus_client adds up files that it finds by the name of their folder, and no process can remove a folder after
-    its own SIGKILL. The folder therefore lies in the runs folder, where the next start finds and removes it. The file
-    descriptor holds a lock while the supervisor or a worker lives, so that servers which share a runs folder remove
-    only folders that are left over.
+    prometheus_client finds its files by folder name, and a supervisor killed by SIGKILL cannot remove the folder. The
+    folder is therefore inside the runs folder, where the next start finds and removes it. The file descriptor holds a
+    lock while the supervisor or a worker is alive. Servers that share a runs folder thus remove only unused folders.
     """
     try:
         root = runs.absolute() / "metrics"
@@ -388,7 +393,7 @@ def _metrics_folder(runs: Path) -> Iterator[tuple[Path, int]]:
             folder = Path(tempfile.mkdtemp(dir=root))
             file = (folder / _LOCK).open("w")
             fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:  # the service goes on without training where the runs folder cannot be used
+    except OSError as error:  # without a usable runs folder the service runs without training
         log.warning("%s cannot be written, metrics are kept in the temporary folder: %s", runs, error)
         folder = Path(tempfile.mkdtemp(prefix="cifar100-metrics-"))
         file = (folder / _LOCK).open("w")
@@ -400,13 +405,13 @@ def _metrics_folder(runs: Path) -> Iterator[tuple[Path, int]]:
 
 
 def processors_of_all() -> set[int]:
-    """The processors of all workers together; called by one of them."""
+    """Return the CPUs of all workers together. Call this in a worker: it reads the affinity of its supervisor."""
     return os.sched_getaffinity(os.getppid())
 
 
 @contextmanager
 def only_on(processors: set[int]) -> Iterator[None]:
-    """What is started within has these processors."""
+    """Restrict the CPU affinity of the calling thread, and of the processes that it starts, inside the block."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, processors)
     try:
