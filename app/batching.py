@@ -93,7 +93,7 @@ class _Work:
 
 
 class Batcher:
-    """The queue of one engine and the thread that computes its batches. It needs no closing.
+    """The queue of one engine and the thread that computes its batches. It needs no closing; dropping it is enough.
 
     Args:
         engine: The engine. It is called with up to `max_batch` images, by one thread at a time.

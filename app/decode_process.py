@@ -4,7 +4,7 @@
 
 The kernel kills the process if one image takes more than `MAX_CPU_S` of CPU time (ITIMER_PROF), and refuses it memory
 beyond `images.MAX_COST` (RLIMIT_AS). The next costly image starts a new process. The process runs at low priority, so
-that it takes little CPU time from smaller images. It ends with the server, which closes its standard input.
+that it takes little CPU time from smaller images. It ends with the server, because its standard input is then closed.
 """
 
 import os

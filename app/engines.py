@@ -155,7 +155,7 @@ def _logits_on_gpu(module: Callable[[Tensor], Tensor], dtype: torch.dtype, image
 def _laid_out(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert half-precision inputs to channels-last memory format, in which convolutions are faster.
 
-    Convolutions keep the format in their outputs. float32 inputs stay as they are.
+    Convolutions keep the format in their outputs. float32 inputs are not converted.
     """
     return images if dtype is torch.float32 else images.contiguous(memory_format=torch.channels_last)
 

@@ -122,7 +122,7 @@ class Evaluations:
             read: Function that reads the images. It is called in a thread.
 
         Raises:
-            Unavailable: Four evaluations are running.
+            Unavailable: Too many evaluations are running.
             Exception: The error of the measurement, if it fails within `evaluate_wait_s`.
         """
         if len(self._tasks) >= _MAX_RUNNING:
@@ -149,7 +149,7 @@ class Evaluations:
     def _over(self, evaluation_id: str, task: "asyncio.Task[None]") -> None:
         del self._tasks[evaluation_id]
         if not task.cancelled():
-            task.exception()  # marks the exception as retrieved, which the job reports; asyncio would log it otherwise
+            task.exception()  # the job reports the exception; asyncio would log one that is never retrieved
 
     async def get(self, evaluation_id: str) -> EvaluationJob:
         """Return the current state of an evaluation.
@@ -251,7 +251,7 @@ class Evaluations:
 
 
 def read_split(settings: Settings, split: Literal["test", "train"], limit: int | None, classes: list[str]) -> Labelled:
-    """Read `limit` images of a split, chosen at random with a fixed seed so that they cover the classes.
+    """Read `limit` images of a split, chosen at random with a fixed seed so that the classes are mixed.
 
     Args:
         settings: The folder of the data set.

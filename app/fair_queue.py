@@ -118,7 +118,7 @@ class FairQueue:
                 del self._waiting[turn.client]
 
     def _forget_idle_clients(self) -> None:
-        """Drop clients that do not wait and have spent no more than the clock, which loses no information."""
+        """Drop idle clients that have spent no more than the clock. They would continue from the clock anyway."""
         self._spent_ms = {
             client: spent
             for client, spent in self._spent_ms.items()

@@ -5,8 +5,8 @@
 
 In: an encoded image.  Out: uint8 [3, 32, 32], or `UnsupportedImage`, `DamagedImage`, `TooLarge`, `CostlyImage`.
 An image of exactly 32x32 is not resampled. An image is refused before it is decoded if decoding would take far more
-time or memory than a photo takes. Such images have too many scans or parts, or a compression that Pillow decodes in
-Python.
+time or memory than a photo takes. This applies to images with too many scans or parts, or with a compression that
+Pillow decodes in Python.
 """
 
 import io
@@ -43,7 +43,7 @@ PngImagePlugin.MAX_TEXT_MEMORY = 4 * MIB
 _MAX_PROFILES = 4
 
 # EXIF orientations and the transposition that turns the image upright. A JPEG segment holds 64 KiB. A crafted field may
-# hold many numbers instead of one. As many numbers as four segments hold take Pillow 0.1 s.
+# hold many numbers instead of one. Pillow takes 0.1 s for the numbers that four segments hold.
 _MAX_EXIF_BYTES = 256 << 10
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -87,7 +87,7 @@ class CostlyImage(Exception):
 
 
 class _PieceLimitedFile(io.BytesIO):
-    """An in-memory file with a limited number of calls of `read`."""
+    """An in-memory file with a limited number of calls to `read`."""
 
     left = _MAX_HEADER_PIECES
 

@@ -228,7 +228,7 @@ class Jobs:
         with self._transaction(WRITES) as session:
             row = self._row(session, job_id)
             if row.state == State.RUNNING:
-                self.run(job_id).ask_to_stop()  # survives a crash of this server before the process stops
+                self.run(job_id).ask_to_stop()  # stops the process even if this server crashes first
             _finish(row, State.CANCELLED)
         return self._job(row)
 
@@ -359,7 +359,7 @@ class Jobs:
         return needed
 
     def succeed(self, job_id: str, published: Publication) -> None:
-        """Record the model that a job has published. A job that was cancelled too late stays cancelled."""
+        """Record the published model. A job that was cancelled too late stays cancelled, but records its model."""
         with self._transaction(WRITES) as session:
             row = self._row(session, job_id)
             row.published = published.model_dump()

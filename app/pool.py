@@ -109,7 +109,7 @@ class Pool:
 
         Raises:
             NotFound: The model or version does not exist.
-            Unavailable: The model exists but cannot be served, or cannot be served now.
+            Unavailable: No model is live, or the model exists but cannot be served, or cannot be served now.
         """
         if name is None:
             name = self._default()

@@ -208,7 +208,7 @@ class Runner:
 
 @asynccontextmanager
 async def _only_one(lock: Path) -> AsyncIterator[None]:
-    """Hold an exclusive file lock. The operating system releases it when this process ends, even by a crash."""
+    """Wait for an exclusive file lock and hold it. The operating system releases it if this process crashes."""
     with lock.open("w") as file:
         while True:
             try:
@@ -220,11 +220,11 @@ async def _only_one(lock: Path) -> AsyncIterator[None]:
 
 
 def _give_way(pid: int) -> None:
-    """Lower the CPU priority of a training process, and make it the first choice of the OOM killer."""
+    """Lower the CPU priority of a training process, and make the OOM killer prefer it."""
     niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS, 19)
     with suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, pid, niceness)
-    with suppress(OSError):  # the kernel kills the training process and not the server
+    with suppress(OSError):  # if memory runs out, the kernel kills the training process, not the server
         Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE)
     # With Linux autogrouping, a nice value counts only within the session's group. The group has its own, see sched(7).
     with suppress(OSError):
