@@ -1,14 +1,14 @@
-"""Dynamic batches: what has queued while the engine was busy is computed together.
+"""Dynamic batching: the engine computes all images together that were queued while it was busy.
 
     run(images) -> queue -> [engine thread: decode --> compute] -> scores
 
-A batch starts at once when the engine is idle; there is no timer, so a lone request never waits. The engine's thread
-takes the next batch itself, so it does not idle while the event loop answers the last one, which it wakes once per
-batch. Where that thread has no processor of its own, a lone image that takes little time is computed in the event loop.
-The queue is bounded; work whose deadline has passed or whose client has gone is dropped before it is computed.
+A batch starts at once when the engine is idle. There is no timer, so a lone request never waits. The engine thread
+takes the next batch itself, so it does not idle while the event loop answers the previous batch. It wakes the event
+loop once per batch. On a single processor the event loop computes a lone image itself if that takes little time.
+The queue is bounded. Work whose deadline has passed or whose client has disconnected is dropped before it is computed.
 
-What is done for a whole batch in a row, be it decoding or ranking classes, takes half the time of what is done for each
-request by itself, which finds the processor's caches full of something else.
+Decoding images or ranking classes for a whole batch in one loop takes half the time of the same work done request by
+request, because other code evicts the processor's caches between two requests.
 """
 
 import asyncio
@@ -35,27 +35,27 @@ from app.workers import processors
 
 log = logging.getLogger(__name__)
 
-_SHARED = processors() == 1  # by the engine's thread and the event loop
+_SHARED = processors() == 1  # the engine thread and the event loop share one processor
 
-# Waking a thread, and then the loop again, would take a fifth as long as the computation itself. With a processor for
-# the thread, though, the loop does better to receive what else arrives.
+# A lone image that takes less time than this is computed in the event loop. Waking the engine thread and then the loop
+# would take a fifth of the computation time. If the thread has its own processor, the loop receives requests meanwhile.
 _BRIEF_S = 0.005 if _SHARED else 0.0
 
-# How far the engine's thread gives way to the loop, which has little to do at a time; where more comes than can be
-# computed, refusals would wait otherwise for tens of milliseconds. On Linux a thread has a niceness of its own.
+# nice value of the engine thread, so that the event loop sends 503 responses promptly under overload. Without it they
+# would wait tens of milliseconds. Linux gives each thread its own nice value.
 _NICENESS = 5 if _SHARED and sys.platform == "linux" else 0
 
 Images = NDArray[np.uint8]
 Source = Images | Callable[[], NDArray[np.uint8]]
-"""Images [N, 3, 32, 32], or what decodes a single one [3, 32, 32] in little time."""
+"""Images, uint8 [N, 3, 32, 32], or a fast function that decodes one image to uint8 [3, 32, 32]."""
 
 Logits = NDArray[np.float32]
 Ranking = tuple[NDArray[np.int64], NDArray[np.float64]]
-"""Classes [N, classes], most probable first, and their probabilities."""
+"""Class ids [N, classes], most probable first, and their probabilities [N, classes]."""
 
 
 class Computed:
-    """Logits [N, classes] of a batch, and what follows from them, once somebody asks."""
+    """Logits of a batch, float32 [N, classes], and the ranking of classes, which is computed on first use."""
 
     def __init__(self, logits: Logits):
         self.logits = logits
@@ -68,14 +68,14 @@ class Computed:
 
 
 class Scores(NamedTuple):
-    """Those of one request's images: some rows of the batch that they were computed in, or all."""
+    """The scores of one request's images: some or all rows of the batch that contained them."""
 
     computed: Computed
     rows: slice = slice(None)
 
     @property
     def logits(self) -> Logits:
-        """float32 [N, classes]."""
+        """Logits of the request's images, float32 [N, classes]."""
         return self.computed.logits[self.rows]
 
     @property
@@ -93,13 +93,14 @@ class _Work:
 
 
 class Batcher:
-    """Feeds one engine. Lives as long as somebody holds it; there is nothing to close.
+    """The queue of one engine and the thread that computes its batches. It needs no closing; dropping it is enough.
 
     Args:
-        engine: called with up to `max_batch` images, by one thread at a time.
-        max_batch: images computed together.
-        max_queue: images that may wait.
-        observe: told of every batch, where it was computed: how many images, and how many seconds they took.
+        engine: The engine. It is called with up to `max_batch` images, by one thread at a time.
+        max_batch: Largest number of images in a batch.
+        max_queue: Largest number of waiting images.
+        observe: Callback with the number of images and the seconds of each batch. It runs in the thread that computed
+            the batch.
     """
 
     def __init__(
@@ -110,23 +111,25 @@ class Batcher:
         self.max_batch = max_batch
         self.max_queue = max_queue
         self.queued = 0
-        """Images waiting."""
+        """Number of waiting images."""
         self._queue: deque[_Work] = deque()
-        self._busy = False  # whether the queue will be looked into again
-        self._lone_s = math.inf  # what the last image that was computed alone took
+        self._busy = False  # a thread or the event loop will look into the queue again
+        self._lone_s = math.inf  # duration of the last batch of one image
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, engine.name, initializer=os.nice, initargs=(_NICENESS,))
 
     async def run(self, images: Source, deadline: float | None = None) -> Scores:
-        """What the engine makes of images.
+        """Compute the scores of images.
 
         Args:
-            images: at most `max_batch` of them; what decodes one is called with the others of its batch.
-            deadline: of the monotonic clock; what has not been begun by then is refused.
+            images: At most `max_batch` images, uint8 [N, 3, 32, 32], or a function that decodes one image. The function
+                is called when its batch starts.
+            deadline: Time on the monotonic clock. Work that has not started by then is refused.
 
         Raises:
-            Unavailable: the queue is full, or the deadline passed.
-            Exception: what decoding raised.
+            ValueError: There are more than `max_batch` images.
+            Unavailable: The queue is full, or the deadline has passed.
+            Exception: The error that decoding or the engine raised.
         """
         count = 1 if callable(images) else len(images)
         if count > self.max_batch:
@@ -140,7 +143,7 @@ class Batcher:
             self.queued += count
             idle, self._busy = not self._busy, True
         if idle:
-            loop.call_soon(self._begin, loop)  # with what else arrives in this turn of the loop
+            loop.call_soon(self._begin, loop)  # requests that arrive in this turn of the loop join the batch
         try:
             return await work.result
         except asyncio.CancelledError:
@@ -148,7 +151,7 @@ class Batcher:
             raise
 
     def _forget(self, work: _Work) -> None:
-        """Others may have its place in the queue, if it is still there."""
+        """Remove work from the queue, if it still waits, to free its place."""
         with self._lock, suppress(ValueError):
             self._queue.remove(work)
             self.queued -= work.count
@@ -160,7 +163,7 @@ class Batcher:
             self._thread.submit(self._drain, loop)
 
     def _drain(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Compute until nothing waits."""
+        """Compute batches until the queue is empty."""
         while batch := self._next_batch(loop):
             started = time.perf_counter()
             pixels, batch = _decoded(loop, batch)
@@ -175,13 +178,13 @@ class Batcher:
         try:
             images = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
             computed = Computed(self.engine(images))
-        except Exception as error:  # the engine's failure belongs to those who wait for it
+        except Exception as error:  # every request of the batch gets the engine's error
             _tell(loop, _fail, batch, error)
             return
         _tell(loop, _answer, batch, computed)
         try:
             self._observe(len(images), time.perf_counter() - started)
-        except Exception:  # what is counted must not stop what is computed
+        except Exception:  # a failing metric must not stop the engine
             log.exception("a batch could not be counted")
 
     def _next_batch(self, loop: asyncio.AbstractEventLoop) -> list[_Work]:
@@ -193,7 +196,7 @@ class Batcher:
             while self._queue and self._queue[0].count <= room:
                 work = self._queue.popleft()
                 self.queued -= work.count
-                if work.result.done():  # the client has gone
+                if work.result.done():  # the client has disconnected
                     continue
                 if work.deadline is not None and now > work.deadline:
                     late.append(work)
@@ -207,12 +210,16 @@ class Batcher:
 
 
 def _tell(loop: asyncio.AbstractEventLoop, tell: Callable[..., None], *what: Any) -> None:
-    with suppress(RuntimeError):  # the event loop has ended, and with it all who wait
+    with suppress(RuntimeError):  # the event loop is closed, and no request waits
         loop.call_soon_threadsafe(tell, *what)
 
 
 def _decoded(loop: asyncio.AbstractEventLoop, batch: list[_Work]) -> tuple[list[Images], list[_Work]]:
-    """Images, and those whose they are: without those that cannot be decoded, which are told why."""
+    """Decode a batch.
+
+    Returns:
+        The images and the work items that they belong to. A work item whose image fails gets the exception.
+    """
     pixels: list[Images] = []
     left: list[_Work] = []
     for work in batch:

@@ -1,4 +1,4 @@
-"""The history of training jobs: one table in SQLite, shared by every process that serves the same runs folder."""
+"""Store the history of training jobs in one SQLite table that all server processes on a runs folder share."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,26 +13,26 @@ from training.text import shorten
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 1.0
-"""A transaction waits this long for a lock of another process."""
+"""Seconds that a transaction waits for the lock of another process."""
 WRITES: dict[str, Any] = {"begin": "BEGIN IMMEDIATE"}
-"""Execution options of a transaction that writes."""
+"""SQLAlchemy execution options of a transaction that writes."""
 
-# A request or recipe of more characters is shortened. A valid one has at most half as many.
+# A request or recipe with more characters than this is shortened. A valid one has at most half as many.
 _MAX_JSON = 16 << 10
 # Shortened objects keep this many characters of a string, and this many items of a list.
 _MAX_TEXT = 200
 _MAX_ITEMS = 100
 
 MAX_ERROR = 2000
-"""The error of a job has at most this many characters."""
+"""Largest number of characters in the error of a job."""
 
 
 class NewerDatabase(RuntimeError):
-    """A database that a newer release has made."""
+    """Error for a database that a newer release has created."""
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A point in time; SQLite keeps no time zone, so it is stored in UTC."""
+    """A column type for points in time. SQLite stores no time zone, so values are stored in UTC."""
 
     impl = DateTime
     cache_ok = True
@@ -45,13 +45,13 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 class Base(DeclarativeBase):
-    """Python types and how they are stored."""
+    """The declarative base, which maps Python types to column types."""
 
-    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON}  # noqa: RUF012  as SQLAlchemy declares it
+    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON}  # noqa: RUF012  SQLAlchemy declares it so
 
 
 class JobRow(Base):
-    """One training job; see `app.jobs.Job` for what the fields mean."""
+    """The row of one training job. `app.jobs.Job` documents the fields."""
 
     __tablename__ = "jobs"
 
@@ -70,31 +70,31 @@ class JobRow(Base):
 
 
 def connect(path: Path) -> Engine:
-    """Open the database, creating it where there is none.
+    """Open the database file, and create it if it does not exist.
 
-    Transactions only read unless their connection has the execution options `WRITES`. Readers and a writer do not wait
-    for each other.
+    Transactions are read-only unless their connection has the execution options `WRITES`. Readers and a writer do not
+    wait for each other.
 
     Raises:
-        NewerDatabase: a newer release has made it.
-        sqlalchemy.exc.DatabaseError: the file cannot be opened or written, is locked, or is damaged.
+        NewerDatabase: A newer release has created the database.
+        sqlalchemy.exc.DatabaseError: The file cannot be opened or written, is locked, or is damaged.
     """
-    # The callers' threads bound the number of connections. A bounded pool would raise an error after 30 s.
+    # The number of calling threads limits the connections. A bounded pool would raise an error after 30 s.
     engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=-1)
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # transactions begin below, not when the driver thinks fit
+        connection.isolation_level = None  # `begin` starts transactions, not the driver
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
 
     @event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
-        # A transaction that reads first and then writes would fail if another process wrote in between, so a writer
-        # takes the lock at once. A reader takes none: it would wait for every writer.
+        # A transaction that reads first and then writes fails if another process writes in between, so a writer takes
+        # the lock at once. A reader takes no lock, because it would wait for every writer.
         connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
 
-    # Where several open a new database at once, SQLite does not wait until one of them has changed the journal's mode.
+    # SQLite does not wait while another process switches a new database to WAL mode, so a file lock serializes them.
     with locked(path.parent), Session(engine.execution_options(**WRITES)) as session, session.begin():
         connection = session.connection()
         version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
@@ -107,9 +107,10 @@ def connect(path: Path) -> Engine:
 
 
 def _shorten_rows(session: Session) -> None:
-    """Shorten oversized rows of earlier releases, which had no bounds. Every list of jobs repeats them.
+    """Shorten oversized rows of earlier releases, which had no limits. Every list of jobs would repeat their content.
 
-    A waiting job with such a recipe could not be started. Its shortened recipe is invalid, so it fails with a reason.
+    A waiting job with an oversized recipe cannot be started. Its shortened recipe is invalid, so the job fails with a
+    reason.
     """
     stored = (cast(column, Text) for column in (JobRow.request, JobRow.recipe, JobRow.error))
     for row in session.scalars(select(JobRow).where(or_(*(func.length(column) > _MAX_JSON for column in stored)))):
@@ -118,7 +119,7 @@ def _shorten_rows(session: Session) -> None:
 
 
 def _shortened(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a JSON object with shortened strings and lists."""
+    """Return a copy of a JSON object with shortened strings and lists."""
 
     def shortened(value: Any) -> Any:
         match value:

@@ -1,10 +1,10 @@
-"""Estimates what decoding an image costs, from its header and the structure of the file, before it is decoded.
+"""Estimate the CPU time and memory of decoding an image from its header and file structure, before it is decoded.
 
-In: an image that Pillow has opened but not decoded, and the bytes of its file.  Out: CPU time and memory.
+In: an image that Pillow has opened but not decoded, and the bytes of its file.  Out: a `DecodeCost`.
 
-The constants are rounded up: on the machines where `benchmarks/decode_cost.py` was run, decoding took less than
-estimated for every file of its set. A wrong estimate costs fairness, not safety: `app.decode_process` ends a decoder
-that exceeds its CPU time.
+The constants are rounded up. On the machines where `benchmarks/decode_cost.py` was run, decoding took less than the
+estimate for every file of its set. A wrong estimate reduces fairness, not safety: the kernel kills a process of
+`app.decode_process` that exceeds its CPU time.
 """
 
 import re
@@ -18,30 +18,30 @@ from app.exceptions import TooLarge
 MIB = 1 << 20
 
 JPEG_SIDE = 64
-"""A JPEG is decoded at the smallest scale whose shorter side has at least this many pixels."""
+"""Minimum length in pixels of the shorter side of a JPEG after it is scaled down in the decoder."""
 
 MAX_SCANS = 500
-"""Scans of a JPEG. Encoders write at most a few dozen."""
+"""Largest number of scans of a JPEG. Encoders write at most a few dozen."""
 
-# Nanoseconds of CPU time per pixel: the format's decoder, and the conversion and scaling of the mode that it yields.
+# Nanoseconds of CPU time per pixel: for decoding the format, and for converting and scaling the decoded mode.
 _FORMAT_NS = {"PNG": 5.0, "WEBP": 22.0, "GIF": 5.0, "BMP": 2.0, "TIFF": 5.0}
 _MODE_NS = {"1": 4.0, "L": 2.0, "P": 6.0, "RGB": 5.0}
 _OTHER_MODE_NS = 10.0
 
-_FILE_NS = 300_000.0  # of any image, for its header and for scaling the result
+_FILE_NS = 300_000.0  # fixed time per image, for its header and for scaling the result
 
-# Nanoseconds per byte of the file, and per part that Pillow handles in Python: a chunk of a PNG, a strip of a TIFF.
+# Nanoseconds per byte of the file, and per part that Pillow handles in Python (a PNG chunk or a TIFF strip).
 _BYTE_NS = {"PNG": 20.0, "WEBP": 30.0, "GIF": 15.0, "BMP": 1.0, "TIFF": 10.0}
 _UNCOMPRESSED_BYTE_NS = 1.0
 _PART_NS = 20_000.0
 
-# Bytes of memory per pixel, Pillow's copies included. WebP's decoder holds four canvases of 4 bytes per pixel.
+# Bytes of memory per pixel, including Pillow's copies. The WebP decoder holds four canvases of 4 bytes per pixel.
 _MODE_BYTES = {"1": 2, "L": 1, "P": 5, "RGB": 4, "CMYK": 4, "I;16": 8, "I;16B": 8}
 _OTHER_MODE_BYTES = 9
 _WEBP_BYTES = 16
 
-# Nanoseconds per block of 8x8 coefficients of a JPEG. A file with several scans is decoded block by block in every
-# scan into a buffer of all coefficients; refining the AC coefficients of a progressive file reads the whole block.
+# Nanoseconds per 8x8 block of JPEG coefficients. Each scan of a multi-scan file is decoded block by block into a buffer
+# of all coefficients. Refining the AC coefficients of a progressive file reads the whole block.
 _BLOCK_NS = 20.0
 _SCAN_BLOCK_NS = 16.0
 _REFINED_BLOCK_NS = 50.0
@@ -54,44 +54,44 @@ _ARITHMETIC_FACTOR = 10.0
 _MAX_SEGMENTS = 5_000
 _MAX_CHUNKS = 20_000
 
-# Any marker of a JPEG, except the ones that occur within entropy-coded data: stuffed zeros, fill bytes and restarts.
+# A JPEG marker, except those that occur within entropy-coded data: stuffed zeros, fill bytes and restart markers.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _SOS, _EOI, _SOI, _TEM = 0xDA, 0xD9, 0xD8, 0x01
 _ARITHMETIC_FRAMES = frozenset((0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
 
 
 class DecodeCost(NamedTuple):
-    """Estimated CPU time in milliseconds, and memory in bytes beyond the file itself."""
+    """An estimated CPU time in milliseconds and memory in bytes. The memory excludes the file itself."""
 
     cpu_ms: float
     memory_bytes: int
 
     def exceeds(self, limit: "DecodeCost") -> bool:
-        """Whether either figure is above the limit's."""
+        """Return True if the CPU time or the memory is above that of the limit."""
         return self.cpu_ms > limit.cpu_ms or self.memory_bytes > limit.memory_bytes
 
 
 class _Scan(NamedTuple):
     components: bytes
-    """Ids of its components."""
+    """Ids of the components in the scan, one byte each."""
     is_ac_refinement: bool
 
 
 def estimate(image: ImageFile.ImageFile, data: bytes) -> DecodeCost:
-    """Estimate the cost of decoding an image that has been opened.
+    """Estimate the cost of decoding an opened image.
 
     Args:
-        image: opened by Pillow, not decoded.
-        data: the whole file.
+        image: Image that Pillow has opened but not decoded.
+        data: Bytes of the whole file.
 
     Raises:
-        TooLarge: a JPEG has more scans or segments than any encoder writes.
+        TooLarge: A JPEG has more scans or segments, or a PNG more chunks, than any encoder writes.
     """
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         return _estimate_jpeg(image, data)
     kind = image.format or ""
     pixels = _decoded_pixels(image)
-    has_transparent_color = "transparency" in image.info  # such an image is converted to RGBA
+    has_transparent_color = "transparency" in image.info  # converted to RGBA later
     mode = "RGBA" if has_transparent_color else image.mode
     is_compressed = any(tile.codec_name != "raw" for tile in image.tile)
     nanoseconds = _FILE_NS + pixels * (_FORMAT_NS[kind] + _MODE_NS.get(mode, _OTHER_MODE_NS))
@@ -103,7 +103,7 @@ def estimate(image: ImageFile.ImageFile, data: bytes) -> DecodeCost:
 
 
 def _decoded_pixels(image: ImageFile.ImageFile) -> int:
-    """Pixels that the decoder computes: more than the image has where the tiles of a TIFF extend beyond it."""
+    """Return the number of pixels that the decoder computes. The tiles of a TIFF may extend beyond the image."""
     width, height = image.size
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tile_width, tile_height = (_positive(image.tag_v2.get(tag)) for tag in (322, 323))
@@ -113,10 +113,10 @@ def _decoded_pixels(image: ImageFile.ImageFile) -> int:
 
 
 def _png_chunks(data: bytes) -> int:
-    """Chunks of a PNG.
+    """Count the chunks of a PNG.
 
     Raises:
-        TooLarge: they are more than any encoder writes.
+        TooLarge: The PNG has more chunks than any encoder writes.
     """
     count, place = 0, 8
     while place < len(data):
@@ -151,24 +151,33 @@ def _estimate_jpeg(image: JpegImagePlugin.JpegImageFile, data: bytes) -> DecodeC
 
 
 def jpeg_scale(size: tuple[int, int]) -> int:
-    """The divisor, 1, 2, 4 or 8, by which a JPEG is scaled down while it is decoded.
+    """Return the divisor (1, 2, 4 or 8) by which the decoder scales a JPEG down.
 
-    It leaves at least twice the resolution that the network sees on the shorter side.
+    The shorter side keeps at least twice the resolution of the network's input, unless the image is smaller.
+
+    Args:
+        size: Width and height in pixels.
     """
     return next((scale for scale in (8, 4, 2) if min(size) // JPEG_SIDE >= scale), 1)
 
 
 def _blocks(size: tuple[int, int], layer: tuple[int, int, int, int], layers: list[tuple[int, int, int, int]]) -> int:
-    """Blocks of 8x8 coefficients of one component."""
+    """Return the number of 8x8 coefficient blocks of one component."""
     horizontal, vertical = max(each[1] for each in layers), max(each[2] for each in layers)
     return -(-size[0] * layer[1] // (8 * horizontal)) * -(-size[1] * layer[2] // (8 * vertical))
 
 
 def _scans(data: bytes, components: int, is_progressive: bool) -> tuple[list[_Scan] | None, bool]:
-    """The scans of a JPEG up to its end marker, and whether a frame header announces arithmetic coding.
+    """Parse the scans of a JPEG up to its end marker.
 
-    There are no scans to list where the first one completes the image: libjpeg decodes no further one. It finds markers
-    in the same way, so it cannot decode more scans than are listed here.
+    libjpeg finds markers in the same way, so it cannot decode more scans than this returns.
+
+    Returns:
+        The scans, and True if a frame header announces arithmetic coding. The scans are None if the first scan
+        completes the image, because libjpeg then decodes no further scan.
+
+    Raises:
+        TooLarge: The JPEG has more scans or segments than any encoder writes.
     """
     scans: list[_Scan] = []
     is_arithmetic = False
@@ -194,7 +203,7 @@ def _parse_scan(data: bytes, place: int) -> _Scan:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """The kind of each marker segment of a JPEG, and the place of its length field."""
+    """Yield the marker code of each segment of a JPEG and the offset of its length field."""
     place = 2
     while (found := _MARKER.search(data, place)) and (kind := data[found.end() - 1]) != _EOI:
         place = found.end()

@@ -1,10 +1,10 @@
-"""A process that decodes costly images, because no image decoder can be interrupted within a thread.
+"""Decode costly images in a child process, because an image decoder in a thread cannot be interrupted.
 
     DecodeProcess (in the server)  --file-->  python -m app.decode_process  --pixels or error-->  DecodeProcess
 
-The kernel ends the process when one image takes more than `MAX_CPU_S` of CPU time (ITIMER_PROF), and refuses it memory
-beyond `images.MAX_COST` (RLIMIT_AS). The next costly image starts a new process. It runs at low priority, so that it
-takes little CPU time from smaller images, and it ends with the server, because its standard input is then closed.
+The kernel kills the process if one image takes more than `MAX_CPU_S` of CPU time (ITIMER_PROF), and refuses it memory
+beyond `images.MAX_COST` (RLIMIT_AS). The next costly image starts a new process. The process runs at low priority, so
+that it takes little CPU time from smaller images. It ends with the server, because its standard input is then closed.
 """
 
 import os
@@ -26,26 +26,26 @@ from app import images
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
 
 MAX_CPU_S = 4.0
-"""CPU time of one image. It is twice the largest estimate that is accepted, for slow machines."""
+"""CPU time limit of one image. It is twice the largest accepted estimate, for slow machines."""
 
-_MAX_WALL_S = 60.0  # a process that is stopped or starved is ended as well
+_MAX_WALL_S = 60.0  # wall time limit for a process that is stopped or starved
 _NICENESS = 10
 _MEMORY_MARGIN = 64 << 20
-_REQUEST = struct.Struct("<Q")  # bytes of the file
-_REPLY = struct.Struct("<dBQ")  # seconds of CPU time, the kind of the result, and its bytes
+_REQUEST = struct.Struct("<Q")  # size of the file in bytes
+_REPLY = struct.Struct("<dBQ")  # CPU time in seconds, kind of the result, its size in bytes
 _PIXELS = 0
 _ERRORS: tuple[type[Problem], ...] = (UnsupportedImage, DamagedImage, TooLarge)  # kinds 1, 2, 3
 _PACKAGES = Path(__file__).parents[1]
 
 
 class DecodeProcess:
-    """Decodes one image at a time in a child process, which the first image starts. One thread may use it at a time.
+    """A child process that decodes one image at a time. The first image starts it. One thread at a time may use it.
 
     Args:
-        max_bytes: of a file.
-        max_pixels: of an image.
-        max_cpu_s: CPU time of one image.
-        max_memory_bytes: memory that decoding may take.
+        max_bytes: Largest size of a file.
+        max_pixels: Largest product of width and height.
+        max_cpu_s: CPU time limit of one image.
+        max_memory_bytes: Memory limit of the decoder.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class DecodeProcess:
         """Decode an image as `images.decode` does, with the cost limit `images.MAX_COST`.
 
         Returns:
-            uint8 [3, 32, 32] or the problem of the image, such as TooLarge when decoding exceeds `max_cpu_s`; and the
-            CPU time that decoding took, in seconds.
+            uint8 [3, 32, 32], or the problem of the image, such as TooLarge if decoding exceeds `max_cpu_s`. The second
+            value is the CPU time of decoding in seconds.
         """
         process = self._process = self._running() or self._start()
         assert process.stdin  # noqa: S101  both are pipes
@@ -85,7 +85,7 @@ class DecodeProcess:
         return np.frombuffer(result, np.uint8).reshape(3, images.SIZE, images.SIZE), cpu_s
 
     def close(self) -> None:
-        """End the process. `decode` returns a problem if it is under way in another thread."""
+        """Kill the process. A concurrent `decode` in another thread returns a problem."""
         self._end()
 
     def _running(self) -> "subprocess.Popen[bytes] | None":
@@ -94,7 +94,7 @@ class DecodeProcess:
         return self._process
 
     def _end(self) -> int:
-        """Kill the process if it runs, and free its pipes. Returns its exit status."""
+        """Kill the process if it runs, close its pipes, and return its exit status."""
         process, self._process = self._process, None
         if process is None:
             return 0
@@ -105,7 +105,7 @@ class DecodeProcess:
         return process.wait()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        # This very package, whatever lies in the current folder.
+        # -P and PYTHONPATH select this package, even if the current folder contains another `app`.
         command = [sys.executable, "-P", "-m", "app.decode_process", *self._limits]
         environment = os.environ | {"PYTHONPATH": str(_PACKAGES), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
@@ -145,13 +145,13 @@ def _serve(requests: IO[bytes], replies: IO[bytes], max_bytes: int, max_pixels: 
 
 
 def _limit_memory(size: int) -> None:
-    """Allow this many bytes beyond those that the interpreter and its libraries have mapped."""
+    """Limit the address space to `size` bytes beyond the current mappings of the interpreter and its libraries."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + size, mapped + size))
 
 
 def main(max_bytes: str, max_pixels: str, max_cpu_s: str, max_memory_bytes: str) -> None:
-    """Run the child process until its standard input ends; the arguments are those of `DecodeProcess`."""
+    """Run the child process until its standard input ends. The arguments are those of `DecodeProcess`."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     os.nice(_NICENESS)

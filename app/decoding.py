@@ -1,12 +1,12 @@
-"""Decodes the images of requests outside the event loop, and shares the decoders among clients by CPU time.
+"""Decode the images of requests outside the event loop, and share the decoders among clients by CPU time.
 
     file -> quick lane: read the header, estimate the cost --up to 10 ms--> decoded there, in one of several threads
                                                            --up to 50 ms--> medium lane: a thread of lower priority
                                                            --more---------> costly lane: a process that can be ended
 
-Each lane is a `FairQueue`: the client that has spent the least CPU time there is next. The images of one request are
-decoded one after the other, so that those of other requests come in between. A client may have only its share of
-`max_queue` images waiting while others wait too.
+Each lane is a `FairQueue`: the client that has spent the least CPU time in the lane is next. The images of one request
+are decoded one after the other, so that images of other requests get turns in between. While several clients wait, each
+may have only its share of `max_queue` waiting images.
 """
 
 import asyncio
@@ -39,23 +39,23 @@ _MAX_PROCESSES = 2
 _HEADER = DecodeCost(1, 32 * MIB)
 _QUICK = DecodeCost(10, 32 * MIB)
 MEDIUM = DecodeCost(50, 64 * MIB)
-"""An image that costs more is decoded in a process that can be ended."""
+"""Largest cost that is decoded in a thread. A costlier image is decoded in a process, which can be killed."""
 
 _MEDIUM_NICENESS = 5  # Linux gives each thread a nice value of its own
-_RATE_UNIT_MS = 10  # of estimated CPU time per unit of CIFAR100_PREDICT_RATE_LIMIT
+_RATE_UNIT_MS = 10  # estimated CPU time per unit of CIFAR100_PREDICT_RATE_LIMIT
 
 File = tuple[str | None, BinaryIO]
-"""Name and content of an image that was sent."""
+"""Name and content of an uploaded image."""
 
 Charge = Callable[[int], None]
-"""Charges a client's rate limit some further units, or raises TooManyRequests."""
+"""Function that charges a client's rate limit a number of units, or raises TooManyRequests."""
 
 Value = TypeVar("Value")
 
 
 @dataclass
 class _Lane:
-    """Workers that take turns among clients."""
+    """A fair queue and the workers that serve it."""
 
     queue: FairQueue
     workers: Executor
@@ -63,12 +63,12 @@ class _Lane:
 
 @dataclass(eq=False)
 class _Request:
-    """The images of one request, and how far they are decoded."""
+    """The client, deadline and decoding progress of one request."""
 
     client: str
     deadline: float
     left: int
-    """Images that are not decoded yet."""
+    """Number of images that are not decoded yet."""
     charge: Charge | None
     estimated_ms: float = 0.0
     charged_units: int = 1  # every request is charged one unit before its body is read
@@ -77,7 +77,7 @@ class _Request:
         """Charge the client for one more image.
 
         Raises:
-            TooManyRequests: the client's rate limit is exceeded.
+            TooManyRequests: The client exceeds its rate limit.
         """
         self.estimated_ms += cost.cpu_ms
         units = max(1, math.ceil(self.estimated_ms / _RATE_UNIT_MS))
@@ -90,7 +90,7 @@ class Decoders:
     """The threads and processes that decode images.
 
     Args:
-        settings: limits of an image, and how many images may wait.
+        settings: Limits of an image, and the number of images that may wait.
     """
 
     def __init__(self, settings: Settings):
@@ -114,16 +114,16 @@ class Decoders:
 
     @property
     def waiting(self) -> int:
-        """Images of requests under way that are not decoded yet, except those that costly images hold up."""
+        """Number of images of current requests that are not decoded yet, without those that `held_up` counts."""
         return self._waiting.total
 
     @property
     def held_up(self) -> int:
-        """Costly images that wait, and the images that follow them in their requests."""
+        """Number of costly images that wait, and of the images that follow them in their requests."""
         return self._held_up.total
 
     def is_full_for(self, client: str) -> bool:
-        """Whether a further image of this client would be refused."""
+        """Return True if another image of this client would be refused."""
         return self._waiting.exceeds_share(client, 1)
 
     async def decode(
@@ -132,18 +132,18 @@ class Decoders:
         """Decode the images of a request.
 
         Args:
-            files: open until this returns.
-            client: whose share of the decoders they use.
-            deadline: of the monotonic clock; an image whose decoding has not begun by then is refused.
-            charge: called with the rate units of the estimated cost beyond the first unit.
+            files: Names and open files. They must stay open until this returns.
+            client: Client whose share of the decoders the images use.
+            deadline: Time on the monotonic clock. An image whose decoding has not begun by then is refused.
+            charge: Function that is called with the rate units of the estimated cost beyond the first unit.
 
         Returns:
             uint8 [N, 3, 32, 32].
 
         Raises:
-            Unavailable: too many images are waiting, or the deadline passed.
-            TooManyRequests: raised by `charge`.
-            Problem: an image cannot be decoded; where there are several, the message names it.
+            Unavailable: Too many images are waiting, or the deadline has passed.
+            TooManyRequests: The error that `charge` raises.
+            Problem: An image cannot be decoded. If the request has several images, the message names the file.
         """
         if self._waiting.exceeds_share(client, len(files)):
             raise Unavailable(f"{self.waiting} images are waiting to be decoded already; try again later")
@@ -193,7 +193,7 @@ class Decoders:
 
     @contextmanager
     def _hold_up(self, request: _Request) -> Iterator[None]:
-        """Count the images left of a request apart while one of them is costly: they delay no other request."""
+        """Count a request's remaining images in `held_up` while one of them is costly. They delay no other request."""
         count = request.left
         if self._held_up.exceeds_share(request.client, count):
             raise Unavailable(f"{self.held_up} images wait for costly ones already; try again later")
@@ -208,12 +208,16 @@ class Decoders:
     async def _run(
         self, lane: _Lane, request: _Request, cost: DecodeCost, work: "Callable[[], _Outcome[Value]]"
     ) -> Value:
-        """Run some work in a lane when it is the client's turn."""
+        """Run work in a lane when it is the client's turn.
+
+        Raises:
+            Unavailable: The deadline has passed before the turn.
+        """
         try:
             turn = await lane.queue.enter(request.client, cost, request.deadline - time.monotonic())
         except TimeoutError:
             raise Unavailable("the image waited longer than the deadline to be decoded; try again later") from None
-        # The work goes on when this task is cancelled, as a thread cannot be; so does its turn.
+        # If this task is cancelled, the work and its turn continue, because a thread cannot be cancelled.
         future = asyncio.get_running_loop().run_in_executor(lane.workers, work)
         future.add_done_callback(
             lambda future: lane.queue.leave(turn, 0.0 if future.cancelled() else future.result().cpu_s)
@@ -221,7 +225,7 @@ class Decoders:
         return (await asyncio.shield(future)).get()
 
     def close(self) -> None:
-        """End the threads and processes."""
+        """Shut down the threads and kill the processes."""
         for lane in (self._quick, self._medium, self._costly):
             lane.workers.shutdown(wait=False)
         for process in self._processes:
@@ -230,7 +234,7 @@ class Decoders:
 
 @dataclass(slots=True)
 class _Outcome(Generic[Value]):
-    """The result of some work, or its error, and the CPU time that it took."""
+    """The result or error of work, and its CPU time in seconds."""
 
     value: Value | None
     error: Exception | None

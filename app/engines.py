@@ -1,6 +1,7 @@
-"""Runtimes that compute logits: one call signature, uint8 batch in, float32 logits out.
+"""Load runtimes (TorchScript, CUDA graphs, OpenVINO) that compute logits. All share one call signature.
 
-In: an exported `model.pt`.  Out: an `Engine`, warmed up, and compared with PyTorch in float32.
+In: an exported `model.pt`.  Out: an `Engine` that is warmed up and verified against PyTorch in float32.
+An engine takes a uint8 batch [N, 3, 32, 32] and returns float32 logits [N, classes].
 """
 
 import logging
@@ -22,49 +23,57 @@ from training.openvino_ir import INT8, Compiled
 
 log = logging.getLogger(__name__)
 
-# OpenVINO prepares itself for each size of batch, TorchScript in the course of its first calls.
+# Batch sizes for warm-up on the CPU. OpenVINO compiles for each batch size, TorchScript optimizes in its first calls.
 _CPU_SIZES: tuple[int, ...] = (1, 2, 4, 8, 16)
 
-# Of batches on a GPU, which takes hardly longer for 32 images than for one.
+# Batch sizes of the CUDA graphs. A GPU takes hardly longer for 32 images than for one.
 _GPU_SIZES: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
 
-_EXAMPLES = 16  # images with which engines are compared
+_EXAMPLES = 16  # images on which an engine is compared with PyTorch
 
-# By how much logits may deviate from those in float32, see `deviation`. With the shipped models they do by 0.8 to 1.4 %
-# in bfloat16, and by 6 to 15 % in int8, whose accuracy is measured when a model is quantised.
+# Largest accepted `deviation` of logits from PyTorch in float32. The shipped models deviate by 0.8 to 1.4 % in bfloat16
+# and by 6 to 15 % in int8. The accuracy of an int8 model is measured when it is quantized.
 _ROUNDING = 0.001
 _REDUCED_PRECISION = 0.03
 _QUANTISED = 0.3
 
 _SUFFIXES = {torch.float32: "", torch.float16: "-f16", torch.bfloat16: "-bf16"}
 
-# Without these instructions int8 is hardly faster than float32.
+# int8 is hardly faster than float32 on processors that have none of these instructions.
 _INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 class Engine(Protocol):
-    """Computes logits. Called by one thread at a time."""
+    """A runtime with a loaded model. One thread at a time may call it."""
 
     name: str
     tolerance: float
-    """The largest `deviation` from TorchScript's logits in float32."""
+    """Largest accepted `deviation` from the logits of TorchScript in float32."""
     sizes: tuple[int, ...]
-    """Of batches with which it is warmed up, and compared."""
+    """Batch sizes for warm-up and verification."""
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 [N, 3, 32, 32] to float32 [N, classes]."""
+        """Compute logits.
+
+        Args:
+            images: uint8 [N, 3, 32, 32].
+
+        Returns:
+            float32 [N, classes].
+        """
         ...
 
 
 class EngineError(RuntimeError):
-    """A runtime cannot be used for a model."""
+    """Error for a runtime that cannot compute a model."""
 
 
 class TorchScriptEngine:
-    """PyTorch's own runtime on the CPU.
+    """TorchScript on the CPU.
 
     Args:
-        dtype: of the activations: float32 or bfloat16.
+        model: An exported `model.pt`.
+        dtype: Data type of the activations, float32 or bfloat16.
     """
 
     sizes = _CPU_SIZES
@@ -82,24 +91,25 @@ class TorchScriptEngine:
 
 
 class CudaEngine:
-    """PyTorch's runtime on a GPU, which computes batches of a few sizes, each recorded as a CUDA graph.
+    """TorchScript on a GPU, with one CUDA graph for each of a few batch sizes.
 
-    A batch is filled up to the next size, a larger one computed in parts. Images and logits pass through pinned memory,
-    which the GPU reads and writes by itself in the course of the graph.
+    A batch runs on the graph of the next larger size. A batch larger than the largest size is computed in parts. Images
+    and logits pass through pinned memory, and the copies from and to the GPU are part of the graph.
 
     Args:
-        dtype: of the activations: a half precision or float32.
+        model: An exported `model.pt`.
+        dtype: Data type of the activations, a half precision or float32.
     """
 
     sizes = _GPU_SIZES
-    tolerance = _REDUCED_PRECISION  # NVIDIA's convolve even float32 in TF32
+    tolerance = _REDUCED_PRECISION  # NVIDIA GPUs compute float32 convolutions in TF32
 
     def __init__(self, model: Path, dtype: torch.dtype = torch.float16):
         self.name = "torchscript-cuda" + _SUFFIXES[dtype]
         logits_of = partial(_logits_on_gpu, torchscript.load(model, "cuda"), dtype)
         self._images = torch.zeros(max(_GPU_SIZES), 3, 32, 32, dtype=torch.uint8, pin_memory=True)
         self._logits = torch.empty(len(self._images), logits_of(self._images[:1]).shape[1], pin_memory=True)
-        pool = torch.cuda.graph_pool_handle()  # common to all, as they run one after the other
+        pool = torch.cuda.graph_pool_handle()  # graphs share memory because one runs at a time
 
         def recorded(size: int) -> Recorded[Tensor]:
             images, logits = self._images[:size], self._logits[:size]
@@ -118,7 +128,7 @@ class CudaEngine:
         return logits
 
     def _compute(self, images: NDArray[np.uint8], logits: NDArray[np.float32]) -> None:
-        """Fill in the logits of at most as many images as the largest size has."""
+        """Write the logits of one batch, which is at most as large as the largest graph, into `logits`."""
         count = len(images)
         self._images.numpy()[:count] = images
         with torch.cuda.stream(_serving_stream()):
@@ -129,24 +139,30 @@ class CudaEngine:
 
 @cache
 def _serving_stream() -> torch.cuda.Stream:
-    """Of all engines, as their graphs may share libraries' memory. It goes before what trains on the same GPU."""
+    """Return the CUDA stream that all engines share, because their graphs may share library workspaces.
+
+    Its high priority lets serving preempt training on the same GPU.
+    """
     return torch.cuda.Stream(priority=-1)
 
 
 def _logits_on_gpu(module: Callable[[Tensor], Tensor], dtype: torch.dtype, images: Tensor) -> Tensor:
-    """float32 logits, on the GPU, of uint8 images in pinned memory."""
+    """Compute float32 logits on the GPU from uint8 images in pinned memory."""
     with _computing("cuda", dtype):
         return module(_laid_out(images.to("cuda", non_blocking=True), dtype)).float()
 
 
 def _laid_out(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """As convolutions want them that compute in a half precision, and hand on what they compute: channels last."""
+    """Convert half-precision inputs to channels-last memory format, in which convolutions are faster.
+
+    Convolutions keep the format in their outputs. float32 inputs are not converted.
+    """
     return images if dtype is torch.float32 else images.contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
 def _computing(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Nothing is learnt, and activations are of this type."""
+    """Enter inference mode, with autocast to `dtype` unless that is float32."""
     with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not torch.float32):
         yield
 
@@ -156,7 +172,7 @@ class OpenVinoEngine:
 
     Args:
         file: `model.pt` or `int8.xml`.
-        precision: of what is not quantised, see `Compiled`.
+        precision: Precision of the operations that are not quantized, see `Compiled`.
     """
 
     sizes = _CPU_SIZES
@@ -172,24 +188,24 @@ class OpenVinoEngine:
 
 
 def load(model: Path, device: Device, runtime: Runtime) -> Engine:
-    """The fastest runtime for a model on a device, warmed up.
+    """Load the fastest runtime for a model on a device, and warm it up.
 
     Args:
-        model: an exported `model.pt`.
-        device: "auto" is CUDA where there is one that can be used.
-        runtime: "auto" tries on the CPU, until one computes what the model does: its int8 form, if it has one and the
-            processor has instructions for that; "openvino"; TorchScript. These take float32 where the precision they
-            are fastest in is too coarse for the model. "torchscript" computes on the CPU always in float32, to the
-            last bit what offline evaluation does.
+        model: An exported `model.pt`.
+        device: "auto" selects CUDA if a usable GPU exists, else the CPU.
+        runtime: "auto" on the CPU tries three runtimes and takes the first whose logits match the model: int8, if the
+            model has an int8 form and the processor has int8 instructions, then OpenVINO, then TorchScript. OpenVINO
+            and TorchScript fall back to float32 if their fastest precision deviates too much. "torchscript" on the CPU
+            always computes in float32, so its logits are bit-identical to offline evaluation.
 
     Raises:
-        EngineError: the runtime that was asked for cannot be used.
+        EngineError: No candidate runtime can compute the model.
     """
     if device == "auto":
-        if torch.cuda.is_available() and runtime in ("auto", "torchscript"):  # OpenVINO's are for the CPU
+        if torch.cuda.is_available() and runtime in ("auto", "torchscript"):  # OpenVINO engines run on the CPU only
             try:
                 return load(model, "cuda", runtime)
-            except EngineError:  # another process may have all its memory
+            except EngineError:  # another process may hold all GPU memory
                 log.warning("%s is computed on the CPU instead", model)
         device = "cpu"
     int8 = model.with_name(INT8)
@@ -212,11 +228,11 @@ def load(model: Path, device: Device, runtime: Runtime) -> Engine:
         for make in makers[candidate]:
             try:
                 return _ready(make, model)
-            except Exception as error:  # whatever a foreign runtime may raise
+            except Exception as error:  # a third-party runtime may raise any exception
                 failures.append(f"{candidate} cannot compute {model}: {error}")
                 log.warning(failures[-1])
                 if not isinstance(error, EngineError):
-                    break  # no precision would help
+                    break  # another precision would fail as well
     raise EngineError("; ".join(failures))
 
 
@@ -226,10 +242,11 @@ def _computes_int8() -> bool:
 
 
 def _ready(make: Callable[[], Engine], model: Path) -> Engine:
-    """A warm engine that computes what the model does.
+    """Make an engine, warm it up, and verify its logits at each batch size.
 
     Raises:
-        EngineError: it does not.
+        EngineError: The logits deviate from those of TorchScript in float32 by more than the engine's tolerance, or the
+            model computes logits that are not finite.
     """
     engine = make()
     images = torchscript.example_images(_EXAMPLES).numpy()
@@ -245,9 +262,17 @@ def _ready(make: Callable[[], Engine], model: Path) -> Engine:
 
 
 def deviation(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """How far logits [N, classes] are from those expected, as a share of what these tell: 1 where they tell nothing.
+    """Return the relative L2 error of logits, after the mean over classes is subtracted from each row.
 
-    Only differences between classes count, as in probabilities. Answers of little certainty may not deviate by more.
+    Softmax depends only on differences between classes, hence the subtraction. The error is relative, so the same
+    tolerance holds for a model with small logits, whose predictions are uncertain.
+
+    Args:
+        logits: float32 [N, classes].
+        expected: Reference logits, float32 [N, classes].
+
+    Returns:
+        0 for equal logits, 1 for logits that are constant over the classes.
     """
     centred, right = (each - each.mean(1, keepdims=True) for each in (logits, expected))
     return float(np.linalg.norm(centred - right) / np.linalg.norm(right))

@@ -1,8 +1,8 @@
-"""Measuring a live model through the engine that also answers /predict.
+"""Measure a live model through the engine that also answers /predict.
 
-In: labelled images, of the data set or of a zip that a user sent.  Out: an `Evaluation`, at once or later.
-Chunks of images go through the model's queue like any request, so predictions are not held up. How far a measurement
-has come is in a file below the runs folder, for the other servers that may be asked.
+In: labeled images from the data set or from an uploaded zip.  Out: an `Evaluation`, in the response or later.
+Chunks of images go through the model's queue like other requests, so they do not delay predictions. Each measurement
+writes its progress to a file below the runs folder, so that other server processes can report it too.
 """
 
 import asyncio
@@ -40,14 +40,14 @@ from training.text import quote
 log = logging.getLogger(__name__)
 
 _CHUNK = 16  # images per turn in the model's queue
-_KEPT = 100  # finished evaluations that can still be asked for
+_KEPT = 100  # finished evaluations that stay available
 _MAX_RUNNING = 4
 _ID = re.compile(r"[0-9a-f]{12}")
-_HEARTBEAT_S = 1.0  # between two writes of a running measurement's file
-_DEAD_S = 30.0  # without one
-# Python unpacks other methods in one go, however much memory that takes.
+_HEARTBEAT_S = 1.0  # interval at which a running measurement writes its file
+_DEAD_S = 30.0  # a running measurement whose file is older counts as failed
+# Python decompresses data of other methods at once, with unbounded memory.
 _BOUNDED_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# What zipfile raises for damaged files; RuntimeError stands for encrypted ones as well.
+# Exceptions that zipfile raises for damaged files. RuntimeError also stands for encrypted files.
 _ZIP_ERRORS = (
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
@@ -59,13 +59,13 @@ _ZIP_ERRORS = (
     IndexError,
     EOFError,
 )
-_ENTRY_HEADER = struct.Struct("<26x2H")  # stands before an entry's data; ends with the lengths of its name and extras
+_ENTRY_HEADER = struct.Struct("<26x2H")  # precedes an entry's data; ends with the lengths of its name and extra fields
 _HEADER_SIGNATURE = b"PK\x03\x04"
 _ENTRY_SIGNATURE = b"PK\x01\x02"  # begins every entry of a zip's directory
 
 
 class Labelled(BaseModel, arbitrary_types_allowed=True):
-    """Images to measure on: uint8 [N, 3, 32, 32], and class ids int64 [N]."""
+    """Labeled images: uint8 [N, 3, 32, 32], with class ids int64 [N]."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -73,7 +73,7 @@ class Labelled(BaseModel, arbitrary_types_allowed=True):
 
 
 Read = Callable[[threading.Event], Labelled]
-"""Gets the images of a measurement; is to end early once the event is set."""
+"""Function that reads the images of a measurement. It returns or raises early once the event is set."""
 
 
 class EvaluationJob(BaseModel):
@@ -85,21 +85,25 @@ class EvaluationJob(BaseModel):
     version: int
     engine: str
     split: str | None = None
-    """test, train or zip."""
+    """Source of the images: test, train or zip."""
     created: datetime
     done: int = 0
-    """Images computed so far."""
+    """Number of images computed so far."""
     result: Evaluation | None = None
     error: str | None = None
 
 
 class Evaluations:
-    """The running evaluations and the latest finished ones, of all servers on one runs folder."""
+    """The running evaluations and the last 100 finished ones of all servers that share a runs folder.
+
+    Args:
+        settings: Runs folder, limits of images and archives, and how long a request waits for its result.
+    """
 
     def __init__(self, settings: Settings):
         self._settings = settings
         self._folder = settings.runs / "evaluations"
-        self._jobs: dict[str, EvaluationJob] = {}  # of this server
+        self._jobs: dict[str, EvaluationJob] = {}  # evaluations of this server
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._threads = Threads("the measurements", 2 * _MAX_RUNNING, patience_s=_DEAD_S)
 
@@ -111,15 +115,15 @@ class Evaluations:
         self._threads.close()
 
     async def start(self, model: Model, read: Read) -> EvaluationJob:
-        """Measure a model; returns when it is done or after `evaluate_wait_s`, whichever comes first.
+        """Start to measure a model. Return when it is done or after `evaluate_wait_s`, whichever comes first.
 
         Args:
-            model: stays the same version to the end, whatever is promoted meanwhile.
-            read: gets the images; called in a thread.
+            model: The version to measure. A promotion during the measurement does not change it.
+            read: Function that reads the images. It is called in a thread.
 
         Raises:
-            Unavailable: too many evaluations are running.
-            Exception: what went wrong, if it did so in time.
+            Unavailable: Too many evaluations are running.
+            Exception: The error of the measurement, if it fails within `evaluate_wait_s`.
         """
         if len(self._tasks) >= _MAX_RUNNING:
             raise Unavailable(f"{len(self._tasks)} evaluations are running; try again later")
@@ -145,13 +149,13 @@ class Evaluations:
     def _over(self, evaluation_id: str, task: "asyncio.Task[None]") -> None:
         del self._tasks[evaluation_id]
         if not task.cancelled():
-            task.exception()  # the job tells it; asyncio would log it as one that nobody has noticed
+            task.exception()  # the job reports the exception; asyncio would log one that is never retrieved
 
     async def get(self, evaluation_id: str) -> EvaluationJob:
-        """One evaluation as it stands now.
+        """Return the current state of an evaluation.
 
         Raises:
-            NotFound: no such evaluation, or it is long over.
+            NotFound: The evaluation does not exist, or its file has been pruned.
         """
         job = self._jobs.get(evaluation_id) or await self._threads.read(self._read, evaluation_id)
         if job is None:
@@ -159,21 +163,24 @@ class Evaluations:
         return job
 
     def _read(self, evaluation_id: str) -> EvaluationJob | None:
-        """What another server has written, or this one before it was restarted."""
+        """Read an evaluation from the file that another server, or this one before a restart, has written.
+
+        A running evaluation whose file is older than 30 s is returned as failed. Returns None if no file is readable.
+        """
         if not _ID.fullmatch(evaluation_id):
             return None
         file = self._file(evaluation_id)
         try:
             silent_s = time.time() - file.stat().st_mtime
             job = EvaluationJob.model_validate_json(file.read_bytes())
-        except (OSError, ValueError):  # there is none, or what a crash has left of it
+        except (OSError, ValueError):  # the file does not exist, or a crash has damaged it
             return None
         if job.state == "running" and silent_s > _DEAD_S:
             job.state, job.error = "failed", "the server that measured has ended"
         return job
 
     def _write(self, job: EvaluationJob) -> None:
-        """Let other servers know."""
+        """Write the state of an evaluation to its file, which is replaced atomically, for other servers."""
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._file(job.id)
         partial = file.with_suffix(f".{uuid4().hex}.partial")
@@ -181,8 +188,8 @@ class Evaluations:
         partial.replace(file)
 
     def _prune(self) -> None:
-        """Delete the files of what is long over."""
-        with suppress(OSError):  # another server may delete them just now
+        """Delete all evaluation files except the 100 newest."""
+        with suppress(OSError):  # another server may delete the same files
             for old in sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
                 old.unlink(missing_ok=True)
 
@@ -239,16 +246,22 @@ class Evaluations:
         while True:
             try:
                 return (await model.batcher.run(chunk)).logits
-            except Unavailable:  # predictions go first
+            except Unavailable:  # the queue is full; predictions have priority
                 await asyncio.sleep(0.05)
 
 
 def read_split(settings: Settings, split: Literal["test", "train"], limit: int | None, classes: list[str]) -> Labelled:
-    """The first `limit` images of a split, in an order that mixes the classes.
+    """Read `limit` images of a split, chosen at random with a fixed seed so that the classes are mixed.
+
+    Args:
+        settings: The folder of the data set.
+        split: "test" or "train".
+        limit: Number of images. None reads all.
+        classes: Class names of the model.
 
     Raises:
-        Unavailable: the data set is missing or damaged.
-        BadRequest: the model was trained for other classes.
+        Unavailable: The data set is missing or damaged.
+        BadRequest: The model was trained for other classes.
     """
     try:
         dataset = data.load(settings.data)
@@ -263,16 +276,19 @@ def read_split(settings: Settings, split: Literal["test", "train"], limit: int |
 
 
 def read_zip(settings: Settings, file: BinaryIO, classes: list[str], over: threading.Event) -> Labelled:
-    """The images of a zip whose folders are named by class.
+    """Read and decode the images of a zip whose folders are named by class, such as `apple/1.png`.
 
     Args:
-        over: ends this early once it is set.
+        settings: Limits of images and archives.
+        file: The zip, seekable.
+        classes: Class names of the model.
+        over: Event that stops the reading.
 
     Raises:
-        Unavailable: it was.
-        BadRequest: not a zip, no images, or a folder that is no class.
-        TooLarge: it unpacks to more than the limit.
-        Problem: an image that cannot be decoded.
+        Unavailable: `over` was set.
+        BadRequest: The file is not a zip, has no images, or has a folder that names no class.
+        TooLarge: The zip has too many entries, or unpacks to more bytes than the limit.
+        Problem: An image cannot be decoded.
     """
     ids = {_folder_name(label): number for number, label in enumerate(classes)}
     pixels, labels = [], []
@@ -314,7 +330,7 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], over: threa
 
 
 def _decode(content: bytes, limits: tuple[int, int], process: DecodeProcess) -> NDArray[np.uint8]:
-    """Decode an image, a costly one in the process."""
+    """Decode an image to uint8 [3, 32, 32]. An image that costs more than `decoding.MEDIUM` goes to the process."""
     try:
         return images.decode(content, *limits, decoding.MEDIUM)
     except images.CostlyImage:
@@ -325,7 +341,10 @@ def _decode(content: bytes, limits: tuple[int, int], process: DecodeProcess) -> 
 
 
 def _directory_entries(file: BinaryIO) -> int:
-    """How many entries a zip may have: counted, as reading its directory takes memory for every one it claims."""
+    """Return an upper bound on the entries of a zip: the number of entry signatures in the file.
+
+    `zipfile` reads the whole directory and allocates memory for each entry, so the bound is checked first.
+    """
     count, tail = 0, b""
     while chunk := file.read(MIB):
         chunk = tail + chunk
@@ -335,12 +354,12 @@ def _directory_entries(file: BinaryIO) -> int:
 
 
 def _require_apart(file: BinaryIO, archive: zipfile.ZipFile) -> None:
-    """Refuse entries that share bytes: a few kilobytes could hold one image a thousand times.
+    """Check that no two entries share bytes. Otherwise a few kilobytes could hold one image a thousand times.
 
-    Later releases of Python check this when an entry is opened, and accept two entries at one place.
+    Later releases of Python check this when an entry is opened, but accept two entries at the same offset.
 
     Raises:
-        BadRequest: an entry does not begin with a header, or does not end before the next one or the directory begins.
+        BadRequest: An entry does not begin with a header, or overlaps the next entry or the directory.
     """
     end, following = archive.start_dir, "the directory"
     for entry in sorted(archive.infolist(), key=lambda each: each.header_offset, reverse=True):
@@ -358,7 +377,7 @@ def _require_apart(file: BinaryIO, archive: zipfile.ZipFile) -> None:
 
 
 def _ignored(entry: zipfile.ZipInfo) -> bool:
-    """Folders, and what macOS adds."""
+    """Return True for folders and for the metadata files of macOS."""
     return entry.is_dir() or entry.filename.startswith("__MACOSX/") or entry.filename.endswith(".DS_Store")
 
 

@@ -1,10 +1,10 @@
-"""Shares a few slots among clients by the CPU time that each has spent.
+"""Share a few slots among clients by the CPU time that each client has spent.
 
     enter(client) -> wait until a slot is free and the client is next -> work -> leave(spent)
 
-The client that has spent the least is next, so that one client with many or costly images delays its own images only.
-This is start-time fair queuing (Goyal et al. 1996): a client that was away does not save up time, because it continues
-from the time that the last started client had spent.
+The client that has spent the least is next, so that a client with many or costly images delays only its own images.
+This is start-time fair queuing (Goyal et al. 1996). An idle client does not accumulate credit: when it returns, it
+continues from the time that the last started client had spent.
 """
 
 import asyncio
@@ -18,20 +18,21 @@ _MAX_IDLE_CLIENTS = 1_000
 
 @dataclass(eq=False, slots=True)
 class Turn:
-    """A slot that a client waits for or holds."""
+    """A client's place in the queue: it waits for a slot or holds one."""
 
     client: str
     cost: DecodeCost
-    """Estimated cost of the work. It counts as spent until the actual CPU time is known."""
+    """Estimated cost of the work. The estimate counts as spent until the actual CPU time is known."""
     started: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class FairQueue:
-    """Gives turns to clients. It belongs to one event loop.
+    """A queue that gives turns to clients within one event loop.
 
     Args:
-        slots: turns at a time.
-        memory_bytes: of all turns at a time. A turn that needs more than is left waits, and so do all behind it.
+        slots: Number of concurrent turns.
+        memory_bytes: Memory of all concurrent turns. A turn that needs more than the free memory waits, and so do all
+            turns behind it.
     """
 
     def __init__(self, slots: int, memory_bytes: int):
@@ -40,18 +41,18 @@ class FairQueue:
         self._running = 0
         self._waiting: dict[str, deque[Turn]] = {}
         self._spent_ms: dict[str, float] = {}
-        self._clock_ms = 0.0  # the spent time, before its turn, of the client whose turn started last
+        self._clock_ms = 0.0  # time that the last started client had spent before its turn
 
     async def enter(self, client: str, cost: DecodeCost, timeout_s: float) -> Turn:
-        """Wait for a turn. It must be passed to `leave`.
+        """Wait for a turn and return it. The caller must pass it to `leave`.
 
         Args:
-            client: whose turn it is.
-            cost: estimate for the work.
-            timeout_s: how long to wait.
+            client: Client that the turn is charged to.
+            cost: Estimated cost of the work.
+            timeout_s: Seconds to wait for a turn.
 
         Raises:
-            TimeoutError: the turn has not come in time.
+            TimeoutError: The turn has not started in time.
         """
         if timeout_s <= 0:
             raise TimeoutError
@@ -68,7 +69,7 @@ class FairQueue:
             if turn.started.cancelled():
                 self._remove(turn)
                 self._start_turns()
-            else:  # it has come in the same moment
+            else:  # the turn started at the same moment
                 self.leave(turn, 0.0)
             raise
         return turn
@@ -77,8 +78,8 @@ class FairQueue:
         """End a turn.
 
         Args:
-            turn: returned by `enter`.
-            spent_s: CPU time that the work has taken.
+            turn: Turn that `enter` returned.
+            spent_s: CPU time of the work in seconds.
         """
         self._running -= 1
         self._free_bytes += turn.cost.memory_bytes
@@ -92,7 +93,7 @@ class FairQueue:
             self._forget_idle_clients()
 
     def _start_turns(self) -> None:
-        """Start the turns that are next, as far as slots and memory suffice."""
+        """Start the next turns while slots and memory are free. One turn always runs, even if it needs more memory."""
         while self._waiting:
             client = min(self._waiting, key=self._spent_ms.__getitem__)
             turn = self._waiting[client][0]
@@ -109,7 +110,7 @@ class FairQueue:
             turn.started.set_result(None)
 
     def _remove(self, turn: Turn) -> None:
-        """Take a turn out of its client's queue, if it is still there."""
+        """Remove a turn from its client's queue, if it still waits."""
         turns = self._waiting.get(turn.client, deque())
         if turn in turns:
             turns.remove(turn)
@@ -117,7 +118,7 @@ class FairQueue:
                 del self._waiting[turn.client]
 
     def _forget_idle_clients(self) -> None:
-        """Forget the clients that would continue from the clock if they came back."""
+        """Drop idle clients that have spent no more than the clock. They would continue from the clock anyway."""
         self._spent_ms = {
             client: spent
             for client, spent in self._spent_ms.items()

@@ -1,11 +1,12 @@
-"""Untrusted bytes to the pixels a model takes.
+"""Decode untrusted bytes to the pixels that a model takes.
 
     bytes -> (size limit) -> header -> (format, pixel limit, cost limit) -> decoded -> center square, 32x32 -> upright
           -> RGB
 
 In: an encoded image.  Out: uint8 [3, 32, 32], or `UnsupportedImage`, `DamagedImage`, `TooLarge`, `CostlyImage`.
 An image of exactly 32x32 is not resampled. An image is refused before it is decoded if decoding would take far more
-time or memory than a photo takes: too many scans or parts, or a compression that Pillow decodes in Python.
+time or memory than a photo takes. This applies to images with too many scans or parts, or with a compression that
+Pillow decodes in Python.
 """
 
 import io
@@ -27,22 +28,22 @@ SIZE = 32
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 MAX_COST = DecodeCost(2_000, 512 * MIB)
-"""An image whose estimated cost exceeds this is refused."""
+"""Largest estimated cost of an image, 2 s of CPU time and 512 MiB. Images above it are refused."""
 
-# Pillow reads a file piece by piece in Python, and a TIFF's directory value by value. These limits keep each below
-# about 50 ms; files of up to _SMALL_BYTES cannot exceed that.
+# Pillow reads a file piece by piece in Python, and the directory of a TIFF value by value. These limits keep each of
+# the two below about 50 ms. Files of up to _SMALL_BYTES cannot take longer.
 _MAX_HEADER_PIECES = 5_000
 _MAX_PIECES = 50_000
 _MAX_TIFF_VALUES = 20_000
 _SMALL_BYTES = 64 << 10
-_BYTES_AS_THEY_ARE = (1, 2, 7)  # types of TIFF's values that stay in one piece
+_BYTES_AS_THEY_ARE = (1, 2, 7)  # TIFF value types that Pillow keeps as one bytes object
 
-# A compressed text or color profile of a PNG may take a thousand times its bytes. Pillow limits each to 1 MiB.
+# A compressed text or color profile of a PNG may decompress to a thousand times its size. Pillow limits each to 1 MiB.
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * MIB
 _MAX_PROFILES = 4
 
-# Orientations of the EXIF standard, and what turns the image upright. A JPEG's segment holds 64 KiB; as many numbers as
-# four of them hold, where one is expected, take 0.1 s.
+# EXIF orientations and the transposition that turns the image upright. A JPEG segment holds 64 KiB. A crafted field may
+# hold many numbers instead of one. Pillow takes 0.1 s for the numbers that four segments hold.
 _MAX_EXIF_BYTES = 256 << 10
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,10 +55,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What is wrong with a file is for the client to hear, not for the log.
+# The client gets the error of a damaged file. Pillow's warnings about it would only fill the log.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-# What Pillow's decoders raise for damaged files. ValueError includes the struct-like errors of its plugins.
+# Exceptions that Pillow's decoders raise for damaged files. ValueError includes the struct-like errors of its plugins.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -74,10 +75,10 @@ _DECODE_ERRORS = (
 
 
 class CostlyImage(Exception):
-    """Decoding would cost more than the caller allows, but less than `MAX_COST`.
+    """Error for an image that costs more to decode than the caller allows, but no more than `MAX_COST`.
 
     Args:
-        cost: the estimate.
+        cost: Estimated cost.
     """
 
     def __init__(self, cost: DecodeCost):
@@ -86,7 +87,7 @@ class CostlyImage(Exception):
 
 
 class _PieceLimitedFile(io.BytesIO):
-    """A file that can be read in a limited number of pieces."""
+    """An in-memory file with a limited number of calls to `read`."""
 
     left = _MAX_HEADER_PIECES
 
@@ -102,17 +103,17 @@ def _too_many_parts() -> TooLarge:
 
 
 class EncodedImage:
-    """An image whose header has been read, and which is small and cheap enough to be decoded.
+    """An image whose header has been read and that is within all limits, but is not decoded yet.
 
     Args:
-        data: a JPEG, PNG, WebP, GIF (first frame), BMP or TIFF file.
-        max_bytes: of the file.
-        max_pixels: width times height.
+        data: The bytes of a JPEG, PNG, WebP, GIF (first frame), BMP or TIFF file.
+        max_bytes: Largest size of the file.
+        max_pixels: Largest product of width and height.
 
     Raises:
-        UnsupportedImage: the bytes are not an image of these formats, or a BMP that is run-length encoded.
-        DamagedImage: empty, or the header is damaged.
-        TooLarge: over one of the limits, over `MAX_COST`, or of more parts than any encoder writes.
+        UnsupportedImage: The bytes are not an image in one of these formats, or are a run-length encoded BMP.
+        DamagedImage: The file is empty, or its header is damaged.
+        TooLarge: The image exceeds one of the limits or `MAX_COST`, or has more parts than any encoder writes.
     """
 
     cost: DecodeCost
@@ -135,16 +136,16 @@ class EncodedImage:
         _require_affordable(self.cost)
 
     def decode(self) -> NDArray[np.uint8]:
-        """Decode the central square, upright, over white, as 32x32 RGB. It can be called once.
+        """Decode the center square to 32x32 RGB, upright and over a white background. This can be called once.
 
         Returns:
             uint8 [3, 32, 32].
 
         Raises:
-            DamagedImage: truncated or otherwise undecodable.
+            DamagedImage: The file is truncated or cannot be decoded.
         """
         image, kind = self._image, self._image.format
-        del self._image  # so that its memory is free before the next image takes as much
+        del self._image  # frees its memory before the next image needs as much
         try:
             return np.asarray(_square(image), np.uint8).transpose(2, 0, 1).copy()
         except _DECODE_ERRORS as error:
@@ -152,14 +153,20 @@ class EncodedImage:
 
 
 def decode(data: bytes, max_bytes: int, max_pixels: int, max_cost: DecodeCost = MAX_COST) -> NDArray[np.uint8]:
-    """Decode an image, if that is cheap enough.
+    """Decode an image if its estimated cost is within `max_cost`.
+
+    Args:
+        data: The bytes of an image file, see `EncodedImage`.
+        max_bytes: Largest size of the file.
+        max_pixels: Largest product of width and height.
+        max_cost: Largest estimated cost.
 
     Returns:
         uint8 [3, 32, 32].
 
     Raises:
-        Problem: as `EncodedImage` and `EncodedImage.decode`.
-        CostlyImage: the estimated cost exceeds `max_cost`.
+        Problem: An error of `EncodedImage` or `EncodedImage.decode`.
+        CostlyImage: The estimated cost exceeds `max_cost`.
     """
     image = EncodedImage(data, max_bytes, max_pixels)
     if image.cost.exceeds(max_cost):
@@ -181,10 +188,12 @@ def _require_affordable(cost: DecodeCost) -> None:
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
-    """Open an image, reading its header only.
+    """Open an image and read only its header.
 
     Raises:
-        UnsupportedImage, DamagedImage, TooLarge: as for `decode`.
+        UnsupportedImage: The format or its compression is not supported.
+        DamagedImage: The header is damaged.
+        TooLarge: The image has more parts than any encoder writes, or more pixels than Pillow allows.
     """
     file = io.BytesIO(data) if len(data) <= _SMALL_BYTES else _PieceLimitedFile(data)
     if data.startswith((b"II", b"MM")) and _tiff_values(data) > _MAX_TIFF_VALUES:
@@ -207,11 +216,11 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 
 
 def _tiff_values(data: bytes) -> int:
-    """How many values the first image's directory in a TIFF holds; read as Pillow does, which makes objects of them."""
+    """Return the number of values in the directory of a TIFF's first image. Pillow creates an object for each value."""
     order = "<" if data.startswith(b"II") else ">"
     start, count, entry = ("8xQ", "Q", "2xHQ8x") if data[2:3] == b"+" else ("4xL", "H", "2xHL4x")
     values = 0
-    with suppress(struct.error, OverflowError):  # where the file ends, so does its directory
+    with suppress(struct.error, OverflowError):  # the directory ends where the file ends
         (place,) = struct.unpack_from(order + start, data)
         (entries,) = struct.unpack_from(order + count, data, place)
         place += struct.calcsize(order + count)
@@ -223,8 +232,8 @@ def _tiff_values(data: bytes) -> int:
 
 
 def _square(image: Image.Image) -> Image.Image:
-    if isinstance(image, JpegImageFile):  # MPO as well, which is what many phones call their JPEGs with a preview
-        # Decodes at the smallest DCT scale that still leaves twice the resolution needed.
+    if isinstance(image, JpegImageFile):  # includes MPO, the format of many phones' JPEGs with a preview
+        # The JPEG is decoded at the smallest DCT scale that leaves twice the required resolution.
         image.draft(None, (JPEG_SIDE, JPEG_SIDE))
     orientation = _orientation(image)
     image = _resamplable(image)
@@ -238,19 +247,23 @@ def _square(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA"):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy an RGB image
 
 
 def _orientation(image: Image.Image) -> Any:
-    """What the EXIF data say, which may be anything; None if there are none, or too many."""
-    image.load()  # in a PNG they may come after the pixels
+    """Return the EXIF orientation, which may be of any type. Returns None if EXIF data are missing or too large."""
+    image.load()  # the EXIF data of a PNG may follow the pixels
     if any(len(image.info.get(kind, "")) > _MAX_EXIF_BYTES for kind in ("exif", "Raw profile type exif")):
         return None
     return image.getexif().get(ExifTags.Base.Orientation)
 
 
 def _resamplable(image: Image.Image) -> Image.Image:
-    """The image in a mode of 8 bits per channel that can be interpolated, with its transparency if it has any."""
+    """Convert an image to a mode with 8 bits per channel that can be interpolated. Transparency is kept.
+
+    Raises:
+        ValueError: The image has 32 bits per channel.
+    """
     if image.mode in ("PA", "La", "RGBa") or "transparency" in image.info:
         return image.convert("RGBA")
     if image.mode == "1":
@@ -258,7 +271,7 @@ def _resamplable(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         levels = np.asarray(image, np.uint16).astype(np.uint32)
         levels += 128
-        levels //= 257  # in place, as a large image would take much memory otherwise
+        levels //= 257  # in place, to save memory on large images
         return Image.fromarray(levels.astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("32 bits per channel are not supported")

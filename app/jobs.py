@@ -1,7 +1,8 @@
-"""Training jobs: what was asked for, in which state it is, and how far it has come.
+"""Keep the queue and history of training jobs: their requests, states and progress.
 
-In: a validated recipe.  Out: a row in the database that every server process and every later start sees. `app.runner`
-takes the jobs from here one at a time; the child process it starts writes a run folder, from which progress is read.
+In: a request for a recipe.  Out: a row in the database, which all server processes share and which survives restarts.
+`app.runner` claims the jobs one at a time. Its child process writes a run folder, from which this module reads
+progress.
 
     queued --> running --> succeeded
                  |  ^----> failed, cancelled
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 DATABASE = "jobs.sqlite"
 _EVENT_POLL_S = 1.0
-_HEARTBEAT_S = 15.0  # proxies close streams in which nothing happens
+_HEARTBEAT_S = 15.0  # proxies close idle streams
 _MAX_CRASHES = 1  # a job is resumed once
 _THREADS = 4
 _HEALTH_WAIT_S = 0.1
@@ -49,7 +50,7 @@ class State(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
     INTERRUPTED = "interrupted"
-    """Waits to be resumed from its last checkpoint."""
+    """The job waits to be resumed from its last checkpoint."""
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -66,7 +67,7 @@ _FIELDS = {field: schema for field, schema in Recipe.model_json_schema()["proper
 
 
 class JobRequest(BaseModel, extra="forbid"):
-    """What to train."""
+    """A request for a training job."""
 
     recipe: str = Field(examples=["resnet"], json_schema_extra={"enum": list(RECIPES)})
     """Name of a recipe."""
@@ -77,7 +78,7 @@ class JobRequest(BaseModel, extra="forbid"):
     )
     """Fields of the recipe to change."""
     promote: Promotion = "if-better"
-    """When the result goes live."""
+    """Condition under which the trained model goes live."""
 
 
 class JobSummary(BaseModel, from_attributes=True):
@@ -90,56 +91,56 @@ class JobSummary(BaseModel, from_attributes=True):
     started: datetime | None
     finished: datetime | None
     crashes: int
-    """How often its process has died and was resumed."""
+    """Number of times that the job's process crashed and was resumed."""
     error: str | None
     published: Publication | None
 
 
 class Job(JobSummary):
-    """One training job and how far it has come."""
+    """One training job and its progress."""
 
     epochs: int
-    """Epochs asked for."""
+    """Number of epochs to train, including fine-tuning."""
     progress: dict[str, Any] | None = None
-    """The latest line of metrics: epoch, step, loss, accuracy, images/s, remaining seconds."""
+    """The latest metrics: epoch, step, loss, accuracy, images/s, remaining seconds."""
     history: list[dict[str, Any]] = Field(default_factory=list)
     """The metrics of every finished epoch."""
 
 
 class _Progress(NamedTuple):
-    """News for a follower of a job."""
+    """New metrics and the end of a job, for a client that follows its events."""
 
     size: int
     """Size of the metrics file in bytes."""
     metrics: list[tuple[int, dict[str, Any]]]
     """New metrics with their numbers."""
     ended: Job | None
-    """The job, if it has ended."""
+    """The job if it has finished, else None."""
 
 
 class Jobs:
-    """The queue and the history of training jobs. Methods that are no coroutines may be called from any thread.
+    """The queue and history of training jobs. Methods that are not coroutines may be called from any thread.
 
     Args:
-        settings: folders and limits.
+        settings: Folders and limits.
     """
 
     def __init__(self, settings: Settings):
         self._settings = settings
         self._engine: Engine | None = None
-        self._fault = ""  # why the database cannot be opened
+        self._fault = ""  # last logged reason why the database cannot be opened
         self.threads = Threads("the job database", _THREADS)
-        """Where requests call the methods that read or write the database."""
+        """Threads in which request handlers call the methods that read or write the database."""
         self.followers = FairShares(settings.max_event_streams)
-        """Clients that follow a job's events now, by network."""
+        """Number of clients that follow a job's events now, by network."""
         self._running: str | None = None  # the last value that `running_soon` has read
         self._reading: asyncio.Task[None] | None = None
 
     def open(self) -> bool:
-        """Open the database, unless it is open.
+        """Open the database if it is not open yet.
 
         Returns:
-            Whether that was possible; the service goes on without training where it was not.
+            True if the database is open. If it cannot be opened, the service runs without training.
         """
         if self._engine:
             return True
@@ -159,16 +160,21 @@ class Jobs:
             self._engine.dispose()
 
     def submit(self, request: JobRequest, idempotency_key: str | None = None) -> Job:
-        """Queue a job, or find the one that was queued with the same key.
+        """Queue a job, or return the job that was queued with the same key.
+
+        Args:
+            request: Recipe name, overrides and promotion rule.
+            idempotency_key: Key of the `Idempotency-Key` header. A repeated request with the same key is not queued
+                again.
 
         Raises:
-            BadRequest: unknown recipe or field, an impossible value or one above the limits, or a known key with
-                another request.
-            Unavailable: too many jobs are waiting, or the database cannot be used.
+            BadRequest: The recipe or a field is unknown, a value is invalid or above a limit, this machine cannot train
+                the recipe, or the key was used for another request.
+            Unavailable: Too many jobs are waiting, or the database cannot be used.
         """
         wanted = self._validated(request)
         misfit = self._misfit(wanted)
-        overrides = wanted.model_dump(mode="json", include=set(request.overrides))  # "3" has become 3
+        overrides = wanted.model_dump(mode="json", include=set(request.overrides))  # validation converts "3" to 3
         request = request.model_copy(update={"overrides": overrides})
         now = datetime.now(UTC)
         row = JobRow(
@@ -196,43 +202,46 @@ class Jobs:
         return self._job(known or row)
 
     def newest(self, limit: int) -> list[JobSummary]:
-        """The latest jobs, newest first."""
+        """Return the latest `limit` jobs, newest first."""
         with self._transaction() as session:
             rows = session.scalars(select(JobRow).order_by(JobRow.sequence.desc()).limit(limit)).all()
         return [JobSummary.model_validate(row) for row in rows]
 
     def get(self, job_id: str) -> Job:
-        """One job as it stands now.
+        """Return the current state of a job.
 
         Raises:
-            NotFound: no such job.
-            Unavailable: the database cannot be used.
+            NotFound: The job does not exist.
+            Unavailable: The database cannot be used.
         """
         with self._transaction() as session:
             row = self._row(session, job_id)
         return self._job(row)
 
     def cancel(self, job_id: str) -> Job:
-        """Cancel a job; the runner stops its process if it has one. No effect on a finished job.
+        """Cancel a job. The runner stops its process, if it has one. A finished job does not change.
 
-        Raises: as for `get`; Unavailable also where the run folder cannot be written, and the job goes on.
+        Raises:
+            NotFound: The job does not exist.
+            Unavailable: The database cannot be used or the run folder cannot be written. The job continues.
         """
         with self._transaction(WRITES) as session:
             row = self._row(session, job_id)
             if row.state == State.RUNNING:
-                self.run(job_id).ask_to_stop()  # this server may die before it has stopped the process
+                self.run(job_id).ask_to_stop()  # stops the process even if this server crashes first
             _finish(row, State.CANCELLED)
         return self._job(row)
 
     async def events(self, job_id: str, after: int, over: Callable[[], bool]) -> AsyncGenerator[str]:
-        """A job's metrics as they come, as server-sent events; the last one, `end`, holds the job.
+        """Yield a job's metrics as server-sent events while it runs. The last event, `end`, holds the job.
 
-        A resumed job measures its last epoch again and repeats it here. A database that cannot be read for a while ends
-        no stream.
+        A resumed job measures its last epoch again, so the event of that epoch repeats. The stream continues while the
+        database is temporarily unreadable.
 
         Args:
-            after: number of the last event that is known already, counted from 1.
-            over: whether to end although the job goes on.
+            job_id: Id of the job.
+            after: Number of the last event that the client has received, counted from 1.
+            over: Function that returns True when the stream must end although the job continues.
         """
         quiet_s, size = 0.0, -1
         while not over():
@@ -254,8 +263,8 @@ class Jobs:
             quiet_s += _EVENT_POLL_S
 
     def _progress(self, job_id: str, after: int, known_size: int) -> "_Progress":
-        """News for a follower who knows the metrics up to number `after`, from a file of `known_size` bytes."""
-        # The state is read first: the metrics of a job that has ended are whole.
+        """Read the metrics after number `after`, unless the metrics file still has `known_size` bytes."""
+        # The state is read before the metrics, because the metrics of a finished job are complete.
         with self._transaction() as session:
             row = self._row(session, job_id)
         run = self.run(job_id)
@@ -265,13 +274,13 @@ class Jobs:
 
     @contextmanager
     def follow(self, network: str) -> Iterator[None]:
-        """Count a client as a follower of events while it is one. Called in the event loop.
+        """Count a client as a follower of events inside the context. Call this in the event loop.
 
         Args:
-            network: of the client, see `app.clients`.
+            network: Network of the client, see `app.clients`.
 
         Raises:
-            Unavailable: there are too many, or too many of this network.
+            Unavailable: Too many clients follow events, in total or from this network.
         """
         if not self.followers.allows(network, 1, self.followers.total + 1):
             raise Unavailable(f"{self.followers.total} clients follow training jobs already; try again later")
@@ -282,7 +291,7 @@ class Jobs:
             self.followers.remove(network, 1)
 
     def run(self, job_id: str) -> Run:
-        """The run folder of a job."""
+        """Return the run folder of a job."""
         return Run(self._settings.runs / job_id)
 
     def state(self, job_id: str) -> State:
@@ -290,14 +299,14 @@ class Jobs:
             return State(self._row(session, job_id).state)
 
     def running(self) -> str | None:
-        """Id of the job that runs now; None also where the database cannot be used."""
+        """Return the id of the running job. Returns None if no job runs or the database cannot be used."""
         try:
             return self._running_id()
         except Unavailable:
             return None
 
     async def running_soon(self) -> str | None:
-        """Id of the running job, read within 0.1 s. Where the database takes longer, the last value that was read."""
+        """Return the id of the running job within 0.1 s. If the database takes longer, return the last value read."""
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read_running())
         await asyncio.wait([self._reading], timeout=_HEALTH_WAIT_S)
@@ -312,11 +321,12 @@ class Jobs:
             return session.scalar(select(JobRow.id).where(JobRow.state == State.RUNNING))
 
     def claim(self) -> tuple[JobSummary, Recipe] | None:
-        """The job to run now, which becomes running: one that a dead server has left running, or the oldest waiting.
+        """Return the next job and its recipe, and set its state to running. Returns None if there is none.
 
-        Only the one runner may call this, see `app.runner`.
+        A job that a crashed server left in the running state comes first, then the oldest waiting job. Only the process
+        that holds the runner lock may call this, see `app.runner`.
         """
-        with self._transaction() as session:  # a reader first: an idle queue locks nothing
+        with self._transaction() as session:  # a read-only check, so that an idle queue takes no lock
             if session.scalar(select(JobRow.id).where(JobRow.state.in_((State.RUNNING, *WAITING))).limit(1)) is None:
                 return None
         with self._transaction(WRITES) as session:
@@ -338,18 +348,18 @@ class Jobs:
         return JobSummary.model_validate(row), wanted
 
     def needed(self, model: str) -> set[int]:
-        """Versions of a model that waiting jobs are to learn from."""
+        """Return the versions of a model that waiting jobs use as teachers or initial weights."""
         with self._transaction() as session:
             recipes = session.scalars(select(JobRow.recipe).where(JobRow.state.in_(WAITING))).all()
         needed = set()
         for each in recipes:
-            with suppress(RecipeError):  # of an earlier release; the job will fail
+            with suppress(RecipeError):  # the recipe is of an earlier release; its job will fail
                 sources = (source.split("/") for source in from_dict(each).sources)
                 needed |= {int(version) for name, version in sources if name == model}
         return needed
 
     def succeed(self, job_id: str, published: Publication) -> None:
-        """Its model is published. A job that was cancelled too late stays cancelled but tells what it has published."""
+        """Record the published model. A job that was cancelled too late stays cancelled, but records its model."""
         with self._transaction(WRITES) as session:
             row = self._row(session, job_id)
             row.published = published.model_dump()
@@ -360,7 +370,12 @@ class Jobs:
             _finish(self._row(session, job_id), State.FAILED, error)
 
     def interrupt(self, job_id: str, crash: str | None = None) -> None:
-        """To be resumed: the server stops, or the job's process has crashed; after a second crash it fails instead."""
+        """Mark a job to be resumed, because the server stops or the job's process crashed.
+
+        Args:
+            job_id: Id of the job. A finished job does not change.
+            crash: Description of the crash. None if the server stops. After a second crash the job fails instead.
+        """
         with self._transaction(WRITES) as session:
             row = self._row(session, job_id)
             if State(row.state).finished:
@@ -392,7 +407,7 @@ class Jobs:
         return wanted
 
     def _misfit(self, wanted: Recipe) -> str | None:
-        """Why this machine cannot train a recipe, if it cannot."""
+        """Return the reason why this machine cannot train a recipe, or None."""
         train, test = data.sizes(self._settings.data)
         train, evaluation = max(1, train - wanted.validation_images), wanted.validation_images or test
         try:
@@ -402,7 +417,7 @@ class Jobs:
         return None
 
     def _held_by_training(self) -> int:
-        """Bytes of memory that the running job's process gives back when it ends, before the next one starts."""
+        """Return the resident memory of the running job's process in bytes. It is freed before the next job starts."""
         running = self.running()
         holder = self.run(running).holder(wait_s=0) if running else None
         return resources.resident_memory(holder) if holder else 0
@@ -416,7 +431,11 @@ class Jobs:
 
     @contextmanager
     def _transaction(self, options: dict[str, Any] | None = None) -> Iterator[Session]:
-        """A transaction. It reads only, unless the options are `WRITES`."""
+        """Open a transaction. It is read-only unless the options are `WRITES`.
+
+        Raises:
+            Unavailable: The database or the runs folder cannot be used.
+        """
         if not self._engine:
             raise Unavailable(f"training is unavailable: {self._settings.runs} cannot be used, see the server's log")
         try:
@@ -445,7 +464,7 @@ class Jobs:
 
 
 def _finish(row: JobRow, state: State, error: str | None = None) -> None:
-    """End a job; one that has ended already stays as it is."""
+    """Set the final state of a job. A finished job does not change."""
     if State(row.state).finished:
         return
     row.state = state

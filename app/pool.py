@@ -1,7 +1,7 @@
-"""The models in memory: the live version of each, hot-swapped when the store's pointer moves.
+"""Keep the live version of each model in memory, and hot-swap it when the store's live pointer changes.
 
-In: the model store.  Out: `Model`s to predict with. A swap replaces a reference: requests that hold the old version
-finish on it, later ones get the new one, and the old one is freed with its last request.
+In: the model store.  Out: `Model` objects that compute predictions. A swap replaces a reference. Requests that hold the
+old version finish on it, later requests get the new version, and the old version is freed after its last request.
 """
 
 import asyncio
@@ -30,17 +30,17 @@ from training.text import quote
 log = logging.getLogger(__name__)
 
 _MAX_OLD_VERSIONS = 2
-_THREADS = 2  # one follows the live versions, the other loads a version that a request asks for
-_EXAMPLES = 2  # images with which a model is compared with its card
-_RETRY_S = 30.0  # after a live version could not be loaded
+_THREADS = 2  # one polls the live versions, the other loads versions on request
+_EXAMPLES = 2  # images on which a model is checked against its card
+_RETRY_S = 30.0  # wait after a live version failed to load
 
 Version = Annotated[int, Field(ge=1, lt=10**9)]
-"""The number of a version, as a client gives it."""
+"""A model's version number in a request."""
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One version in memory, ready to compute."""
+    """A loaded model version with its batcher."""
 
     card: ModelCard
     batcher: Batcher
@@ -48,30 +48,30 @@ class Model:
 
 
 class Pool:
-    """Live models by name, and a few other versions that requests asked for.
+    """The live models by name, and up to two other versions that requests asked for.
 
     Args:
-        settings: device, batch and queue sizes, poll interval.
-        store: where models come from.
-        observe: told of every batch: model, images, seconds.
+        settings: Device, batch and queue sizes, and poll interval.
+        store: The model store.
+        observe: Callback with the model name, the number of images and the seconds of each batch.
     """
 
     def __init__(self, settings: Settings, store: Store, observe: Callable[[str, int, float], None]):
         self.store = store
         self._observe = observe
         self.errors: dict[str, str] = {}
-        """Why the version that the store calls live is not served, by model."""
+        """Reason why the live version of a model is not served, by model name."""
         self._settings = settings
         self._live: dict[str, Model] = {}
         self._others: OrderedDict[tuple[str, int], Model] = OrderedDict()
         self._refreshing = asyncio.Lock()
-        self._loading = asyncio.Lock()  # of a version that is not live
-        self._failures: dict[str, tuple[int, float]] = {}  # of live versions, and when they happened
+        self._loading = asyncio.Lock()  # held while a version that is not live is loaded
+        self._failures: dict[str, tuple[int, float]] = {}  # failed live version and time, by model name
         self._watcher: asyncio.Task[None] | None = None
         self._threads = Threads("the model store", _THREADS, patience_s=_RETRY_S)
 
     async def start(self) -> None:
-        """Load every live model, then follow the store."""
+        """Load every live model, then start to poll the store."""
         await self.refresh()
         if not self._live:
             root = self.store.root.absolute()
@@ -87,28 +87,29 @@ class Pool:
 
     @property
     def ready(self) -> bool:
-        """Whether every model that has a live version is loaded and warm, and there is one at all."""
+        """True if at least one model is live, and every model with a live version is loaded and warm."""
         return bool(self._live) and not self.errors.keys() - self._live.keys()
 
     def live(self) -> dict[str, Model]:
-        """The live models by name."""
+        """Return the live models by name."""
         return dict(self._live)
 
     def peek(self, name: str | None) -> Model | None:
-        """The live model of this name, by default as for `get`; None if there is none."""
+        """Return the live model of this name, or None. The default name is that of `get`."""
         return self._live.get(name or self._default() or "")
 
     async def get(self, name: str | None = None, version: int | None = None, patient: bool = False) -> Model:
-        """A model to predict with. A live one is returned without giving way to other tasks.
+        """Return a model to predict with. For a live model this does not yield to the event loop.
 
         Args:
-            name: by default the configured model, or the most accurate live one.
-            version: by default the live one; another is loaded on demand, one at a time.
-            patient: whether to wait while another one is loaded, or to refuse.
+            name: Model name. The default is the configured model, or else the most accurate live one.
+            version: Version number. The default is the live version. Other versions are loaded on demand, one at a
+                time.
+            patient: If true, wait while another version is loaded. If false, raise Unavailable.
 
         Raises:
-            NotFound: no such model or version.
-            Unavailable: the model exists but cannot be served, or not now.
+            NotFound: The model or version does not exist.
+            Unavailable: No model is live, or the model exists but cannot be served, or cannot be served now.
         """
         if name is None:
             name = self._default()
@@ -125,7 +126,7 @@ class Pool:
         return await self._other(name, version, patient)
 
     async def refresh(self) -> None:
-        """Load what the store calls live and is not in memory yet."""
+        """Load every live version of the store that is not in memory yet."""
         async with self._refreshing:
             names = await self._threads.run(self.store.names)
             for name in names:
@@ -135,7 +136,7 @@ class Pool:
                     if version is None or (current and current.card.version == version):
                         self.errors.pop(name, None)
                         continue
-                    model = self._others.pop((name, version), None)  # a request may have asked for it before
+                    model = self._others.pop((name, version), None)  # an earlier request may have loaded it
                     if model is None:
                         failed, at = self._failures.get(name, (None, 0.0))
                         if failed == version and time.monotonic() < at + _RETRY_S:
@@ -154,7 +155,7 @@ class Pool:
                             await self._threads.run(self._fall_back, name)
 
     def _fall_back(self, name: str) -> None:
-        """Serve the latest version that can be loaded, as the one that should be served cannot."""
+        """Serve the latest version that loads, because the live version does not."""
         for version in reversed(self.store.versions(name)):
             try:
                 self._live[name] = self._load(name, version)
@@ -192,12 +193,12 @@ class Pool:
         if self._loading.locked() and not patient:
             raise Unavailable("another version is being loaded; try again later")
         async with self._loading:
-            model = self._others.get((name, version))  # somebody else may just have had it loaded
+            model = self._others.get((name, version))  # another request may have loaded it meanwhile
             if model is None:
                 try:
                     model = await self._threads.run(self._load, name, version)
                 except (StoreError, OSError, RuntimeError) as error:
-                    self._find(name, version)  # a training job may just have removed it
+                    self._find(name, version)  # raises NotFound if a training job has removed it
                     raise Unavailable(f"{name} version {version} cannot be loaded: {error}") from error
                 self._others[name, version] = model
                 while len(self._others) > _MAX_OLD_VERSIONS:
@@ -211,7 +212,7 @@ class Pool:
             raise NotFound(f"{error}; GET /models lists all") from None
 
     def _default(self) -> str | None:
-        """The configured model or the most accurate live one."""
+        """Return the name of the configured model, or else of the most accurate live one."""
         most_accurate = max(self._live, key=lambda name: self._live[name].card.test.top1, default=None)
         return self._settings.default_model or most_accurate
 
@@ -223,10 +224,10 @@ class Pool:
 
 
 def _require_fit(card: ModelCard, engine: engines.Engine) -> None:
-    """Refuse a model that does not compute what its card says: a finite logit for each class of each image.
+    """Check that a model computes one finite logit per image and class of its card.
 
     Raises:
-        StoreError: the two differ.
+        StoreError: The shape of the logits does not match the card's classes, or a logit is not finite.
     """
     logits = engine(torchscript.example_images(_EXAMPLES).numpy())
     if logits.shape != (_EXAMPLES, len(card.classes)):

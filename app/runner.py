@@ -1,8 +1,9 @@
-"""Runs the queued training jobs, one at a time, each as a child process `python -m training train`.
+"""Run the queued training jobs, one at a time, each as a child process `python -m training train`.
 
-Of all server processes that share a runs folder only one runs jobs; another takes over when it ends, however it ends.
-The child is a process group of its own at low priority. It locks its run folder, so that a server which starts after a
-crash of the last one finds out whether the child still lives, waits for it or resumes the run, and nothing runs twice.
+Only one of the server processes that share a runs folder runs jobs. Another process takes over when that one ends, even
+by a crash. The child runs at low priority in its own process group. It holds a lock on its run folder, so that a server
+that starts after a crash can tell whether the child is alive. The server then waits for the child or resumes the run,
+and no job runs twice.
 """
 
 import asyncio
@@ -29,25 +30,25 @@ from training.store import Store
 log = logging.getLogger(__name__)
 Parameters = ParamSpec("Parameters")
 
-_NICENESS = 15  # of training processes, above the server's own; engines' threads may have 5
-_OOM_SCORE = "500"  # counts as half of the machine's memory when the kernel chooses a process to kill
+_NICENESS = 15  # nice value of training processes above the server's; engine threads may use 5
+_OOM_SCORE = "500"  # the OOM killer adds half of the machine's memory to the process's score
 _POLL_S = 0.3
 _TERM_GRACE_S = 3.0
 _LEASE_POLL_S = 2.0
-_PATIENCE_S = 60.0  # only the queue uses its thread, so its calls wait for nothing but a slow disk
+_PATIENCE_S = 60.0  # only the queue uses this thread, so a call waits for a slow disk at most
 _OUTPUT = "output.log"
-_INTERRUPTED = 130  # how a training process ends that was told to stop by a signal
-_SECRETS = ("CIFAR100_API_KEYS",)  # which a training process has no use for
+_INTERRUPTED = 130  # exit status of a training process that a signal stopped
+_SECRETS = ("CIFAR100_API_KEYS",)  # environment variables that a training process must not see
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "MemoryError")
 
 
 class Runner:
-    """Takes jobs from the queue and sees them through.
+    """The task that claims jobs from the queue, runs them and records their outcome.
 
     Args:
-        settings: folders and threads.
-        jobs: the queue.
-        on_published: called when a job has published a model.
+        settings: Folders and number of threads.
+        jobs: The queue.
+        on_published: Callback after a job has published a model.
     """
 
     def __init__(self, settings: Settings, jobs: Jobs, on_published: Callable[[], Awaitable[None]]):
@@ -56,13 +57,13 @@ class Runner:
         self._on_published = on_published
         self._task: asyncio.Task[None] | None = None
         self._threads = Threads("the training queue", 1, patience_s=_PATIENCE_S)
-        self._fault = ""  # why the queue waits
+        self._fault = ""  # last logged reason why the queue waits
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._work())
 
     async def stop(self) -> None:
-        """Stop the running child; its job goes on from the last checkpoint at the next start."""
+        """Stop the running child. Its job resumes from the last checkpoint at the next start."""
         if self._task:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -97,7 +98,7 @@ class Runner:
     async def _note(
         self, note: Callable[Parameters, None], *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> None:
-        """Record the outcome of a job. Retries while the database is locked, so that the job does not run again."""
+        """Record the outcome of a job. Retry while the database is unavailable, so that the job does not run again."""
         while True:
             try:
                 return await self._threads.run(note, *args, **kwargs)
@@ -106,7 +107,7 @@ class Runner:
                 await asyncio.sleep(_LEASE_POLL_S)
 
     async def _see_through(self, job: JobSummary, recipe: Recipe) -> None:
-        """Run or rejoin a job until it has ended, and note how."""
+        """Run a job, or wait for its running process, until it has ended. Record the outcome."""
         run = self._jobs.run(job.id)
         if await self._threads.run(run.stop_file.exists):  # a server died while it was cancelling the job
             await self._threads.run(self._jobs.cancel, job.id)
@@ -120,7 +121,7 @@ class Runner:
             elif not await self._threads.run(run.outcome):
                 killed = _killed_for_memory()
                 code = await self._child(job, recipe, run)
-                if code == os.EX_TEMPFAIL:  # somebody was faster; the job stays running and is claimed again
+                if code == os.EX_TEMPFAIL:  # another process holds the folder; the job will be claimed again
                     return
                 if code > 0 and code != _INTERRUPTED and not await self._threads.run(run.outcome):
                     said = await self._threads.run(_last_line, run.path / _OUTPUT)
@@ -128,10 +129,10 @@ class Runner:
                     return
                 crash = _death(code, _killed_for_memory() > killed)
         except asyncio.CancelledError:
-            with suppress(Unavailable):  # the next start finds it running without a process, and resumes it as well
+            with suppress(Unavailable):  # the next start resumes a running job without a process as well
                 await self._threads.run(self._jobs.interrupt, job.id)
             raise
-        except (OSError, RunError) as error:  # no process can be started, or its folder is damaged
+        except (OSError, RunError) as error:  # the process cannot start, or the run folder is damaged
             await self._note(self._jobs.fail, job.id, f"the job cannot go on: {error}")
             return
         if publication := await self._threads.run(run.outcome):
@@ -148,7 +149,7 @@ class Runner:
         """Start a job's process and wait for it.
 
         Returns:
-            Its exit status, negative for a signal.
+            The exit status, negative for a signal. `os.EX_TEMPFAIL` if another process works in the run folder.
         """
         run.path.mkdir(parents=True, exist_ok=True)
         processors = len(workers.processors_of_all()) if self._settings.workers > 1 else workers.processors()
@@ -157,8 +158,8 @@ class Runner:
         environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if self._settings.data:
             environment["CIFAR100_DATA"] = self._settings.data
-        # The lock is taken here and the child inherits it. If the child took it, a server that replaces this one before
-        # the child has loaded its libraries would find the folder free, and would know of no process to end.
+        # This process takes the lock and the child inherits it. If the child took the lock, a server that replaces this
+        # one before the child has loaded its libraries would find the folder unlocked and no process to end.
         try:
             with run.lock_for_child() as lock, (run.path / _OUTPUT).open("ab") as output:
                 child = await asyncio.create_subprocess_exec(
@@ -183,11 +184,11 @@ class Runner:
         return await child.wait()
 
     async def _watch(self, job: JobSummary, pid: int, alive: Callable[[], bool]) -> None:
-        """Wait for a process to end; end it if its job is cancelled, or this task is."""
+        """Wait for a process to end. Terminate it if its job or this task is cancelled."""
         try:
             while alive():
                 await asyncio.sleep(_POLL_S)
-                with suppress(Unavailable):  # a database that fails for a while is no reason to end it
+                with suppress(Unavailable):  # a temporary failure of the database does not end the process
                     if await self._threads.run(self._jobs.state, job.id) is State.CANCELLED:
                         break
         finally:
@@ -207,7 +208,7 @@ class Runner:
 
 @asynccontextmanager
 async def _only_one(lock: Path) -> AsyncIterator[None]:
-    """Wait until no other process is within; the operating system lets the next one in however this one ends."""
+    """Wait for an exclusive file lock and hold it. The operating system releases it if this process crashes."""
     with lock.open("w") as file:
         while True:
             try:
@@ -219,19 +220,19 @@ async def _only_one(lock: Path) -> AsyncIterator[None]:
 
 
 def _give_way(pid: int) -> None:
-    """Let all others have the processors first."""
+    """Lower the CPU priority of a training process, and make the OOM killer prefer it."""
     niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS, 19)
     with suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, pid, niceness)
-    with suppress(OSError):  # if memory runs out, the kernel kills the training process and not the server
+    with suppress(OSError):  # if memory runs out, the kernel kills the training process, not the server
         Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE)
-    # Where Linux groups processes by session, their niceness counts within it, and that of the group outside: sched(7).
+    # With Linux autogrouping, a nice value counts only within the session's group. The group has its own, see sched(7).
     with suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
 
 
 async def _terminate(pid: int, alive: Callable[[], bool]) -> None:
-    """End a process group: politely, then by force."""
+    """End a process group with SIGTERM, then with SIGKILL after a grace period of 3 s."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
         if not alive():
             return
@@ -239,12 +240,12 @@ async def _terminate(pid: int, alive: Callable[[], bool]) -> None:
             os.killpg(pid, sent)
         with suppress(TimeoutError):
             async with asyncio.timeout(_TERM_GRACE_S):
-                while alive():  # noqa: ASYNC110  a process that is not our child announces nothing
+                while alive():  # noqa: ASYNC110  a process that is not our child sends no event
                     await asyncio.sleep(_POLL_S / 10)
 
 
 def _last_line(output: Path) -> str:
-    """What a process that ended with an error has said last."""
+    """Return the last line of a failed process's output. Out-of-memory errors get a common prefix."""
     lines = output.read_text(errors="replace").strip().splitlines() or ["no output"]
     line = lines[-1].removeprefix("error: ")
     if any(sign in line for sign in _OUT_OF_MEMORY) and not line.startswith("out of memory"):
@@ -253,7 +254,12 @@ def _last_line(output: Path) -> str:
 
 
 def _death(code: int, for_memory: bool) -> str:
-    """Why a process has ended that did not say so itself."""
+    """Return the reason why a process ended without an error message of its own.
+
+    Args:
+        code: Exit status, negative for a signal.
+        for_memory: True if the kernel killed a process for lack of memory in the meantime.
+    """
     if code == -signal.SIGKILL and for_memory:
         return "out of memory: the kernel has killed the training process"
     if code < 0:
@@ -262,7 +268,7 @@ def _death(code: int, for_memory: bool) -> str:
 
 
 def _killed_for_memory() -> int:
-    """How many processes the kernel has killed for want of memory; 0 where it does not tell."""
+    """Return how many processes the OOM killer has killed since boot, or 0 if the kernel does not report it."""
     try:
         counters = Path("/proc/vmstat").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""Separate threads for each kind of work that may block: the job database, the model store, measurements.
+"""Provide separate threads for each kind of blocking work: the job database, the model store, measurements.
 
-A slow disk or a locked database holds up only its own kind of work. Everything else shares the event loop's default
-threads and those of anyio, which store uploads and read static files.
+A slow disk or a locked database delays only its own kind of work. All other blocking work shares the default threads of
+the event loop and of anyio, which store uploads and read static files.
 """
 
 import asyncio
@@ -21,13 +21,13 @@ Result = TypeVar("Result")
 
 
 class Threads:
-    """A few threads with a bounded queue. Called from the event loop.
+    """A few threads with a bounded queue. Its methods are called from the event loop.
 
     Args:
-        name: what the threads work on, such as "the job database". Error messages begin with it.
-        count: how many calls run at the same time.
-        max_waiting: how many calls wait for a thread. A further call is refused at once.
-        patience_s: how long a call waits before it is refused, in seconds.
+        name: Subject of the work, such as "the job database". Error messages begin with it.
+        count: Number of calls that run at the same time.
+        max_waiting: Number of calls that may wait for a thread. A further call is refused at once.
+        patience_s: Seconds that a call waits before it is refused.
     """
 
     def __init__(self, name: str, count: int, max_waiting: int = 64, patience_s: float = 2.0):
@@ -36,32 +36,34 @@ class Threads:
         self._max_waiting = max_waiting
         self._patience_s = patience_s
         self._executor = ThreadPoolExecutor(count, name)
-        self._calls = 0  # running and waiting
+        self._calls = 0  # number of running and waiting calls
 
     async def run(
         self, function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> Result:
-        """Call a function in one of the threads. A cancelled call that has not begun never does.
+        """Call a function in one of the threads. A call that is cancelled before it begins does not run.
 
         Raises:
-            Unavailable: too many calls wait, or this one has waited for too long.
-            Exception: what the function raises.
+            Unavailable: Too many calls wait, or this call has not begun after `patience_s`.
+            Exception: The error that the function raises.
         """
         return await self._call(partial(function, *args, **kwargs), abandon=False)
 
     async def read(
         self, function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> Result:
-        """Call a function that changes nothing. Unlike `run`, a call that has begun is refused as well if it is late.
+        """Call a function that has no side effects. Unlike `run`, this also gives up on a call that has begun.
 
-        Raises: as for `run`.
+        Raises:
+            Unavailable: Too many calls wait, or this call has not ended after `patience_s`.
+            Exception: The error that the function raises.
         """
         return await self._call(partial(function, *args, **kwargs), abandon=True)
 
     async def _call(self, function: Callable[[], Result], abandon: bool) -> Result:
         if self._calls >= self._count + self._max_waiting:
             raise Unavailable(f"{self._name} is busy: {self._max_waiting} calls are waiting; try again later")
-        call = self._executor.submit(copy_context().run, function)  # the context has the request's id, for log lines
+        call = self._executor.submit(copy_context().run, function)  # log lines take the request id from the context
         result = asyncio.wrap_future(call)
         self._calls += 1
         try:
@@ -74,10 +76,10 @@ class Threads:
             self._calls -= 1
 
     def close(self) -> None:
-        """Take no further calls; those that run end on their own."""
+        """Refuse further calls. Running calls finish, waiting calls are cancelled."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 def json_response(value: Any) -> Response:
-    """A JSON response of pydantic models. Call it in a thread: a long list would hold up the event loop."""
+    """Serialize pydantic models to a JSON response. A long list blocks the event loop, so call this in a thread."""
     return Response(to_json(value, inf_nan_mode="null"), media_type="application/json")

@@ -1,4 +1,4 @@
-"""/evaluate: how accurate the live models are, as recorded and as measured now."""
+"""Serve /evaluate: the recorded accuracy of the live models, and new measurements."""
 
 from http import HTTPStatus
 from threading import Event
@@ -32,7 +32,7 @@ _LINKS = {"evaluation": {"operationId": "evaluation", "parameters": {"evaluation
 
 
 class Recorded(BaseModel):
-    """What a live model's card says."""
+    """The recorded test result of a live model."""
 
     model: str
     version: int
@@ -42,7 +42,7 @@ class Recorded(BaseModel):
 
 @router.get("", summary="Recorded accuracy of every live model")
 async def recorded(services: FromApp) -> list[Recorded]:
-    """On the whole test set, measured once when the model was published."""
+    """Return the accuracy on the whole test set. It was measured when the model was published."""
     return [
         Recorded(
             model=name,
@@ -73,9 +73,10 @@ async def evaluate(
     split: Annotated[Literal["test", "train"], Query(description="Of the data set; ignored for a zip.")] = "test",
     limit: Annotated[int | None, Query(ge=1, description="Measure on this many images only.")] = None,
 ) -> EvaluationJob:
-    """On the data set, or on a zip of images in folders named by class, sent as the multipart field `file`.
+    """Measure a model on the data set, or on a zip of images that the multipart field `file` contains.
 
-    What takes longer than a few seconds goes on in the background: 202 and where to look.
+    The folders of the zip are named by class, such as `apple/1.png`. A measurement that takes longer than a few seconds
+    continues in the background: the response has status 202 and the URL of the result in `Location`.
     """
     chosen = await services.pool.get(model, version, patient=True)
     content_type = media_type(request)
@@ -106,7 +107,7 @@ async def _measured_on_zip(services: Services, model: Model, file: BinaryIO) -> 
     try:
         return await services.evaluations.start(model, read)
     except Exception:
-        file.close()  # which is not read at all where too many evaluations are running
+        file.close()  # `read` does not run if too many evaluations are running
         raise
 
 

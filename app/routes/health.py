@@ -1,4 +1,4 @@
-"""/health and /metrics: what a load balancer, an orchestrator and a person want to know."""
+"""Serve /health and /metrics for load balancers, orchestrators, Prometheus and people."""
 
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -29,20 +29,20 @@ class Health(BaseModel):
     uptime_s: float
     models: dict[str, LiveModel]
     errors: dict[str, str]
-    """Models whose live version cannot be served."""
+    """Reasons why live versions cannot be served, by model name."""
     training: str | None
-    """The running training job; as last known where the job database does not answer."""
+    """Id of the running training job, or the last known one if the job database does not answer."""
 
 
 class Status(BaseModel):
-    """Yes or no, for machines; the status code says the same."""
+    """The result of a probe. The status code has the same meaning."""
 
     status: Literal["alive", "ready", "not ready"]
 
 
 @router.get("/health", summary="State of the service")
 async def health(request: Request, services: FromApp) -> Health:
-    """Always 200; /health/ready tells readiness by its status code."""
+    """Return the state with status 200. The status code of /health/ready reports readiness."""
     return Health(
         status="ready" if services.ready else "not ready",
         version=request.app.version,

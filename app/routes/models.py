@@ -1,4 +1,4 @@
-"""/models: versions, their cards, and which one is live."""
+"""Serve /models: the versions of each model, their cards, and the live version."""
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
@@ -19,10 +19,10 @@ class ModelSummary(BaseModel):
 
     name: str
     live: int | None
-    """The version that is served now."""
+    """Version that is served now."""
     versions: list[int]
     error: str | None
-    """Why the version that should be live is not, or which versions are damaged."""
+    """Reason why the live version is not served, and errors of damaged versions."""
 
 
 class ModelDetails(ModelSummary):
@@ -60,13 +60,13 @@ async def model(name: str, services: FromApp) -> Response:
 
 @router.put("/{name}/live", dependencies=[ForOperators], summary="Promote or roll back")
 async def promote(name: str, live: Live, services: FromApp) -> ModelSummary:
-    """Serves this version from the next request on; requests under way finish on the one they began with.
+    """Make a version live. It serves all later requests. Requests in progress finish on the version they started with.
 
-    Other workers, and other servers on the same store, follow within about a second.
+    Other workers, and other servers on the same store, switch within about a second.
     """
     await services.store_threads.read(_require, services, name)
     try:
-        # Loaded before it is promoted: a version that cannot be served never becomes live.
+        # The version is loaded before it is promoted, so a version that cannot be served never becomes live.
         await services.pool.get(name, live.version, patient=True)
         await services.store_threads.run(services.store.promote, name, live.version)
     except StoreError as error:

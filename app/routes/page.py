@@ -1,4 +1,4 @@
-"""The pages people see: / to try the service, /docs to try its interface."""
+"""Serve the web pages: / to try the service, and /docs with the OpenAPI document."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ async def index() -> FileResponse:
 
 @router.get(_OPENAPI)
 async def openapi(request: Request) -> Response:
-    """The OpenAPI document, which takes a millisecond to write and is written once."""
+    """Return the OpenAPI document. It is serialized once, which takes a millisecond."""
     return Response(_document(request.app), media_type="application/json")
 
 
@@ -37,7 +37,7 @@ def _document(app: FastAPI) -> bytes:
 
 @router.get("/docs")
 async def docs(request: Request) -> HTMLResponse:
-    """Swagger UI, from its public mirror; the one script in the page itself is allowed by its checksum."""
+    """Return Swagger UI, which loads from its public CDN. The policy allows the inline script by its checksum."""
     page = get_swagger_ui_html(openapi_url=_OPENAPI, title=request.app.title, swagger_favicon_url="data:,")
     script = re.search(rb"<script>(.*?)</script>", bytes(page.body), re.DOTALL)
     checksum = base64.b64encode(hashlib.sha256(script[1] if script else b"").digest()).decode()

@@ -1,4 +1,8 @@
-"""POST /predict: images in, the most probable classes out."""
+"""Serve POST /predict, which takes images and returns the most probable classes of each.
+
+A request passes the access check first. Its body is a form or one raw image. A small image is decoded with its batch,
+other images are decoded by `Decoders`. The `Batcher` of the model computes the scores.
+"""
 
 import asyncio
 import io
@@ -37,18 +41,18 @@ from app.workers import processors
 from training.store import ModelCard
 from training.text import quote
 
-# An image up to this size is decoded with its batch before a thread would have begun to; where a thread would have to
-# share the only processor, one that takes a few milliseconds is as well.
+# An image up to this size is decoded with its batch, in less time than a decoder thread needs to start. On a single
+# processor this includes images that take a few milliseconds, because a thread would share that processor.
 _SMALL_BYTES, _SMALL_PIXELS = (128 << 10, 512 * 512) if processors() == 1 else (8 << 10, 64 * 64)
 _SMALL_COST = DecodeCost(5, 16 * MIB)
-# Parts of a PNG that may grow a thousandfold, whatever its size in pixels.
+# Compressed chunks of a PNG. They may decompress to a thousand times their size, independent of the image size.
 _PNG, _COMPRESSED = b"\x89PNG", (b"zTXt", b"iTXt", b"iCCP")
 
 _PATH = "/predict"
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _DESCRIPTION: dict[str, Any] = {
-    "security": [{}, {"HTTPBearer": []}],  # the key where the service is set up to want one
+    "security": [{}, {"HTTPBearer": []}],  # the API key is required if one is configured
     "requestBody": {
         "required": True,
         "content": {
@@ -67,16 +71,16 @@ _DESCRIPTION: dict[str, Any] = {
 
 
 class Asked(BaseModel, frozen=True):
-    """The query of a prediction."""
+    """The query parameters of a prediction."""
 
     model: str | None = Field(default=None, description="By default the configured one, or the most accurate live one.")
     version: Version | None = Field(default=None, description="By default the live one.")
     top_k: int = Field(default=5, ge=1, le=100, description="How many classes per image.")
 
 
-@dataclass(slots=True)  # frozen ones take three times as long to make
+@dataclass(slots=True)  # frozen dataclasses take three times as long to create
 class Class:
-    """One class and its probability, which is calibrated."""
+    """One class and its calibrated probability."""
 
     class_id: int
     label: str
@@ -86,7 +90,7 @@ class Class:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The most probable classes of one image, best first, and the name under which it was sent."""
+    """The most probable classes of one image, best first, and the name of its file."""
 
     file: str | None
     classes: list[Class]
@@ -94,7 +98,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """Answers in the order of the images, and the time from the body's arrival to the answer."""
+    """The predictions in the order of the images, and the milliseconds from the end of the body to the response."""
 
     model: str
     version: int
@@ -107,7 +111,7 @@ router = APIRouter(tags=["predict"])
 
 @router.post(_PATH, openapi_extra=_DESCRIPTION, summary="Classify images")
 async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Predictions:
-    """Send images as multipart fields `file`, or one image as the raw body."""
+    """Classify the images of the multipart fields `file`, or one image that is sent as the raw body."""
     let_predictor_pass(request)
     services = services_of(request)
     settings = services.settings
@@ -131,21 +135,21 @@ async def _scores(
 ) -> tuple[Model, Scores]:
     async def computed(pixels: Source) -> tuple[Model, Scores]:
         chosen = await services.pool.get(asked.model, asked.version)
-        # From there to the queue nothing else runs, so a swap cannot slip in between.
+        # No other task runs between these two lines, so the model cannot be swapped in between.
         return chosen, await chosen.batcher.run(pixels, deadline)
 
     if decode := _small(files, services.settings):
-        with suppress(TooLarge, CostlyImage):  # a file of few bytes may have many pixels or scans
+        with suppress(TooLarge, CostlyImage):  # a file with few bytes may have many pixels or scans
             return await computed(decode)
     charge = partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None
     return await computed(await services.decoders.decode(files, client_of(request), deadline, charge))
 
 
 class Shortcut:
-    """ASGI middleware: what is meant for `predict` gets there at once, past FastAPI's routing, dependencies and checks.
+    """ASGI middleware that passes POST /predict directly to `predict`, with the same responses.
 
-    Those would take as long as everything else around the network's computation. The answers are the same. What waits
-    for a client that leaves is dropped.
+    FastAPI's routing, dependencies and validation would take as long as all other work outside the network. A request
+    whose client disconnects is cancelled.
     """
 
     def __init__(self, app: ASGIApp):
@@ -191,7 +195,7 @@ def _asked(query: bytes) -> Asked:
 
 
 def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[Class]]:
-    """The `top_k` most probable classes of each image, best first."""
+    """Return the `top_k` most probable classes of each image, best first."""
     order, probabilities = (each[:, :top_k].tolist() for each in scores.ranking)
     return [
         [Class(number, card.classes[number], card.superclasses[number], probability) for number, probability in best]
@@ -201,7 +205,14 @@ def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[Class]
 
 @asynccontextmanager
 async def _files(request: Request, settings: Settings) -> AsyncIterator[list[File]]:
-    """Names and contents of the images sent. A form's larger files are on disk and closed at the end."""
+    """Read the request body and yield the names and contents of its images.
+
+    The larger files of a form are on disk. They are closed at the end of the context.
+
+    Raises:
+        BadRequest: The form has no file.
+        UnsupportedImage: The content type is not supported.
+    """
     content_type = media_type(request)
     if content_type == "multipart/form-data":
         form = await read_form(request, min(settings.max_images, settings.max_batch), max_fields=8)
@@ -215,7 +226,7 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
     elif content_type.startswith("image/") or content_type == "application/octet-stream":
         content = bytearray()
         async for chunk in request.stream():
-            if len(content) <= settings.max_image_bytes:  # the rest is read, so that the client hears the answer
+            if len(content) <= settings.max_image_bytes:  # read the rest, so that the client gets the response
                 content += chunk
         yield [(None, io.BytesIO(content))]
     else:
@@ -226,7 +237,10 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
 
 
 def _small(files: list[File], settings: Settings) -> Callable[[], NDArray[np.uint8]] | None:
-    """What decodes a small image, or raises `TooLarge` or `CostlyImage`; None for several images, or a larger one."""
+    """Return a function that decodes a small image. Returns None for several images or a larger one.
+
+    The function raises `TooLarge` or `CostlyImage` if the image has too many pixels or costs more than `_SMALL_COST`.
+    """
     max_bytes = min(_SMALL_BYTES, settings.max_image_bytes)
     max_pixels = min(_SMALL_PIXELS, settings.max_image_pixels)
     (_, file), *more = files

@@ -1,4 +1,4 @@
-"""/train: training jobs."""
+"""Serve /train: submit, list, follow and cancel training jobs."""
 
 from collections.abc import AsyncIterator
 from http import HTTPStatus
@@ -19,16 +19,16 @@ router = APIRouter(prefix="/train", tags=["train"])
 _TO_JOB = {"parameters": {"job_id": "$response.body#/id"}}
 _LINKS = {operation: {"operationId": operation, **_TO_JOB} for operation in ("job", "events", "cancel")}
 
-_STREAMED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold events back
+_STREAMED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would buffer events
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events for one of a limited number of clients.
+    """A response of server-sent events. The number of clients that receive one at a time is limited.
 
     Args:
-        jobs: count the client while it is served: from here, as a response that is dropped before it begins runs no
-            code of its body.
-        events: the body.
+        jobs: The queue, which counts the client while the response is sent. The response counts it, not the body,
+            because a response that is dropped before it begins runs no code of its body.
+        events: The events, which are the body.
     """
 
     media_type = "text/event-stream"
@@ -56,9 +56,10 @@ async def submit(
     services: FromApp,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Job:
-    """Queues a job and answers at once. The result goes into the model store, and live if it is good enough.
+    """Queue a job and return it at once. The trained model is published to the model store.
 
-    A request that is sent again with the same `Idempotency-Key` gives the same job.
+    The field `promote` decides whether the model goes live. A repeated request with the same `Idempotency-Key` returns
+    the same job.
     """
     job = await services.jobs.threads.run(services.jobs.submit, wanted, idempotency_key)
     response.headers["Location"] = f"/train/{job.id}"
@@ -77,7 +78,7 @@ async def job(job_id: str, services: FromApp) -> Response:
 
 @router.delete("/{job_id}", dependencies=[ForOperators], summary="Cancel a job")
 async def cancel(job_id: str, services: FromApp) -> Job:
-    """The job is cancelled at once; its process, if it runs, ends within a few seconds."""
+    """Cancel a job at once. Its process, if there is one, ends within a few seconds."""
     return await services.jobs.threads.run(services.jobs.cancel, job_id)
 
 
@@ -85,9 +86,10 @@ async def cancel(job_id: str, services: FromApp) -> Job:
 async def events(
     job_id: str, services: FromApp, last_event_id: Annotated[int, Header(ge=0, lt=2**31)] = 0
 ) -> StreamingResponse:
-    """Every tick and epoch from the start, or after `Last-Event-ID`; ends with an event `end` that holds the job.
+    """Stream the job's metrics from the start, or after `Last-Event-ID`: one event per tick and per epoch.
 
-    Where the service stops first there is no `end`: the client may follow the next service.
+    The last event, `end`, holds the job. The stream ends without it if the service stops first. The client can then
+    reconnect to the next service.
     """
-    await services.jobs.threads.read(services.jobs.state, job_id)  # an unknown job is refused before the stream begins
+    await services.jobs.threads.read(services.jobs.state, job_id)  # an unknown job gets 404 before the stream begins
     return EventStream(services.jobs, services.jobs.events(job_id, last_event_id, lambda: services.draining))
