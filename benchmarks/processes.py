@@ -1,5 +1,6 @@
 """Read memory, open files and child processes from the kernel. Linux only, except `working_in`."""
 
+from contextlib import suppress
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -16,9 +17,12 @@ def memory_mib(process: int, field: str = "VmRSS") -> float:
 
 
 def children(process: int) -> set[int]:
-    """Return the child processes of a process."""
-    lists = Path(f"/proc/{process}/task").glob("*/children")  # one file per thread
-    return {int(child) for each in lists for child in each.read_text().split()}
+    """Return the child processes of a process. Linux lists them by the thread that started them."""
+    found: set[int] = set()
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with suppress(FileNotFoundError):  # the thread has ended
+            found |= set(map(int, (thread / "children").read_text().split()))
+    return found
 
 
 def open_files(process: int) -> int:
