@@ -262,7 +262,7 @@ _REPORTED = (
     TrainingError,
     data.DataError,
     torchscript.ExportError,
-    OSError,  # such as a full or read-only disk
+    OSError,  # for example, the disk is full or read-only
 )
 
 

@@ -55,7 +55,8 @@ def publish(
     classifier, state = restore(run, recipe, dataset)
     torchscript.round_weights(classifier)
     training, _, validation = splits(recipe, dataset)
-    if not recipe.trains_in_evaluation_mode(state["epoch"]):  # else the weights fit the frozen statistics
+    # Weights that trained in evaluation mode already fit the frozen statistics.
+    if not recipe.trains_in_evaluation_mode(state["epoch"]):
         renew_statistics(classifier, sample(training, STATISTICS_IMAGES))
     if recipe.validation_images:
         images, labels = to_device(validation, CPU)

@@ -130,7 +130,7 @@ def _in_file(
     """Memory-map the file of features and yield progress. If the file does not exist, compute and write it first.
 
     Returns:
-        The mapped features [shape], or None if they cannot be written.
+        The mapped features, float16 of the given shape, or None if the disk is full or the file cannot be written.
     """
     total, folder = shape[0], file.parent
     with suppress(OSError), file.open("rb") as known:

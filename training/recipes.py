@@ -202,7 +202,7 @@ class Recipe(BaseModel):
 
     @property
     def combines(self) -> bool:
-        """Whether mixup or cutmix combines the images."""
+        """True if mixup or cutmix combines the images."""
         return self.mixup > 0 or self.cutmix > 0
 
     def trainable_in(self, epoch: int) -> tuple[Stage, ...]:

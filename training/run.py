@@ -135,8 +135,10 @@ class Run:
         return None
 
     def ask_to_stop(self) -> None:
-        """Create the stop file. It ends the process that trains in the folder, now or later, even if its supervisor is
-        gone."""
+        """Create the stop file, which makes a process that trains in the folder, now or later, end itself.
+
+        This works without a supervisor that could send the process a signal.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self.stop_file.touch()
 

@@ -233,7 +233,7 @@ class Store:
     def learnable(self, version: str, classes: Sequence[str], data: str, validation_images: int) -> Path:
         """Return the exported file of a version that a run uses as teacher or for its initial weights.
 
-        A student inherits knowledge of the images that the version was trained on, so these must not include the run's
+        A run inherits knowledge of the images that the version was trained on, so these must not include the run's
         validation images. All recipes hold out the same images: a smaller validation split is a subset of a larger one.
 
         Args:
