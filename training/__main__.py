@@ -1,4 +1,4 @@
-"""The command line: `python -m training --help`."""
+"""The command line trains, exports and measures networks: `python -m training --help`."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ from training.resources import default_device
 from training.run import Publication, Run, RunBusy, RunError
 from training.store import MODEL, ModelCard, Promotion, Store, StoreError
 
-STOPPED = 130  # the exit status of what Ctrl-C has ended
+STOPPED = 130  # the exit status of a process that Ctrl-C ended
 STOP_POLL_S = 0.5
 STOP_GRACE_S = 3.0
 
@@ -66,7 +66,7 @@ def train(
     models: Models = Path("models"),
     lock: Annotated[int | None, typer.Option(hidden=True, help="Descriptor of the run's lock, inherited.")] = None,
 ) -> None:
-    """Train a recipe and publish the result. Interrupted runs go on with --resume."""
+    """Train a recipe and publish the result. Use --resume to continue an interrupted run."""
     with _errors_reported():
         changes = _parse(overrides or [])
         chosen = recipe(name, changes)
@@ -78,7 +78,7 @@ def train(
                     f"validation_images={chosen.validation_images} leaves nothing of {len(dataset.train)} images"
                 )
             folder.path.mkdir(parents=True, exist_ok=True)
-        # A supervisor's SIGTERM ends a run like Ctrl-C: what is checkpointed stays.
+        # SIGTERM from a supervisor raises KeyboardInterrupt as Ctrl-C does. The checkpoint remains.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with folder.lock(lock), _ended_when_asked(folder):
             if resume:
@@ -127,7 +127,7 @@ def evaluate(
     data_source: Data = None,
     models: Models = Path("models"),
 ) -> None:
-    """Measure an exported file on a whole split."""
+    """Measure an exported model on a whole split."""
     with _errors_reported():
         store = Store(models)
         name, version = store.parse(model)
@@ -187,7 +187,11 @@ def _parse(overrides: list[str]) -> dict[str, str]:
 
 
 def _resumed(folder: Run, chosen: Recipe, changes: dict[str, str]) -> Recipe:
-    """The recipe a run was started with; only its number of epochs may be changed."""
+    """Return the recipe of a run to resume. Only its number of epochs may change.
+
+    Raises:
+        RecipeError: The run has another recipe, or `changes` alter another field.
+    """
     started = folder.recipe()
     if started.name != chosen.name:
         raise RecipeError(f"{folder.path} holds a run of {started.name}, not of {chosen.name}")
@@ -202,7 +206,10 @@ def _resumed(folder: Run, chosen: Recipe, changes: dict[str, str]) -> Recipe:
 
 @contextmanager
 def _ended_when_asked(run: Run) -> Iterator[None]:
-    """End this process once its run is asked to stop: as Ctrl-C does, and by force where that is not heard."""
+    """End this process when the run's stop file appears.
+
+    SIGTERM ends it as Ctrl-C does. If it still runs after `STOP_GRACE_S` seconds, it exits at once.
+    """
     over = threading.Event()
 
     def watch() -> None:
@@ -255,7 +262,7 @@ _REPORTED = (
     TrainingError,
     data.DataError,
     torchscript.ExportError,
-    OSError,  # such as a full or read-only disk
+    OSError,  # for example, the disk is full or read-only
 )
 
 

@@ -1,7 +1,7 @@
-"""Batches of training images, augmented by one gather on the device.
+"""This module draws batches of training images and augments each batch by one gather on the device.
 
-Selecting, mirroring and shifting are all a choice of which pixel to read, so a batch costs a single indexing
-operation on the uint8 data set: no per-image Python, no worker processes, no intermediate copies.
+Selection, mirroring and shifting all determine which pixel to read. A batch therefore costs a single indexing operation
+on the uint8 data set, without per-image Python, worker processes or intermediate copies.
 """
 
 import math
@@ -18,12 +18,12 @@ from training.recipes import Recipe
 
 @dataclass(frozen=True)
 class Draw:
-    """Everything random about one epoch's images.
+    """The random choices for the images of one epoch.
 
     Attributes:
-        order: int64 [N], a permutation: which source image comes at each place.
-        mirrored: bool [N], whether the image at each place is mirrored.
-        shifts: int64 [2, N], rows and columns by which it is shifted.
+        order: int64 [N], a permutation: index of the source image at each position.
+        mirrored: bool [N], true if the image at the position is mirrored.
+        shifts: int64 [2, N], shift of the image at the position, in rows and columns.
     """
 
     order: Tensor
@@ -35,13 +35,14 @@ class Draw:
 
 
 def draw(count: int, recipe: Recipe, generator: torch.Generator, epoch: int) -> Draw:
-    """Draw one epoch of `count` images.
+    """Draw the random choices for one epoch of `count` images.
 
     Args:
-        recipe: flip and crop padding.
-        generator: on the CPU, so that every device trains on the same batches.
-        epoch: counted from 1; with `flip_alternates` it decides which half of the images is mirrored
-            (Jordan 2024, arXiv:2404.00498).
+        count: Number of images, N.
+        recipe: Recipe that sets flip and crop padding.
+        generator: Generator on the CPU, so that every device trains on the same batches.
+        epoch: Number of the epoch, counted from 1. With `flip_alternates` it determines which half of the images is
+            mirrored (Jordan 2024, arXiv:2404.00498).
     """
     order = torch.randperm(count, generator=generator)
     shifts, mirrored = torch.zeros(2, count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
@@ -56,16 +57,16 @@ def draw(count: int, recipe: Recipe, generator: torch.Generator, epoch: int) -> 
 
 
 def batches(images: Tensor, recipe: Recipe, generator: torch.Generator, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of shuffled, augmented batches; the last one may be smaller.
+    """Iterate over one epoch of shuffled, augmented batches. The last batch may be smaller.
 
     Args:
         images: uint8 [N, 32, 32, 3] on the device.
-        recipe: batch size, flip, crop padding and how it is filled.
-        generator: see `draw`.
-        epoch: see `draw`.
+        recipe: Recipe that sets batch size, flip, crop padding and crop fill.
+        generator: Generator on the CPU, see `draw`.
+        epoch: Number of the epoch, see `draw`.
 
     Yields:
-        uint8 images [B, 3, 32, 32] in channels-last memory format, and int64 [B]: which of the N images they are.
+        uint8 images [B, 3, 32, 32] in channels-last memory format, and their indices among the N images, int64 [B].
     """
     drawn = draw(len(images), recipe, generator, epoch).to(images.device)
     rows, columns = source_pixels(drawn)
@@ -81,19 +82,20 @@ def batches(images: Tensor, recipe: Recipe, generator: torch.Generator, epoch: i
 
 
 def combine(batch: Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
-    """Combine a batch with itself in another order, all of it by one share drawn from Beta(s, s).
+    """Combine a batch with a permutation of itself, by mixup or CutMix.
 
-    `mixup=s` blends every pixel (Zhang et al. 2018, arXiv:1710.09412), `cutmix=s` replaces a rectangle of that share of
-    the image, as far as it lies within (Yun et al. 2019, arXiv:1905.04899).
+    One share per batch is drawn from Beta(s, s). `mixup=s` blends every pixel by this share (Zhang et al. 2018,
+    arXiv:1710.09412). `cutmix=s` replaces a rectangle of area 1 - share, as a fraction of the image (Yun et al.
+    2019, arXiv:1905.04899). The rectangle is clipped at the border of the image.
 
     Args:
-        batch: images or features [B, C, H, W].
-        recipe: with either of the two.
-        generator: see `draw`.
+        batch: Images or features [B, C, H, W].
+        recipe: Recipe with mixup or cutmix greater than 0.
+        generator: Generator on the CPU, see `draw`.
 
     Returns:
-        The combination, of the same type as the batch; int64 [B], each one's partner in the batch; and the share of the
-        batch itself in the combination, 0-1, its partners have the rest.
+        The combined batch in the dtype of `batch`; the index of each image's partner in the batch, int64 [B]; and the
+        share of the batch itself in the combination, 0-1. The partners have the rest.
     """
     random = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
     strength = recipe.mixup or recipe.cutmix
@@ -110,17 +112,17 @@ def combine(batch: Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[
 
 
 def _part(length: int, share: float, random: np.random.Generator) -> slice:
-    """A part of a side of this length, around a random place, cut off where it would reach beyond."""
+    """Choose a random part of a side: `share` of its length around a random center, clipped at both ends."""
     centre, reach = random.integers(length), round(length * share) / 2
     return slice(max(0, math.ceil(centre - reach)), min(length, math.ceil(centre + reach)))
 
 
 def source_pixels(drawn: Draw) -> tuple[Tensor, Tensor]:
-    """Source rows and columns of augmented images.
+    """Compute the source rows and columns of augmented images.
 
     Returns:
-        int64 [N, 32] each: pixel (i, j) of an augmented image is pixel (rows[i], columns[j]) of its source, or lies
-        outside it, where a coordinate is not within 0-31.
+        rows and columns, int64 [N, 32] each. Pixel (i, j) of an augmented image is pixel (rows[i], columns[j]) of its
+        source image. A coordinate outside 0-31 lies outside the source image.
     """
     rows, columns = (torch.arange(32, device=shift.device) + shift[:, None] for shift in drawn.shifts)
     return rows, torch.where(drawn.mirrored[:, None], columns.flip(1), columns)

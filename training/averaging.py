@@ -1,7 +1,10 @@
-"""An exponential moving mean of a network's weights, which often generalizes better than the weights themselves.
+"""`WeightAverage` keeps an exponential moving average of a network's weights.
 
-Polyak & Juditsky 1992; with a decay, as in Tarvainen & Valpola 2017, arXiv:1703.01780. In: a network whose weights
-change in place.  Out: the same network, which holds the mean within `applied()`.
+The average often generalizes better than the weights themselves. The method is averaging (Polyak & Juditsky 1992) with
+a decay, as in Tarvainen & Valpola 2017, arXiv:1703.01780.
+
+Input: a network whose weights change in place.
+Output: the same network, with the averaged weights inside `applied()`.
 """
 
 from collections.abc import Iterator
@@ -12,11 +15,13 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """The mean of all floating-point weights and running statistics of a network; it begins with those of now.
+    """The moving average of all floating-point weights and running statistics of a network.
+
+    The average starts with the current weights.
 
     Args:
-        network: trained in place, so that its tensors stay where they are.
-        decay: share of the old mean in the new one, 0-1.
+        network: Network that is trained in place, so that its tensors keep their addresses.
+        decay: Share of the old average in the new one, 0-1.
     """
 
     def __init__(self, network: nn.Module, decay: float):
@@ -26,12 +31,12 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights of now into the mean."""
+        """Update the average with the current weights."""
         torch._foreach_lerp_(self._means, self._weights, 1 - self._decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network holds the mean, and its own weights again afterwards."""
+        """Put the averaged weights into the network, and restore its own weights at exit."""
         own = [value.clone() for value in self._weights]
         self._overwrite(self._means)
         try:

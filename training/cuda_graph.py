@@ -1,7 +1,7 @@
-"""A function of tensors on a GPU, recorded once as a CUDA graph and replayed from then on.
+"""`Recorded` captures a function of GPU tensors as a CUDA graph and replays it.
 
-A small network is hundreds of short kernels, which a processor takes longer to launch than the GPU to compute; a graph
-launches all of them at once.
+A small network runs hundreds of short kernels. The CPU needs more time to launch them than the GPU needs to compute
+them. A CUDA graph launches all of them at once.
 """
 
 import threading
@@ -13,23 +13,29 @@ import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-WARMUP_CALLS = 3  # libraries choose their algorithms and take their memory; TorchScript optimises itself
-_recording = threading.Lock()  # of functions that are called as they are, too: one at a time has the side stream
+WARMUP_CALLS = 3  # libraries select algorithms and allocate memory; TorchScript optimizes its graph
+_recording = threading.Lock()  # one thread at a time uses the side stream, for warm-up calls too
 
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    """What runs on the main one could not be recorded later. One for all: PyTorch has few, and gives them out again."""
+    """Return the stream of all warm-up calls and captures.
+
+    A function that was warmed up on the main stream cannot be captured later. All functions share this stream, because
+    PyTorch has a small pool of streams and reuses them.
+    """
     return torch.cuda.Stream()
 
 
 class Recorded(Generic[Result]):
-    """Calls a function, the first few times as it is, then by replaying what it did once.
+    """A function that runs eagerly for the first `WARMUP_CALLS` calls and as a replayed CUDA graph afterwards.
+
+    A call whose arguments have other shapes than in the first call runs eagerly.
 
     Args:
-        function: of tensors; it must neither wait for the GPU nor depend on anything else that changes, except for
-            tensors that stay where they are. Arguments of other shapes than in the first call are passed to it as ever.
-        pool: of memory, from `torch.cuda.graph_pool_handle`, for graphs of which one runs at a time.
+        function: Function of tensors. It must not synchronize with the GPU. It must not depend on changing state except
+            its arguments and tensors at fixed addresses.
+        pool: Memory pool from `torch.cuda.graph_pool_handle`, shared by graphs that never run concurrently.
     """
 
     def __init__(self, function: Callable[..., Result], pool: Any = None):
@@ -42,7 +48,7 @@ class Recorded(Generic[Result]):
         self._result: Result
 
     def __call__(self, *arguments: Tensor) -> Result:
-        """The function's result; where that is a tensor, the next call overwrites it."""
+        """Return the function's result. The next call overwrites a result tensor."""
         shapes = [argument.shape for argument in arguments]
         self._shapes = self._shapes or shapes
         if shapes != self._shapes:

@@ -1,7 +1,7 @@
-"""CIFAR-100 as arrays in memory.
+"""This module loads CIFAR-100 into arrays in memory, or draws a synthetic data set.
 
-In: a folder with `cifar100.npz` (made from the official archive where it is missing), or "synthetic".
-Out: a `Dataset`: uint8 images [N, 32, 32, 3] and int64 labels [N] for train and test, and the class names.
+Input: a folder with `cifar100.npz`, or "synthetic". If the file is missing, it is made from the official archive.
+Output: a `Dataset` with uint8 images [N, 32, 32, 3] and int64 labels [N] for train and test, and the class names.
 """
 
 import hashlib
@@ -46,11 +46,11 @@ SUPERCLASSES: dict[str, tuple[str, ...]] = {
 CLASSES = tuple(sorted(label for labels in SUPERCLASSES.values() for label in labels))
 _SUPERCLASS_OF = {label: superclass for superclass, labels in SUPERCLASSES.items() for label in labels}
 
-# One validation split for every recipe and seed: their results stay comparable and calibration sees no training image.
+# All recipes and seeds share one validation split, so results are comparable and calibration sees no training image.
 _SPLIT_SEED = 0
 
 
-# What numpy and zipfile raise for damaged files; TokenError comes from the parser of an array's header.
+# numpy and zipfile raise these errors for damaged files. TokenError comes from the parser of an array's header.
 _UNREADABLE = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, NotImplementedError, RuntimeError, SyntaxError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
@@ -58,7 +58,7 @@ _UNREADABLE = (
 
 
 class DataError(ValueError):
-    """A data set that is missing or damaged, with the file, the fault and what to do."""
+    """The data set is missing or damaged. The message gives the file, the fault and a remedy."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Split:
 
     Attributes:
         images: uint8 [N, 32, 32, 3], RGB.
-        labels: int64 [N].
+        labels: int64 [N], class ids.
     """
 
     images: NDArray[np.uint8]
@@ -85,8 +85,8 @@ class Dataset:
     """A train and a test split over the same classes.
 
     Attributes:
-        classes: label of each class id.
-        superclasses: superclass of each class id.
+        classes: Name of each class id.
+        superclasses: Superclass of each class id.
         fingerprint: sha256 over all images, labels and class names.
     """
 
@@ -98,15 +98,15 @@ class Dataset:
 
 
 def load(source: str | None = None) -> Dataset:
-    """CIFAR-100 from `source`/cifar100.npz, or a synthetic set.
+    """Load CIFAR-100 from `source`/cifar100.npz, or make a synthetic data set.
 
     Args:
-        source: a folder; "synthetic" or "synthetic:N" (N training images per class); by default what the environment
-            variable CIFAR100_DATA says, then ~/.cache/cifar100. Where the folder has no cifar100.npz, torchvision
+        source: A folder, "synthetic" or "synthetic:N" (N training images per class). The default is the value of the
+            environment variable CIFAR100_DATA, or ~/.cache/cifar100. If the folder has no cifar100.npz, torchvision
             downloads the official archive (about 170 MB) and the file is written from it.
 
     Raises:
-        DataError: the data set cannot be had, or the file is damaged.
+        DataError: The data set cannot be obtained, or the file is damaged.
     """
     source = source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER
     name, _, count = source.partition(":")
@@ -124,7 +124,10 @@ def load(source: str | None = None) -> Dataset:
 
 
 def sizes(source: str | None = None) -> tuple[int, int]:
-    """Images of the training and the test split of `source`, which is not loaded: CIFAR-100 unless synthetic."""
+    """Return the number of training and test images of `source` without loading it.
+
+    Every source other than "synthetic" is taken as CIFAR-100: 50,000 and 10,000 images.
+    """
     name, _, count = (source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER).partition(":")
     if name != "synthetic" or not (count or "20").isdecimal():
         return 50_000, 10_000
@@ -136,14 +139,14 @@ def hold_out(split: Split, images: int) -> tuple[Split, Split]:
     """Cut a validation split off a training split, stratified by class and the same on every call.
 
     Args:
-        images: size of the validation split; the classes' shares differ by at most one image.
+        images: Size of the validation split. The counts per class differ by at most one image.
 
     Returns:
         The remaining training split and the validation split.
     """
     random = np.random.default_rng(_SPLIT_SEED)
     order = random.permutation(len(split))
-    # Stable sort of a shuffled order: rank counts the images of the same class that come earlier in the shuffle.
+    # A stable sort of a shuffled order: rank counts the images of the same class that come earlier in the shuffle.
     by_class = order[np.argsort(split.labels[order], kind="stable")]
     starts = np.searchsorted(split.labels[by_class], split.labels[by_class])
     rank = np.arange(len(split)) - starts
@@ -155,7 +158,7 @@ def hold_out(split: Split, images: int) -> tuple[Split, Split]:
 def _read(archive: Path) -> Dataset:
     arrays: dict[str, NDArray[np.generic]] = {}
     try:
-        # numpy reads no further than the arrays' sizes say, so it would not notice every wrong checksum.
+        # numpy stops reading at the end of an array, so it misses some checksum errors.
         with zipfile.ZipFile(archive) as container:
             if damaged := container.testzip():
                 raise zipfile.BadZipFile(f"bad checksum of {damaged}")
@@ -201,7 +204,7 @@ def _dataset(train: Split, test: Split, classes: tuple[str, ...], superclasses: 
 
 
 def _download(archive: Path) -> None:
-    # torchvision takes a second to import and only this path needs it.
+    # torchvision takes a second to import, and only the download needs it.
     from torchvision.datasets import CIFAR100
 
     folder = archive.parent
@@ -244,12 +247,12 @@ COLOURS = {
 
 
 def synthetic(images_per_class: int, seed: int = 0) -> Dataset:
-    """A learnable stand-in for CIFAR-100: ten shapes in ten colours on cluttered grey backgrounds.
+    """Make a learnable substitute for CIFAR-100: ten shapes in ten colors on cluttered gray backgrounds.
 
     Position, size, shade and background vary from image to image. The test split has a quarter as many images.
 
     Args:
-        images_per_class: of the training split.
+        images_per_class: Images per class in the training split.
     """
     random = np.random.default_rng(seed)
     classes = tuple(f"{colour}_{shape}" for shape in SHAPES for colour in COLOURS)
@@ -262,7 +265,7 @@ def synthetic(images_per_class: int, seed: int = 0) -> Dataset:
 def _draw(images_per_class: int, random: np.random.Generator) -> Split:
     labels = np.tile(np.arange(len(SHAPES) * len(COLOURS)), images_per_class)
     n = len(labels)
-    # Background: coarse grey clutter, enlarged without interpolation, plus a gradient.
+    # The background is coarse gray clutter, enlarged without interpolation, plus a gradient.
     clutter = random.uniform(60, 190, (n, 4, 4, 1)).repeat(8, axis=1).repeat(8, axis=2)
     gradient = random.uniform(-40, 40, (n, 1, 1, 1)) * np.linspace(-1, 1, 32)[None, :, None, None]
     pixels = np.broadcast_to(clutter + gradient, (n, 32, 32, 3)).copy()
@@ -282,7 +285,10 @@ def _draw(images_per_class: int, random: np.random.Generator) -> Split:
 
 
 def _inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which points (u right, v down, in radii from the centre) a shape covers."""
+    """Return a mask of the points that a shape covers.
+
+    u points right and v points down, both in radii from the center.
+    """
     r = np.hypot(u, v)
     box = np.maximum(abs(u), abs(v)) < 1
     match shape:

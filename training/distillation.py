@@ -1,10 +1,12 @@
-"""Learning from a teacher: published classifiers whose answers on the training images are targets beside the labels.
+"""Knowledge distillation trains a student on the logits of published classifiers.
 
-Hinton et al. 2015, arXiv:1503.02531. Several versions make one teacher, by the mean of their logits. There are two ways
-to ask it. With `teacher_view=original` it sees every image once, as it is and mirrored, before training begins, and the
-mean of both is kept in the run folder: an epoch then costs what it costs without a teacher, and a shifted image has the
-targets of the image where it was. With `teacher_view=augmented` it sees, in every step, the batch that the student is
-trained on (Beyer et al. 2021, arXiv:2106.05237).
+The method is that of Hinton et al. 2015, arXiv:1503.02531. The logits are targets beside the labels. Several versions
+form one teacher, by the mean of their logits.
+
+With `teacher_view=original` the teacher sees every image once, unchanged and mirrored, before training begins. The mean
+of both logits is saved in the run folder. An epoch then costs the same as without a teacher, and a shifted image has
+the targets of the unshifted image. With `teacher_view=augmented` the teacher sees the student's batch in every step
+(Beyer et al. 2021, arXiv:2106.05237).
 """
 
 from collections.abc import Callable, Generator
@@ -22,19 +24,25 @@ from training.run import Run
 from training.store import Store
 
 Teacher = Callable[[Tensor], Tensor]
-"""uint8 images [B, 3, 32, 32] to logits [B, classes]."""
+"""A function from uint8 images [B, 3, 32, 32] to logits [B, classes]."""
 
 
 def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.device) -> Teacher:
-    """The classifiers of the versions that a recipe names as one, on the fastest runtime there is for the device.
+    """Load the teacher of a recipe, on the fastest runtime for the device: TorchScript on a GPU, OpenVINO on a CPU.
 
-    On a CPU, a teacher that is asked in every step answers in its quantized form, if it was published with one.
+    On a CPU with `teacher_view=augmented`, a version that has an int8 model uses it, because it runs in every step.
 
     Args:
-        dataset: that the student is trained on.
+        recipe: Recipe of the student.
+        store: Model store of the teacher's versions.
+        dataset: Data set of the student.
+        device: Device of the student's batches.
+
+    Returns:
+        A function from uint8 images [B, 3, 32, 32] to the mean logits of the versions, float32 [B, classes].
 
     Raises:
-        StoreError: see `Store.learnable`.
+        StoreError: A version cannot teach, see `Store.learnable`.
     """
     files = [
         store.learnable(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
@@ -58,16 +66,20 @@ def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.d
 def teach(
     name: str, load: Callable[[], Teacher], images: Tensor, fingerprint: str, run: Run
 ) -> Generator[Preparation, None, Tensor]:
-    """What a teacher makes of every training image, computed or found in the run folder; yields progress.
+    """Compute the teacher's logits of all training images, or load them from the run folder.
 
     Args:
-        name: of the teacher.
-        load: makes the teacher; called only if it is needed.
+        name: Name of the teacher, as in the recipe.
+        load: Function that loads the teacher. It is called only if the run folder has no logits.
         images: uint8 [N, 32, 32, 3] on the teacher's device.
-        fingerprint: of the data set that they are from.
+        fingerprint: Fingerprint of the images' data set.
+        run: Run whose folder keeps the logits.
+
+    Yields:
+        Progress.
 
     Returns:
-        float32 logits [N, classes] on the same device.
+        float32 logits [N, classes] on the images' device, each the mean over an image and its mirror image.
     """
     if (known := run.teacher_logits(name, fingerprint)) is not None and len(known) == len(images):
         return known.to(images.device)
@@ -87,14 +99,16 @@ def teach(
 
 
 def loss(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
-    """How far the student's softened answers are from the teacher's, at the scale of a loss against labels.
+    """Compute the distillation loss between softened student and teacher predictions (Hinton et al. 2015).
 
     Args:
-        logits: the student's, float [B, classes].
-        taught: the teacher's, float [B, classes].
+        logits: Logits of the student, float [B, classes].
+        taught: Logits of the teacher, float [B, classes].
+        temperature: Divisor of both logits.
 
     Returns:
-        Kullback-Leibler divergence times the square of the temperature, mean over the batch.
+        The Kullback-Leibler divergence, mean over the batch. It is multiplied by the square of the temperature, so that
+        its gradients have the scale of a loss against labels.
     """
     student, teacher = ((each.float() / temperature).log_softmax(1) for each in (logits, taught))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2

@@ -1,4 +1,4 @@
-"""Measures a classifier: logits of a whole split in, accuracy, loss and calibration out."""
+"""Evaluation computes the logits of a whole split and, from them, accuracy, loss and calibration."""
 
 import math
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from training.store import Evaluation
 
 CALIBRATION_BINS = 15
 BATCH_SIZES = {"cpu": 100, "cuda": 500}
-"""Images computed together where nothing is learnt, by device."""
-MIN_TEMPERATURE = 0.05  # faultless predictions would have none at all
+"""Batch size without gradients, by device type."""
+MIN_TEMPERATURE = 0.05  # predictions without errors would drive it to zero
 _BISECTIONS = 40
 
 
 def predict(model: Callable[[Tensor], Tensor], images: Tensor, batch_size: int | None = None) -> Tensor:
-    """Logits of all images.
+    """Compute the logits of all images.
 
     Args:
-        model: uint8 [B, 3, 32, 32] to logits [B, classes]; must be in evaluation mode.
+        model: Function from uint8 [B, 3, 32, 32] to logits [B, classes], in evaluation mode.
         images: uint8 [N, 32, 32, 3] on the model's device.
-        batch_size: by default what computes them fast on that device.
+        batch_size: Images per batch. The default is a fast size for the device, see `BATCH_SIZES`.
 
     Returns:
         float32 [N, classes] on the CPU.
@@ -34,7 +34,7 @@ def predict(model: Callable[[Tensor], Tensor], images: Tensor, batch_size: int |
 
 
 def evaluate(logits: Tensor, labels: Tensor) -> Evaluation:
-    """All measures of one split.
+    """Compute all measures of one split.
 
     Args:
         logits: float [N, classes].
@@ -57,12 +57,12 @@ def evaluate(logits: Tensor, labels: Tensor) -> Evaluation:
 
 @dataclass(frozen=True)
 class CalibrationBins:
-    """Predictions in equal-width bins of confidence; a reliability diagram. 0 in empty bins.
+    """The data of a reliability diagram: predictions in bins of equal width in confidence. Empty bins have zeros.
 
     Attributes:
-        images: float64 [bins], how many predictions fall into each.
-        confidence: float64 [bins], their mean confidence.
-        accuracy: float64 [bins], the share of them that is right.
+        images: float64 [bins], number of predictions in each bin.
+        confidence: float64 [bins], mean confidence of these predictions.
+        accuracy: float64 [bins], fraction of these predictions that is correct.
     """
 
     images: Tensor
@@ -71,7 +71,12 @@ class CalibrationBins:
 
 
 def calibration_bins(logits: Tensor, labels: Tensor) -> CalibrationBins:
-    """The reliability of predictions: float logits [N, classes], int64 labels [N]."""
+    """Sort predictions into `CALIBRATION_BINS` bins of confidence.
+
+    Args:
+        logits: float [N, classes].
+        labels: int64 [N].
+    """
     confidence, predicted = logits.double().softmax(1).max(1)
     bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
 
@@ -84,20 +89,26 @@ def calibration_bins(logits: Tensor, labels: Tensor) -> CalibrationBins:
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins of confidence, weighted by bin size."""
+    """Compute the expected calibration error (Guo et al. 2017, arXiv:1706.04599), 0-1.
+
+    It is the mean gap between confidence and accuracy over bins of equal width in confidence, weighted by bin size.
+    """
     bins = calibration_bins(logits, labels)
     return (bins.images * (bins.accuracy - bins.confidence).abs()).sum().item() / len(labels)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature at which predictions are as confident, on the mean, as they are right.
+    """Fit the temperature at which the mean confidence of the predictions equals their accuracy.
 
-    Clarté et al. 2023, arXiv:2303.02644. On images held out it calibrates as well as the temperature of least
-    cross-entropy (Guo et al. 2017) or better: benchmarks/calibration.py.
+    The method is that of Clarté et al. 2023, arXiv:2303.02644. On held-out images it calibrates at least as well as the
+    temperature that minimizes cross-entropy (Guo et al. 2017); benchmarks/calibration.py measures both.
 
     Args:
-        logits: float [N, classes] of validation images, uncalibrated.
+        logits: float [N, classes], uncalibrated logits of validation images.
         labels: int64 [N].
+
+    Returns:
+        The divisor of the logits, between `MIN_TEMPERATURE` and its inverse.
     """
     accuracy = (logits.argmax(1) == labels).double().mean()
     lower, upper = math.log(MIN_TEMPERATURE), -math.log(MIN_TEMPERATURE)

@@ -1,6 +1,10 @@
-"""From a finished run to a version in the model store: settle its statistics, calibrate, export, measure, publish.
+"""Export turns a run's checkpoint into a version in the model store.
 
-In: a run folder with a checkpoint.  Out: `models/<name>/<version>/`, live if it is good enough.
+It recomputes batch-normalization statistics, fits the calibration temperature, exports TorchScript and int8 files,
+measures them on the test set and publishes them.
+
+Input: a run folder with a checkpoint.
+Output: `models/<name>/<version>/`, which is made live if the promotion rule allows it.
 """
 
 from datetime import UTC, datetime
@@ -23,7 +27,7 @@ from training.store import MODEL, EpochSummary, ModelCard, Promotion, Quantised,
 STATISTICS_IMAGES = 5120
 STATISTICS_BATCH = 128
 CALIBRATION_IMAGES = 300
-JUDGED_IMAGES = 1000  # where a recipe holds none out
+JUDGED_IMAGES = 1000  # used if the recipe holds no images out
 MOST_LOST = 0.003
 CPU = torch.device("cpu")
 
@@ -34,13 +38,15 @@ def publish(
     """Export a run's last checkpoint, measure the exported file on the test set, and publish it.
 
     Args:
-        run: at least one epoch must be finished.
-        dataset: what the run was trained on.
-        notes: free text for the card.
+        run: The run, with at least one finished epoch.
+        dataset: The data set of the run.
+        store: The model store that receives the version.
+        promotion: Rule for making the version live, see `Store.promote_if`.
+        notes: Free text for the model card.
 
     Raises:
-        RunError: the run has no checkpoint, or was trained on other data.
-        ExportError: the exported file does not compute what the network computes.
+        RunError: The run has no checkpoint, or was trained on other data.
+        ExportError: The logits of the exported file differ from those of the network.
     """
     recipe = run.recipe()
     begun = run.announced_publication()
@@ -49,7 +55,8 @@ def publish(
     classifier, state = restore(run, recipe, dataset)
     torchscript.round_weights(classifier)
     training, _, validation = splits(recipe, dataset)
-    if not recipe.trains_in_evaluation_mode(state["epoch"]):  # otherwise the weights were fitted to these statistics
+    # Weights that trained in evaluation mode already fit the frozen statistics.
+    if not recipe.trains_in_evaluation_mode(state["epoch"]):
         renew_statistics(classifier, sample(training, STATISTICS_IMAGES))
     if recipe.validation_images:
         images, labels = to_device(validation, CPU)
@@ -66,7 +73,7 @@ def publish(
             name=recipe.model,
             version=0,
             created=datetime.now(UTC).replace(microsecond=0),
-            # Where the pretrained weights lay on this machine is nobody's business; which file it was is.
+            # The card names the file of pretrained weights without its folder, which is private to this machine.
             recipe=recipe.model_dump() | {"weights": recipe.predecessor or Path(recipe.weights).name},
             classes=list(dataset.classes),
             superclasses=list(dataset.superclasses),
@@ -79,7 +86,7 @@ def publish(
             int8=int8,
             curve=curve,
             training_seconds=sum(point.seconds for point in curve),
-            **(state.get("provenance") or provenance()),  # which runs of earlier releases do not tell
+            **(state.get("provenance") or provenance()),  # runs of earlier releases lack it
             notes=notes,
             files={},
         )
@@ -98,11 +105,12 @@ def _conclude(run: Run, store: Store, card: ModelCard, promotion: Promotion) -> 
 
 
 def quantise(model: Path, recipe: Recipe, dataset: Dataset) -> Quantised:
-    """Put an int8 form beside an exported file, unless it is less accurate on images held out from training.
+    """Write an int8 model beside an exported file, unless it loses more than `MOST_LOST` accuracy on held-out images.
 
-    Each of these is judged in four views, mirrored and shifted, as a fall of a few tenths of a point would be lost in
-    the noise otherwise. Where int8 throughout costs too much, the first layer goes back to floating point: upsampled
-    images have little in their high frequencies, and filters that look there see the rounding of the pixels instead.
+    Accuracy is the mean over four views of each image, mirrored and shifted, because a drop of a few tenths of a point
+    is within the noise of a single view. If int8 in all layers loses too much, the first layer stays in floating point.
+    The reason is that upsampled images have little energy in high frequencies, so that high-frequency filters mostly
+    see the rounding error of the pixels.
     """
     samples, judged = quantisation_images(recipe, dataset)
     images, labels = to_device(judged, CPU)
@@ -125,26 +133,29 @@ def quantise(model: Path, recipe: Recipe, dataset: Dataset) -> Quantised:
 
 
 def quantisation_images(recipe: Recipe, dataset: Dataset) -> tuple[Tensor, Split]:
-    """Training images to calibrate a quantised form with, uint8 [CALIBRATION_IMAGES, 32, 32, 3], and others to judge it
-    by: those that the recipe holds out, if it does."""
+    """Return the images for calibrating and for judging a quantized model, both from the training split.
+
+    Calibration images are uint8 [CALIBRATION_IMAGES, 32, 32, 3]. The judged images are the recipe's validation split.
+    If the recipe holds no images out, they are at most `JUDGED_IMAGES` training images other than these.
+    """
     training, judged = hold_out(dataset.train, recipe.validation_images or min(JUDGED_IMAGES, len(dataset.train) // 2))
     return sample(training, CALIBRATION_IMAGES), judged
 
 
 def sample(split: Split, count: int) -> Tensor:
-    """The same `count` images of a split every time, in an order that mixes the classes: uint8 [count, 32, 32, 3]."""
+    """Return a fixed random sample of a split: uint8 [count, 32, 32, 3], with the classes mixed."""
     images, _ = to_device(split, CPU)
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
 
 
 def renew_statistics(classifier: Classifier, images: Tensor) -> None:
-    """Give batch normalisation the mean statistics of many batches of images as they are, with the final weights.
+    """Recompute batch-normalization statistics over many batches of unaugmented images, with the final weights.
 
-    While a network trains it keeps a running mean over the last few batches instead, of shifted images and of weights
-    that still change (Wu & Johnson 2021, arXiv:2105.07576, section 3). Stages that did not train keep theirs.
+    This is the precise BatchNorm of Wu & Johnson 2021, arXiv:2105.07576, section 3. The running mean from training
+    covers only the last few batches, with shifted images and changing weights. Frozen stages keep their statistics.
 
     Args:
-        classifier: in evaluation mode, changed in place; its weights stay.
+        classifier: Classifier in evaluation mode. Its statistics change in place; its weights do not.
         images: uint8 [N, 32, 32, 3] of the training split.
     """
     batches = [batch for batch in images.split(STATISTICS_BATCH) if len(batch) == STATISTICS_BATCH] or [images]
@@ -156,7 +167,7 @@ def renew_statistics(classifier: Classifier, images: Tensor) -> None:
     with torch.no_grad():
         for number, batch in enumerate(batches, start=1):
             for module in trained:
-                module.momentum = 1 / number  # a running mean becomes that of all batches so far
+                module.momentum = 1 / number  # makes the running mean the mean over all batches so far
             classifier(batch.permute(0, 3, 1, 2))
     classifier.eval()
 
@@ -168,7 +179,7 @@ def _top1_in_views(network: openvino_ir.Compiled, images: Tensor, labels: Tensor
 
 
 def restore(run: Run, recipe: Recipe, dataset: Dataset) -> tuple[Classifier, State]:
-    """The classifier of a run's last checkpoint, on the CPU in evaluation mode, and the whole checkpoint."""
+    """Return the classifier of a run's last checkpoint, on the CPU in evaluation mode, and the whole checkpoint."""
     state = run.load(dataset.fingerprint)
     stages = recipe.trainable_in(state["epoch"])
     classifier = build(recipe.blank.model_copy(update={"trainable": stages}), len(dataset.classes))

@@ -1,10 +1,13 @@
-"""What the frozen stages of a transfer network make of every image, computed once and kept.
+"""This module computes the features of a transfer network's frozen stages once and caches them.
 
-Frozen stages give the same features in every epoch, so no epoch needs to compute them again. In: a classifier whose
-first stages do not train, and the images.  Out: float16 features, mapped into memory from a file in the cache folder
-(the environment variable CIFAR100_FEATURES, or ~/.cache/cifar100/features). A later run with the same frozen stages and
-images uses the file again; another one replaces it. A GPU that has the room keeps them itself: it computes them faster
-than a disk writes them.
+Frozen stages give the same features in every epoch, so one computation is enough.
+
+Input: a classifier whose first stages are frozen, and the images.
+Output: float16 features, memory-mapped from a file in the cache folder ($CIFAR100_FEATURES, or
+~/.cache/cifar100/features).
+
+A later run with the same frozen stages and images reuses the file; a run with others replaces it. If the GPU has enough
+memory, the features stay there without a file, because a GPU computes them faster than a disk writes them.
 """
 
 import errno
@@ -33,12 +36,12 @@ from training.resources import SPARE_BYTES, features_folder
 
 
 class Features:
-    """Features of a training split and of the split that is evaluated after every epoch.
+    """The features of a training split and of the split that is evaluated after every epoch.
 
     Args:
-        values: float16 [views * train + M, H, W, C]: of the training images, of the same mirrored if there are two
-            views, and of the M images to evaluate.
-        train: number of training images.
+        values: float16 [views * train + M, H, W, C]: features of the training images, of their mirror images if `views`
+            is 2, and of the M images to evaluate.
+        train: Number of training images.
         views: 1, or 2 with mirrored images.
     """
 
@@ -48,10 +51,10 @@ class Features:
         self.evaluation = values[views * train :]
 
     def batches(self, recipe: Recipe, generator: torch.Generator, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of the same batches that `augment.batches` draws.
+        """Iterate over one epoch of batches, in the same order as `augment.batches`.
 
         Yields:
-            float16 features [B, C, H, W] in channels-last memory format, and int64 [B]: of which images they are.
+            float16 features [B, C, H, W] in channels-last memory format, and the row numbers int64 [B] of their images.
         """
         drawn = draw(self._count, recipe, generator, epoch).to(self._train.device)
         rows = drawn.order + self._count * drawn.mirrored
@@ -63,16 +66,19 @@ class Features:
 def prepare(
     recipe: Recipe, classifier: Classifier, images: Tensor, evaluation: Tensor, dtype: torch.dtype
 ) -> Generator[Preparation, None, Features | None]:
-    """Compute the features of a run, or find them in the cache; yields progress.
+    """Compute the features of a run, or load them from the cache.
 
     Args:
         images: uint8 [N, 32, 32, 3], the training split on the classifier's device.
         evaluation: uint8 [M, 32, 32, 3], the split that is evaluated after every epoch.
-        dtype: what the frozen stages compute in.
+        dtype: Data type in which the frozen stages compute.
+
+    Yields:
+        Progress.
 
     Returns:
-        None where the recipe cannot train on features (nothing is frozen, images are shifted, the recipe forbids it),
-        or where the disk has no room for them.
+        The features. None if the recipe cannot train on features (no stage is frozen, images are shifted, or
+        cache_features is false), or if the disk has no room for them.
     """
     network = classifier.network
     if not isinstance(network, TransferResNet18) or not network.frozen:
@@ -107,7 +113,7 @@ def prepare(
 
 
 def _in_memory(what: str, computed: Iterator[Tensor], values: Tensor) -> Generator[Preparation, None, Tensor]:
-    """Fill a tensor on a GPU with features as they are computed."""
+    """Fill a GPU tensor with features and yield progress."""
     message = f"{what} stay in the memory of the GPU"
     yield Preparation(message, 0, len(values))
     pace = Pace(message, len(values))
@@ -121,7 +127,11 @@ def _in_memory(what: str, computed: Iterator[Tensor], values: Tensor) -> Generat
 def _in_file(
     what: str, computed: Iterator[Tensor], shape: tuple[int, ...], file: Path
 ) -> Generator[Preparation, None, Tensor | None]:
-    """Map the file of features into memory; write it first, as they are computed, unless it is there already."""
+    """Memory-map the file of features and yield progress. If the file does not exist, compute and write it first.
+
+    Returns:
+        The mapped features, float16 of the given shape, or None if the disk is full or the file cannot be written.
+    """
     total, folder = shape[0], file.parent
     with suppress(OSError), file.open("rb") as known:
         values = _map(known, shape)
@@ -159,24 +169,24 @@ def _in_file(
 
 
 def _map(file: IO[bytes], shape: tuple[int, ...]) -> Tensor:
-    """An open file of float16 values, mapped into memory; it stays whole if somebody deletes the file.
+    """Memory-map an open file of float16 values. The mapping stays valid if the file is deleted.
 
     Raises:
-        OSError: the file is not as long as that.
+        OSError: The file size does not match the shape.
     """
     if os.fstat(file.fileno()).st_size != 2 * prod(shape):
         raise OSError(errno.EIO, "the file is not whole", file.name)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # nor is it to be
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # read-only is fine
         return torch.from_numpy(np.memmap(file, np.float16, "r", shape=shape))
 
 
 def _make_room(folder: Path) -> None:
-    """Delete what other runs have left: one file of this size is enough."""
+    """Delete the feature files of other runs, because one file of this size is enough."""
     for file in folder.glob("*.float16"):
         file.unlink(missing_ok=True)
     for partial in folder.glob("*.partial"):
-        with suppress(OSError), partial.open("rb") as left:  # its writer holds the lock
+        with suppress(OSError), partial.open("rb") as left:  # a running writer holds the lock
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             partial.unlink()
 
@@ -188,7 +198,7 @@ def _key(
     parts: list[tuple[Tensor, bool]],
     dtype: torch.dtype,
 ) -> str:
-    """Changes with everything that the features depend on."""
+    """Hash everything that the features depend on into a cache key of 16 hexadecimal digits."""
     digest = hashlib.sha256(f"{recipe.image_size} {dtype} {network.frozen}".encode())
     weights = [
         value for stage in network.frozen for layer in network.layers(stage) for value in layer.state_dict().values()

@@ -1,8 +1,8 @@
-"""The training loop: recipe and data set in, a checkpointed run folder out.
+"""The training loop turns a recipe and a data set into a checkpointed run folder.
 
-Every epoch: draw batches on the device, forward, loss, backward, step; then evaluate, record metrics, checkpoint.
-Each epoch seeds its random generators from (seed, epoch), so a checkpoint needs no generator state and a resumed run
-gives the same weights as an uninterrupted one: on a CPU to the last bit.
+Every epoch draws batches on the device and runs forward, loss, backward and step for each. It then evaluates, records
+metrics and saves a checkpoint. Each epoch seeds its random generators from (seed, epoch), so a checkpoint needs no
+generator state. A resumed run gives the same weights as an uninterrupted one, bit for bit on a CPU.
 """
 
 import copy
@@ -35,55 +35,57 @@ from training.resources import precision
 from training.run import TICK_S, Run
 from training.store import Store
 
-WARMUP = 0.25  # share of a one-cycle schedule in which the learning rate rises
-_STEPS = ((10, 1), (15, 10), (25, 20), (math.inf, 50))  # until which epoch the step schedule divides by what
+WARMUP = 0.25  # fraction of a one-cycle schedule in which the learning rate rises
+_STEPS = ((10, 1), (15, 10), (25, 20), (math.inf, 50))  # (end epoch, divisor) pairs of the step schedule
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the last checkpoint is good."""
+    """The loss is no longer finite. The last checkpoint remains valid."""
 
 
 @dataclass(frozen=True)
 class Tick:
-    """Progress within an epoch."""
+    """A progress report within an epoch."""
 
     epoch: int
-    """Counted from 1."""
+    """Number of the epoch, counted from 1."""
     epochs: int
     step: int
     """Steps done in this epoch."""
     steps: int
-    """Steps of an epoch."""
+    """Steps per epoch."""
     loss: float
-    """Mean training loss since the epoch began."""
+    """Mean training loss since the start of the epoch."""
     accuracy: float
-    """Training top-1 since the epoch began, 0-1; of combined images (mixup, cutmix) by the labels of the batch."""
+    """Training top-1 since the start of the epoch, 0-1. For mixup and cutmix it compares with the batch's own labels,
+    not with those of the partners."""
     images_per_s: float
     remaining_s: float
-    """Estimate for the rest of the run."""
+    """Estimated seconds until the end of the run."""
     event: str = "tick"
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """Result of an epoch."""
+    """The result of an epoch."""
 
     epoch: int
-    """Counted from 1."""
+    """Number of the epoch, counted from 1."""
     epochs: int
     learning_rate: float
-    """At the end of the epoch."""
+    """Learning rate of the last step."""
     train_loss: float
     train_accuracy: float
     split: str
-    """What was evaluated: validation where the recipe holds images out, otherwise test (never used to choose)."""
+    """Evaluated split: "validation" if the recipe holds images out, otherwise "test", which never selects a model."""
     loss: float
     top1: float
     top5: float
     images_per_s: float
     seconds: float
-    """Wall time of the epoch, its evaluation included."""
+    """Wall time of the epoch, including its evaluation."""
     remaining_s: float
+    """Estimated seconds until the end of the run."""
     event: str = "epoch"
 
 
@@ -93,14 +95,15 @@ Prepared = TypeVar("Prepared")
 
 @dataclass(frozen=True)
 class Source:
-    """What a stage of training draws its batches from: the images themselves, or features of them.
+    """The source of a training stage's batches: uint8 images or cached features.
 
     Attributes:
-        batches: a seeded generator and the number of an epoch to its batches, each with the rows of its images.
-        evaluation: [M, H, W, C], what is evaluated after every epoch.
-        inputs: a batch [B, C, H, W] to what `head` takes, and mixup and cutmix combine: the images themselves or, where
-            stages are frozen, their features.
-        head: those to logits [B, classes].
+        batches: Function of a seeded generator and an epoch number. It yields pairs of a batch [B, C, H, W] and the
+            row numbers int64 [B] of its images in the training split.
+        evaluation: Images or features [M, H, W, C] that are evaluated after every epoch.
+        inputs: Function from a batch [B, C, H, W] to the input of `head`: the images themselves or, if stages are
+            frozen, their features. Mixup and cutmix combine these inputs.
+        head: Function from these inputs to logits [B, classes].
     """
 
     batches: Callable[[torch.Generator, int], Iterator[tuple[Tensor, Tensor]]]
@@ -115,20 +118,23 @@ class Source:
 def train(
     recipe: Recipe, dataset: Dataset, run: Run, device: torch.device, store: Store | None = None
 ) -> Generator[Event, None, None]:
-    """Train, from the run's checkpoint if it has one; yields progress and the result of every epoch.
+    """Train a recipe, starting from the run's checkpoint if there is one.
 
     Args:
-        store: where the recipe's teacher and predecessor are, if it has them.
+        store: Model store with the recipe's teachers and predecessor. A recipe without them needs no store.
+
+    Yields:
+        Progress, and the result of every epoch.
 
     Raises:
-        TrainingError: the loss is no longer finite.
-        StoreError: the recipe's teacher or predecessor cannot be used.
-        WeightsError: the recipe's pretrained weights cannot be used.
-        RunError: the run was started with other data.
+        TrainingError: The loss is no longer finite.
+        StoreError: The recipe's teacher or predecessor cannot be used.
+        WeightsError: The recipe's pretrained weights cannot be used.
+        RunError: The run was started with other data.
     """
     torch.manual_seed(recipe.seed)
     torch.backends.cudnn.allow_tf32 = recipe.precision != "float32"
-    torch.backends.cudnn.benchmark = True  # a GPU tries the algorithms that it has for a convolution
+    torch.backends.cudnn.benchmark = True  # benchmarks the algorithms of each convolution
     resumed = run.checkpoint_file.exists()
     classifier = build(recipe.blank if resumed else recipe, len(dataset.classes))
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
@@ -143,13 +149,13 @@ def train(
         state = run.load(dataset.fingerprint)
         classifier.load_state_dict(state["classifier"])
         load_state(optimizer, state["optimizer"])
-        if state["scaler"]:  # empty after epochs in another precision, on another machine
+        if state["scaler"]:  # empty if the epochs ran in another precision, on another machine
             scaler.load_state_dict(state["scaler"])
         finished = state["epoch"]
     elif recipe.predecessor:
         warm_start.load(classifier, recipe, _needed(store, recipe.weights), dataset)
     average = WeightAverage(classifier, recipe.average_decay) if recipe.average_decay else None
-    if average and resumed:  # the checkpoint's classifier holds the mean
+    if average and resumed:  # the checkpoint's classifier holds the averaged weights
         classifier.load_state_dict(state["trained"])
     run.forget_after(finished)
 
@@ -169,13 +175,13 @@ def train(
             taught = yield from recorded(teaching, run)
 
     def teacher_logits(inputs: Tensor, rows: Tensor) -> Tensor:
-        """The teacher's answers to a batch, float [B, classes]; [B, 0] without a teacher."""
+        """Return the teacher's logits for a batch, float [B, classes], or [B, 0] without a teacher."""
         if teacher is not None:
             return teacher(inputs)
         return labels.new_empty(len(rows), 0, dtype=torch.float32) if taught is None else taught[rows]
 
     def objective(logits: Tensor, rows: Tensor, answers: Tensor) -> Tensor:
-        """The loss against the labels of these images and, where there is one, their teacher's answers."""
+        """Compute the loss against the labels and, if there is a teacher, against its logits."""
         loss = F.cross_entropy(logits, labels[rows], label_smoothing=recipe.label_smoothing)
         if not recipe.teachers:
             return loss
@@ -195,23 +201,26 @@ def train(
                 evaluation=features.evaluation,
                 inputs=lambda batch: batch.to(device).float(),
             )
-        del features  # their memory is free again once their stage is over
+        del features  # otherwise this name would keep their memory after the stage ends
 
     loss_sum, hits = torch.zeros(2, device=device)
 
     def learn(inputs: Tensor, rows: Tensor, answers: Tensor, *combination: Tensor) -> None:
-        """One step on a batch, or on a combination with the partners and share given; adds to loss_sum and hits."""
+        """Train one step on a batch and add to loss_sum and hits.
+
+        For mixup and cutmix, `combination` holds the partners int64 [B] and the share of the batch itself, 0-1.
+        """
         with autocast():
             logits = source.head(inputs)
             loss = objective(logits, rows, answers)
             if combination:
                 partners, share = combination
-                # A teacher of augmented views has answered for the combination itself.
+                # A teacher with teacher_view=augmented saw the combined images, so its logits hold for both terms.
                 theirs = answers if teacher is not None else answers[partners]
                 loss = torch.lerp(objective(logits, rows[partners], theirs), loss, share)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        with autocast():  # for Muon's products of matrices
+        with autocast():  # Muon's matrix products run in half precision too
             scaler.step(optimizer)
         scaler.update()
         if average:
@@ -219,7 +228,7 @@ def train(
         loss_sum.add_(loss.detach() * len(rows))
         hits.add_((logits.detach().argmax(1) == labels[rows]).sum())
 
-    # What a scaler does next depends on what has come out, which only the processor can look at.
+    # A gradient scaler reads back on the host whether gradients overflowed, which a CUDA graph cannot record.
     records = device.type == "cuda" and not scaler.is_enabled()
     train_on = Recorded(learn) if records else learn
     for epoch in range(finished + 1, recipe.total_epochs + 1):
@@ -227,7 +236,7 @@ def train(
             network.set_trainable(recipe.trainable_in(epoch))
             source = finetuning
             train_on = Recorded(learn) if records else learn
-        if epoch == recipe.eval_mode_after + 1:  # a recorded step stays in the mode in which it was recorded
+        if epoch == recipe.eval_mode_after + 1:  # a CUDA graph keeps the training or evaluation mode of its recording
             train_on = Recorded(learn) if records else learn
         started = ticked = time.perf_counter()
         seed = recipe.seed * 10_000 + epoch
@@ -251,7 +260,7 @@ def train(
             seen += len(rows)
             now = time.perf_counter()
             if step == steps or now - ticked > TICK_S:
-                mean_loss = loss_sum.item() / seen  # waits for a GPU to have done what it was told
+                mean_loss = loss_sum.item() / seen  # synchronizes with the GPU
                 now = ticked = time.perf_counter()
                 if not math.isfinite(mean_loss):
                     raise TrainingError(_non_finite(epoch, step, rate, epoch - 1))
@@ -291,7 +300,8 @@ def train(
             seconds=seconds,
             remaining_s=seconds * (recipe.total_epochs - epoch),
         )
-        # Recorded before it is saved: a crash in between repeats the epoch and its line is forgotten on resume.
+        # Metrics are recorded before the checkpoint is saved. After a crash in between, the resumed run drops the line
+        # and repeats the epoch.
         run.record(asdict(outcome))
         run.save(
             {
@@ -314,7 +324,7 @@ def _needed(store: Store | None, versions: str) -> Store:
 
 
 def recorded(preparing: Generator[Preparation, None, Prepared], run: Run) -> Generator[Preparation, None, Prepared]:
-    """The same, each step noted in the run's metrics."""
+    """Pass the progress of a preparation on, and record each report in the run's metrics."""
     while True:
         try:
             progress = next(preparing)
@@ -326,22 +336,22 @@ def recorded(preparing: Generator[Preparation, None, Prepared], run: Run) -> Gen
 
 
 def splits(recipe: Recipe, dataset: Dataset) -> tuple[Split, str, Split]:
-    """What a recipe trains on, and the name and images of what every epoch is evaluated on."""
+    """Return the training split, and the name and the images of the split evaluated after every epoch."""
     train, name, evaluation = dataset.train, "test", dataset.test
     if recipe.validation_images:
         name, (train, evaluation) = "validation", hold_out(dataset.train, recipe.validation_images)
-    if len(train) % recipe.batch_size == 1:  # one image alone in the last batch could not be normalised
+    if len(train) % recipe.batch_size == 1:  # batch normalization fails on a last batch of one image
         train = train[: len(train) - 1]
     return train, name, evaluation
 
 
 def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
-    """uint8 images [N, 32, 32, 3] and int64 labels [N] as tensors on the device."""
+    """Return uint8 images [N, 32, 32, 3] and int64 labels [N] as tensors on the device."""
     return torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels).to(device)
 
 
 def learning_rate(recipe: Recipe, progress: float) -> float:
-    """The learning rate after `progress` epochs (a fraction within an epoch) of a run."""
+    """Return the learning rate after `progress` epochs of a run; fractions count parts of an epoch."""
     if progress < recipe.epochs:
         peak, elapsed, epochs = recipe.learning_rate, progress, recipe.epochs
     else:
@@ -359,8 +369,8 @@ def learning_rate(recipe: Recipe, progress: float) -> float:
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory that this process has held so far: of the machine, and of the GPU if it trains there."""
-    kibibyte = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in
+    """Describe the peak memory of this process in GiB, and its peak GPU memory if `device` is a GPU."""
+    kibibyte = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
     text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte / 2**30:.2f} GiB"
     if device.type == "cuda":
         text += f", {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"

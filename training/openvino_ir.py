@@ -1,7 +1,8 @@
-"""The forms of an exported model that OpenVINO computes on a CPU: as it is, or quantised to int8.
+"""This module runs exported models on a CPU with OpenVINO, in floating point or quantized to int8.
 
-In: `model.pt`, and for int8 a few hundred training images.  Out: `int8.xml` and `int8.bin` beside it, and `Compiled`
-networks, uint8 [N, 3, 32, 32] in, float32 logits [N, classes] out.
+Input: `model.pt`, and for int8 a few hundred training images.
+Output: `int8.xml` and `int8.bin` beside it, and `Compiled` networks that map uint8 images [N, 3, 32, 32] to float32
+logits [N, classes].
 """
 
 import logging
@@ -20,17 +21,17 @@ from torch import Tensor
 from training import torchscript
 
 INT8 = "int8.xml"
-"""The quantised form; its weights are in a `.bin` file of the same name."""
+"""File name of the quantized model. Its weights are in a `.bin` file of the same name."""
 
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would report to its maker
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # disables telemetry to Intel
 
 
 class Compiled:
-    """A network in the precision in which this processor is fastest. Called by one thread at a time.
+    """A network compiled for this CPU, in its fastest precision by default. It is not thread-safe.
 
     Args:
-        file: an exported `model.pt`, which is converted, or an `int8.xml`.
-        precision: f32 or another of OpenVINO's, instead of the fastest.
+        file: An exported `model.pt`, which is converted, or an `int8.xml`.
+        precision: An OpenVINO precision such as f32, instead of the fastest.
     """
 
     def __init__(self, file: Path, precision: str | None = None):
@@ -40,7 +41,7 @@ class Compiled:
         hints = {"PERFORMANCE_HINT": "LATENCY"} | ({"INFERENCE_PRECISION_HINT": precision} if precision else {})
         compiled = Core().compile_model(network, "CPU", hints)
         self.precision: str = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        """Of what is not quantised: f32, bf16 or f16."""
+        """Precision of the layers that are not quantized: f32, bf16 or f16."""
         self._request = compiled.create_infer_request()
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -48,20 +49,20 @@ class Compiled:
         return logits
 
     def on_tensors(self, images: Tensor) -> Tensor:
-        """The same, as `evaluate.predict` calls a model."""
+        """Compute logits with tensors on the CPU instead of arrays, as `evaluate.predict` requires."""
         return torch.from_numpy(self(np.ascontiguousarray(images.numpy())))
 
 
 def quantise(model: Path, images: Tensor, in_float: Collection[int] = ()) -> Path:
-    """Quantise weights and activations to int8 after training (Jacob et al. 2018, arXiv:1712.05877), with NNCF.
+    """Quantize weights and activations to int8 after training (Jacob et al. 2018, arXiv:1712.05877), with NNCF.
 
     Args:
-        model: an exported `model.pt`; the quantised form is written beside it.
-        images: uint8 [N, 32, 32, 3], training images that show which values activations take.
-        in_float: convolutions that stay in floating point, counted from 0 at the input.
+        model: An exported `model.pt`. The quantized model is written beside it.
+        images: uint8 [N, 32, 32, 3], training images for calibrating the ranges of activations.
+        in_float: Indices of convolutions that stay in floating point, counted from 0 at the input.
 
     Returns:
-        The written `int8.xml`.
+        The path of the written `int8.xml`.
     """
     import nncf
     import openvino
@@ -72,7 +73,7 @@ def quantise(model: Path, images: Tensor, in_float: Collection[int] = ()) -> Pat
     spared = [convolutions[position].get_friendly_name() for position in in_float]
     samples = list(images.permute(0, 3, 1, 2).contiguous().numpy()[:, None])
     nncf.set_log_level(logging.ERROR)
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # it draws progress bars
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # NNCF prints progress bars
         network = nncf.quantize(
             network,
             nncf.Dataset(samples),
@@ -89,7 +90,7 @@ def quantise(model: Path, images: Tensor, in_float: Collection[int] = ()) -> Pat
 
 
 def remove(file: Path) -> None:
-    """Delete a quantised form."""
+    """Delete the two files of a quantized model."""
     file.unlink()
     file.with_suffix(".bin").unlink()
 

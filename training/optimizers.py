@@ -1,7 +1,7 @@
-"""Makes a recipe's optimizer, and holds the one that PyTorch does not have for convolutions.
+"""`make_optimizer` makes the optimizer of a recipe: Adam, SGD or Muon.
 
-PyTorch's own Muon takes matrices only; this one takes convolution filters as the matrices they are. It reaches the
-accuracy of SGD in fewer epochs, at a few percent of a step's time; docs/results.md has the comparison.
+PyTorch's own Muon supports matrices only. The `Muon` of this module treats convolution filters as matrices. It reaches
+the accuracy of SGD in fewer epochs, and adds a few percent to the time of a step; docs/results.md has the comparison.
 """
 
 import math
@@ -14,20 +14,21 @@ from torch import Tensor, nn
 
 from training.recipes import Recipe
 
-# Quintic iteration that brings singular values near 1 (Jordan et al. 2024); three iterations instead of their five
-# leave the smallest ones smaller.
+# The quintic Newton-Schulz iteration brings singular values near 1 (Jordan et al. 2024). Three iterations instead of
+# their five leave the smallest singular values smaller.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 3
-# What is no filter trains by SGD at a multiple of the recipe's learning rate.
+# Parameters other than filters train by SGD, at this multiple of the recipe's learning rate.
 _OTHERS_RATE = 5.0
 _OTHERS_WEIGHT_DECAY = 5e-4
 
 
 def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over all parameters: those of frozen stages get no gradient and stay as they are.
+    """Make the optimizer of a recipe over all parameters of a module.
 
-    Every parameter group has a `rate_scale`, by which the schedule's learning rate is multiplied. On a GPU the rate is
-    a tensor there, so that a recorded step (`cuda_graph`) reads what `set_learning_rate` has written.
+    Parameters of frozen stages get no gradient, so the optimizer does not change them. Every parameter group has a
+    `rate_scale` that multiplies the schedule's learning rate. On a GPU the learning rate is a tensor in GPU memory, so
+    that a recorded step (`cuda_graph`) reads the value from `set_learning_rate`.
     """
     parameters = list(module.parameters())
     on_gpu = parameters[0].is_cuda
@@ -62,7 +63,7 @@ def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Apply the schedule's learning rate to every group."""
+    """Apply the schedule's learning rate to every parameter group, in place."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate * group["rate_scale"])
@@ -71,13 +72,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Take over what an optimizer has learnt, on whatever device that was; its settings are those of this device."""
+    """Load the saved state of an optimizer from any device, but keep the parameter-group settings of this device."""
     optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
     _begin_momenta(optimizer)
 
 
 def _begin_momenta(optimizer: torch.optim.Optimizer) -> None:
-    """PyTorch's fused SGD cannot begin with the gradients of some stages and go on with those of all."""
+    """Initialize the momentum buffers of fused SGD for all parameters.
+
+    Fused SGD fails if some stages get their first gradient later than others.
+    """
     for group in optimizer.param_groups:
         if group.get("fused") and group.get("nesterov"):
             for parameter in group["params"]:
@@ -85,15 +89,17 @@ def _begin_momenta(optimizer: torch.optim.Optimizer) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of equal length in every direction: the momentum of each filter matrix is made orthogonal first.
+    """The Muon optimizer, which orthogonalizes the momentum of each filter matrix before the step.
 
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, with decoupled weight decay. Nesterov momentum.
+    Steps therefore have equal length in every direction. The method is that of Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon/, with decoupled weight decay and Nesterov momentum.
 
     Args:
-        filters: convolution weights [O, I, H, W], taken as matrices [O, I*H*W].
-        others: everything else (first convolution, normalisation, biases, classifier): trained by SGD.
-        lr: of the filters; a multiple of it for the others.
-        weight_decay: of the filters, decoupled.
+        filters: Convolution weights [O, I, H, W], treated as matrices [O, I*H*W].
+        others: All other parameters (first convolution, normalization, biases, classifier), trained by SGD.
+        lr: Learning rate of the filters. The other parameters use `_OTHERS_RATE` times this rate.
+        momentum: Momentum coefficient of all parameters.
+        weight_decay: Decoupled weight decay of the filters.
     """
 
     def __init__(
@@ -129,7 +135,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _nesterov(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Gradients plus the momentum that already contains them."""
+        """Update the momenta and return the Nesterov steps: gradient plus `momentum` times the updated momentum."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
@@ -140,9 +146,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal_steps(updates: list[Tensor]) -> list[Tensor]:
-    """Filters [O, I, H, W] as matrices [O, H*W*I] made orthogonal, all of a shape at once; longer ones if O is larger.
+    """Orthogonalize updates of filters [O, I, H, W] as matrices [O, H*W*I], in one batch per shape.
 
-    Channels are last, as they lie in memory; the order of a matrix's columns makes no difference.
+    A step is scaled by the square root of O / (H*W*I) if that is greater than 1. Input channels are the last factor of
+    the columns, as in memory; the order of columns does not affect the result.
     """
     steps = list(updates)
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
@@ -158,11 +165,12 @@ def _orthogonal_steps(updates: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices [N, R, C] with the same singular vectors and singular values of the order of 1, but for the smallest.
+    """Orthogonalize matrices [N, R, C]: keep the singular vectors and bring the singular values to the order of 1.
 
-    Each iteration multiplies X by Q = aI + bG + cG^2, where G = XX^T. Q commutes with G, so G becomes QGQ, and X need
-    not be known until the end: only two products have the matrices' longer side, instead of two in each iteration.
-    Half precision, as in autocast, is enough: Jordan et al. use it.
+    The smallest singular values remain smaller. Each iteration multiplies X by Q = aI + bG + cG^2, where G = XX^T.
+    Q commutes with G, so G becomes QGQ, and X is needed only at the end. Only two products then involve the longer side
+    of the matrices, instead of two in each iteration. Half precision, as in autocast, is sufficient: Jordan et al. use
+    it.
     """
     a, b, c = _COEFFICIENTS
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT

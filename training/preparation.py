@@ -1,4 +1,4 @@
-"""Progress of what a run computes once, before its first epoch."""
+"""This module reports the progress of computations that a run does once, before its first epoch."""
 
 import time
 from dataclasses import dataclass
@@ -8,27 +8,28 @@ from training.run import TICK_S
 
 @dataclass(frozen=True)
 class Preparation:
-    """How far it has come; the first report comes before anything is computed."""
+    """A progress report of a preparation. The first report precedes any computation."""
 
     message: str
-    """What it is, and for a file how large it is and where it lies, or why there is none."""
+    """Description of the computation. For a file it gives the size and path, or the reason why there is none."""
     done: int
-    """Images seen so far; where mirrored ones are computed apart, they count as further images."""
+    """Images processed so far. Mirrored images that are computed separately count as further images."""
     images: int
+    """Images to process in total."""
     images_per_s: float = 0.0
     remaining_s: float = 0.0
-    """Estimate for the rest of this, not of the run."""
+    """Estimated seconds until the end of the preparation, not of the run."""
     epoch: int = 0
-    """Before the first one."""
+    """Always 0: a preparation runs before the first epoch."""
     event: str = "preparation"
 
 
 class Pace:
-    """Reports progress every few seconds, and at the end.
+    """A progress counter that reports every `TICK_S` seconds and at the end.
 
     Args:
-        message: of the reports.
-        images: that are to be seen.
+        message: Message of the reports.
+        images: Number of images to process.
     """
 
     def __init__(self, message: str, images: int):
@@ -38,7 +39,7 @@ class Pace:
         self._started = self._ticked = time.perf_counter()
 
     def advance(self, images: int) -> Preparation | None:
-        """Count further images as seen; a report if it is time for one."""
+        """Count further images as processed. Return a report if one is due, otherwise None."""
         self.done += images
         now = time.perf_counter()
         if self.done < self.images and now - self._ticked <= TICK_S:

@@ -1,4 +1,4 @@
-"""Shows a training run: a live bar and a table row per epoch on a terminal, plain lines elsewhere."""
+"""This module shows the progress of a training run: a live bar and a line per epoch on a terminal, else plain lines."""
 
 from collections.abc import Iterable
 from datetime import timedelta
@@ -11,7 +11,7 @@ from training.preparation import Preparation
 
 
 def show(events: Iterable[Event], console: Console) -> None:
-    """Consume a run's events, that is: run it, and print them as they come."""
+    """Print a run's events as they arrive. Consuming the events is what drives the training."""
     if not console.is_terminal:
         for event in events:
             print(_line(event), flush=True)

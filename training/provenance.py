@@ -1,4 +1,4 @@
-"""Where and with what a run was trained, for its model card."""
+"""This module records the device, library versions and commit of a training run for its model card."""
 
 import importlib.metadata
 import platform
@@ -13,7 +13,7 @@ LIBRARIES = ("torch", "torchvision", "numpy", "openvino", "nncf")
 
 
 def provenance() -> dict[str, Any]:
-    """Of what this process trains: the fields device, libraries and commit of `store.ModelCard`."""
+    """Return the fields device, libraries and commit of `store.ModelCard` for this process."""
     libraries = {library: _version(library) for library in LIBRARIES}
     return {
         "device": device_name(),
@@ -23,7 +23,10 @@ def provenance() -> dict[str, Any]:
 
 
 def _version(library: str) -> str | None:
-    """None where it is not installed: OpenVINO is for processors, and only needed to serve."""
+    """Return the version of a library, or None if it is not installed.
+
+    OpenVINO may be missing, because it runs on CPUs only and training works without it.
+    """
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(library)
     return None
@@ -37,7 +40,7 @@ def device_name() -> str:
 
 
 def commit() -> str | None:
-    """The checked-out commit, with "-dirty" if files differ from it; None where this file is not of a checkout."""
+    """Return the checked-out commit, with "-dirty" if files differ from it, or None outside a git checkout."""
     file = Path(__file__)
     try:
         for command in (

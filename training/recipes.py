@@ -1,7 +1,7 @@
-"""Recipes: everything that decides a training run, as one frozen, validated value.
+"""A recipe holds all hyperparameters of a training run in one frozen, validated value.
 
-In: a recipe's name and overrides (`field=value` from the command line, JSON from the service).
-Out: a `Recipe`, or `RecipeError` saying which field is wrong and what it accepts.
+Input: the name of a recipe and overrides (`field=value` from the command line, JSON from the service).
+Output: a `Recipe`, or a `RecipeError` that names the wrong field and its accepted values.
 """
 
 import re
@@ -17,12 +17,12 @@ Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4", "fc"]
 ALL_STAGES: tuple[Stage, ...] = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
 MAX_TEACHERS = 8
 _VERSION = r"[a-z0-9][a-z0-9_-]{0,63}/[1-9][0-9]{0,8}"
-_VERSION_LENGTH = 64 + 1 + 9  # characters, at most
+_VERSION_LENGTH = 64 + 1 + 9  # maximum, in characters
 _MAX_PATH = 4096  # characters
 
 
 class RecipeError(ValueError):
-    """An unknown recipe or field, or an impossible value."""
+    """The recipe or field is unknown, or a value is invalid."""
 
 
 def _split_commas(value: Any) -> Any:
@@ -33,109 +33,113 @@ Stages = Annotated[tuple[Stage, ...], Field(max_length=len(ALL_STAGES)), BeforeV
 
 
 class Recipe(BaseModel):
-    """Everything that decides a run. Two runs of equal recipes on one machine's CPU give equal weights."""
+    """All hyperparameters of a run. Two runs with equal recipes on the CPU of one machine give equal weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     name: str = Field(max_length=64)
-    """The recipe this one was made from."""
+    """Name of the built-in recipe that this one is based on."""
     network: Literal["shared-resnet", "resnet", "resnet18"]
-    """Written by hand, the units of a block sharing their weights or each with its own; or torchvision's ResNet-18."""
+    """Architecture. In shared-resnet all residual units of a block share their weights. In resnet each unit has its own
+    weights. resnet18 is torchvision's ResNet-18."""
 
     epochs: int = Field(ge=1, le=10_000)
-    """Passes over the training images; of the first stage, where there is a second."""
+    """Passes over the training images, without those of the second stage (finetune_epochs)."""
     batch_size: int = Field(ge=2, le=8192)
-    """Images of a step."""
+    """Images per training step."""
     optimizer: Literal["adam", "sgd", "muon"] = "sgd"
-    """Adam (Kingma & Ba 2014) with decoupled decay, SGD with Nesterov momentum, or Muon (Jordan et al. 2024)."""
+    """Adam (Kingma & Ba 2014) with decoupled weight decay, SGD with Nesterov momentum, or Muon (Jordan et al. 2024)."""
     learning_rate: float = Field(gt=0, le=100)
-    """Peak of the schedule."""
+    """Peak learning rate of the schedule."""
     schedule: Literal["constant", "step", "cosine", "one-cycle"] = "one-cycle"
-    """Learning rate over the run: constant; divided by 10, 20 and 50 after 10, 15 and 25 epochs; cosine to zero; linear
-    rise, then linear fall (Smith 2017)."""
+    """Learning rate over the run. constant keeps it. step divides it by 10, 20 and 50 after 10, 15 and 25 epochs.
+    cosine anneals it to zero. one-cycle raises it linearly, then lowers it linearly (Smith 2017)."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Share of the last step's direction in the next one's (sgd, muon)."""
+    """Momentum coefficient (sgd, muon)."""
     weight_decay: float = Field(default=0.0, ge=0, lt=1)
-    """Shrinks the weights in every step: by itself (adam; the filters with muon, which gives all others 5e-4), or as a
-    part of the gradient (sgd)."""
+    """Weight decay. It is decoupled from the gradient with adam, and added to the gradient with sgd. With muon it is
+    decoupled and applies to the convolution filters; all other parameters have 5e-4, added to the gradient."""
     average_decay: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the old mean in an exponential moving mean of the weights, which is what is evaluated and published; 0:
-    the weights themselves."""
+    """Decay of the exponential moving average of the weights: the share of the old average in the new one. The run
+    evaluates and publishes the averaged weights. 0 turns averaging off."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of a label's probability that is spread over all classes (Szegedy et al. 2016)."""
+    """Share of the label's probability that is spread over all classes (Szegedy et al. 2016)."""
     teacher: str = Field(
         default="none",
         max_length=MAX_TEACHERS * (_VERSION_LENGTH + 1),
         pattern=rf"^(none|{_VERSION}(,{_VERSION}){{0,{MAX_TEACHERS - 1}}})$",
     )
-    """Published versions whose answers on the training images are learnt too, at most eight, such as
-    resnet18/1,resnet18/2; or none."""
+    """Published versions for knowledge distillation, at most eight, such as resnet18/1,resnet18/2; or none. Their mean
+    logits on the training images are targets beside the labels."""
     teacher_weight: float = Field(default=0.9, gt=0, le=1)
-    """Share of the teacher's answers in the loss; the labels have the rest."""
+    """Weight of the distillation loss. The loss against the labels has the rest."""
     teacher_temperature: float = Field(default=4.0, gt=0, le=100)
-    """Softens both sides' answers before they are compared (Hinton et al. 2015)."""
+    """Temperature that divides the logits of teacher and student in the distillation loss (Hinton et al. 2015)."""
     teacher_view: Literal["original", "augmented"] = "original"
-    """Images that the teacher answers for: each training image once, as it is and mirrored; or in every step the very
-    batch that is trained on, shifted and combined (Beyer et al. 2021), which costs the teacher's time in every step."""
+    """Images on which the teacher runs. With original it sees each training image once, unchanged and mirrored, before
+    training. With augmented it sees the shifted and combined batch of every step (Beyer et al. 2021), so every step
+    costs a forward pass of the teacher."""
 
     flip: bool = True
-    """Mirror each training image with probability one half."""
+    """Mirror each training image horizontally with probability 0.5."""
     flip_alternates: bool = False
-    """Mirror a random half of the images in odd epochs and the other half in even ones, instead of drawing anew in
+    """Mirror a random half of the images in odd epochs and the other half in even epochs, instead of a new draw in
     every epoch (Jordan 2024)."""
     crop_padding: int = Field(default=0, ge=0, le=16)
-    """Shift each training image by up to this many pixels."""
+    """Maximum random shift of each training image, in pixels per axis."""
     crop_fill: Literal["reflection", "zeros"] = "reflection"
-    """Fill the border of a shifted image with its reflection or with black, as torchvision's RandomCrop does."""
+    """Border of a shifted image: its reflection, or zeros (black) as in torchvision's RandomCrop."""
     mixup: float = Field(default=0.0, ge=0, le=10)
-    """Blend each batch with itself in another order, by a share drawn from Beta(mixup, mixup) (Zhang et al. 2018).
-    Where stages are frozen, it is what they make of the images that is blended (Verma et al. 2019)."""
+    """Blend each batch with a permutation of itself, by a share drawn from Beta(mixup, mixup) (Zhang et al. 2018). If
+    stages are frozen, their features are blended instead of the images (Verma et al. 2019). 0 turns mixup off."""
     cutmix: float = Field(default=0.0, ge=0, le=10)
-    """Give each image, or what frozen stages make of it, a rectangle of another one, of a share drawn likewise (Yun et
-    al. 2019)."""
+    """Replace a rectangle of each image by that of another image. Its share of the area is drawn from
+    Beta(cutmix, cutmix) (Yun et al. 2019). If stages are frozen, it applies to their features. 0 turns cutmix off."""
 
     # Multiples of 8 only: oneDNN's AVX2 convolutions crash on other channel counts in channels-last (torch 2.14.1).
     width: int = Field(default=32, ge=8, le=256, multiple_of=8)
     """Channels of the first block (shared-resnet, resnet)."""
     normalization: Literal["dataset", "half"] = "dataset"
-    """Mean and deviation of the pixels: those of the training images, or 0.5 and 0.5 (shared-resnet, resnet)."""
+    """Mean and standard deviation that normalize the pixels: those of the training images, or 0.5 and 0.5
+    (shared-resnet, resnet)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """After the stem (shared-resnet, resnet)."""
+    """Dropout probability after the stem (shared-resnet, resnet)."""
     batch_norm_statistics: Literal["per-use", "shared"] = "per-use"
-    """Running statistics of the shared batch normalisation (shared-resnet)."""
+    """Running statistics of the shared batch normalization: one set per use of a layer, or one for all uses
+    (shared-resnet)."""
     shortcuts: Literal["random", "identity"] = "random"
-    """Initial weights of the 1x1 convolutions that all units of a block but the first have as shortcut
+    """Initial weights of the 1x1 convolutions that are the shortcuts of all units of a block except the first
     (shared-resnet)."""
     eval_mode_after: int = Field(default=0, ge=0, le=10_000)
-    """From the end of this epoch on, train in evaluation mode: with frozen running statistics and without dropout; 0:
-    never."""
+    """Last epoch in training mode. Later epochs train in evaluation mode, with frozen running statistics and without
+    dropout. 0 keeps training mode throughout."""
 
     image_size: int = Field(default=32, ge=32, le=512)
-    """Images are upsampled to this side (resnet18)."""
+    """Side in pixels to which the images are upsampled (resnet18)."""
     weights: str = Field(default="none", min_length=1, max_length=_MAX_PATH)
-    """Where training starts: "none", a published version such as resnet/3, or for resnet18 also "imagenet" or the path
-    of a state-dict file."""
+    """Initial weights: "none" (random), a published version such as resnet/3, or for resnet18 also "imagenet" or the
+    path of a state-dict file."""
     trainable: Stages = ALL_STAGES
-    """Stages that train (resnet18)."""
+    """Stages that train; the others are frozen (resnet18)."""
     reinitialise: Stages = ()
     """Stages that start from random weights instead of the pretrained ones (resnet18)."""
     cache_features: bool = True
-    """Compute what the frozen stages make of every image once instead of in every epoch (resnet18)."""
+    """Compute the features of the frozen stages once instead of in every epoch (resnet18)."""
     finetune_epochs: int = Field(default=0, ge=0, le=10_000)
-    """A second stage of this many further epochs, in which every stage trains (resnet18)."""
+    """Epochs of a second training stage, in which all stages of the network train (resnet18)."""
     finetune_learning_rate: float = Field(default=1e-4, gt=0, le=100)
-    """Peak of the schedule of the second stage (resnet18)."""
+    """Peak learning rate of the second training stage (resnet18)."""
     finetune_crop_padding: int = Field(default=0, ge=0, le=16)
-    """As crop_padding, in the second stage, which needs no features (resnet18)."""
+    """Like crop_padding, for the second training stage, which uses no cached features (resnet18)."""
 
     validation_images: int = Field(default=0, ge=0, le=25_000)
     """Training images held out for validation and calibration."""
     int8: bool = True
-    """Publish a quantised form as well, if it is as accurate."""
+    """Publish an int8-quantized form as well, if its accuracy drops by at most 0.3 percentage points."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the activations; auto takes bfloat16 or float16 where the machine computes faster in it."""
+    """Data type of the activations. auto selects bfloat16 or float16 if the machine is faster in it."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Of everything random."""
+    """Seed of all random generators."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -168,45 +172,45 @@ class Recipe(BaseModel):
         return self
 
     def _differs(self, field: str) -> bool:
-        """Whether a field has another value than its default."""
+        """Return whether a field differs from its default."""
         return bool(getattr(self, field) != Recipe.model_fields[field].default)
 
     @property
     def model(self) -> str:
-        """The name under which the store keeps what this recipe trains."""
+        """The name of the trained model in the store."""
         return "resnet18" if self.network == "resnet18" else "resnet"
 
     @property
     def blank(self) -> Self:
-        """The same from random weights: for a network whose every weight a checkpoint will overwrite."""
+        """A copy that starts from random weights, for networks whose weights a checkpoint overwrites."""
         return self.model_copy(update={"weights": "none", "reinitialise": ()})
 
     @property
     def predecessor(self) -> str | None:
-        """The published version whose weights training starts from, if there is one."""
+        """The published version that provides the initial weights, or None."""
         return self.weights if re.fullmatch(_VERSION, self.weights) else None
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The published versions that are learnt from."""
+        """The published versions that teach in knowledge distillation."""
         return () if self.teacher == "none" else tuple(self.teacher.split(","))
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The published versions that training needs: its teachers and where it starts."""
+        """The published versions that training needs: the teachers and the predecessor."""
         return self.teachers + ((self.predecessor,) if self.predecessor else ())
 
     @property
     def combines(self) -> bool:
-        """Whether images are trained on in combination with others."""
+        """True if mixup or cutmix combines the images."""
         return self.mixup > 0 or self.cutmix > 0
 
     def trainable_in(self, epoch: int) -> tuple[Stage, ...]:
-        """The stages that train in an epoch, counted from 1: in the second stage of training all."""
+        """Return the stages that train in an epoch (counted from 1); in the second training stage all train."""
         return ALL_STAGES if epoch > self.epochs else self.trainable
 
     def trains_in_evaluation_mode(self, epoch: int) -> bool:
-        """Whether an epoch, counted from 1, trains with frozen running statistics and without dropout."""
+        """Return whether an epoch (counted from 1) trains with frozen running statistics and without dropout."""
         return 0 < self.eval_mode_after < epoch
 
     @property
@@ -214,16 +218,16 @@ class Recipe(BaseModel):
         return self.epochs + self.finetune_epochs
 
     def require_fit(self, predecessor: Mapping[str, Any]) -> None:
-        """Refuse to start from the weights of another network, or of one that sees other pixel values.
+        """Check that the weights of a predecessor fit this recipe's network and normalization.
 
         Args:
-            predecessor: recipe of the version that training is to start from.
+            predecessor: Recipe of the version that provides the initial weights.
 
         Raises:
-            RecipeError: they differ in what decides on the weights' names and shapes.
+            RecipeError: The recipes differ in network, width, batch_norm_statistics or normalization.
         """
         for field in ("network", "width", "batch_norm_statistics", "normalization"):
-            # Cards of earlier releases lack newer fields, whose defaults are what those releases did.
+            # Cards of earlier releases lack newer fields. The defaults of these fields match the earlier behavior.
             has, wanted = predecessor.get(field, Recipe.model_fields[field].default), getattr(self, field)
             if has != wanted:
                 raise RecipeError(f"{self.weights} has {field}={has}, which does not fit {field}={wanted}")
@@ -247,9 +251,9 @@ _APPLIES_TO = {
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        # Part 1 as its author's script runs it; published: above 64 % after 15 epochs. The report does not say that the
-        # script evaluates every fifth epoch and never switches back to training mode: from epoch 6 on the network
-        # trains with frozen running statistics, one set for all uses of a layer, and without dropout.
+        # Part 1 as in its author's script. The published accuracy is above 64 % after 15 epochs. The script evaluates
+        # every fifth epoch and never switches back to training mode, which the report does not mention. From epoch 6
+        # on, the network trains without dropout and with frozen running statistics, one set for all uses of a layer.
         Recipe(
             name="resnet-seed",
             network="shared-resnet",
@@ -275,8 +279,8 @@ RECIPES: dict[str, Recipe] = {
             crop_padding=4,
             validation_images=1000,
         ),
-        # Part 2 as its author ran it; published: above 76 % after 15 epochs. The learning rate, which is not published,
-        # was chosen on images held out: docs/results.md.
+        # Part 2 as its author ran it. The published accuracy is above 76 % after 15 epochs. The learning rate is not
+        # published; it was chosen on held-out images (docs/results.md).
         Recipe(
             name="resnet18-seed",
             network="resnet18",
@@ -310,10 +314,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The named recipe with some fields replaced; string values are parsed.
+    """Return the named recipe with some fields replaced; string values are parsed.
 
     Raises:
-        RecipeError: no such recipe or field, a value out of range, or values that contradict each other.
+        RecipeError: The recipe or a field does not exist, a value is out of range, or values contradict each other.
     """
     if name not in RECIPES:
         raise RecipeError(f"there is no recipe {quote(name)}; choose one of {', '.join(RECIPES)}")
@@ -321,7 +325,7 @@ def recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
 
 
 def replace(base: Recipe, overrides: dict[str, Any]) -> Recipe:
-    """`base` with some fields replaced; errors as for `recipe`."""
+    """Return `base` with some fields replaced. Raises the errors of `recipe`."""
     known = [field for field in Recipe.model_fields if field != "name"]
     for field in overrides:
         if field not in known:
@@ -332,15 +336,15 @@ def replace(base: Recipe, overrides: dict[str, Any]) -> Recipe:
 
 
 def as_text(value: Any) -> str:
-    """A field's value as the command line takes it."""
+    """Format a field's value in the syntax of the command line."""
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
-    """A recipe from all its fields, as `model_dump` gives them or JSON holds them.
+    """Build a recipe from all its fields, given as by `model_dump` or as parsed JSON.
 
     Raises:
-        RecipeError: a field is unknown, missing or impossible.
+        RecipeError: A field is unknown, missing or invalid.
     """
     try:
         return Recipe.model_validate(values)

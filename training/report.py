@@ -1,7 +1,9 @@
-"""Pictures of a run, and its curves for TensorBoard.
+"""The report draws figures of a run and writes its curves for TensorBoard.
 
-In: a run folder and the logits of its exported model on the test set.  Out: PNG files in RUN/pictures, TensorBoard
-events in RUN/tensorboard. The sheet of mistakes shows images of the data set; the other pictures only measures.
+Input: a run folder and the logits of its exported model on the test set.
+Output: PNG files in RUN/pictures and TensorBoard events in RUN/tensorboard.
+
+The sheet of mistakes shows images of the data set. The other figures show measures only.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,8 +26,10 @@ MISTAKES = (4, 8)  # rows and columns of the sheet
 
 
 def log_scalars(events: Iterable[Event], folder: Path) -> Iterator[Event]:
-    """Pass a run's events on, writing the measures of every epoch as TensorBoard scalars; epochs that are measured
-    again after a crash replace the earlier ones."""
+    """Pass a run's events on, and write the measures of every epoch as TensorBoard scalars.
+
+    An epoch that is measured again after a crash replaces its earlier scalars and those of later epochs.
+    """
     from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
     writer = None
@@ -46,13 +50,13 @@ def log_scalars(events: Iterable[Event], folder: Path) -> Iterator[Event]:
 
 
 def draw(run: Run, dataset: Dataset) -> list[Path]:
-    """Draw all pictures of a published run.
+    """Draw all figures of a published run.
 
     Returns:
-        The files: curves, superclasses, reliability, classes, mistakes.
+        The PNG files: curves, superclasses, reliability, classes, mistakes.
 
     Raises:
-        RunError: the run has not been exported yet.
+        RunError: The run has not been exported yet.
     """
     logits, temperature = run.test_logits()
     labels = torch.from_numpy(dataset.test.labels)
@@ -73,7 +77,7 @@ def draw(run: Run, dataset: Dataset) -> list[Path]:
 
 
 def curves(run: Run) -> Figure:
-    """Loss and top-1 accuracy of every epoch, on what was trained on and on what was evaluated."""
+    """Plot loss and top-1 accuracy of every epoch, on the training split and on the evaluated split."""
     epochs = run.epochs()
     figure = Figure((9, 3.6), layout="constrained")
     numbers = [epoch["epoch"] for epoch in epochs]
@@ -88,7 +92,7 @@ def curves(run: Run) -> Figure:
 
 
 def superclass_confusion(logits: Tensor, labels: Tensor, superclasses: tuple[str, ...]) -> Figure:
-    """How often an image of one superclass (row) is taken for another (column), in % of the row."""
+    """Plot the confusion matrix of the superclasses (rows: true, columns: predicted), in % of the row."""
     names = sorted(set(superclasses))
     group = torch.tensor([names.index(superclass) for superclass in superclasses])
     pairs = group[labels] * len(names) + group[logits.argmax(1)]
@@ -110,7 +114,7 @@ def superclass_confusion(logits: Tensor, labels: Tensor, superclasses: tuple[str
 
 
 def reliability(logits: Tensor, labels: Tensor, temperature: float) -> Figure:
-    """Accuracy against confidence, before and after calibration (Guo et al. 2017, arXiv:1706.04599)."""
+    """Plot accuracy against confidence, before and after calibration (Guo et al. 2017, arXiv:1706.04599)."""
     figure = Figure((8, 3.9), layout="constrained")
     variants = (("uncalibrated", logits * temperature), (f"temperature {temperature:.2f}", logits))
     for axes, (title, values) in zip(figure.subplots(1, 2, sharey=True), variants, strict=True):
@@ -124,7 +128,7 @@ def reliability(logits: Tensor, labels: Tensor, temperature: float) -> Figure:
 
 
 def class_accuracy(logits: Tensor, labels: Tensor, dataset: Dataset) -> Figure:
-    """Top-1 accuracy of every class, from the best to the worst."""
+    """Plot the top-1 accuracy of every class, from the best to the worst."""
     shares = np.array(evaluate(logits, labels).per_class)
     order = np.argsort(-shares, kind="stable")
     figure = Figure((9, 9), layout="constrained")
@@ -139,7 +143,7 @@ def class_accuracy(logits: Tensor, labels: Tensor, dataset: Dataset) -> Figure:
 
 
 def mistakes(logits: Tensor, labels: Tensor, dataset: Dataset) -> Figure:
-    """The wrong answers given with the highest confidence."""
+    """Show the wrong predictions with the highest confidence, with their images."""
     confidence, predicted = logits.softmax(1).max(1)
     confidence[predicted == labels] = 0
     rows, columns = MISTAKES

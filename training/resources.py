@@ -1,8 +1,10 @@
-"""The machine of a training run: its device, the memory and disk that a recipe needs, and what the machine has left.
+"""This module estimates the memory and disk that a recipe needs, and compares them with the machine's free resources.
 
-In: a recipe.  Out: estimates in bytes, and `require`, which refuses a run that does not fit. The estimates are upper
-bounds, 1.1 to 1.7 times the measured peaks for batches of 100 to 800 images, widths of 32 to 128 and images of 64 to
-224 pixels; `tests/training/test_resources.py` repeats the smallest ones.
+Input: a recipe and a device.
+Output: estimates in bytes, and `require`, which refuses a run that does not fit.
+
+The estimates are upper bounds: 1.1 to 1.7 times the measured peaks for batches of 100 to 800 images, widths of 32 to
+128 and images of 64 to 224 pixels. `tests/training/test_resources.py` repeats the smallest measurements.
 """
 
 import os
@@ -19,18 +21,18 @@ from training.recipes import ALL_STAGES, Recipe, RecipeError, Stage
 
 MIB = 1 << 20
 SPARE_BYTES = 1 << 30
-"""These stay free on the disk of the cached features."""
+"""Bytes that stay free on the disk of the cached features."""
 _PROCESS = {"cpu": 1100 * MIB, "cuda": 1500 * MIB}
-"""Libraries and what quantization takes; on a GPU its context and the workspaces of cuDNN."""
-_DATA_COPIES = 4  # of the images of the data set: as read, as split, and what is evaluated
+"""Memory of the libraries and of quantization; on a GPU, of its context and the workspaces of cuDNN."""
+_DATA_COPIES = 4  # copies of the data set's images: as read, as split, and as evaluated
 _IMAGE_BYTES = 32 * 32 * 3
-_COPIES = 6  # of the parameters: weights, gradients, two of the optimizer, and a checkpoint on its way to the disk
-_TRANSIENT = 1.25  # gradients of activations and workspaces, as a factor of the activations that are kept
-_FORWARD = 4  # the largest activations that are alive at once where nothing is kept for gradients
+_COPIES = 6  # copies of the parameters: weights, gradients, optimizer state (2 copies), and a checkpoint being written
+_TRANSIENT = 1.25  # factor on the kept activations, for their gradients and workspaces
+_FORWARD = 4  # number of largest activations alive at once in a forward pass without gradients
 
 
 def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """The dtype of the activations; "auto" takes a half precision only where the device computes faster in it."""
+    """Return the dtype of the activations. "auto" selects a half precision only if the device is faster in it."""
     if recipe.precision != "auto":
         dtype: torch.dtype = getattr(torch, recipe.precision)
         return dtype
@@ -44,19 +46,19 @@ def default_device() -> torch.device:
 
 
 def features_folder() -> Path:
-    """The folder of cached features: the environment variable CIFAR100_FEATURES, or one below the home folder."""
+    """Return the folder of cached features: $CIFAR100_FEATURES, or ~/.cache/cifar100/features."""
     return Path(os.environ.get("CIFAR100_FEATURES", "~/.cache/cifar100/features")).expanduser()
 
 
 def training_bytes(recipe: Recipe, device: torch.device, images: int) -> int:
-    """Memory that a training run takes at most, in bytes: of the GPU where it trains on one.
+    """Estimate an upper bound for the memory of a training run, in bytes: GPU memory if `device` is a GPU.
 
     Args:
-        images: of the training split; no batch has more.
+        images: Number of images in the training split, an upper bound for the batch size.
     """
     half = 2 if precision(recipe, device) is not torch.float32 else 4
     batch = min(recipe.batch_size, images)
-    shown = BATCH_SIZES[device.type]  # images computed together where nothing is learnt
+    shown = BATCH_SIZES[device.type]  # batch size without gradients
     if recipe.network == "resnet18":
         parameters = 11_700_000
         pixels = recipe.image_size**2
@@ -66,7 +68,7 @@ def training_bytes(recipe: Recipe, device: torch.device, images: int) -> int:
         computes_frozen = "stem" not in recipe.trainable and not _caches(recipe)
     else:
         parameters = 3_600_000 * recipe.width**2 // 32**2
-        # Tensors of the size of the first block's output, 4 for each unit: convolutions and what ReLU makes of them.
+        # Each unit keeps 4 tensors of the size of the first block's output: the outputs of convolutions and of ReLU.
         largest = 1024 * recipe.width * half
         kept = 23 * largest
         computes_frozen = False
@@ -77,13 +79,13 @@ def training_bytes(recipe: Recipe, device: torch.device, images: int) -> int:
 
 
 def _kept(stage: Stage, half: int) -> float:
-    """Bytes per pixel of the upsampled image that a stage of ResNet-18 keeps for its gradients.
+    """Return the bytes that a stage of ResNet-18 keeps for its gradients, per pixel of the upsampled image.
 
     Args:
-        half: bytes of an activation.
+        half: Bytes per activation, 2 or 4.
     """
     match stage:
-        case "stem":  # the image in float32, two tensors before and two after pooling, and the pool's int64 indices
+        case "stem":  # the image in float32, two tensors before and two after pooling, and int64 indices of pooling
             return 6 * 4 + (32 + 4) * half + 4 * 8
         case "layer1":
             return 32 * half
@@ -98,17 +100,17 @@ def _kept(stage: Stage, half: int) -> float:
 
 
 def _caches(recipe: Recipe) -> bool:
-    """Whether a run computes the features of its frozen stages once and keeps them."""
+    """Return whether a run computes the features of its frozen stages once and caches them."""
     frozen = recipe.network == "resnet18" and "stem" not in recipe.trainable
     return frozen and recipe.cache_features and not recipe.crop_padding
 
 
 def feature_bytes(recipe: Recipe, train: int, evaluation: int) -> int:
-    """Size of the cached features of a run, in bytes; 0 where it caches none.
+    """Return the size of a run's cached features in bytes; 0 if it caches none.
 
     Args:
-        train: images that it trains on.
-        evaluation: images that it evaluates after every epoch.
+        train: Number of training images.
+        evaluation: Number of images evaluated after every epoch.
     """
     if not _caches(recipe):
         return 0
@@ -119,7 +121,10 @@ def feature_bytes(recipe: Recipe, train: int, evaluation: int) -> int:
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that a new process can have, by the machine and by the control groups of this one; None if unknown."""
+    """Return the bytes available to a new process, or None if unknown.
+
+    The limits are the machine's available memory and the control groups of this process.
+    """
     try:
         lines = (proc / "meminfo").read_text().splitlines()
         rooms = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
@@ -145,7 +150,7 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 
 
 def resident_memory(process: int, proc: Path = Path("/proc")) -> int:
-    """Bytes of memory that only this process holds; 0 where that cannot be read."""
+    """Return the anonymous resident memory (RssAnon) of a process in bytes; 0 if it cannot be read."""
     try:
         lines = (proc / str(process) / "status").read_text().splitlines()
     except OSError:
@@ -154,11 +159,14 @@ def resident_memory(process: int, proc: Path = Path("/proc")) -> int:
 
 
 def _room(group: Path, limit: str, usage: str, cache: str) -> int | None:
-    """Bytes left below the limit of a control group. Cached files count as room, as the kernel drops them."""
+    """Return the bytes left below the limit of a control group, or None without a limit.
+
+    Inactive file cache counts as free, because the kernel drops it under memory pressure.
+    """
     try:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return int((group / limit).read_text()) - int((group / usage).read_text()) + int(stat.get(cache, 0))
-    except (OSError, ValueError):  # no such group, or "max": without a limit
+    except (OSError, ValueError):  # no such group, or the limit is "max"
         return None
 
 
@@ -166,13 +174,13 @@ def require(recipe: Recipe, device: torch.device, train: int, evaluation: int, f
     """Refuse a run that does not fit into the machine.
 
     Args:
-        device: that it would train on.
-        train: images of the training split.
-        evaluation: images that it evaluates after every epoch.
-        freed: bytes of memory that will be free when it starts.
+        device: The device of the run.
+        train: Number of training images.
+        evaluation: Number of images evaluated after every epoch.
+        freed: Bytes of memory that will be released before the run starts.
 
     Raises:
-        RecipeError: it needs more memory than there is, or more disk for its features.
+        RecipeError: The run needs more memory than is available, or more disk space for its cached features.
     """
     needed = training_bytes(recipe, device, train)
     gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
@@ -198,7 +206,7 @@ def require(recipe: Recipe, device: torch.device, train: int, evaluation: int, f
 
 
 def _features_room(folder: Path) -> int:
-    """Bytes that a run may write into the folder of features. A run deletes the features of earlier ones."""
+    """Return the bytes that a run may write into the features folder, where it first deletes earlier features."""
     replaced = sum(file.stat().st_size for file in folder.glob("*.float16")) if folder.is_dir() else 0
     existing = next(each for each in (folder, *folder.parents) if each.exists())
     return shutil.disk_usage(existing).free + replaced - SPARE_BYTES

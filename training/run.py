@@ -1,7 +1,10 @@
-"""A training run's folder: recipe.json, metrics.jsonl, checkpoint.pt, teacher_logits.pt, test_logits.pt,
-published.json, and `stop` where it is not to go on.
+"""`Run` reads and writes the folder of a training run.
 
-In: a recipe and, epoch by epoch, metrics and training state.  Out: the same, read back to resume, watch or export.
+The folder holds recipe.json, metrics.jsonl, checkpoint.pt, teacher_logits.pt, test_logits.pt, published.json, and
+`stop` if the run must end.
+
+Input: a recipe and, for every epoch, metrics and training state.
+Output: the same data, read back to resume, watch or export the run.
 """
 
 import fcntl
@@ -24,35 +27,35 @@ from training.store import Evaluation, sync
 
 State = dict[str, Any]
 Parsed = TypeVar("Parsed")
-TICK_S = 5.0  # between two lines of metrics within an epoch
-START_S = 60.0  # a process that has inherited its lock writes its number sooner, once it has loaded its libraries
+TICK_S = 5.0  # seconds between two lines of metrics within an epoch
+START_S = 60.0  # upper bound for a child with an inherited lock to load its libraries and write its pid
 
 
 class Publication(BaseModel):
-    """What became of a run's export."""
+    """The result of exporting a run."""
 
     model: str
     version: int
     live: bool
-    """Whether the new version was made live."""
+    """True if the new version was made live."""
     test: Evaluation
     epoch: int | None = None
-    """Of the checkpoint that was exported; earlier releases do not tell."""
+    """Epoch of the exported checkpoint; None in files of earlier releases."""
 
 
 class RunError(ValueError):
-    """A run folder that cannot be used as asked."""
+    """The run folder cannot be used for the requested operation."""
 
 
 class RunBusy(RunError):
-    """Another process is working in the run folder."""
+    """Another process holds the lock of the run folder."""
 
 
 class Run:
-    """One run's folder.
+    """The folder of one run.
 
     Args:
-        path: the folder; `create` makes it.
+        path: The folder. `create` makes it.
     """
 
     def __init__(self, path: Path):
@@ -69,14 +72,14 @@ class Run:
 
     @contextmanager
     def lock(self, inherited: int | None = None) -> Iterator[None]:
-        """Keep other processes out of the folder; the operating system releases it however this process ends.
+        """Lock the folder against other processes. The operating system releases the lock when this process ends.
 
         Args:
-            inherited: descriptor of the lock file, where the parent process has locked it: see `lock_for_child`.
+            inherited: Descriptor of a lock file that the parent process has locked, see `lock_for_child`.
 
         Raises:
-            RunBusy: another process holds it.
-            RunError: there is no such folder, or the descriptor is that of another file.
+            RunBusy: Another process holds the lock.
+            RunError: The folder does not exist, or the descriptor belongs to another file.
         """
         if not self.path.is_dir():
             raise RunError(f"there is no run in {self.path}")
@@ -90,19 +93,19 @@ class Run:
     def lock_for_child(self) -> Iterator[TextIO]:
         """Lock the folder for a child process, which inherits the lock with the descriptor of the file.
 
-        A flock(2) belongs to the open file, so it lasts until the child ends as well. The caller passes the descriptor
-        to the child and writes the child's number by `write_pid`.
+        A flock(2) belongs to the open file description, so it lasts until the child ends as well. The caller passes the
+        descriptor to the child and writes the child's pid with `write_pid`.
 
         Yields:
-            The lock file, empty.
+            The empty lock file.
 
         Raises:
-            RunBusy: another process holds it.
+            RunBusy: Another process holds the lock.
         """
         with self.lock_file.open("a+") as file:
             if not _acquire(file):
                 raise RunBusy(f"process {_read_pid(file) or '(unknown)'} is working in {self.path}")
-            file.truncate(0)  # the number of an earlier holder must not be taken for the child's
+            file.truncate(0)  # an earlier holder's pid must not be mistaken for the child's
             yield file
 
     def _inherited_lock(self, descriptor: int) -> TextIO:
@@ -110,17 +113,17 @@ class Run:
             file = os.fdopen(descriptor, "a+")
         except OSError as error:
             raise RunError(f"the inherited descriptor {descriptor} cannot be used: {error.strerror}") from error
-        os.set_inheritable(descriptor, False)  # processes that this one starts must not keep the lock
+        os.set_inheritable(descriptor, False)  # child processes of this one must not inherit the lock
         if not (self.lock_file.exists() and os.path.samestat(os.fstat(descriptor), self.lock_file.stat())):
             file.close()
             raise RunError(f"the inherited descriptor {descriptor} is not that of {self.lock_file}")
         return file
 
     def holder(self, wait_s: float = START_S) -> int | None:
-        """The process that holds the lock, if one does.
+        """Return the pid of the process that holds the lock, or None.
 
         Args:
-            wait_s: time for a holder that is just starting to write its number; without one it counts as none.
+            wait_s: Seconds to wait for a starting holder to write its pid. A holder without a pid counts as none.
         """
         latest = time.monotonic() + wait_s
         with suppress(FileNotFoundError), self.lock_file.open() as file:
@@ -132,15 +135,18 @@ class Run:
         return None
 
     def ask_to_stop(self) -> None:
-        """Have whatever process works in the folder, now or later, end of its own accord: nobody else may see to it."""
+        """Create the stop file, which makes a process that trains in the folder, now or later, end itself.
+
+        This works without a supervisor that could send the process a signal.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self.stop_file.touch()
 
     def create(self, recipe: Recipe) -> None:
-        """Start an empty run.
+        """Create the folder and write the recipe.
 
         Raises:
-            RunError: the folder holds a run already.
+            RunError: The folder already holds a run.
         """
         if self.recipe_file.exists():
             raise RunError(f"{self.path} holds a run already; give --resume to go on with it, or another folder")
@@ -148,26 +154,26 @@ class Run:
         _write_durably(self.recipe_file, recipe.model_dump_json(indent=2).encode())
 
     def discard(self) -> None:
-        """Free the folder for another run, unless an epoch is finished."""
+        """Delete the recipe so that the folder is free for another run, unless a checkpoint exists."""
         if not self.checkpoint_file.exists():
             self.recipe_file.unlink(missing_ok=True)
 
     def recipe(self) -> Recipe:
-        """The recipe the run was started with.
+        """Read the recipe of the run.
 
         Raises:
-            RunError: there is no run in this folder, or its recipe is damaged.
-            RecipeError: it is one that this release does not know.
+            RunError: There is no run in this folder, or its recipe is damaged.
+            RecipeError: This release does not support the recipe.
         """
         if not self.recipe_file.exists():
             raise RunError(f"there is no run in {self.path}")
         return from_dict(_read(self.recipe_file, json.loads))
 
     def extend(self, epochs: int) -> Recipe:
-        """Give a run more epochs whose learning rate does not depend on their number.
+        """Raise the number of epochs of a run whose learning rates do not depend on that number.
 
         Raises:
-            RunError: the recipe's schedule depends on the number of epochs, or they are fewer than before.
+            RunError: The recipe's schedule depends on the number of epochs, or `epochs` is less than before.
         """
         recipe = self.recipe()
         if recipe.schedule not in {"constant", "step"} or recipe.finetune_epochs:
@@ -179,7 +185,7 @@ class Run:
         return recipe
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Append one line of metrics; that of an epoch is on the disk when this returns."""
+        """Append one line of metrics. The line of an epoch is flushed to disk with fsync."""
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
             file.flush()
@@ -187,23 +193,23 @@ class Run:
                 os.fsync(file.fileno())
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """All lines of metrics, oldest first."""
+        """Iterate over all lines of metrics, oldest first."""
         return (metrics for _, metrics in self.numbered_metrics())
 
     def numbered_metrics(self, after: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-        """All lines of metrics whose number, counted from 1, is greater than `after`: number and metrics."""
+        """Iterate over (number, metrics) of the lines whose number, counted from 1, is greater than `after`."""
         if self.metrics_file.exists():
             with self.metrics_file.open() as file:
                 for number, line in islice(enumerate(file, start=1), after, None):
-                    with suppress(json.JSONDecodeError):  # forgotten, or what a crash or a full disk has left of it
+                    with suppress(json.JSONDecodeError):  # blanked by forget_after, or cut off by a crash or full disk
                         yield number, json.loads(line)
 
     def epochs(self) -> list[dict[str, Any]]:
-        """The metrics of every finished epoch."""
+        """List the metrics of every finished epoch."""
         return [metrics for metrics in self.metrics() if metrics["event"] == "epoch"]
 
     def forget_after(self, epoch: int) -> None:
-        """Drop the metrics of epochs later than `epoch`, which a resumed run will measure again; numbers stay taken."""
+        """Blank the metrics of epochs after `epoch`, which a resumed run measures again. Line numbers do not change."""
         lines = dict[int, str]()
         for number, metrics in self.numbered_metrics():
             lines[number] = json.dumps(metrics) if metrics["epoch"] <= epoch else ""
@@ -211,22 +217,22 @@ class Run:
         _write_durably(self.metrics_file, content.encode())
 
     def save(self, state: State) -> None:
-        """Replace the checkpoint atomically: a crash leaves the previous one or this one, whole.
+        """Replace the checkpoint atomically: after a crash, either the previous or the new one is complete.
 
-        What was published of an earlier one is not what the run has come to any more.
+        The records of an earlier publication are deleted, because they refer to an earlier checkpoint.
         """
         self.announcement_file.unlink(missing_ok=True)
         self.publication_file.unlink(missing_ok=True)
         _write_durably(self.checkpoint_file, _serialised(state))
 
     def load(self, fingerprint: str | None = None) -> State:
-        """The last checkpoint, on the CPU.
+        """Load the last checkpoint onto the CPU.
 
         Args:
-            fingerprint: of the data set at hand, to make sure that it is the one the run was trained on.
+            fingerprint: Expected fingerprint of the run's data set; None skips the check.
 
         Raises:
-            RunError: no epoch has been finished yet, the checkpoint is damaged, or the run was trained on other data.
+            RunError: No epoch is finished, the checkpoint is damaged, or the run was trained on other data.
         """
         if not self.checkpoint_file.exists():
             raise RunError(f"{self.path} has no checkpoint: no epoch has been finished yet")
@@ -239,11 +245,11 @@ class Run:
         return state
 
     def save_teacher_logits(self, logits: Tensor, teacher: str, fingerprint: str) -> None:
-        """Keep what a teacher makes of the training images of a data set: float [N, classes]."""
+        """Save a teacher's logits on the training images of a data set, float [N, classes]."""
         _write_durably(self.teacher_file, _serialised({"logits": logits, "teacher": teacher, "data": fingerprint}))
 
     def teacher_logits(self, teacher: str, fingerprint: str) -> Tensor | None:
-        """What this teacher makes of the training images of this data set, or None before it was asked."""
+        """Return the saved logits of this teacher for this data set, float [N, classes], or None."""
         if not self.teacher_file.exists():
             return None
         saved = _read(self.teacher_file, _deserialised)
@@ -253,14 +259,14 @@ class Run:
         return logits
 
     def save_test_logits(self, logits: Tensor, temperature: float) -> None:
-        """Keep what the exported model makes of the test set: calibrated logits, float32 [N, classes]."""
+        """Save the exported model's calibrated logits on the test set, float32 [N, classes]."""
         _write_durably(self.logits_file, _serialised({"logits": logits, "temperature": temperature}))
 
     def test_logits(self) -> tuple[Tensor, float]:
-        """Calibrated logits of the test set, and the temperature in them.
+        """Return the calibrated logits of the test set, float32 [N, classes], and the temperature that divided them.
 
         Raises:
-            RunError: the run has not been exported yet.
+            RunError: The run has not been exported yet.
         """
         if not self.logits_file.exists():
             raise RunError(f"{self.path} has not been exported yet; python -m training export {self.path} does it")
@@ -268,26 +274,26 @@ class Run:
         return saved["logits"], saved["temperature"]
 
     def announce_publication(self, sha256: str) -> None:
-        """Note the checksum of the file that is about to be published, to find it in the store after a crash."""
+        """Record the checksum of the file to be published, so that it can be found in the store after a crash."""
         _write_durably(self.announcement_file, sha256.encode())
 
     def announced_publication(self) -> str | None:
-        """The checksum of a file whose publication was begun but not recorded."""
+        """Return the checksum of a file whose publication began but was not recorded, or None."""
         return self.announcement_file.read_text().strip() if self.announcement_file.exists() else None
 
     def record_publication(self, publication: Publication) -> None:
-        """Note which version of which model the run has become."""
+        """Record the model and version under which the run was published."""
         _write_durably(self.publication_file, publication.model_dump_json(indent=1).encode())
         self.announcement_file.unlink(missing_ok=True)
 
     def publication(self) -> Publication | None:
-        """What the run has become in the model store, or None so far."""
+        """Return the publication of the last checkpoint, or None before it was published."""
         if not self.publication_file.exists():
             return None
         return _read(self.publication_file, Publication.model_validate_json)
 
     def outcome(self) -> Publication | None:
-        """What the run has become with all its epochs, or None so far."""
+        """Return the publication of the finished run, or None if epochs or the publication are missing."""
         published = self.publication()
         if published and (published.epoch or len(self.epochs())) == self.recipe().total_epochs:
             return published
@@ -295,7 +301,13 @@ class Run:
 
 
 def _acquire(file: TextIO) -> bool:
-    """Lock a file, if no other process holds it; who only looks whether one does holds it for a moment."""
+    """Try to lock a file.
+
+    It tries five times, because `_is_locked` in another process holds the lock for a moment.
+
+    Returns:
+        False if another process holds the lock.
+    """
     for _ in range(5):
         with suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -314,24 +326,24 @@ def _is_locked(file: TextIO) -> bool:
 
 
 def write_pid(file: TextIO, pid: int) -> None:
-    """Write the number of the process that holds a lock into its file."""
+    """Write the pid of the process that holds a lock into the lock file."""
     file.truncate(0)
     file.write(f"{pid}\n")
     file.flush()
 
 
 def _read_pid(file: TextIO) -> int | None:
-    """The number that its holder has written, or None so far."""
+    """Read the pid of the lock's holder, or None before it was written."""
     file.seek(0)
     text = file.read().strip()
     return int(text) if text.isdecimal() else None
 
 
 def _read(path: Path, parse: Callable[[bytes], Parsed]) -> Parsed:
-    """What is in a file.
+    """Read and parse a file.
 
     Raises:
-        RunError: the file is damaged.
+        RunError: The file is damaged.
     """
     content = path.read_bytes()
     try:
@@ -345,14 +357,14 @@ def _deserialised(content: bytes) -> Any:
 
 
 def _serialised(value: Any) -> memoryview:
-    """By way of memory: PyTorch may end the process if it cannot write to a file."""
+    """Serialize in memory, because PyTorch may abort the process if it cannot write to a file."""
     content = io.BytesIO()
     torch.save(value, content)
     return content.getbuffer()
 
 
 def _write_durably(path: Path, content: bytes | memoryview) -> None:
-    """Atomically, and on the disk when this returns."""
+    """Write a file atomically and flush it to disk."""
     partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as file:
@@ -360,7 +372,7 @@ def _write_durably(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError:
-        partial.unlink(missing_ok=True)  # what remains of a full disk is needed to say so
+        partial.unlink(missing_ok=True)  # the error report needs space on a full disk
         raise
     partial.replace(path)
     sync(path.parent)

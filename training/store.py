@@ -1,11 +1,11 @@
-"""The model store: versioned, immutable model folders and a live pointer for each model.
+"""The model store keeps versioned, immutable model folders and a live pointer for each model.
 
-    models/<name>/<version>/card.json   what the model is, how it was made, how good it is
-    models/<name>/<version>/model.pt    TorchScript; further files may stand beside it
+    models/<name>/<version>/card.json   model card: recipe, provenance and measures
+    models/<name>/<version>/model.pt    TorchScript model; further files may accompany it
     models/<name>/live                  the number of the version that is served
 
-`training` publishes, `app` reads. A version appears by renaming a finished folder and the pointer changes by renaming
-a finished file, so a crash at any point leaves a readable store with the old version live.
+`training` publishes versions and `app` reads them. A version appears by renaming a finished folder, and the pointer
+changes by renaming a finished file. A crash at any point leaves a readable store with the old version live.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
 class StoreError(ValueError):
-    """A model or version that does not exist or is damaged."""
+    """The model or version does not exist, is damaged, or cannot be used."""
 
 
 class Evaluation(BaseModel):
@@ -51,22 +51,23 @@ class Evaluation(BaseModel):
     ece: Rate
     """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, arXiv:1706.04599)."""
     per_class: list[Rate]
-    """Top-1 of each class; 0 where the split has no image of it."""
+    """Top-1 accuracy of each class; 0 for a class without images in the split."""
 
 
 class Quantised(BaseModel):
-    """What quantisation to int8 costs."""
+    """The accuracy cost of quantization to int8."""
 
     accepted: bool
-    """Whether its files stand beside the exported one."""
+    """True if the quantized files are published beside the exported one."""
     images: int
-    """It was judged on: held out from training or, where the recipe holds none out, seen in training."""
+    """Number of images in the comparison. They are held out from training, or training images if the recipe holds none
+    out."""
     lost_top1: float
-    """Accuracy on these images before minus after, 0-1."""
+    """Top-1 accuracy on these images before quantization minus after, as a fraction; negative if it rises."""
     float_first_layer: bool = False
-    """Whether the first layer stays in floating point, as int8 throughout lost too much."""
+    """True if the first layer stays in floating point, because int8 in all layers lost too much accuracy."""
     test: Evaluation | None
-    """The quantised form on the full test set, if it was accepted."""
+    """Measures of the quantized model on the full test set, if it was accepted."""
 
 
 class EpochSummary(BaseModel):
@@ -83,7 +84,7 @@ class EpochSummary(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """All that is known of one version of a model."""
+    """The metadata of one version of a model."""
 
     name: str
     version: int
@@ -91,27 +92,27 @@ class ModelCard(BaseModel):
     recipe: dict[str, Any]
     classes: list[str]
     superclasses: list[str]
-    """Of each class, in the order of `classes`."""
+    """Superclass of each class, in the order of `classes`."""
     parameters: int
     seed: int
     data: str
     """Fingerprint of the data set: sha256 over its images, labels and class names."""
     temperature: float
-    """Fitted on validation images; 1 where the recipe holds none out."""
+    """Calibration temperature, fitted on validation images; 1 if the recipe holds none out."""
     test: Evaluation
-    """The exported file on the full test set, calibrated."""
+    """Measures of the exported file on the full test set, with calibrated logits."""
     test_ece_uncalibrated: Rate
     int8: Quantised | None = None
-    """The quantised form, for OpenVINO; versions may have none."""
+    """The quantized model for OpenVINO; None if the version has none."""
     curve: list[EpochSummary]
     training_seconds: float
     device: str
     libraries: dict[str, str]
     commit: str | None
-    """Git commit of the code that trained it, if known."""
+    """Git commit of the code that trained the model, if known."""
     notes: str = ""
     files: dict[str, str]
-    """sha256 of every file beside the card."""
+    """sha256 of every file beside the card, by file name."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -127,7 +128,7 @@ class ModelCard(BaseModel):
 
     @property
     def held_out(self) -> int:
-        """How many training images its recipe kept for validation: they are unknown to it."""
+        """The number of training images that the recipe held out for validation, which the model has never seen."""
         return int(self.recipe.get("validation_images", 0))
 
 
@@ -135,24 +136,28 @@ class Store:
     """A folder of models.
 
     Args:
-        root: the folder; it need not exist before something is published.
+        root: The folder. The first publication creates it.
     """
 
     def __init__(self, root: Path):
         self.root = root
 
     def names(self) -> list[str]:
-        """All models that have at least one version."""
+        """List the models that have at least one version, in alphabetical order."""
         if not self.root.is_dir():
             return []
         return sorted(path.name for path in self.root.iterdir() if _NAME.fullmatch(path.name) and _versions(path))
 
     def versions(self, name: str) -> list[int]:
-        """Versions of a model, oldest first; empty where there is no such model."""
+        """List the versions of a model, oldest first. An unknown model has none."""
         return _versions(self._model(name))
 
     def live(self, name: str) -> int | None:
-        """The version that is served, or None before the first promotion."""
+        """Return the version that is served, or None before the first promotion.
+
+        Raises:
+            StoreError: The name is invalid, or the pointer file is damaged.
+        """
         try:
             return int((self._model(name) / LIVE).read_text())
         except FileNotFoundError:
@@ -161,10 +166,10 @@ class Store:
             raise StoreError(f"{self._model(name) / LIVE} does not hold a version number") from error
 
     def folder(self, name: str, version: int) -> Path:
-        """The folder of a version.
+        """Return the folder of a version.
 
         Raises:
-            StoreError: there is no such version.
+            StoreError: There is no such version.
         """
         path = self._model(name) / str(version)
         if not (path / CARD).is_file():
@@ -172,10 +177,10 @@ class Store:
         return path
 
     def parse(self, text: str) -> tuple[str, int]:
-        """Name and version in a text: NAME/VERSION, or NAME for the live one.
+        """Parse NAME/VERSION, or NAME for the live version, into a name and a version.
 
         Raises:
-            StoreError: it is neither, or the model has no live version.
+            StoreError: The text has neither form, or the model has no live version.
         """
         name, slash, number = text.partition("/")
         if slash and not number.isdecimal():
@@ -188,10 +193,10 @@ class Store:
         return name, version
 
     def card(self, name: str, version: int) -> ModelCard:
-        """The card of a version.
+        """Read the card of a version.
 
         Raises:
-            StoreError: there is no such version, or its card is unreadable.
+            StoreError: There is no such version, or its card is unreadable.
         """
         path = self.folder(name, version) / CARD
         try:
@@ -209,7 +214,7 @@ class Store:
             The version's folder.
 
         Raises:
-            StoreError: a file is missing, its sha256 differs, or there is one too many.
+            StoreError: A file is missing, its sha256 differs, or the folder has a file that the card does not list.
         """
         folder = self.folder(card.name, card.version)
         for file, expected in card.files.items():
@@ -226,19 +231,20 @@ class Store:
         return folder
 
     def learnable(self, version: str, classes: Sequence[str], data: str, validation_images: int) -> Path:
-        """The exported file of a version that a run is to learn from, as a teacher or a start.
+        """Return the exported file of a version that a run uses as teacher or for its initial weights.
 
-        What a version has seen it passes on, so it must not know the images that the run validates on. Held out are
-        always the same images, fewer of them are some of these.
+        A run inherits knowledge of the images that the version was trained on, so these must not include the run's
+        validation images. All recipes hold out the same images: a smaller validation split is a subset of a larger one.
 
         Args:
-            version: such as resnet18/1.
-            classes: of the run's data set.
-            data: its fingerprint.
-            validation_images: that the run holds out.
+            version: The version, such as resnet18/1.
+            classes: Class names of the run's data set.
+            data: Fingerprint of the run's data set.
+            validation_images: Number of images that the run holds out.
 
         Raises:
-            StoreError: there is no such version, it is damaged, has other classes, or knows images that are held out.
+            StoreError: The version does not exist, is damaged, has other classes, or was trained on images that the
+                run holds out.
         """
         card = self.card(*self.parse(version))
         if card.classes != list(classes):
@@ -252,7 +258,7 @@ class Store:
 
     @contextmanager
     def draft(self, name: str) -> Iterator[Path]:
-        """A folder inside the store to prepare a version in; it is gone afterwards unless published."""
+        """Create a folder inside the store to prepare a version in. It is removed afterwards unless published."""
         model = self._model(name)
         model.mkdir(parents=True, exist_ok=True)
         for path in model.glob(".draft-*"):
@@ -268,11 +274,11 @@ class Store:
         """Turn a draft into the next version of its model, atomically.
 
         Args:
-            draft: the folder that `draft` gave, with all files but the card.
-            card: version and files are filled in here.
+            draft: The folder from `draft`, with all files except the card.
+            card: The card without version and files, which this method fills in.
 
         Returns:
-            The card as it was published.
+            The published card.
         """
         model = self._model(card.name)
         files = {path.name: sha256(path) for path in sorted(draft.iterdir()) if path.name != CARD}
@@ -282,14 +288,14 @@ class Store:
             (draft / CARD).write_text(card.model_dump_json(indent=1) + "\n")
             for path in draft.iterdir():
                 sync(path)
-            draft.chmod(0o755)  # mkdtemp makes private folders
+            draft.chmod(0o755)  # mkdtemp creates folders with mode 0o700
             sync(draft)
             try:
                 draft.rename(model / str(version))
             except OSError:
                 if not (model / str(version)).exists():
                     raise
-                continue  # somebody else published this number first
+                continue  # another process published this number first
             sync(model)
             return card
 
@@ -297,15 +303,15 @@ class Store:
         """Make a version live.
 
         Raises:
-            StoreError: there is no such version.
+            StoreError: There is no such version.
         """
         self.folder(name, version)
         with locked(self._model(name)):
-            self.folder(name, version)  # it may have been removed while this waited
+            self.folder(name, version)  # another process may have pruned it before the lock was free
             self._point(name, version)
 
     def _point(self, name: str, version: int) -> None:
-        """Replace the pointer to the live version; to be called by one at a time."""
+        """Replace the pointer to the live version. The caller holds the lock of the model's folder."""
         model = self._model(name)
         partial = model / f".{LIVE}"
         partial.write_text(f"{version}\n")
@@ -314,17 +320,18 @@ class Store:
         sync(model)
 
     def promote_if(self, card: ModelCard, promotion: Promotion) -> bool:
-        """Make a version live if the rule says so.
+        """Make a version live if the promotion rule allows it.
 
         Args:
-            card: the version.
-            promotion: "always", "never", or "if-better": at least as accurate on the test set as the live version.
-                Accuracies on different data cannot be compared, so such a version is not promoted.
+            card: Card of the version.
+            promotion: "always", "never" or "if-better". "if-better" promotes a version whose top-1 accuracy on the test
+                set is at least that of the live version, or the first version. It never promotes a version with
+                another data set than the live one, because their accuracies are not comparable.
 
         Returns:
-            Whether it was made live.
+            True if the version is now live.
         """
-        with locked(self._model(card.name)):  # two that are better than the live version may come at once
+        with locked(self._model(card.name)):  # two processes may each find their version better than the live one
             live = self.live(card.name)
             if promotion == "if-better" and live is not None:
                 current = self.card(card.name, live)
@@ -336,25 +343,28 @@ class Store:
             return better
 
     def find(self, name: str, file_sha256: str) -> ModelCard | None:
-        """The newest version that has a file of this checksum."""
+        """Return the card of the newest version that has a file with this checksum, or None."""
         for version in reversed(self.versions(name)):
             try:
                 card = self.card(name, version)
-            except StoreError:  # damaged; not what is looked for
+            except StoreError:  # a damaged version cannot match
                 continue
             if file_sha256 in card.files.values():
                 return card
         return None
 
     def prune(self, name: str, keep: int, needed: Collection[int] = ()) -> list[int]:
-        """Remove all versions but the newest `keep`; the live one stays whatever its age.
+        """Remove all versions except the newest `keep`. The live version always stays.
 
         Args:
-            keep: at least 1, so that no version number is ever given twice.
-            needed: further versions that stay.
+            keep: Number of versions to keep. It is at least 1, so that no version number is assigned twice.
+            needed: Further versions to keep.
 
         Returns:
-            The versions that are gone.
+            The removed versions.
+
+        Raises:
+            ValueError: `keep` is less than 1.
         """
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one version must stay")
@@ -374,22 +384,22 @@ class Store:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep out other processes and threads that lock a folder as well."""
+    """Hold an exclusive lock on a folder, against other processes and threads that call this function."""
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether a draft is that of a killed process: untouched for a day."""
+    """Return whether a draft belongs to a killed process: it has not changed for a day."""
     try:
         return time.time() - path.stat().st_mtime > _ABANDONED_S
-    except FileNotFoundError:  # its owner has finished it in the meantime
+    except FileNotFoundError:  # its owner has published or removed it
         return False
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """Compute the sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -401,12 +411,12 @@ def _versions(model: Path) -> list[int]:
 
 
 def _numbers(model: Path) -> list[int]:
-    """Version numbers taken, whatever is in their folders."""
+    """List the version numbers in use, including folders without a card."""
     return sorted(int(path.name) for path in model.iterdir() if path.name.isdecimal())
 
 
 def sync(path: Path) -> None:
-    """Have what a file or folder holds on the disk when this returns."""
+    """Flush a file or folder to disk with fsync."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

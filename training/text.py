@@ -1,13 +1,13 @@
-"""Text from outside, such as a name that a client sends, as messages may repeat it: short."""
+"""This module shortens untrusted text, such as a name from a client, so that messages can quote it."""
 
 MAX_QUOTED = 100
 
 
 def shorten(text: str, limit: int) -> str:
-    """A text of at most `limit` characters; a longer one ends with an ellipsis."""
+    """Shorten a text to at most `limit` characters. A shortened text ends with an ellipsis."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def quote(text: str) -> str:
-    """A text in quotes, at most `MAX_QUOTED` characters of it, with escapes for what cannot be printed."""
+    """Quote a text of at most `MAX_QUOTED` characters, and escape its unprintable characters."""
     return repr(shorten(text, MAX_QUOTED))

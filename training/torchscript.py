@@ -1,9 +1,11 @@
-"""The exported form of a classifier: TorchScript, uint8 [N, 3, 32, 32] in, float32 logits [N, classes] out.
+"""This module saves and loads classifiers as TorchScript.
 
-PyTorch has deprecated TorchScript in favour of torch.export. Everything that touches torch.jit is in this module, so
-that a successor replaces these few functions and nothing else.
+An exported classifier maps uint8 images [N, 3, 32, 32] to float32 logits [N, classes].
 
-Run as a program, it computes the logits of a file in a process that knows nothing of the network's definition:
+PyTorch has deprecated TorchScript in favor of torch.export. All uses of torch.jit are in this module, so that a
+successor replaces only these few functions.
+
+Run as a program, it computes the logits of a file in a process without the network's definition:
 `python -m training.torchscript MODEL IMAGES LOGITS`.
 """
 
@@ -26,18 +28,21 @@ TOLERANCE = 1e-3
 
 
 class ExportError(RuntimeError):
-    """The exported file does not compute what the network computes."""
+    """The logits of the exported file differ from those of the network."""
 
 
 class _StoredInHalf(nn.Module):
-    """A parametrisation: a weight that is kept in float16 and computed with in float32."""
+    """A parametrization that stores a weight in float16 and computes with it in float32."""
 
     def forward(self, stored: Tensor) -> Tensor:
         return stored.float()
 
 
 def _matrices(classifier: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Modules and names of the weights that take most of a file; vectors stay in float32."""
+    """List (module, name) of the weights with more than one dimension, which take most of a file.
+
+    Vectors stay in float32.
+    """
     return [
         (module, name)
         for module in classifier.modules()
@@ -47,22 +52,22 @@ def _matrices(classifier: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def round_weights(classifier: nn.Module) -> None:
-    """Round weights, in place, to what an exported file holds: matrices in float16."""
+    """Round the matrix weights in place to float16 values, the precision of an exported file."""
     for module, name in _matrices(classifier):
         weight = module.get_parameter(name)
         weight.data.copy_(weight.data.half())
 
 
 def save(classifier: nn.Module, path: Path) -> None:
-    """Trace a classifier in evaluation mode, and check the written file in a fresh process.
+    """Trace a classifier in evaluation mode, write the file, and check it in a fresh process.
 
     Args:
-        classifier: uint8 [N, 3, 32, 32] to logits [N, classes], on the CPU; see `round_weights`.
-        path: the file to write.
+        classifier: Module from uint8 [N, 3, 32, 32] to logits [N, classes], on the CPU, after `round_weights`.
+        path: File to write.
 
     Raises:
-        OSError: the file cannot be written.
-        ExportError: the reloaded file's logits differ from eager mode's by more than `TOLERANCE`.
+        OSError: The file cannot be written.
+        ExportError: The reloaded file's logits differ from those of eager mode by more than `TOLERANCE`.
     """
     images = example_images(8)
     with torch.inference_mode():
@@ -73,8 +78,8 @@ def save(classifier: nn.Module, path: Path) -> None:
             weight = module.get_parameter(name)
             weight.data = weight.data.half()
             register_parametrization(module, name, _StoredInHalf().eval(), unsafe=True)
-        traced = torch.jit.trace(stored, (images,), check_trace=False)  # checked below, after a reload
-        # By way of memory: PyTorch ends the process if it cannot write to a file.
+        traced = torch.jit.trace(stored, (images,), check_trace=False)  # the reloaded file is checked below
+        # Serialize in memory, because PyTorch aborts the process if it cannot write to a file.
         content = io.BytesIO()
         torch.jit.save(traced, content)
     path.write_bytes(content.getbuffer())
@@ -86,24 +91,24 @@ def save(classifier: nn.Module, path: Path) -> None:
 
 
 def computes_bfloat16() -> bool:
-    """Whether PyTorch is faster in bfloat16 than in float32 on this processor."""
+    """Return whether the processor has bfloat16 instructions, with which PyTorch is faster than in float32."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(instructions) for instructions in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
-    """The classifier in an exported file, in evaluation mode."""
+    """Load the classifier of an exported file onto a device, in evaluation mode."""
     with _deprecation_ignored():
         module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)
         if hasattr(module, "training"):
-            # Weights become float32 for good, and stay as trained (no folding), so the graph computes bit for bit what
-            # eager mode does.
+            # Freezing converts the weights to float32 once. Without folding they keep their trained values, so the
+            # graph's results equal those of eager mode bit for bit.
             module = torch.jit.freeze(module, optimize_numerics=False)
     return module
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict of the classifier in an exported file, in float32; empty if the file holds only its graph."""
+    """Load the state dict of an exported classifier in float32. It is empty if the file holds a graph only."""
     with _deprecation_ignored():
         stored = torch.jit.load(str(path), map_location="cpu").state_dict()
     return {
@@ -113,7 +118,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def example_images(count: int) -> Tensor:
-    """Fixed uint8 images [count, 3, 32, 32] for tracing, parity checks and warm-up: smooth, not white noise."""
+    """Make fixed, smooth random uint8 images [count, 3, 32, 32] for tracing, parity checks and warm-up."""
     random = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, 4, 4, generator=random)
     smooth = nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear", align_corners=False)

@@ -1,6 +1,7 @@
-"""Starting from the weights of a published version: training goes on where another run has ended.
+"""A warm start initializes a network with the weights of a published version.
 
-In: a version in the model store.  Out: its weights in a classifier of the same network, or an error that says why not.
+Input: a version in the model store.
+Output: its weights in a classifier with the same network, or an error that gives the reason why it is impossible.
 """
 
 from training import torchscript
@@ -11,15 +12,17 @@ from training.store import Store, StoreError
 
 
 def load(classifier: Classifier, recipe: Recipe, store: Store, dataset: Dataset) -> None:
-    """Take over the weights of the version that a recipe starts from, all but its calibration temperature.
+    """Load the weights of the recipe's predecessor into a classifier, except the calibration temperature.
 
     Args:
-        classifier: of the recipe; it is changed in place.
-        dataset: that it is trained on.
+        classifier: Classifier of the recipe, changed in place.
+        recipe: A recipe with a predecessor.
+        store: Model store of the predecessor.
+        dataset: Data set of the run.
 
     Raises:
-        StoreError: see `Store.learnable`; or the version has no weights of its own.
-        RecipeError: the version is of another network.
+        StoreError: The version cannot be used (see `Store.learnable`), or it holds a graph without weights.
+        RecipeError: The version has another network or normalization.
     """
     version = recipe.weights
     recipe.require_fit(store.card(*store.parse(version)).recipe)

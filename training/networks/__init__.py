@@ -1,11 +1,11 @@
-"""The networks a recipe can train; `build` makes the one it names."""
+"""This package defines the networks; `build` makes the one that a recipe names."""
 
 from training.networks.classifier import Classifier
 from training.networks.resnet import ResNet, SharedResNet
 from training.networks.transfer import TransferResNet18
 from training.recipes import Recipe
 
-# Per-channel statistics of the training images, pixel values in 0-1.
+# Mean and standard deviation per channel of the training images, for pixel values in 0-1.
 CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
 HALF = (0.5, 0.5, 0.5)
@@ -15,10 +15,12 @@ _NORMALIZATIONS = {"dataset": (CIFAR100_MEAN, CIFAR100_STD), "half": (HALF, HALF
 
 
 def build(recipe: Recipe, classes: int = 100) -> Classifier:
-    """The untrained classifier of a recipe, initialised from the global random generator and pretrained weights.
+    """Build the classifier of a recipe, initialized by the global random generator and from pretrained weights.
+
+    Weights of a predecessor in the model store are not loaded here, see `warm_start.load`.
 
     Raises:
-        WeightsError: the recipe's pretrained weights cannot be used.
+        WeightsError: The recipe's pretrained weights cannot be used.
     """
     match recipe.network:
         case "shared-resnet":

@@ -1,7 +1,10 @@
-"""The whole path from pixels to logits as one module, used for training, evaluation and export alike.
+"""`Classifier` is the whole path from pixels to logits in one module, for training, evaluation and export.
 
-In: uint8 images [N, 3, 32, 32].  Out: float logits [N, 100].  Casting, normalisation, upsampling and the
-calibration temperature live here, so what is served cannot drift from what was trained.
+Input: uint8 images [N, 3, 32, 32].
+Output: float logits [N, 100].
+
+Casting, normalization, upsampling and the calibration temperature are part of the module, so preprocessing cannot
+differ between training and serving.
 """
 
 from collections.abc import Sequence
@@ -12,13 +15,13 @@ from torch.nn import functional as F
 
 
 class Classifier(nn.Module):
-    """A network with its preprocessing in front and its calibration behind.
+    """A network with preprocessing before it and temperature scaling after it.
 
     Args:
-        network: normalised float images [N, 3, S, S] to logits [N, classes].
-        mean: per channel, for pixel values in 0-1.
-        std: per channel, for pixel values in 0-1.
-        image_size: S; the 32x32 images are upsampled to it (bilinear).
+        network: Module from normalized float images [N, 3, S, S] to logits [N, classes].
+        mean: Mean per channel, for pixel values in 0-1.
+        std: Standard deviation per channel, for pixel values in 0-1.
+        image_size: S, the side in pixels to which the 32x32 images are upsampled (bilinear).
     """
 
     mean: Tensor  # [3, 1, 1], in units of 0-255
@@ -34,7 +37,7 @@ class Classifier(nn.Module):
         self.register_buffer("temperature", torch.tensor(1.0))
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 [N, 3, 32, 32] to normalised float [N, 3, image_size, image_size]."""
+        """Convert uint8 [N, 3, 32, 32] to normalized float [N, 3, image_size, image_size]."""
         x = (images.to(self.mean.dtype) - self.mean) / self.std
         if self.image_size != 32:
             size = (self.image_size, self.image_size)

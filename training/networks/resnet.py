@@ -1,12 +1,13 @@
-"""Part 1: the residual network for 32x32 images, in two forms.
+"""Part 1 is a residual network for 32x32 images, in two forms.
 
-Both share one plan: a stem, four blocks (channels 32, 64, 128, 256; strides 1, 2, 2, 2; 2, 4, 4, 2 residual
+Both have the same layout: a stem, four blocks (channels 32, 64, 128, 256; strides 1, 2, 2, 2; 2, 4, 4, 2 residual
 units), max-pooling and a linear layer.
 
-- `SharedResNet` is the network as its author wrote it: all units of a block use the same weights.
+- `SharedResNet` is the author's original network: all units of a block use the same weights.
 - `ResNet` gives every unit its own weights and is a plain residual network (He et al. 2015, arXiv:1512.03385).
 
-In: normalised float images [N, 3, 32, 32].  Out: logits [N, 100].
+Input: normalized float images [N, 3, 32, 32].
+Output: logits [N, 100].
 """
 
 from itertools import pairwise
@@ -25,16 +26,18 @@ Shortcuts = Literal["random", "identity"]
 
 
 class SharedBatchNorm(nn.Module):
-    """One batch normalisation (scale and shift) used at several depths of a network.
+    """A batch normalization (one scale and shift) that is applied at several depths of a network.
 
     Activations differ from depth to depth, so one set of running statistics fits none of them and evaluation mode
-    breaks. `statistics="per-use"` keeps running statistics for every use; the function computed in training mode
-    is the same for both settings.
+    breaks. `statistics="per-use"` keeps separate running statistics for every use. Both settings compute the same
+    function in training mode.
 
     Args:
         channels: C of the activations [N, C, H, W].
-        uses: how often the layer is applied in one forward pass.
-        statistics: "per-use", or "shared" for the literal single set.
+        uses: Number of applications of the layer in one forward pass.
+        statistics: "per-use", or "shared" for a single set as in the author's network.
+        momentum: Weight of the batch statistics in the update of the running statistics.
+        eps: Constant added to the variance.
     """
 
     running_mean: Tensor  # float [sets, C]: one set per use, or one for all
@@ -51,7 +54,7 @@ class SharedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(self.sets, channels))
 
     def forward(self, x: Tensor, use: int) -> Tensor:
-        """Normalise `x` [N, C, H, W] as the `use`-th application of this layer, counted from 0."""
+        """Normalize `x` [N, C, H, W] as the `use`-th application of this layer, counted from 0."""
         row = min(use, self.sets - 1)
         return F.batch_norm(
             x,
@@ -66,11 +69,16 @@ class SharedBatchNorm(nn.Module):
 
 
 class SharedBlock(nn.Module):
-    """Residual units that all use one set of weights.
+    """A block of residual units that all use one set of weights.
 
     Args:
-        shortcuts: initial weights of the shortcut of all units but the first: PyTorch's random ones, or the identity,
-            with which each unit starts by passing its input on.
+        in_channels: Channels of the input.
+        channels: Channels of the output.
+        stride: Stride of the first convolution.
+        units: Number of residual units.
+        statistics: Running statistics, see `SharedBatchNorm`.
+        shortcuts: Initial weights of the shortcut convolution of all units except the first: "random" (PyTorch's
+            default), or "identity", with which each shortcut initially passes its input on.
     """
 
     def __init__(
@@ -88,7 +96,7 @@ class SharedBlock(nn.Module):
         self.conv_init = nn.Conv2d(in_channels, channels, 3, stride, padding=1)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.bn = SharedBatchNorm(channels, 2 * units, statistics)
-        # The author's block owns this layer even where it is not applied (first block); it counts as parameters.
+        # The author's first block has this layer too, although it does not apply it; it counts as parameters.
         self.shortcut_init = nn.Conv2d(in_channels, channels, 1, stride)
         self.shortcut = nn.Conv2d(channels, channels, 1)
         if shortcuts == "identity":
@@ -107,14 +115,14 @@ class SharedBlock(nn.Module):
 
 
 class SharedResNet(nn.Module):
-    """The author's network: 1,340,260 parameters at the default width.
+    """The author's network, with 1,340,260 parameters at the default width.
 
     Args:
-        classes: number of logits.
-        width: channels of the first block; each further block doubles them.
-        dropout: probability of dropping an activation after the stem.
-        statistics: see `SharedBatchNorm`.
-        shortcuts: see `SharedBlock`.
+        classes: Number of logits.
+        width: Channels of the first block. Each further block doubles them.
+        dropout: Dropout probability after the stem.
+        statistics: Running statistics, see `SharedBatchNorm`.
+        shortcuts: Initial weights of shortcuts, see `SharedBlock`.
     """
 
     def __init__(
@@ -145,12 +153,12 @@ class SharedResNet(nn.Module):
 
 
 def _channels(width: int) -> tuple[int, ...]:
-    """Channels before the first block and after each."""
+    """Return the channels before the first block and after each block."""
     return (width, width, 2 * width, 4 * width, 8 * width)
 
 
 class Unit(nn.Module):
-    """One residual unit that owns its weights (He et al. 2015, basic block; its projection is not normalised)."""
+    """A residual unit with its own weights: the basic block of He et al. 2015, with an unnormalized projection."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -170,12 +178,12 @@ class Unit(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The same plan with every unit owning its weights: 3,558,660 parameters at the default width.
+    """The same layout with separate weights in every unit: 3,558,660 parameters at the default width.
 
     Args:
-        classes: number of logits.
-        width: channels of the first block; each further block doubles them.
-        dropout: probability of dropping an activation after the stem.
+        classes: Number of logits.
+        width: Channels of the first block. Each further block doubles them.
+        dropout: Dropout probability after the stem.
     """
 
     def __init__(self, classes: int = 100, width: int = WIDTH, dropout: float = 0.0):

@@ -1,6 +1,7 @@
-"""Part 2: torchvision's ResNet-18, pretrained on ImageNet, with a new fc layer and a choice of what trains.
+"""Part 2 fine-tunes torchvision's ResNet-18, pretrained on ImageNet, with a new fc layer and selectable frozen stages.
 
-In: normalised float images [N, 3, S, S].  Out: logits [N, classes].
+Input: normalized float images [N, 3, S, S].
+Output: logits [N, classes].
 """
 
 from collections.abc import Sequence
@@ -16,20 +17,20 @@ _STAGE_LAYERS = {"stem": ("conv1", "bn1")}
 
 
 class WeightsError(ValueError):
-    """Pretrained weights that cannot be used, with the reason and what to do."""
+    """The pretrained weights cannot be used. The message gives the reason and a remedy."""
 
 
 class TransferResNet18(nn.Module):
-    """ResNet-18 of which only some stages train; the others keep their weights and stay in evaluation mode.
+    """A ResNet-18 with frozen and trainable stages. Frozen stages keep their weights and stay in evaluation mode.
 
     Args:
-        classes: number of logits; fc is always new.
+        classes: Number of logits. The fc layer is always new.
         weights: "none", "imagenet" (torchvision's IMAGENET1K_V1, downloaded) or the path of a state-dict file.
-        trainable: the stages that train, out of `STAGES`.
-        reinitialise: stages that start from random weights instead of the pretrained ones.
+        trainable: Stages that train, a subset of `STAGES`.
+        reinitialise: Stages that start from random weights instead of the pretrained ones.
 
     Raises:
-        WeightsError: see `load_weights`.
+        WeightsError: The pretrained weights cannot be used, see `load_weights`.
     """
 
     def __init__(self, classes: int, weights: str, trainable: Sequence[str], reinitialise: Sequence[str] = ()):
@@ -46,7 +47,7 @@ class TransferResNet18(nn.Module):
         self.set_trainable(trainable)
 
     def set_trainable(self, stages: Sequence[str]) -> None:
-        """Train exactly these stages from now on."""
+        """Make exactly these stages trainable and freeze the others."""
         self.trainable = tuple(stages)
         for stage in STAGES:
             for layer in self.layers(stage):
@@ -62,17 +63,17 @@ class TransferResNet18(nn.Module):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The stages before the first one that trains: what they compute of an image never changes."""
+        """The stages before the first trainable one. Their features of an image never change."""
         return tuple(takewhile(lambda stage: stage not in self.trainable, STAGES))
 
     def features(self, x: Tensor) -> Tensor:
-        """What the frozen stages make of normalised images [N, 3, S, S]: float [N, C, H, W]."""
+        """Compute the features of the frozen stages: normalized images [N, 3, S, S] to float [N, C, H, W]."""
         for stage in self.frozen:
             x = self._compute(stage, x)
         return x
 
     def head(self, features: Tensor) -> Tensor:
-        """Logits [N, classes] of what `features` gave."""
+        """Compute logits [N, classes] from the output of `features`."""
         x = features
         for stage in STAGES[len(self.frozen) :]:
             x = self._compute(stage, x)
@@ -100,11 +101,11 @@ def load_weights(backbone: nn.Module, weights: str) -> None:
     """Fill a torchvision ResNet-18 (1000 classes) with pretrained weights; float16 values are cast.
 
     Args:
-        backbone: the network to fill in place.
+        backbone: Network to fill in place.
         weights: "none" (does nothing), "imagenet" or the path of a state-dict file.
 
     Raises:
-        WeightsError: the download failed, or the file is missing, unreadable or lacks or exceeds the keys.
+        WeightsError: The download failed, the file is missing or unreadable, or its keys or shapes do not match.
     """
     if weights == "none":
         return
