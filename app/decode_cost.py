@@ -37,7 +37,7 @@ _PART_NS = 20_000.0
 
 # Bytes of memory per pixel, including Pillow's copies. The WebP decoder holds four canvases of 4 bytes per pixel.
 _MODE_BYTES = {"1": 2, "L": 1, "P": 5, "RGB": 4, "CMYK": 4, "I;16": 8, "I;16B": 8}
-_OTHER_MODE_BYTES = 9
+_OTHER_MODE_BYTES = 8
 _WEBP_BYTES = 16
 
 # Nanoseconds per 8x8 block of JPEG coefficients. Each scan of a multi-scan file is decoded block by block into a buffer

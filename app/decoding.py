@@ -123,8 +123,12 @@ class Decoders:
         return self._held_up.total
 
     def is_full_for(self, client: str) -> bool:
-        """Return True if another image of this client would be refused."""
-        return self._waiting.exceeds_share(client, 1)
+        """Return True if another request of this client should be refused before its body is read.
+
+        A client with a full share of waiting costly images counts as full, because such requests are cheap to send and
+        expensive to parse.
+        """
+        return self._waiting.exceeds_share(client, 1) or self._held_up.exceeds_share(client, 1)
 
     async def decode(
         self, files: Sequence[File], client: str, deadline: float, charge: Charge | None = None

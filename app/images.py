@@ -27,8 +27,8 @@ from app.exceptions import DamagedImage, TooLarge, UnsupportedImage
 SIZE = 32
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
-MAX_COST = DecodeCost(2_000, 512 * MIB)
-"""Largest estimated cost of an image, 2 s of CPU time and 512 MiB. Images above it are refused."""
+MAX_COST = DecodeCost(2_000, 320 * MIB)
+"""Largest estimated cost of an image, 2 s of CPU time and 320 MiB. Images above it are refused."""
 
 # Pillow reads a file piece by piece in Python, and the directory of a TIFF value by value. These limits keep each of
 # the two below about 50 ms. Files of up to _SMALL_BYTES cannot take longer.

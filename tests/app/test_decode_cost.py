@@ -80,7 +80,7 @@ def test_a_jpeg_that_takes_seconds_is_refused_before_it_is_decoded(data: bytes) 
 
 
 def test_an_image_that_needs_too_much_memory_is_refused_before_it_is_decoded() -> None:
-    with pytest.raises(TooLarge, match="762 MiB of memory, the limit is 512 MiB"):
+    with pytest.raises(TooLarge, match="762 MiB of memory, the limit is 320 MiB"):
         cost(encode(Image.new("RGB", (7071, 7071)), "WEBP", lossless=True))
 
 

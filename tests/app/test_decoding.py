@@ -177,6 +177,21 @@ def test_a_client_is_refused_above_its_share_and_another_one_is_not(gate: Gate) 
     asyncio.run(scenario())
 
 
+def test_a_client_with_too_many_costly_images_is_refused_before_its_next_body(gate: Gate) -> None:
+    async def scenario() -> None:
+        decoders = Decoders(Settings(max_queue=8))
+        names = [b"costly1", *[b"quick2"] * 5]
+        waiting = asyncio.create_task(decoders.decode(files(*names), "a", soon()))
+        await until(lambda: decoders.held_up == 6)
+        assert decoders.is_full_for("a")
+        assert not decoders.is_full_for("b")
+        gate.open.set()
+        await waiting
+        assert not decoders.is_full_for("a")
+
+    asyncio.run(scenario())
+
+
 def test_an_image_whose_client_leaves_is_not_decoded(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.decoding.processors", lambda: 1)
 
