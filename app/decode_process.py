@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from app import images
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
+from app.memory import bound_malloc
 
 MAX_CPU_S = 4.0
 """CPU time limit of one image. It is twice the largest accepted estimate, for slow machines."""
@@ -155,6 +156,7 @@ def main(max_bytes: str, max_pixels: str, max_cpu_s: str, max_memory_bytes: str)
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     os.nice(_NICENESS)
+    bound_malloc()
     if sys.platform == "linux":
         _limit_memory(int(max_memory_bytes))
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")

@@ -5,7 +5,6 @@ to stop and the requests in progress are answered.
 """
 
 import asyncio
-import ctypes
 import gc
 import logging
 import os
@@ -26,6 +25,7 @@ from uvicorn.config import STARTUP_FAILURE
 from app import workers
 from app.connections import ConnectionTable
 from app.main import create_app
+from app.memory import bound_malloc
 from app.protocol import BoundedHttp
 from app.settings import Settings
 from app.signals import exit_at_once, exit_status, on_stop
@@ -37,10 +37,6 @@ _STOP_S = 20
 _LEAVE_S = 7.0  # a training process has 3 s to stop and is killed within another 3 s
 _MAX_CONNECTIONS = 900
 _OTHER_FILES = 120  # file descriptors that are not connections
-
-# Names and values from glibc's malloc.h
-_M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 16 << 20
-_M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 4 << 20
 
 
 class DrainingServer(uvicorn.Server):
@@ -165,7 +161,7 @@ def serve(settings: Settings, listening: Sequence[socket.socket], line: workers.
     Returns:
         The exit status.
     """
-    _bound_malloc()
+    bound_malloc()
     descriptors = _allow_files()
     app = create_app(settings)
     table = ConnectionTable(max(1, min(_MAX_CONNECTIONS, descriptors - _OTHER_FILES)), settings.trusted_proxies)
@@ -198,11 +194,3 @@ def _allow_files() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
-
-
-def _bound_malloc() -> None:
-    """Make glibc return large blocks to the system. By default its thresholds grow, and it keeps ever larger blocks."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
