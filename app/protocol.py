@@ -23,6 +23,7 @@ _MAX_HEAD_BYTES = 32 << 10
 _HEAD_TIMEOUT_S = 10.0
 _READ_TIMEOUT_S = 30.0
 _MAX_PIPELINED = 32
+_RETRY_AFTER_S = 1.0
 _CREDIT_S = 5.0  # maximum progress of a client ahead of the clock
 
 
@@ -43,16 +44,26 @@ class BoundedHttp(HttpToolsProtocol):
     Args:
         sheds: Function of a URL and a client address. It returns True if the service is too busy, so that the request
             must be refused with 503.
+        exceeds_share: Function of a client address. It returns True if the client has its full share of images waiting.
+            After a 503 its connection is not read for the second that Retry-After names.
         table: Connections of this process.
     """
 
-    def __init__(self, *args: Any, sheds: Callable[[bytes, str], bool], table: ConnectionTable, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        sheds: Callable[[bytes, str], bool],
+        table: ConnectionTable,
+        exceeds_share: Callable[[str], bool] = lambda _: False,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.parser = RequestParser(self)
         self.progress = 0.0
         self._table = table
         self._from_proxy = False
         self._sheds = sheds
+        self._exceeds_share = exceeds_share
         self._shedding = False
         self._is_refused = False
         self._in_head = True
@@ -158,6 +169,9 @@ class BoundedHttp(HttpToolsProtocol):
         if self._from_proxy:
             self._table.discharge(self)
         self.transport.write(_ANSWER_OVERLOADED)
+        if not self._from_proxy and self.client and self._exceeds_share(self.client[0]):
+            self.flow.pause_reading()
+            self.loop.call_later(_RETRY_AFTER_S, self.flow.resume_reading)
         if not self.parser.should_keep_alive():
             self._close()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)

@@ -165,7 +165,8 @@ def serve(settings: Settings, listening: Sequence[socket.socket], line: workers.
     descriptors = _allow_files()
     app = create_app(settings)
     table = ConnectionTable(max(1, min(_MAX_CONNECTIONS, descriptors - _OTHER_FILES)), settings.trusted_proxies)
-    http = partial(BoundedHttp, sheds=app.state.services.sheds, table=table)
+    services = app.state.services
+    http = partial(BoundedHttp, sheds=services.sheds, exceeds_share=services.exceeds_share, table=table)
     config = uvicorn.Config(
         app,
         host=settings.host,

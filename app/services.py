@@ -75,13 +75,20 @@ class Services:
         if model is None:
             return False
         is_full = model.batcher.queued + self._arriving >= model.batcher.max_queue
-        # Behind a trusted proxy, the client address is known only after the request has reached the application.
-        if is_full or (not self.settings.trusted_proxies and self.decoders.is_full_for(client_network(client))):
+        if is_full or self.exceeds_share(client):
             self.metrics.count_shed()
             return True
         self._arriving += 1
         asyncio.get_running_loop().call_soon(self._arrived)
         return False
+
+    def exceeds_share(self, client: str) -> bool:
+        """Return whether a client, given by its address, has its full share of images waiting to be decoded.
+
+        Behind a trusted proxy the answer is always False, because the client address is known only after the request
+        has reached the application.
+        """
+        return not self.settings.trusted_proxies and self.decoders.is_full_for(client_network(client))
 
     def _arrived(self) -> None:
         self._arriving -= 1

@@ -24,9 +24,12 @@ def serving(
     keep_alive_s: int = 60,
     trusted_proxies: str = "",
     stop_s: int = 20,
+    exceeds_share: Callable[[str], bool] = lambda _: False,
 ) -> Iterator[socket.socket]:
     """Start a server in a thread and yield its listening socket once the server accepts connections."""
-    http = partial(BoundedHttp, sheds=sheds, table=table or ConnectionTable(900, trusted_proxies))
+    http = partial(
+        BoundedHttp, sheds=sheds, table=table or ConnectionTable(900, trusted_proxies), exceeds_share=exceeds_share
+    )
     config = uvicorn.Config(
         app,
         host="127.0.0.1",

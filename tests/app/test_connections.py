@@ -318,6 +318,27 @@ def test_predictions_are_refused_before_they_cost_anything_while_the_queue_is_fu
     assert alive(address)
 
 
+def test_connection_of_client_over_its_share_is_not_read_for_a_second_after_a_refusal(app: FastAPI) -> None:
+    read: list[bytes] = []
+
+    def sheds(url: bytes, _: str) -> bool:
+        read.append(url)
+        return True
+
+    with (
+        serving(app, sheds, exceeds_share=lambda _: True) as listening,
+        connect(listening.getsockname()) as connection,
+    ):
+        for number in range(2):
+            connection.sendall(upload(3) + b"abc")
+            assert status_line(connection) == b"HTTP/1.1 503 Service Unavailable"
+            assert len(read) == number + 1
+            paused = time.monotonic()
+        connection.sendall(upload(3) + b"abc")
+        assert status_line(connection) == b"HTTP/1.1 503 Service Unavailable"
+        assert time.monotonic() - paused > 0.9
+
+
 @pytest.mark.parametrize("line", [b"Expect: 100-continue", b"Connection: close", b"A: b"])
 def test_a_refused_prediction_does_not_hold_its_connection(address: Address, overloaded: Batcher, line: bytes) -> None:
     with connect(address) as connection:
