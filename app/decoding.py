@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -36,6 +36,7 @@ from app.workers import processors
 
 _MAX_THREADS = 8
 _MAX_PROCESSES = 2
+_QUICK_SLOTS_PER_THREAD = 2  # a thread that has decoded one image takes the next without waiting for the event loop
 _HEADER = DecodeCost(1, 32 * MIB)
 _QUICK = DecodeCost(10, 32 * MIB)
 MEDIUM = DecodeCost(50, 64 * MIB)
@@ -96,7 +97,8 @@ class Decoders:
     def __init__(self, settings: Settings):
         self._settings = settings
         count = min(processors(), _MAX_THREADS)
-        self._quick = _Lane(FairQueue(count, count * _QUICK.memory_bytes), ThreadPoolExecutor(count, "decoder"))
+        slots = _QUICK_SLOTS_PER_THREAD * count
+        self._quick = _Lane(FairQueue(slots, slots * _QUICK.memory_bytes), ThreadPoolExecutor(count, "decoder"))
         count = max(1, count - 1)
         self._medium = _Lane(
             FairQueue(count, count * MEDIUM.memory_bytes),
@@ -172,6 +174,8 @@ class Decoders:
         limits = self._settings.max_image_bytes, self._settings.max_image_pixels
 
         def decode_if_quick() -> tuple[DecodeCost, NDArray[np.uint8] | EncodedImage]:
+            if time.monotonic() > request.deadline:  # the image has waited for a thread
+                raise _late()
             file.seek(0)
             image = EncodedImage(file.read(limits[0] + 1), *limits)
             return image.cost, image if image.cost.exceeds(_QUICK) else image.decode()
@@ -220,13 +224,21 @@ class Decoders:
         try:
             turn = await lane.queue.enter(request.client, cost, request.deadline - time.monotonic())
         except TimeoutError:
-            raise Unavailable("the image waited longer than the deadline to be decoded; try again later") from None
-        # If this task is cancelled, the work and its turn continue, because a thread cannot be cancelled.
-        future = asyncio.get_running_loop().run_in_executor(lane.workers, work)
-        future.add_done_callback(
-            lambda future: lane.queue.leave(turn, 0.0 if future.cancelled() else future.result().cpu_s)
-        )
-        return (await asyncio.shield(future)).get()
+            raise _late() from None
+        running = lane.workers.submit(work)
+        loop = asyncio.get_running_loop()
+        try:
+            outcome = await asyncio.wrap_future(running)
+        except asyncio.CancelledError:
+            # The turn lasts until the thread has finished, because a thread cannot be cancelled.
+            def leave(_: object) -> None:
+                with suppress(RuntimeError):  # the event loop is closed
+                    loop.call_soon_threadsafe(lane.queue.leave, turn, cost.cpu_ms / 1000)
+
+            running.add_done_callback(leave)
+            raise
+        lane.queue.leave(turn, outcome.cpu_s)
+        return outcome.get()
 
     def close(self) -> None:
         """Shut down the threads and kill the processes."""
@@ -257,6 +269,10 @@ def _measure(work: Callable[[], Value]) -> _Outcome[Value]:
     except Exception as raised:
         value, error = None, raised
     return _Outcome(value, error, time.thread_time() - started)
+
+
+def _late() -> Unavailable:
+    return Unavailable("the image waited longer than the deadline to be decoded; try again later")
 
 
 def _lower_priority() -> None:

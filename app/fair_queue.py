@@ -9,7 +9,7 @@ continues from the time that the last started client had spent.
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from app.decode_cost import DecodeCost
 
@@ -23,7 +23,8 @@ class Turn:
     client: str
     cost: DecodeCost
     """Estimated cost of the work. The estimate counts as spent until the actual CPU time is known."""
-    started: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    started: asyncio.Future[None] | None = None
+    """Its result is set when a turn that had to wait starts."""
 
 
 class FairQueue:
@@ -58,15 +59,16 @@ class FairQueue:
             raise TimeoutError
         turn = Turn(client, cost)
         self._spent_ms[client] = max(self._spent_ms.get(client, 0.0), self._clock_ms)
-        self._waiting.setdefault(client, deque()).append(turn)
-        self._start_turns()
-        if turn.started.done():
+        if not self._waiting and self._has_room(turn):
+            self._start(turn)
             return turn
+        started = turn.started = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(client, deque()).append(turn)
         try:
             async with asyncio.timeout(timeout_s):
-                await turn.started
+                await started
         except BaseException:
-            if turn.started.cancelled():
+            if started.cancelled():
                 self._remove(turn)
                 self._start_turns()
             else:  # the turn started at the same moment
@@ -93,20 +95,27 @@ class FairQueue:
             self._forget_idle_clients()
 
     def _start_turns(self) -> None:
-        """Start the next turns while slots and memory are free. One turn always runs, even if it needs more memory."""
+        """Start the next turns while slots and memory are free."""
         while self._waiting:
             client = min(self._waiting, key=self._spent_ms.__getitem__)
             turn = self._waiting[client][0]
-            if turn.started.cancelled():
-                self._remove(turn)
-                continue
-            if self._running and (self._running >= self._slots or turn.cost.memory_bytes > self._free_bytes):
+            is_cancelled = turn.started is not None and turn.started.cancelled()
+            if not (is_cancelled or self._has_room(turn)):
                 return
             self._remove(turn)
-            self._running += 1
-            self._free_bytes -= turn.cost.memory_bytes
-            self._clock_ms = max(self._clock_ms, self._spent_ms[client])
-            self._spent_ms[client] += turn.cost.cpu_ms
+            if not is_cancelled:
+                self._start(turn)
+
+    def _has_room(self, turn: Turn) -> bool:
+        """Return True if a turn can start. One turn always runs, even if it needs more memory than there is."""
+        return not self._running or (self._running < self._slots and turn.cost.memory_bytes <= self._free_bytes)
+
+    def _start(self, turn: Turn) -> None:
+        self._running += 1
+        self._free_bytes -= turn.cost.memory_bytes
+        self._clock_ms = max(self._clock_ms, self._spent_ms[turn.client])
+        self._spent_ms[turn.client] += turn.cost.cpu_ms
+        if turn.started:
             turn.started.set_result(None)
 
     def _remove(self, turn: Turn) -> None:
