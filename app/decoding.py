@@ -36,7 +36,7 @@ from app.workers import processors
 
 _MAX_THREADS = 8
 _MAX_PROCESSES = 2
-_QUICK_SLOTS_PER_THREAD = 2  # a thread that has decoded one image takes the next without waiting for the event loop
+_QUICK_SLOTS_PER_THREAD = 8  # a thread that has decoded one image takes the next without waiting for the event loop
 _HEADER = DecodeCost(1, 32 * MIB)
 _QUICK = DecodeCost(10, 32 * MIB)
 MEDIUM = DecodeCost(50, 64 * MIB)
