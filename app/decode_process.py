@@ -108,7 +108,9 @@ class DecodeProcess:
     def _start(self) -> "subprocess.Popen[bytes]":
         # -P and PYTHONPATH select this package, even if the current folder contains another `app`.
         command = [sys.executable, "-P", "-m", "app.decode_process", *self._limits]
-        environment = os.environ | {"PYTHONPATH": str(_PACKAGES), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        # The decoder reads hostile files, so it gets no setting of the service, such as the API keys.
+        environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("CIFAR100_")}
+        environment |= {"PYTHONPATH": str(_PACKAGES), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True)
 

@@ -89,6 +89,15 @@ def test_the_process_ends_with_the_server(start: Start) -> None:
     assert wait_for(lambda: child.poll() is not None, 30)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="needs Linux")  # noqa: PTH110
+def test_it_does_not_know_the_api_keys(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIFAR100_API_KEYS", "the-secret-of-this-test")
+    process = start()
+    process.decode(jpegs.with_scans(3, 40))
+    with open(f"/proc/{pid(process)}/environ", "rb") as environment:  # noqa: PTH123
+        assert b"the-secret-of-this-test" not in environment.read()
+
+
 def test_it_runs_at_low_priority_without_the_servers_memory(start: Start) -> None:
     process = start()
     process.decode(Image.new("RGB", (40, 40)).tobytes())
