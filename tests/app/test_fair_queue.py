@@ -28,10 +28,11 @@ class Clients:
         self.started.append(client)
         self.running.append(turn)
 
-    async def finish_all(self, spent_ms: float = 10) -> list[str]:
+    async def finish_all(self, spent_ms: Callable[[Turn], float] = lambda _: 10) -> list[str]:
         await settle()
         while self.running:
-            self.queue.leave(self.running.pop(0), spent_ms / 1000)
+            turn = self.running.pop(0)
+            self.queue.leave(turn, spent_ms(turn) / 1000)
             await settle()
         return self.started
 
@@ -60,12 +61,7 @@ def test_a_client_of_costly_work_gets_fewer_turns() -> None:
         clients = Clients()
         for client in "aaabbbbbb":
             clients.wait(client, cpu_ms=30 if client == "a" else 10)
-        await settle()
-        while clients.running:
-            turn = clients.running.pop(0)
-            clients.queue.leave(turn, turn.cost.cpu_ms / 1000)
-            await settle()
-        assert clients.started == list("abbbabbba")
+        assert await clients.finish_all(lambda turn: turn.cost.cpu_ms) == list("abbbabbba")
 
     scenario(run)
 
@@ -75,12 +71,7 @@ def test_the_actual_time_counts_not_the_estimate() -> None:
         clients = Clients()
         for client in "aaabbb":
             clients.wait(client, cpu_ms=1)
-        await settle()
-        while clients.running:
-            turn = clients.running.pop(0)
-            clients.queue.leave(turn, 0.1 if turn.client == "a" else 0.001)
-            await settle()
-        assert clients.started == list("abbbaa")
+        assert await clients.finish_all(lambda turn: 100 if turn.client == "a" else 1) == list("abbbaa")
 
     scenario(run)
 
