@@ -59,13 +59,18 @@ class DecodeProcess:
         self._max_cpu_s = max_cpu_s
         self._limits = [str(each) for each in (max_bytes, max_pixels, max_cpu_s, max_memory_bytes)]
         self._process: subprocess.Popen[bytes] | None = None
+        self.cpu_s = 0.0
+        """CPU time of all images so far, in seconds."""
 
-    def decode(self, data: bytes) -> tuple[NDArray[np.uint8] | Problem, float]:
+    def decode(self, data: bytes) -> NDArray[np.uint8]:
         """Decode an image as `images.decode` does, with the cost limit `images.MAX_COST`.
 
         Returns:
-            uint8 [3, 32, 32], or the problem of the image, such as TooLarge if decoding exceeds `max_cpu_s`. The second
-            value is the CPU time of decoding in seconds.
+            uint8 [3, 32, 32].
+
+        Raises:
+            TooLarge: Decoding costs too much, or took longer than `max_cpu_s`.
+            Problem: The image cannot be decoded.
         """
         process = self._process = self._running() or self._start()
         assert process.stdin  # noqa: S101  both are pipes
@@ -78,12 +83,14 @@ class DecodeProcess:
             cpu_s, kind, size = _REPLY.unpack(_read(process.stdout, _REPLY.size))
             result = _read(process.stdout, size)
         except (OSError, EOFError):
-            return self._describe_end(self._end()), self._max_cpu_s
+            self.cpu_s += self._max_cpu_s
+            raise self._describe_end(self._end()) from None
         finally:
             watchdog.cancel()
+        self.cpu_s += cpu_s
         if kind != _PIXELS:
-            return _ERRORS[kind - 1](result.decode()), cpu_s
-        return np.frombuffer(result, np.uint8).reshape(3, images.SIZE, images.SIZE), cpu_s
+            raise _ERRORS[kind - 1](result.decode())
+        return np.frombuffer(result, np.uint8).reshape(3, images.SIZE, images.SIZE)
 
     def close(self) -> None:
         """Kill the process. A concurrent `decode` in another thread returns a problem."""

@@ -4,23 +4,19 @@
                                                            --up to 50 ms--> medium lane: a thread of lower priority
                                                            --more---------> costly lane: a process that can be ended
 
-Each lane is a `FairQueue`: the client that has spent the least CPU time in the lane is next. The images of one request
+Each lane is a `FairThreads` pool: the client that has spent the least CPU time in the lane is next. The images of one request
 are decoded one after the other, so that images of other requests get turns in between. While several clients wait, each
 may have only its share of `max_queue` waiting images.
 """
 
-import asyncio
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import BinaryIO, Generic, TypeVar, cast
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,20 +25,19 @@ from app.clients import FairShares
 from app.decode_cost import MIB, DecodeCost
 from app.decode_process import DecodeProcess
 from app.exceptions import Problem, Unavailable
-from app.fair_queue import FairQueue
+from app.fair_threads import FairThreads, Outcome, measure
 from app.images import MAX_COST, EncodedImage
 from app.settings import Settings
 from app.workers import processors
 
 _MAX_THREADS = 8
 _MAX_PROCESSES = 2
-_QUICK_SLOTS_PER_THREAD = 8  # a thread that has decoded one image takes the next without waiting for the event loop
 _HEADER = DecodeCost(1, 32 * MIB)
 _QUICK = DecodeCost(10, 32 * MIB)
 MEDIUM = DecodeCost(50, 64 * MIB)
 """Largest cost that is decoded in a thread. A costlier image is decoded in a process, which can be killed."""
 
-_MEDIUM_NICENESS = 5  # Linux gives each thread a nice value of its own
+_MEDIUM_NICENESS = 5
 _RATE_UNIT_MS = 10  # estimated CPU time per unit of CIFAR100_PREDICT_RATE_LIMIT
 
 File = tuple[str | None, BinaryIO]
@@ -52,14 +47,6 @@ Charge = Callable[[int], None]
 """Function that charges a client's rate limit a number of units, or raises TooManyRequests."""
 
 Value = TypeVar("Value")
-
-
-@dataclass
-class _Lane:
-    """A fair queue and the workers that serve it."""
-
-    queue: FairQueue
-    workers: Executor
 
 
 @dataclass(eq=False)
@@ -97,15 +84,11 @@ class Decoders:
     def __init__(self, settings: Settings):
         self._settings = settings
         count = min(processors(), _MAX_THREADS)
-        slots = _QUICK_SLOTS_PER_THREAD * count
-        self._quick = _Lane(FairQueue(slots, slots * _QUICK.memory_bytes), ThreadPoolExecutor(count, "decoder"))
+        self._quick = FairThreads(count, count * _QUICK.memory_bytes, "decoder")
         count = max(1, count - 1)
-        self._medium = _Lane(
-            FairQueue(count, count * MEDIUM.memory_bytes),
-            ThreadPoolExecutor(count, "medium-decoder", initializer=_lower_priority),
-        )
+        self._medium = FairThreads(count, count * MEDIUM.memory_bytes, "medium-decoder", _MEDIUM_NICENESS)
         count = min(processors(), _MAX_PROCESSES)
-        self._costly = _Lane(FairQueue(count, MAX_COST.memory_bytes), ThreadPoolExecutor(count, "costly-decoder"))
+        self._costly = FairThreads(count, MAX_COST.memory_bytes, "costly-decoder")
         self._idle_processes = SimpleQueue[DecodeProcess]()
         limits = settings.max_image_bytes, settings.max_image_pixels
         self._processes = [DecodeProcess(*limits) for _ in range(count)]
@@ -180,24 +163,27 @@ class Decoders:
             image = EncodedImage(file.read(limits[0] + 1), *limits)
             return image.cost, image if image.cost.exceeds(_QUICK) else image.decode()
 
-        cost, result = await self._run(self._quick, request, _HEADER, partial(_measure, decode_if_quick))
+        cost, result = await self._run(self._quick, request, _HEADER, partial(measure, decode_if_quick))
         request.add_cost(cost)
         if not isinstance(result, EncodedImage):
             return result
         if not cost.exceeds(MEDIUM):
-            return await self._run(self._medium, request, cost, partial(_measure, result.decode))
+            return await self._run(self._medium, request, cost, partial(measure, result.decode))
         del result  # the process reads the file again
         with self._hold_up(request):
             return await self._run(self._costly, request, cost, partial(self._decode_apart, file))
 
-    def _decode_apart(self, file: BinaryIO) -> "_Outcome[NDArray[np.uint8]]":
-        file.seek(0)
+    def _decode_apart(self, file: BinaryIO) -> Outcome[NDArray[np.uint8]]:
         process = self._idle_processes.get()
+
+        def decode() -> NDArray[np.uint8]:
+            file.seek(0)
+            return process.decode(file.read(self._settings.max_image_bytes + 1))
+
         try:
-            result, cpu_s = process.decode(file.read(self._settings.max_image_bytes + 1))
+            return measure(decode, clock=lambda: process.cpu_s)
         finally:
             self._idle_processes.put(process)
-        return _Outcome(None, result, cpu_s) if isinstance(result, Problem) else _Outcome(result, None, cpu_s)
 
     @contextmanager
     def _hold_up(self, request: _Request) -> Iterator[None]:
@@ -214,67 +200,25 @@ class Decoders:
             self._waiting.add(request.client, count)
 
     async def _run(
-        self, lane: _Lane, request: _Request, cost: DecodeCost, work: "Callable[[], _Outcome[Value]]"
+        self, threads: FairThreads, request: _Request, cost: DecodeCost, work: Callable[[], Outcome[Value]]
     ) -> Value:
-        """Run work in a lane when it is the client's turn.
+        """Run work when it is the client's turn.
 
         Raises:
             Unavailable: The deadline has passed before the turn.
         """
         try:
-            turn = await lane.queue.enter(request.client, cost, request.deadline - time.monotonic())
+            return await threads.run(request.client, cost, work, request.deadline - time.monotonic())
         except TimeoutError:
             raise _late() from None
-        running = lane.workers.submit(work)
-        loop = asyncio.get_running_loop()
-        try:
-            outcome = await asyncio.wrap_future(running)
-        except asyncio.CancelledError:
-            # The turn lasts until the thread has finished, because a thread cannot be cancelled.
-            def leave(_: object) -> None:
-                with suppress(RuntimeError):  # the event loop is closed
-                    loop.call_soon_threadsafe(lane.queue.leave, turn, cost.cpu_ms / 1000)
-
-            running.add_done_callback(leave)
-            raise
-        lane.queue.leave(turn, outcome.cpu_s)
-        return outcome.get()
 
     def close(self) -> None:
-        """Shut down the threads and kill the processes."""
-        for lane in (self._quick, self._medium, self._costly):
-            lane.workers.shutdown(wait=False)
+        """Let the threads end and kill the processes."""
+        for threads in (self._quick, self._medium, self._costly):
+            threads.close()
         for process in self._processes:
             process.close()
 
 
-@dataclass(slots=True)
-class _Outcome(Generic[Value]):
-    """The result or error of work, and its CPU time in seconds."""
-
-    value: Value | None
-    error: Exception | None
-    cpu_s: float
-
-    def get(self) -> Value:
-        if self.error:
-            raise self.error
-        return cast(Value, self.value)
-
-
-def _measure(work: Callable[[], Value]) -> _Outcome[Value]:
-    started = time.thread_time()
-    try:
-        value, error = work(), None
-    except Exception as raised:
-        value, error = None, raised
-    return _Outcome(value, error, time.thread_time() - started)
-
-
 def _late() -> Unavailable:
     return Unavailable("the image waited longer than the deadline to be decoded; try again later")
-
-
-def _lower_priority() -> None:
-    if sys.platform == "linux":
-        os.nice(_MEDIUM_NICENESS)

@@ -334,10 +334,7 @@ def _decode(content: bytes, limits: tuple[int, int], process: DecodeProcess) -> 
     try:
         return images.decode(content, *limits, decoding.MEDIUM)
     except images.CostlyImage:
-        result, _ = process.decode(content)
-        if isinstance(result, Problem):
-            raise result from None
-        return result
+        return process.decode(content)
 
 
 def _directory_entries(file: BinaryIO) -> int:

@@ -1,130 +1,103 @@
-"""Share a few slots among clients by the CPU time that each client has spent.
+"""Order the work of clients by the CPU time that each client has spent.
 
-    enter(client) -> wait until a slot is free and the client is next -> work -> leave(spent)
+    add(client) -> next(), by the client that has spent the least -> work -> finish(spent)
 
-The client that has spent the least is next, so that a client with many or costly images delays only its own images.
-This is start-time fair queuing (Goyal et al. 1996). An idle client does not accumulate credit: when it returns, it
-continues from the time that the last started client had spent.
+A client with many or costly images delays only its own images. This is start-time fair queuing (Goyal et al. 1996). An
+idle client does not accumulate credit: when it returns, it continues from the time that the last started client had
+spent.
 """
 
-import asyncio
 from collections import deque
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from app.decode_cost import DecodeCost
 
 _MAX_IDLE_CLIENTS = 1_000
 
+Work = TypeVar("Work")
+
 
 @dataclass(eq=False, slots=True)
-class Turn:
-    """A client's place in the queue: it waits for a slot or holds one."""
+class Turn(Generic[Work]):
+    """A client's place in the queue."""
 
     client: str
     cost: DecodeCost
     """Estimated cost of the work. The estimate counts as spent until the actual CPU time is known."""
-    started: asyncio.Future[None] | None = None
-    """Its result is set when a turn that had to wait starts."""
+    work: Work
 
 
-class FairQueue:
-    """A queue that gives turns to clients within one event loop.
+class FairQueue(Generic[Work]):
+    """A queue that gives turns to clients. It is not thread-safe.
 
     Args:
-        slots: Number of concurrent turns.
-        memory_bytes: Memory of all concurrent turns. A turn that needs more than the free memory waits, and so do all
-            turns behind it.
+        memory_bytes: Memory of all running turns. A turn that needs more than the free memory waits, and so do all
+            turns behind it. One turn always runs, even if it needs more than `memory_bytes`.
     """
 
-    def __init__(self, slots: int, memory_bytes: int):
-        self._slots = slots
+    def __init__(self, memory_bytes: int):
         self._free_bytes = memory_bytes
         self._running = 0
-        self._waiting: dict[str, deque[Turn]] = {}
+        self._waiting: dict[str, deque[Turn[Work]]] = {}
         self._spent_ms: dict[str, float] = {}
         self._clock_ms = 0.0  # time that the last started client had spent before its turn
 
-    async def enter(self, client: str, cost: DecodeCost, timeout_s: float) -> Turn:
-        """Wait for a turn and return it. The caller must pass it to `leave`.
+    def __bool__(self) -> bool:
+        """Return True if a turn waits."""
+        return bool(self._waiting)
 
-        Args:
-            client: Client that the turn is charged to.
-            cost: Estimated cost of the work.
-            timeout_s: Seconds to wait for a turn.
-
-        Raises:
-            TimeoutError: The turn has not started in time.
-        """
-        if timeout_s <= 0:
-            raise TimeoutError
-        turn = Turn(client, cost)
+    def add(self, client: str, cost: DecodeCost, work: Work) -> Turn[Work]:
+        """Append work to a client's turns and return its turn."""
+        turn = Turn(client, cost, work)
         self._spent_ms[client] = max(self._spent_ms.get(client, 0.0), self._clock_ms)
-        if not self._waiting and self._has_room(turn):
-            self._start(turn)
-            return turn
-        started = turn.started = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append(turn)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await started
-        except BaseException:
-            if started.cancelled():
-                self._remove(turn)
-                self._start_turns()
-            else:  # the turn started at the same moment
-                self.leave(turn, 0.0)
-            raise
         return turn
 
-    def leave(self, turn: Turn, spent_s: float) -> None:
-        """End a turn.
+    def next(self) -> Turn[Work] | None:
+        """Start the next turn and return it. Returns None if no turn waits or the next one needs more memory.
+
+        The caller must pass the turn to `finish`.
+        """
+        if not self._waiting:
+            return None
+        client = min(self._waiting, key=self._spent_ms.__getitem__)
+        turn = self._waiting[client][0]
+        if self._running and turn.cost.memory_bytes > self._free_bytes:
+            return None
+        self.discard(turn)
+        self._running += 1
+        self._free_bytes -= turn.cost.memory_bytes
+        self._clock_ms = max(self._clock_ms, self._spent_ms[client])
+        self._spent_ms[client] += turn.cost.cpu_ms
+        return turn
+
+    def finish(self, turn: Turn[Work], spent_s: float) -> None:
+        """End a turn that `next` returned.
 
         Args:
-            turn: Turn that `enter` returned.
+            turn: The turn.
             spent_s: CPU time of the work in seconds.
         """
         self._running -= 1
         self._free_bytes += turn.cost.memory_bytes
         spent_ms = self._spent_ms.get(turn.client, self._clock_ms)
         self._spent_ms[turn.client] = spent_ms + 1000 * spent_s - turn.cost.cpu_ms
-        self._start_turns()
-        if not self._running:
+        if not self._running and not self._waiting:
             self._spent_ms.clear()
             self._clock_ms = 0.0
         elif len(self._spent_ms) > len(self._waiting) + _MAX_IDLE_CLIENTS:
             self._forget_idle_clients()
 
-    def _start_turns(self) -> None:
-        """Start the next turns while slots and memory are free."""
-        while self._waiting:
-            client = min(self._waiting, key=self._spent_ms.__getitem__)
-            turn = self._waiting[client][0]
-            is_cancelled = turn.started is not None and turn.started.cancelled()
-            if not (is_cancelled or self._has_room(turn)):
-                return
-            self._remove(turn)
-            if not is_cancelled:
-                self._start(turn)
-
-    def _has_room(self, turn: Turn) -> bool:
-        """Return True if a turn can start. One turn always runs, even if it needs more memory than there is."""
-        return not self._running or (self._running < self._slots and turn.cost.memory_bytes <= self._free_bytes)
-
-    def _start(self, turn: Turn) -> None:
-        self._running += 1
-        self._free_bytes -= turn.cost.memory_bytes
-        self._clock_ms = max(self._clock_ms, self._spent_ms[turn.client])
-        self._spent_ms[turn.client] += turn.cost.cpu_ms
-        if turn.started:
-            turn.started.set_result(None)
-
-    def _remove(self, turn: Turn) -> None:
-        """Remove a turn from its client's queue, if it still waits."""
+    def discard(self, turn: Turn[Work]) -> bool:
+        """Remove a turn if it still waits. Returns False if it has started."""
         turns = self._waiting.get(turn.client, deque())
-        if turn in turns:
-            turns.remove(turn)
-            if not turns:
-                del self._waiting[turn.client]
+        if turn not in turns:
+            return False
+        turns.remove(turn)
+        if not turns:
+            del self._waiting[turn.client]
+        return True
 
     def _forget_idle_clients(self) -> None:
         """Drop idle clients that have spent no more than the clock. They would continue from the clock anyway."""

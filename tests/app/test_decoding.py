@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from app import decoding
 from app.decode_cost import MIB, DecodeCost
 from app.decoding import Decoders, File
-from app.exceptions import Problem, TooManyRequests, Unavailable, UnsupportedImage
+from app.exceptions import TooManyRequests, Unavailable, UnsupportedImage
 from app.settings import Settings
 
 COSTS = {b"quick": 1, b"medium": 30, b"costly": 500}
@@ -57,10 +57,11 @@ class Gate:
 
         class Process:
             def __init__(self, *_: Any):
-                pass
+                self.cpu_s = 0.0
 
-            def decode(self, data: bytes) -> tuple[NDArray[np.uint8] | Problem, float]:
-                return gate.wait(data), 0.5
+            def decode(self, data: bytes) -> NDArray[np.uint8]:
+                self.cpu_s += 0.5
+                return gate.wait(data)
 
             def close(self) -> None:
                 pass
@@ -70,7 +71,7 @@ class Gate:
 
     def wait(self, data: bytes) -> NDArray[np.uint8]:
         self.begun.append(data)
-        self.lanes[data] = threading.current_thread().name.partition("_")[0]
+        self.lanes[data] = threading.current_thread().name.rpartition("-")[0]
         self.entered.set()
         assert self.open.wait(10)
         return np.full((3, 32, 32), data[-1], np.uint8)
@@ -136,7 +137,6 @@ def test_images_above_the_limit_are_refused(
     gate: Gate, kind: bytes, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.decoding.processors", lambda: 1)
-    monkeypatch.setattr(decoding, "_QUICK_SLOTS_PER_THREAD", 1)
 
     async def scenario() -> None:
         decoders = Decoders(Settings(max_queue=4))
