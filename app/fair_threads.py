@@ -86,7 +86,7 @@ class FairThreads:
         self._is_closed = False
         self._niceness = niceness if sys.platform == "linux" else 0
         for number in range(count):
-            threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True).start()
+            threading.Thread(target=self._serve, name=f"{name}_{number}", daemon=True).start()
 
     async def run(self, client: str, cost: DecodeCost, work: Callable[[], Outcome[Value]], timeout_s: float) -> Value:
         """Run work in a thread when it is the client's turn. Work that has started cannot be interrupted.

@@ -71,7 +71,7 @@ class Gate:
 
     def wait(self, data: bytes) -> NDArray[np.uint8]:
         self.begun.append(data)
-        self.lanes[data] = threading.current_thread().name.rpartition("-")[0]
+        self.lanes[data] = threading.current_thread().name.partition("_")[0]
         self.entered.set()
         assert self.open.wait(10)
         return np.full((3, 32, 32), data[-1], np.uint8)
