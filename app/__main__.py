@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from app import logs, workers
-from app.signals import exit_at_once, on_stop
-from app.startup import StartupError, check_store, listen, read_settings
+from app import logs
+from app.server import workers
+from app.server.signals import exit_immediately, handle_stop_signals
+from app.server.startup import StartupError, check_store, listen, read_settings
 
 
 def main(
@@ -17,25 +18,25 @@ def main(
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Serve the models of the store. Further settings are environment variables, see app/settings.py."""
-    on_stop(signal.SIG_IGN if worker else exit_at_once)
-    line = workers.Line.of_stdin() if worker else None
+    handle_stop_signals(signal.SIG_IGN if worker else exit_immediately)
+    link = workers.SupervisorLink.from_stdin() if worker else None
     try:
         settings = read_settings()
         address = {"host": host or settings.host, "port": settings.port if port is None else port}
         settings = settings.model_copy(update=address)
         logs.configure(settings.log_style, settings.log_level)
         sockets = []
-        if not line:
+        if not link:
             settings = settings.model_copy(update={"workers": workers.choose_count(settings.workers)})
             check_store(settings)
             sockets = listen(settings.host, settings.port)
     except StartupError as error:
         sys.exit(str(error))
-    if settings.workers > 1 and not line:
+    if settings.workers > 1 and not link:
         sys.exit(workers.Supervisor(settings, sockets).run())
-    from app.server import serve  # imports PyTorch, which the supervisor does not need
+    from app.server.serve import serve  # imports PyTorch, which the supervisor does not need
 
-    sys.exit(serve(settings, sockets, line))
+    sys.exit(serve(settings, sockets, link))
 
 
 def cli() -> None:

@@ -26,7 +26,7 @@ _MAX_DETAIL = 2000  # characters
 _MAX_FAULTS = 10  # validation errors that a response lists
 _MAX_FAULT = 200  # characters per validation error
 
-_LACKS = {
+_SHORTAGES = {
     errno.ENOSPC: "a disk is full",
     errno.EDQUOT: "a disk quota is used up",
     errno.EFBIG: "a file would become larger than allowed",
@@ -59,7 +59,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 """OpenAPI descriptions of the error responses that every operation can return."""
 
 
-def problem(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
+def problem_response(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
     """Return a problem+json response. `more` adds members. Shorten a long detail, because it may quote the client."""
     detail = shorten(detail, _MAX_DETAIL)
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
@@ -67,24 +67,24 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None, **m
 
 
 EXPECTED = (Problem, HTTPException, RequestValidationError, OSError, MemoryError, RuntimeError)
-"""Exceptions for which `answer` may have a response."""
+"""Exceptions for which `error_response` may have a response."""
 
 
-def shortage(error: BaseException) -> str | None:
+def describe_shortage(error: BaseException) -> str | None:
     """Describe a lack of memory, disk space, files, threads or permissions. Return None for other errors."""
     match error:
         case OSError():
-            return _LACKS.get(error.errno or 0)
+            return _SHORTAGES.get(error.errno or 0)
         case MemoryError():
-            return _LACKS[errno.ENOMEM]
+            return _SHORTAGES[errno.ENOMEM]
         case RuntimeError() if _NO_THREAD in str(error):
-            return _LACKS[errno.EAGAIN]
+            return _SHORTAGES[errno.EAGAIN]
         case RuntimeError() if any(sign in str(error) for sign in _NO_MEMORY):
-            return _LACKS[errno.ENOMEM]
+            return _SHORTAGES[errno.ENOMEM]
     return None
 
 
-async def answer(request: Request, error: Exception) -> JSONResponse:
+async def error_response(request: Request, error: Exception) -> JSONResponse:
     """Return the response to an `EXPECTED` exception.
 
     Raises:
@@ -92,9 +92,9 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
     """
     match error:
         case Problem():
-            return problem(error.status, error.detail, error.headers)
+            return problem_response(error.status, error.detail, error.headers)
         case HTTPException():
-            return problem(error.status_code, error.detail, dict(error.headers or {}))
+            return problem_response(error.status_code, error.detail, dict(error.headers or {}))
         case RequestValidationError():
             found = error.errors()
             faults = [
@@ -106,17 +106,17 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
             ]
             detail = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults)
             more = f"; and {len(found) - _MAX_FAULTS} more faults" if len(found) > _MAX_FAULTS else ""
-            return problem(HTTPStatus.UNPROCESSABLE_ENTITY, detail + more, errors=faults)
-    if lacks := shortage(error):
-        log.warning("%s %s was refused: %s (%s)", request.method, request.url.path, lacks, error)
-        return problem(Unavailable.status, f"{lacks}; try again later", dict(Unavailable.default_headers))
+            return problem_response(HTTPStatus.UNPROCESSABLE_ENTITY, detail + more, errors=faults)
+    if shortage := describe_shortage(error):
+        log.warning("%s %s was refused: %s (%s)", request.method, request.url.path, shortage, error)
+        return problem_response(Unavailable.status, f"{shortage}; try again later", dict(Unavailable.default_headers))
     raise error
 
 
 def install(app: FastAPI) -> None:
-    """Register `answer` as the handler of every `EXPECTED` exception of `app`."""
+    """Register `error_response` as the handler of every `EXPECTED` exception of `app`."""
     for kind in EXPECTED:
-        app.add_exception_handler(kind, answer)
+        app.add_exception_handler(kind, error_response)
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -126,7 +126,7 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-class Unexpected:
+class ErrorMiddleware:
     """ASGI middleware that logs every unhandled error and responds with 500.
 
     A request that is canceled because the server stops gets a 503 response.
@@ -149,14 +149,20 @@ class Unexpected:
             return  # the client is gone, so there is no response
         except asyncio.CancelledError:  # only a stopping server cancels requests, after its grace period
             if not started:
-                stopping = problem(HTTPStatus.SERVICE_UNAVAILABLE, "the service stops; try again", {"Retry-After": "1"})
+                stopping = problem_response(
+                    HTTPStatus.SERVICE_UNAVAILABLE, "the service stops; try again", {"Retry-After": "1"}
+                )
                 await stopping(scope, receive, send)
         except Exception as error:
-            if started and (lacks := shortage(cause := _first_cause(error))):
-                log.warning("%s %s was broken off: %s (%s)", scope.get("method"), scope.get("path"), lacks, cause)
+            if started and (shortage := describe_shortage(cause := _first_cause(error))):
+                log.warning(
+                    "%s %s was broken off: %s (%s)", scope.get("method"), scope.get("path"), shortage, cause
+                )
                 return  # the server closes the connection, because the response is incomplete
             log.exception("%s %s failed", scope.get("method"), scope.get("path"))
             if started:
                 raise
-            failed = problem(HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error happened; the server's log has it")
+            failed = problem_response(
+                HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error happened; the server's log has it"
+            )
             await failed(scope, receive, send)

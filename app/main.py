@@ -12,13 +12,13 @@ from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 
 from app import errors
-from app.access import Access
-from app.headers import SecurityHeaders
-from app.limits import BodyLimit
-from app.logs import RequestLog
-from app.metrics import Measured
+from app.dependencies import Services
+from app.middleware.access import Access
+from app.middleware.body_limit import BodyLimitMiddleware
+from app.middleware.metrics import MetricsMiddleware
+from app.middleware.request_log import RequestLogMiddleware
+from app.middleware.security_headers import SecurityHeadersMiddleware
 from app.routes import evaluate, health, models, page, predict, train
-from app.services import Services
 from app.settings import Settings
 
 DESCRIPTION = "Classifies images with residual networks trained on CIFAR-100, and trains them."
@@ -59,18 +59,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for resource in (predict, evaluate, train, models, health, page):
         app.include_router(resource.router)
         _answer_head(app, resource.router)
-    app.mount("/web", StaticFiles(directory=page.WEB))
+    app.mount("/static", StaticFiles(directory=page.STATIC))
     # The middleware that is added last sees a request first.
-    app.add_middleware(predict.Shortcut)
-    app.add_middleware(BodyLimit, settings=settings)
-    app.add_middleware(errors.Unexpected)
+    app.add_middleware(predict.PredictMiddleware)
+    app.add_middleware(BodyLimitMiddleware, settings=settings)
+    app.add_middleware(errors.ErrorMiddleware)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(SecurityHeaders)
-    app.add_middleware(Measured, metrics=services.metrics)
-    app.add_middleware(RequestLog)
+    app.add_middleware(SecurityHeadersMiddleware)
+    app.add_middleware(MetricsMiddleware, metrics=services.metrics)
+    app.add_middleware(RequestLogMiddleware)
     return app
 
 

@@ -15,10 +15,9 @@ from limits import RateLimitItem
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-MIB = 1 << 20
-GIB = 1 << 30
+from app.machine import GIB, MIB
 
-Style = Literal["auto", "text", "json"]
+LogStyle = Literal["auto", "text", "json"]
 Device = Literal["auto", "cpu", "cuda"]
 Runtime = Literal["auto", "int8", "openvino", "torchscript"]
 
@@ -27,7 +26,7 @@ def _split_commas(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _rate_limit(value: Any) -> Any:
+def _parse_rate_limit(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -43,13 +42,13 @@ def _rate_limit(value: Any) -> Any:
     return limit
 
 
-def _sendable(key: SecretStr) -> SecretStr:
+def _require_ascii(key: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[\x20-\x7e]*", key.get_secret_value()):
         raise ValueError("a key has printable ASCII characters only, as clients send it in an Authorization header")
     return key
 
 
-def _proxies(value: str) -> str:
+def _parse_proxies(value: str) -> str:
     for proxy in value.split(",") if value.strip() not in ("", "*") else ():
         try:
             ipaddress.ip_network(proxy.strip())
@@ -58,7 +57,7 @@ def _proxies(value: str) -> str:
     return value.strip()
 
 
-def _origin(value: str) -> str:
+def _parse_origin(value: str) -> str:
     if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+", value):
         raise ValueError(f"{value!r} is not an origin: give one such as https://example.org, without a path")
     return value
@@ -67,12 +66,12 @@ def _origin(value: str) -> str:
 _MAX_RATE = 1_000_000
 _YEAR_S = 366 * 24 * 3600
 
-ApiKey = Annotated[SecretStr, Field(min_length=16), AfterValidator(_sendable)]
-RateLimit = Annotated[RateLimitItem | None, NoDecode, BeforeValidator(_rate_limit)]
+ApiKey = Annotated[SecretStr, Field(min_length=16), AfterValidator(_require_ascii)]
+RateLimit = Annotated[RateLimitItem | None, NoDecode, BeforeValidator(_parse_rate_limit)]
 CommaSeparated = BeforeValidator(_split_commas)
 Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
-OF_TRAINING = ("CIFAR100_FEATURES",)
+TRAINING_VARIABLES = ("CIFAR100_FEATURES",)
 """Environment variables that only `training` reads."""
 
 # Kubernetes sets these variables for each service of a namespace: CIFAR100_WEB_PORT for a service cifar100-web.
@@ -97,8 +96,9 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     workers: int = Field(default=1, ge=0, le=1024)
     """Number of server processes. 0 starts one per CPU, or fewer if memory is short. Each process has its share of the
-    CPUs and holds all models in memory. The machine limits the number, see `app.workers.choose_count`. Each process has
-    its own rate limits, queues and other limits; only metrics are summed over all processes."""
+    CPUs and holds all models in memory. The machine limits the number, see
+    `app.server.workers.choose_count`. Each process has its own rate limits, queues and other limits; only metrics are
+    summed over all processes."""
 
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode, CommaSeparated] = ()
     """API keys, separated by commas, that allow a client to train, cancel, promote and evaluate. Without keys, these
@@ -110,13 +110,13 @@ class Settings(BaseSettings):
     predict_rate_limit: RateLimit = None
     """Rate limit for predictions, per client. Default: no limit. A request costs one unit. Estimated decoding time
     above 10 ms costs one more unit for each 10 ms."""
-    trusted_proxies: Annotated[str, AfterValidator(_proxies)] = ""
+    trusted_proxies: Annotated[str, AfterValidator(_parse_proxies)] = ""
     """Proxy addresses or networks, separated by commas. The service takes the client address from the X-Forwarded-For
     header of these proxies. Default: no proxy is trusted."""
-    cors_origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, CommaSeparated] = ()
+    cors_origins: Annotated[tuple[Annotated[str, AfterValidator(_parse_origin)], ...], NoDecode, CommaSeparated] = ()
     """Origins, separated by commas, whose web pages may call the service from a browser."""
 
-    log_style: Style = "auto"
+    log_style: LogStyle = "auto"
     """Log format. "json" writes one JSON object per line, "text" writes plain text. "auto" is text on a terminal and
     JSON elsewhere."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -182,14 +182,14 @@ class Settings(BaseSettings):
     """Maximum number of clients that follow training jobs at the same time, per worker."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _require_keys_to_predict(self) -> Self:
         if self.predict_needs_key and not self.api_keys:
             raise ValueError("CIFAR100_PREDICT_NEEDS_KEY needs CIFAR100_API_KEYS")
         return self
 
     @model_validator(mode="after")
-    def _known(self) -> Self:
-        known = [f"CIFAR100_{name.upper()}" for name in type(self).model_fields] + [*OF_TRAINING]
+    def _require_known_names(self) -> Self:
+        known = [f"CIFAR100_{name.upper()}" for name in type(self).model_fields] + [*TRAINING_VARIABLES]
         unknown = [name for name in os.environ if name.upper().startswith("CIFAR100_") and name.upper() not in known]
         if "KUBERNETES_SERVICE_HOST" in os.environ:
             unknown = [name for name in unknown if not _SERVICE_LINK.fullmatch(name)]

@@ -31,7 +31,7 @@ from results import Check, conclude
 from server import Server, wait_for
 from tiny_models import NAME, TINY
 
-from app.jobs import DATABASE, State
+from app.jobs.queue import DATABASE, State
 from training import torchscript
 from training.run import Run
 from training.store import MODEL, Store, StoreError

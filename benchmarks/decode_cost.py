@@ -24,9 +24,10 @@ from PIL import Image
 from processes import memory_mib
 from results import keep, occasion
 
-from app.decode_cost import MIB, DecodeCost
 from app.exceptions import Problem
-from app.images import MAX_COST, EncodedImage
+from app.inference.decode_cost import DecodeCost
+from app.inference.images import MAX_COST, EncodedImage
+from app.machine import MIB
 from app.settings import Settings
 
 TIMES = 3

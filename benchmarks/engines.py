@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from results import keep, occasion
 
 from app import engines
-from app.batching import Batcher
+from app.inference.batching import Batcher
 from app.settings import Runtime
 from training.store import MODEL, Store
 

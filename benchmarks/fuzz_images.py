@@ -1,4 +1,4 @@
-"""Test that `app.images.decode` returns pixels or raises a clear problem for any input.
+"""Test that `app.inference.images.decode` returns pixels or raises a clear problem for any input.
 
 The program damages files of every format and variant (see mutations.py) and decodes them under the service's own
 limits, in a process that may have at most 2 GiB more address space than at its start. A crash, or an input that takes
@@ -31,7 +31,7 @@ from processes import memory_mib
 from results import Check, conclude
 
 from app.exceptions import Problem
-from app.images import SIZE, decode
+from app.inference.images import SIZE, decode
 from app.settings import Settings
 
 ROOM_MIB = 2048

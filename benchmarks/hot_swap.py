@@ -28,8 +28,8 @@ from server import Server
 from tiny_models import NAME
 
 from app import engines
-from app.batching import Computed, Scores
-from app.images import decode
+from app.inference.batching import BatchOutput, Scores
+from app.inference.images import decode
 from app.routes.predict import top_classes
 from app.settings import Settings
 from training.store import MODEL, Store
@@ -125,7 +125,7 @@ def expected(store: Store) -> dict[tuple[int, str], dict[int, float]]:
         engine = engines.load(store.folder(NAME, version) / MODEL, settings.device, settings.runtime)
         for name in PICTURES:
             pixels = decode(files[name], settings.max_image_bytes, settings.max_image_pixels)
-            (classes,) = top_classes(Scores(Computed(engine(pixels[None]))), card, TOP_K)
+            (classes,) = top_classes(Scores(BatchOutput(engine(pixels[None]))), card, TOP_K)
             found[version, name] = {each.class_id: each.probability for each in classes}
     return found
 

@@ -26,8 +26,8 @@ from PIL import Image, ImageOps
 from processes import memory_mib
 from results import Check, conclude
 
-from app.decode_cost import MIB
-from app.images import MAX_COST
+from app.inference.images import MAX_COST
+from app.machine import MIB
 from app.settings import Settings
 
 MAX_S = MAX_COST.cpu_ms / 1000  # seconds of CPU time

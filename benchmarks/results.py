@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from app.workers import processors
+from app.machine import cpu_count
 from training.provenance import commit
 
 RESULTS = Path(__file__).parent / "results"
@@ -82,4 +82,4 @@ def machine() -> str:
     lines = facts.read_text().splitlines() if facts.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{next(names, platform.processor() or platform.machine())}, {processors()} cores{gpu}"
+    return f"{next(names, platform.processor() or platform.machine())}, {cpu_count()} cores{gpu}"

@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 import httpx
 import processes
 
-from app.workers import processors
+from app.machine import cpu_count
 
 DATA = "synthetic:4"
 READY_S = 60.0
@@ -43,7 +43,7 @@ class Server:
         chosen |= {"operator_rate_limit": "", "training_threads": "1"} | settings
         environment = os.environ | {f"CIFAR100_{name.upper()}": value for name, value in chosen.items()}
         self.log = log
-        self._workers = int(settings.get("workers", 1)) or processors()
+        self._workers = int(settings.get("workers", 1)) or cpu_count()
         self._heard = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:
             self.process = subprocess.Popen(

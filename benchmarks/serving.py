@@ -44,8 +44,8 @@ from results import Check, keep, occasion, table
 from server import wait_for
 
 from app.engines import load as load_engine
+from app.machine import cpu_affinity
 from app.settings import Settings
-from app.workers import only_on
 from training import data, openvino_ir, torchscript
 from training.export import quantisation_images
 from training.networks import build
@@ -279,9 +279,9 @@ class Benchmark:
         The service has one processor and the load generator has the others, so that neither slows the other down.
         """
         mine, *others = sorted(os.sched_getaffinity(0))
-        with only_on({mine}):
+        with cpu_affinity({mine}):
             overloaded = self._running(OURS, SHIPPED, PEAK.model)
-        with overloaded as running, only_on(set(others) or {mine}):
+        with overloaded as running, cpu_affinity(set(others) or {mine}):
             peaks, tallies = zip(*(self._overloaded(running) for _ in range(rounds)), strict=True)
         goodput = sorted(tally.on_time / tally.seconds / peak for tally, peak in zip(tallies, peaks, strict=True))
         accepted, refused = [tally.accepted_ms for tally in tallies], [tally.refused_ms for tally in tallies]

@@ -12,7 +12,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from app.batching import Computed, Scores
+from app.inference.batching import BatchOutput, Scores
 from app.main import create_app
 from app.routes.predict import Class, top_classes
 from app.settings import Settings
@@ -72,4 +72,4 @@ def test_predict_on_test_images_equals_offline_evaluation(cifar100: data.Dataset
             with torch.inference_mode():
                 logits = module(torch.from_numpy(cifar100.test.images[row]).permute(2, 0, 1)[None]).numpy()
             classes = [Class(**each) for each in answer["predictions"][0]["classes"]]
-            assert [classes] == top_classes(Scores(Computed(logits)), card, top_k=5)
+            assert [classes] == top_classes(Scores(BatchOutput(logits)), card, top_k=5)

@@ -8,13 +8,12 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
-from app.access import ForOperators
-from app.evaluations import EvaluationJob, Labelled, read_split, read_zip
+from app.dependencies import Services, ServicesDependency
 from app.exceptions import BadRequest, UnsupportedImage
-from app.forms import read_form
-from app.headers import media_type
-from app.pool import Model, Version
-from app.services import FromApp, Services
+from app.inference.pool import Model, Version
+from app.jobs.evaluations import EvaluationJob, LabeledImages, read_split, read_zip
+from app.middleware.access import OperatorOnly
+from app.routes.uploads import media_type, read_form
 from training.store import Evaluation
 
 router = APIRouter(prefix="/evaluate", tags=["evaluate"])
@@ -41,7 +40,7 @@ class Recorded(BaseModel):
 
 
 @router.get("", summary="Recorded accuracy of every live model")
-async def recorded(services: FromApp) -> list[Recorded]:
+async def recorded(services: ServicesDependency) -> list[Recorded]:
     """Return the accuracy on the whole test set. It was measured when the model was published."""
     return [
         Recorded(
@@ -56,7 +55,7 @@ async def recorded(services: FromApp) -> list[Recorded]:
 
 @router.post(
     "",
-    dependencies=[ForOperators],
+    dependencies=[OperatorOnly],
     openapi_extra=_BODY,
     responses={
         200: {"links": _LINKS},
@@ -67,7 +66,7 @@ async def recorded(services: FromApp) -> list[Recorded]:
 async def evaluate(
     request: Request,
     response: Response,
-    services: FromApp,
+    services: ServicesDependency,
     model: Annotated[str | None, Query(description="By default the same as for /predict.")] = None,
     version: Annotated[Version | None, Query(description="By default the live one.")] = None,
     split: Annotated[Literal["test", "train"], Query(description="Of the data set; ignored for a zip.")] = "test",
@@ -100,9 +99,9 @@ async def evaluate(
 
 
 async def _measured_on_zip(services: Services, model: Model, file: BinaryIO) -> EvaluationJob:
-    def read(over: Event) -> Labelled:
+    def read(stop_event: Event) -> LabeledImages:
         with file:
-            return read_zip(services.settings, file, model.card.classes, over)
+            return read_zip(services.settings, file, model.card.classes, stop_event)
 
     try:
         return await services.evaluations.start(model, read)
@@ -112,5 +111,5 @@ async def _measured_on_zip(services: Services, model: Model, file: BinaryIO) -> 
 
 
 @router.get("/{evaluation_id}", summary="A measurement that was started earlier")
-async def evaluation(evaluation_id: str, services: FromApp) -> EvaluationJob:
+async def evaluation(evaluation_id: str, services: ServicesDependency) -> EvaluationJob:
     return await services.evaluations.get(evaluation_id)

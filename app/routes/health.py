@@ -7,7 +7,7 @@ from typing import Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from app.services import FromApp
+from app.dependencies import ServicesDependency
 
 router = APIRouter(tags=["health"])
 
@@ -41,7 +41,7 @@ class Status(BaseModel):
 
 
 @router.get("/health", summary="State of the service")
-async def health(request: Request, services: FromApp) -> Health:
+async def health(request: Request, services: ServicesDependency) -> Health:
     """Return the state with status 200. The status code of /health/ready reports readiness."""
     return Health(
         status="ready" if services.ready else "not ready",
@@ -73,7 +73,7 @@ async def live() -> Status:
     },
     summary="Can it take requests?",
 )
-async def ready(services: FromApp, response: Response) -> Status:
+async def ready(services: ServicesDependency, response: Response) -> Status:
     if services.ready:
         return Status(status="ready")
     response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
@@ -81,5 +81,5 @@ async def ready(services: FromApp, response: Response) -> Status:
 
 
 @router.get("/metrics", response_class=Response, summary="Metrics for Prometheus")
-async def metrics(services: FromApp) -> Response:
+async def metrics(services: ServicesDependency) -> Response:
     return Response(services.metrics.text(services.pool), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -3,10 +3,10 @@
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
-from app.access import ForOperators
+from app.dependencies import Services, ServicesDependency
 from app.exceptions import NotFound, Unavailable
-from app.pool import Version
-from app.services import FromApp, Services
+from app.inference.pool import Version
+from app.middleware.access import OperatorOnly
 from app.threads import json_response
 from training.store import ModelCard, StoreError
 from training.text import quote
@@ -41,7 +41,7 @@ class Live(BaseModel):
 
 
 @router.get("", response_model=list[ModelSummary], summary="All models")
-async def models(services: FromApp) -> Response:
+async def models(services: ServicesDependency) -> Response:
     def read() -> Response:
         details = [_details(services, name) for name in services.store.names()]
         return json_response([each.model_dump(include=_SUMMARY) for each in details])
@@ -50,7 +50,7 @@ async def models(services: FromApp) -> Response:
 
 
 @router.get("/{name}", response_model=ModelDetails, summary="One model with its cards")
-async def model(name: str, services: FromApp) -> Response:
+async def model(name: str, services: ServicesDependency) -> Response:
     def read() -> Response:
         _require(services, name)
         return json_response(_details(services, name))
@@ -58,8 +58,8 @@ async def model(name: str, services: FromApp) -> Response:
     return await services.store_threads.read(read)
 
 
-@router.put("/{name}/live", dependencies=[ForOperators], summary="Promote or roll back")
-async def promote(name: str, live: Live, services: FromApp) -> ModelSummary:
+@router.put("/{name}/live", dependencies=[OperatorOnly], summary="Promote or roll back")
+async def promote(name: str, live: Live, services: ServicesDependency) -> ModelSummary:
     """Make a version live. It serves all later requests. Requests in progress finish on the version they started with.
 
     Other workers, and other servers on the same store, switch within about a second.

@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
 router = APIRouter(include_in_schema=False)
 
-WEB = Path(__file__).parents[1] / "web"
+STATIC = Path(__file__).parents[1] / "static"
 _NOTHING_ELSE = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'; "
 _INDEX_POLICY = _NOTHING_ELSE + "script-src 'self'; style-src 'self'; img-src 'self' blob:"
 _OPENAPI = "/openapi.json"
@@ -21,7 +21,7 @@ _SWAGGER = "https://cdn.jsdelivr.net"
 
 @router.get("/")
 async def index() -> FileResponse:
-    return FileResponse(WEB / "index.html", headers={"Content-Security-Policy": _INDEX_POLICY})
+    return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": _INDEX_POLICY})
 
 
 @router.get(_OPENAPI)

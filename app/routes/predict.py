@@ -23,27 +23,26 @@ from starlette.datastructures import QueryParams, UploadFile
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app import images
-from app.access import access_of, client_of, let_predictor_pass
-from app.batching import Scores, Source
-from app.decode_cost import MIB, DecodeCost
-from app.decoding import File
-from app.errors import EXPECTED, answer
+from app.dependencies import Services, services_of
+from app.errors import EXPECTED, error_response
 from app.exceptions import BadRequest, TooLarge, UnsupportedImage
-from app.forms import read_form
-from app.headers import media_type
-from app.images import CostlyImage
-from app.pool import Model, Version
-from app.protocol import ON_LEAVING
-from app.services import Services, services_of
+from app.inference import images
+from app.inference.batching import ImageSource, Scores
+from app.inference.decode_cost import DecodeCost
+from app.inference.decoding import File
+from app.inference.images import CostlyImage
+from app.inference.pool import Model, Version
+from app.machine import MIB, cpu_count
+from app.middleware.access import access_of, authorize_prediction, client_of
+from app.routes.uploads import media_type, read_form
+from app.server.protocol import ON_DISCONNECT
 from app.settings import Settings
-from app.workers import processors
 from training.store import ModelCard
 from training.text import quote
 
 # An image up to this size is decoded with its batch, in less time than a decoder thread needs to start. On a single
 # processor this includes images that take a few milliseconds, because a thread would share that processor.
-_SMALL_BYTES, _SMALL_PIXELS = (128 << 10, 512 * 512) if processors() == 1 else (8 << 10, 64 * 64)
+_SMALL_BYTES, _SMALL_PIXELS = (128 << 10, 512 * 512) if cpu_count() == 1 else (8 << 10, 64 * 64)
 _SMALL_COST = DecodeCost(5, 16 * MIB)
 # Compressed chunks of a PNG. They may decompress to a thousand times their size, independent of the image size.
 _PNG, _COMPRESSED = b"\x89PNG", (b"zTXt", b"iTXt", b"iCCP")
@@ -70,7 +69,7 @@ _DESCRIPTION: dict[str, Any] = {
 }
 
 
-class Asked(BaseModel, frozen=True):
+class PredictQuery(BaseModel, frozen=True):
     """The query parameters of a prediction."""
 
     model: str | None = Field(default=None, description="By default the configured one, or the most accurate live one.")
@@ -110,9 +109,9 @@ router = APIRouter(tags=["predict"])
 
 
 @router.post(_PATH, openapi_extra=_DESCRIPTION, summary="Classify images")
-async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Predictions:
+async def predict(request: Request, asked: Annotated[PredictQuery, Query()]) -> Predictions:
     """Classify the images of the multipart fields `file`, or one image that is sent as the raw body."""
-    let_predictor_pass(request)
+    authorize_prediction(request)
     services = services_of(request)
     settings = services.settings
     async with _files(request, settings) as files:
@@ -131,9 +130,9 @@ async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Predict
 
 
 async def _scores(
-    request: Request, services: Services, asked: Asked, files: list[File], deadline: float
+    request: Request, services: Services, asked: PredictQuery, files: list[File], deadline: float
 ) -> tuple[Model, Scores]:
-    async def computed(pixels: Source) -> tuple[Model, Scores]:
+    async def computed(pixels: ImageSource) -> tuple[Model, Scores]:
         chosen = await services.pool.get(asked.model, asked.version)
         # No other task runs between these two lines, so the model cannot be swapped in between.
         return chosen, await chosen.batcher.run(pixels, deadline)
@@ -145,7 +144,7 @@ async def _scores(
     return await computed(await services.decoders.decode(files, client_of(request), deadline, charge))
 
 
-class Shortcut:
+class PredictMiddleware:
     """ASGI middleware that passes POST /predict directly to `predict`, with the same responses.
 
     FastAPI's routing, dependencies and validation would take as long as all other work outside the network. A request
@@ -168,11 +167,11 @@ class Shortcut:
             left = True
             task.cancel()
 
-        scope[ON_LEAVING] = leave
+        scope[ON_DISCONNECT] = leave
         try:
             predictions = await predict(request, _asked(scope["query_string"]))
         except EXPECTED as error:
-            response: Response = await answer(request, error)
+            response: Response = await error_response(request, error)
         except asyncio.CancelledError:
             if not left:
                 raise
@@ -181,14 +180,14 @@ class Shortcut:
         else:
             response = Response(to_json(predictions), media_type="application/json")
         finally:
-            del scope[ON_LEAVING]
+            del scope[ON_DISCONNECT]
         await response(scope, receive, send)
 
 
 @lru_cache(256)
-def _asked(query: bytes) -> Asked:
+def _asked(query: bytes) -> PredictQuery:
     try:
-        return Asked.model_validate(dict(QueryParams(query)))
+        return PredictQuery.model_validate(dict(QueryParams(query)))
     except ValidationError as error:
         faults = [{**fault, "loc": ("query", *fault["loc"])} for fault in error.errors()]
         raise RequestValidationError(faults) from None

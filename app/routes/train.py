@@ -8,10 +8,10 @@ from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.access import ForOperators
 from app.clients import client_network
-from app.jobs import Job, JobRequest, Jobs, JobSummary
-from app.services import FromApp
+from app.dependencies import ServicesDependency
+from app.jobs.queue import Job, JobQueue, JobRequest, JobSummary
+from app.middleware.access import OperatorOnly
 from app.threads import json_response
 
 router = APIRouter(prefix="/train", tags=["train"])
@@ -33,7 +33,7 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, jobs: Jobs, events: AsyncIterator[str]):
+    def __init__(self, jobs: JobQueue, events: AsyncIterator[str]):
         super().__init__(events, headers=_STREAMED)
         self._jobs = jobs
 
@@ -46,14 +46,14 @@ class EventStream(StreamingResponse):
 @router.post(
     "",
     status_code=HTTPStatus.ACCEPTED,
-    dependencies=[ForOperators],
+    dependencies=[OperatorOnly],
     responses={202: {"links": _LINKS}},
     summary="Start training",
 )
 async def submit(
     wanted: JobRequest,
     response: Response,
-    services: FromApp,
+    services: ServicesDependency,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Job:
     """Queue a job and return it at once. The trained model is published to the model store.
@@ -67,24 +67,24 @@ async def submit(
 
 
 @router.get("", response_model=list[JobSummary], summary="The latest jobs, newest first")
-async def jobs(services: FromApp, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+async def jobs(services: ServicesDependency, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
     return await services.jobs.threads.read(lambda: json_response(services.jobs.newest(limit)))
 
 
 @router.get("/{job_id}", response_model=Job, summary="A job's state, progress and history")
-async def job(job_id: str, services: FromApp) -> Response:
+async def job(job_id: str, services: ServicesDependency) -> Response:
     return await services.jobs.threads.read(lambda: json_response(services.jobs.get(job_id)))
 
 
-@router.delete("/{job_id}", dependencies=[ForOperators], summary="Cancel a job")
-async def cancel(job_id: str, services: FromApp) -> Job:
+@router.delete("/{job_id}", dependencies=[OperatorOnly], summary="Cancel a job")
+async def cancel(job_id: str, services: ServicesDependency) -> Job:
     """Cancel a job at once. Its process, if there is one, ends within a few seconds."""
     return await services.jobs.threads.run(services.jobs.cancel, job_id)
 
 
 @router.get("/{job_id}/events", response_class=StreamingResponse, summary="A job's progress as server-sent events")
 async def events(
-    job_id: str, services: FromApp, last_event_id: Annotated[int, Header(ge=0, lt=2**31)] = 0
+    job_id: str, services: ServicesDependency, last_event_id: Annotated[int, Header(ge=0, lt=2**31)] = 0
 ) -> StreamingResponse:
     """Stream the job's metrics from the start, or after `Last-Event-ID`: one event per tick and per epoch.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app.workers import processors
+from app.machine import cpu_count
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -87,7 +87,7 @@ class Server:
             settings |= {"CIFAR100_RUNTIME": "openvino"} if engine.startswith("openvino") else {}
             return [sys.executable, "-m", "app", "--port", str(port)], os.environ | settings
         settings = {"CLASSIFIER_MODEL": str(folder), "CLASSIFIER_ENGINE": engine, "CLASSIFIER_PORT": str(port)}
-        settings |= {"CLASSIFIER_CORES": str(processors())}
+        settings |= {"CLASSIFIER_CORES": str(cpu_count())}
         return [str(PYTHON), str(HERE / f"{self.name}_server.py")], os.environ | settings
 
     def request(self, port: int, model: str, image: bytes, media_type: str) -> bytes:

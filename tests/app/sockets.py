@@ -10,8 +10,8 @@ from functools import partial
 import uvicorn
 from starlette.types import ASGIApp
 
-from app.connections import ConnectionTable
-from app.protocol import BoundedHttp
+from app.server.connections import ConnectionTable
+from app.server.protocol import BoundedHttp
 
 Address = tuple[str, int]
 
@@ -19,7 +19,7 @@ Address = tuple[str, int]
 @contextmanager
 def serving(
     app: ASGIApp,
-    sheds: Callable[[bytes, str], bool] = lambda *_: False,
+    should_shed: Callable[[bytes, str], bool] = lambda *_: False,
     table: ConnectionTable | None = None,
     keep_alive_s: int = 60,
     trusted_proxies: str = "",
@@ -28,7 +28,10 @@ def serving(
 ) -> Iterator[socket.socket]:
     """Start a server in a thread and yield its listening socket once the server accepts connections."""
     http = partial(
-        BoundedHttp, sheds=sheds, table=table or ConnectionTable(900, trusted_proxies), exceeds_share=exceeds_share
+        BoundedHttp,
+        should_shed=should_shed,
+        table=table or ConnectionTable(900, trusted_proxies),
+        exceeds_share=exceeds_share,
     )
     config = uvicorn.Config(
         app,

@@ -24,12 +24,13 @@ from local import local
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from app import engines, images
-from app.batching import Computed, Scores
-from app.evaluations import read_zip
+from app import engines
 from app.exceptions import Unavailable
+from app.inference import images
+from app.inference.batching import BatchOutput, Scores
+from app.jobs.evaluations import read_zip
 from app.main import create_app
-from app.routes.predict import Class, Shortcut, top_classes
+from app.routes.predict import Class, PredictMiddleware, top_classes
 from app.settings import Settings
 from training import torchscript
 from training.data import Dataset
@@ -96,7 +97,7 @@ def test_predict_equals_offline_evaluation_bit_for_bit(client: TestClient, model
         with torch.inference_mode():
             logits = module(torch.from_numpy(dataset.test.images[row]).permute(2, 0, 1)[None])[0]
         classes = [Class(**each) for each in answer["predictions"][0]["classes"]]
-        scores = Scores(Computed(logits[None].numpy()))
+        scores = Scores(BatchOutput(logits[None].numpy()))
         assert [classes] == top_classes(scores, card, top_k=100)
         ranked = logits.argsort(descending=True, stable=True)
         assert [each.class_id for each in classes] == ranked.tolist()
@@ -458,7 +459,7 @@ def test_the_shortcut_answers_as_fastapi_does(models: Path, tmp_path: Path, imag
 
     settings = Settings(models=models, runs=tmp_path / "runs")
     short, long = create_app(settings), create_app(settings)
-    long.user_middleware = [layer for layer in long.user_middleware if cast(Any, layer.cls) is not Shortcut]
+    long.user_middleware = [layer for layer in long.user_middleware if cast(Any, layer.cls) is not PredictMiddleware]
     assert answers(short) == answers(long)
 
 
@@ -515,10 +516,10 @@ def test_metrics_count_requests(client: TestClient, image: bytes) -> None:
 def test_the_page_and_its_files_are_served(client: TestClient) -> None:
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
-    for file in ("/web/page.js", "/web/style.css", "/web/icon.svg"):
+    for file in ("/static/page.js", "/static/style.css", "/static/icon.svg"):
         assert file in page.text
         assert client.get(file).status_code == 200
-    assert client.get("/web/../main.py").status_code == 404
+    assert client.get("/static/../main.py").status_code == 404
 
 
 def crafted_zip(*entries: tuple[str, bytes, int | None]) -> bytes:
@@ -561,7 +562,7 @@ def test_zip_entries_that_share_bytes_are_refused_before_anything_is_decoded(
     for field in (20, 24):
         whole[directory + field : directory + field + 4] = (len(image) + 40).to_bytes(4, "little")
     decoded = AsyncMock()
-    monkeypatch.setattr("app.images.decode", decoded)
+    monkeypatch.setattr("app.inference.images.decode", decoded)
     for content in (twice.getvalue(), nested, first, bytes(longer), bytes(whole)):
         assert_problem(send(content), 422, "overlap")
     for offset in (10**6, 2**31, 3):

@@ -19,8 +19,8 @@ from fastapi.testclient import TestClient
 from local import local
 from PIL import Image
 
+from app.dependencies import Services
 from app.main import create_app
-from app.services import Services
 from app.settings import Settings
 from training.data import Dataset
 
@@ -99,7 +99,7 @@ def test_shortage_in_any_route_is_503(
     services = services_of(client)
     monkeypatch.setattr(services.jobs, "newest", fail)
     monkeypatch.setattr(services.store, "names", fail)
-    monkeypatch.setattr("app.images.decode", fail)
+    monkeypatch.setattr("app.inference.images.decode", fail)
     assert_refused(client.get("/train"), words, caplog)
     assert_refused(client.get("/models"), words, caplog)
     assert_refused(client.post("/predict", files={"file": small}), words, caplog)

@@ -14,10 +14,11 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
-from app import workers
+from app import machine
 from app.main import create_app
-from app.settings import OF_TRAINING, Settings
-from app.startup import StartupError, authority, check_store, listen, read_settings
+from app.server import workers
+from app.server.startup import StartupError, authority, check_store, listen, read_settings
+from app.settings import TRAINING_VARIABLES, Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,7 +107,7 @@ def test_every_variable_of_training_is_known(monkeypatch: pytest.MonkeyPatch) ->
     read = {
         name for path in (ROOT / "training").rglob("*.py") for name in re.findall('"(CIFAR100_\\w+)"', path.read_text())
     }
-    assert read >= set(OF_TRAINING)
+    assert read >= set(TRAINING_VARIABLES)
     for name in read:
         monkeypatch.setenv(name, "anything")
     read_settings()
@@ -200,7 +201,7 @@ def test_all_addresses_of_a_name_share_a_port_and_a_missing_one_is_left_out(monk
 def test_workers_are_bounded_by_processors_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1 << 30
     for processors, memory, most, default in ((2, 64 * gib, 8, 2), (8, 2 * gib, 4, 4), (1, gib // 4, 1, 1)):
-        monkeypatch.setattr(workers, "processors", lambda number=processors: number)
+        monkeypatch.setattr(workers, "cpu_count", lambda number=processors: number)
         monkeypatch.setattr(workers, "memory_bytes", lambda number=memory: number)
         assert workers.choose_count(0) == default
         assert workers.choose_count(most) == most
@@ -212,10 +213,10 @@ def test_workers_are_bounded_by_processors_and_memory(monkeypatch: pytest.Monkey
 def test_a_container_has_the_memory_that_it_may_use(
     limit: str, is_lower: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed = workers.memory_bytes()
-    monkeypatch.setattr(workers, "_MEMORY_MAX", tmp_path / "memory.max")
+    installed = machine.memory_bytes()
+    monkeypatch.setattr(machine, "_MEMORY_MAX", tmp_path / "memory.max")
     (tmp_path / "memory.max").write_text(limit)
-    assert workers.memory_bytes() == (1048576 if is_lower else installed)
+    assert machine.memory_bytes() == (1048576 if is_lower else installed)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,6 @@ def test_a_container_has_the_processors_that_it_may_use(
     limit: str, processors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(workers, "_CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr(machine, "_CPU_MAX", tmp_path / "cpu.max")
     (tmp_path / "cpu.max").write_text(limit)
-    assert workers.processors() == processors
+    assert machine.cpu_count() == processors

@@ -15,7 +15,7 @@ from processes import children
 from server import Server, wait_for
 from service import TINY, processes_of, service
 
-from app.startup import authority
+from app.server.startup import authority
 
 END_S = 60.0  # ample for a shutdown on a busy machine; models that never load take longer
 STOPPED = {signal.SIGTERM: 0, signal.SIGHUP: 0, signal.SIGINT: 130}

@@ -18,7 +18,7 @@ from processes import children
 from server import wait_for
 from service import TINY, finished, service
 
-from app.workers import BEAT, LOADING, Worker
+from app.server.workers import BEAT, LOADING, Worker
 
 WORKERS = 2
 
@@ -135,7 +135,7 @@ def seconds_until_killed(beats: bytes, beat: bytes, log: pytest.LogCaptureFixtur
             for _ in range(5):
                 worker.kill_if_hanging()
             if "is killed" in log.text:
-                assert not worker.responds
+                assert not worker.is_responding
                 assert worker.process.wait(10) == -signal.SIGKILL
                 return second
     return None

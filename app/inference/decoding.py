@@ -1,0 +1,224 @@
+"""Decode the images of requests outside the event loop, and share the decoders among clients by CPU time.
+
+    file -> quick lane: read the header, estimate the cost --up to 10 ms--> decoded there, in one of several threads
+                                                           --up to 50 ms--> medium lane: a thread of lower priority
+                                                           --more---------> costly lane: a process that can be ended
+
+Each lane is a `FairThreads` pool: the client that has spent the least CPU time in the lane is next. The images of one
+request are decoded one after the other, so that images of other requests get turns in between. While several clients
+wait, each may have only its share of `max_queue` waiting images.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.clients import FairShares
+from app.exceptions import Problem, Unavailable
+from app.inference.decode_cost import DecodeCost
+from app.inference.decode_process import DecodeProcess
+from app.inference.fair_threads import FairThreads, Outcome, measure
+from app.inference.images import MAX_COST, EncodedImage
+from app.machine import MIB, cpu_count
+from app.settings import Settings
+
+_MAX_THREADS = 8
+_MAX_PROCESSES = 2
+_HEADER = DecodeCost(1, 32 * MIB)
+_QUICK = DecodeCost(10, 32 * MIB)
+MEDIUM = DecodeCost(50, 64 * MIB)
+"""Largest cost that is decoded in a thread. A costlier image is decoded in a process, which can be killed."""
+
+_MEDIUM_NICENESS = 5
+_RATE_UNIT_MS = 10  # estimated CPU time per unit of CIFAR100_PREDICT_RATE_LIMIT
+
+File = tuple[str | None, BinaryIO]
+"""Name and content of an uploaded image."""
+
+Charge = Callable[[int], None]
+"""Function that charges a client's rate limit a number of units, or raises TooManyRequests."""
+
+Value = TypeVar("Value")
+
+
+@dataclass(eq=False)
+class _Request:
+    """The client, deadline and decoding progress of one request."""
+
+    client: str
+    deadline: float
+    left: int
+    """Number of images that are not decoded yet."""
+    charge: Charge | None
+    estimated_ms: float = 0.0
+    charged_units: int = 1  # every request is charged one unit before its body is read
+
+    def add_cost(self, cost: DecodeCost) -> None:
+        """Charge the client for one more image.
+
+        Raises:
+            TooManyRequests: The client exceeds its rate limit.
+        """
+        self.estimated_ms += cost.cpu_ms
+        units = max(1, math.ceil(self.estimated_ms / _RATE_UNIT_MS))
+        if self.charge and units > self.charged_units:
+            self.charge(units - self.charged_units)
+            self.charged_units = units
+
+
+class Decoders:
+    """The threads and processes that decode images.
+
+    Args:
+        settings: Limits of an image, and the number of images that may wait.
+    """
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        count = min(cpu_count(), _MAX_THREADS)
+        self._quick = FairThreads(count, count * _QUICK.memory_bytes, "decoder")
+        count = max(1, count - 1)
+        self._medium = FairThreads(count, count * MEDIUM.memory_bytes, "medium-decoder", _MEDIUM_NICENESS)
+        count = min(cpu_count(), _MAX_PROCESSES)
+        self._costly = FairThreads(count, MAX_COST.memory_bytes, "costly-decoder")
+        self._idle_processes = SimpleQueue[DecodeProcess]()
+        limits = settings.max_image_bytes, settings.max_image_pixels
+        self._processes = [DecodeProcess(*limits) for _ in range(count)]
+        for process in self._processes:
+            self._idle_processes.put(process)
+        self._waiting = FairShares(settings.max_queue)
+        self._held_up = FairShares(settings.max_queue)
+
+    @property
+    def waiting(self) -> int:
+        """Number of images of current requests that are not decoded yet, without those that `held_up` counts."""
+        return self._waiting.total
+
+    @property
+    def held_up(self) -> int:
+        """Number of costly images that wait, and of the images that follow them in their requests."""
+        return self._held_up.total
+
+    def is_full_for(self, client: str) -> bool:
+        """Return True if another request of this client should be refused before its body is read.
+
+        A client with a full share of waiting costly images counts as full, because such requests are cheap to send and
+        expensive to parse.
+        """
+        return self._waiting.exceeds_share(client, 1) or self._held_up.exceeds_share(client, 1)
+
+    async def decode(
+        self, files: Sequence[File], client: str, deadline: float, charge: Charge | None = None
+    ) -> NDArray[np.uint8]:
+        """Decode the images of a request.
+
+        Args:
+            files: Names and open files. They must stay open until this returns.
+            client: Client whose share of the decoders the images use.
+            deadline: Time on the monotonic clock. An image whose decoding has not begun by then is refused.
+            charge: Function that is called with the rate units of the estimated cost beyond the first unit.
+
+        Returns:
+            uint8 [N, 3, 32, 32].
+
+        Raises:
+            Unavailable: Too many images are waiting, or the deadline has passed.
+            TooManyRequests: The error that `charge` raises.
+            Problem: An image cannot be decoded. If the request has several images, the message names the file.
+        """
+        if self._waiting.exceeds_share(client, len(files)):
+            raise Unavailable(f"{self.waiting} images are waiting to be decoded already; try again later")
+        request = _Request(client, deadline, len(files), charge)
+        pixels = list[NDArray[np.uint8]]()
+        self._waiting.add(client, len(files))
+        try:
+            for name, file in files:
+                try:
+                    pixels.append(await self._decode(request, file))
+                except Problem as error:
+                    if len(files) > 1:
+                        error.detail = f"{name}: {error.detail}"
+                    raise
+                request.left -= 1
+                self._waiting.remove(client, 1)
+        finally:
+            self._waiting.remove(client, request.left)
+        return np.stack(pixels)
+
+    async def _decode(self, request: _Request, file: BinaryIO) -> NDArray[np.uint8]:
+        limits = self._settings.max_image_bytes, self._settings.max_image_pixels
+
+        def decode_if_quick() -> tuple[DecodeCost, NDArray[np.uint8] | EncodedImage]:
+            if time.monotonic() > request.deadline:  # the image has waited for a thread
+                raise _late()
+            file.seek(0)
+            image = EncodedImage(file.read(limits[0] + 1), *limits)
+            return image.cost, image if image.cost.exceeds(_QUICK) else image.decode()
+
+        cost, result = await self._run(self._quick, request, _HEADER, partial(measure, decode_if_quick))
+        request.add_cost(cost)
+        if not isinstance(result, EncodedImage):
+            return result
+        if not cost.exceeds(MEDIUM):
+            return await self._run(self._medium, request, cost, partial(measure, result.decode))
+        del result  # the process reads the file again
+        with self._hold_up(request):
+            return await self._run(self._costly, request, cost, partial(self._decode_apart, file))
+
+    def _decode_apart(self, file: BinaryIO) -> Outcome[NDArray[np.uint8]]:
+        process = self._idle_processes.get()
+
+        def decode() -> NDArray[np.uint8]:
+            file.seek(0)
+            return process.decode(file.read(self._settings.max_image_bytes + 1))
+
+        try:
+            return measure(decode, clock=lambda: process.cpu_s)
+        finally:
+            self._idle_processes.put(process)
+
+    @contextmanager
+    def _hold_up(self, request: _Request) -> Iterator[None]:
+        """Count a request's remaining images in `held_up` while one of them is costly. They delay no other request."""
+        count = request.left
+        if self._held_up.exceeds_share(request.client, count):
+            raise Unavailable(f"{self.held_up} images wait for costly ones already; try again later")
+        self._waiting.remove(request.client, count)
+        self._held_up.add(request.client, count)
+        try:
+            yield
+        finally:
+            self._held_up.remove(request.client, count)
+            self._waiting.add(request.client, count)
+
+    async def _run(
+        self, threads: FairThreads, request: _Request, cost: DecodeCost, work: Callable[[], Outcome[Value]]
+    ) -> Value:
+        """Run work when it is the client's turn.
+
+        Raises:
+            Unavailable: The deadline has passed before the turn.
+        """
+        try:
+            return await threads.run(request.client, cost, work, request.deadline - time.monotonic())
+        except TimeoutError:
+            raise _late() from None
+
+    def close(self) -> None:
+        """Let the threads end and kill the processes."""
+        for threads in (self._quick, self._medium, self._costly):
+            threads.close()
+        for process in self._processes:
+            process.close()
+
+
+def _late() -> Unavailable:
+    return Unavailable("the image waited longer than the deadline to be decoded; try again later")

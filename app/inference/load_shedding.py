@@ -1,0 +1,65 @@
+"""Decide which predictions are refused as soon as their URL is known, because too many images wait."""
+
+import asyncio
+from collections.abc import Callable
+from functools import lru_cache
+from urllib.parse import parse_qsl
+
+from app.clients import client_network
+from app.inference.decoding import Decoders
+from app.inference.pool import ModelPool
+
+
+class LoadShedder:
+    """The decision to refuse a prediction before its body is read.
+
+    Args:
+        pool: Models with their queues.
+        decoders: Decoders with the shares of their clients.
+        is_behind_proxy: True if the service trusts a proxy. The client address is then known only after the request has
+            reached the application, so no client exceeds its share here.
+        count: Callback for each refused prediction.
+    """
+
+    def __init__(self, pool: ModelPool, decoders: Decoders, is_behind_proxy: bool, count: Callable[[], None]):
+        self._pool = pool
+        self._decoders = decoders
+        self._is_behind_proxy = is_behind_proxy
+        self._count = count
+        self._arriving = 0
+
+    def should_shed(self, url: bytes, client: str) -> bool:
+        """Return True if a request is a prediction that must be refused.
+
+        Call this in the event loop, once per request. Most accepted requests reach the queue in the next iteration of
+        the loop. Until then they count as queued.
+
+        Args:
+            url: Path and query of the request.
+            client: Address of the client.
+        """
+        path, _, query = url.partition(b"?")
+        if path != b"/predict" or b"version" in query:  # each version has its own queue
+            return False
+        model = self._pool.peek(_model_name(query))
+        if model is None:
+            return False
+        is_full = model.batcher.queued + self._arriving >= model.batcher.max_queue
+        if is_full or self.exceeds_share(client):
+            self._count()
+            return True
+        self._arriving += 1
+        asyncio.get_running_loop().call_soon(self._count_arrived)
+        return False
+
+    def exceeds_share(self, client: str) -> bool:
+        """Return True if a client, given by its address, has its full share of images waiting to be decoded."""
+        return not self._is_behind_proxy and self._decoders.is_full_for(client_network(client))
+
+    def _count_arrived(self) -> None:
+        self._arriving -= 1
+
+
+@lru_cache(256)
+def _model_name(query: bytes) -> str | None:
+    return dict(parse_qsl(query.decode("latin-1"))).get("model")

@@ -1,0 +1,239 @@
+"""Keep the live version of each model in memory, and hot-swap it when the store's live pointer changes.
+
+In: the model store.  Out: `Model` objects that compute predictions. A swap replaces a reference. Requests that hold the
+old version finish on it, later requests get the new version, and the old version is freed after its last request.
+"""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from app import engines
+from app.exceptions import NotFound, Unavailable
+from app.inference.batching import Batcher
+from app.settings import Settings
+from app.threads import Threads
+from training import torchscript
+from training.store import CARD, MODEL, ModelCard, Store, StoreError
+from training.text import quote
+
+log = logging.getLogger(__name__)
+
+_MAX_OLD_VERSIONS = 2
+_THREADS = 2  # one polls the live versions, the other loads versions on request
+_EXAMPLES = 2  # images on which a model is checked against its card
+_RETRY_S = 30.0  # wait after a live version failed to load
+
+Version = Annotated[int, Field(ge=1, lt=10**9)]
+"""A model's version number in a request."""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model version with its batcher."""
+
+    card: ModelCard
+    batcher: Batcher
+    loaded: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+class ModelPool:
+    """The live models by name, and up to two other versions that requests asked for.
+
+    Args:
+        settings: Device, batch and queue sizes, and poll interval.
+        store: The model store.
+        observe: Callback with the model name, the number of images and the seconds of each batch.
+    """
+
+    def __init__(self, settings: Settings, store: Store, observe: Callable[[str, int, float], None]):
+        self.store = store
+        self._observe = observe
+        self.errors: dict[str, str] = {}
+        """Reason why the live version of a model is not served, by model name."""
+        self._settings = settings
+        self._live: dict[str, Model] = {}
+        self._others: OrderedDict[tuple[str, int], Model] = OrderedDict()
+        self._refreshing = asyncio.Lock()
+        self._loading = asyncio.Lock()  # held while a version that is not live is loaded
+        self._failures: dict[str, tuple[int, float]] = {}  # failed live version and time, by model name
+        self._watcher: asyncio.Task[None] | None = None
+        self._threads = Threads("the model store", _THREADS, patience_s=_RETRY_S)
+
+    async def start(self) -> None:
+        """Load every live model, then start to poll the store."""
+        await self.refresh()
+        if not self._live:
+            root = self.store.root.absolute()
+            log.warning("no model of the store %s is live: the service is not ready until one is", root)
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        if self._watcher:
+            self._watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watcher
+        self._threads.close()
+
+    @property
+    def ready(self) -> bool:
+        """True if at least one model is live, and every model with a live version is loaded and warm."""
+        return bool(self._live) and not self.errors.keys() - self._live.keys()
+
+    def live(self) -> dict[str, Model]:
+        """Return the live models by name."""
+        return dict(self._live)
+
+    def peek(self, name: str | None) -> Model | None:
+        """Return the live model of this name, or None. The default name is that of `get`."""
+        return self._live.get(name or self._default() or "")
+
+    async def get(self, name: str | None = None, version: int | None = None, patient: bool = False) -> Model:
+        """Return a model to predict with. For a live model this does not yield to the event loop.
+
+        Args:
+            name: Model name. The default is the configured model, or else the most accurate live one.
+            version: Version number. The default is the live version. Other versions are loaded on demand, one at a
+                time.
+            patient: If true, wait while another version is loaded. If false, raise Unavailable.
+
+        Raises:
+            NotFound: The model or version does not exist.
+            Unavailable: No model is live, or the model exists but cannot be served, or cannot be served now.
+        """
+        if name is None:
+            name = self._default()
+        if name is None:
+            raise Unavailable("no model is live; train one: curl -X POST /train, or python -m training train resnet")
+        model = self._live.get(name)
+        if model and version in (None, model.card.version):
+            return model
+        if version is None:
+            raise self._not_live_error(name)
+        if (name, version) in self._others:
+            self._others.move_to_end((name, version))
+            return self._others[name, version]
+        return await self._load_other(name, version, patient)
+
+    async def refresh(self) -> None:
+        """Load every live version of the store that is not in memory yet."""
+        async with self._refreshing:
+            names = await self._threads.run(self.store.names)
+            for name in names:
+                try:
+                    version = await self._threads.run(self.store.live, name)
+                    current = self._live.get(name)
+                    if version is None or (current and current.card.version == version):
+                        self.errors.pop(name, None)
+                        continue
+                    model = self._others.pop((name, version), None)  # an earlier request may have loaded it
+                    if model is None:
+                        failed, at = self._failures.get(name, (None, 0.0))
+                        if failed == version and time.monotonic() < at + _RETRY_S:
+                            continue
+                        self._failures[name] = version, time.monotonic()
+                        model = await self._threads.run(self._load, name, version)
+                    self._failures.pop(name, None)
+                    self._live[name] = model
+                    self.errors.pop(name, None)
+                    log.info("%s version %d is live (%s)", name, version, model.batcher.engine.name)
+                except (StoreError, OSError, RuntimeError) as error:
+                    if self.errors.get(name) != str(error):
+                        log.error("%s: the live version cannot be loaded: %s", name, error)
+                        self.errors[name] = str(error)
+                        if name not in self._live:
+                            await self._threads.run(self._fall_back, name)
+
+    def _fall_back(self, name: str) -> None:
+        """Serve the latest version that loads, because the live version does not."""
+        for version in reversed(self.store.versions(name)):
+            try:
+                self._live[name] = self._load(name, version)
+            except (StoreError, OSError, RuntimeError) as error:
+                log.warning("%s: version %d cannot be loaded either: %s", name, version, error)
+            else:
+                log.warning("%s: version %d is served instead", name, version)
+                return
+
+    async def _watch(self) -> None:
+        failure = ""
+        while True:
+            await asyncio.sleep(self._settings.store_poll_s)
+            try:
+                await self.refresh()
+            except OSError as error:
+                if failure != str(error):  # logged once, not at every poll
+                    log.error("the model store cannot be read: %s", error)
+                failure = str(error)
+            except Exception:  # one failed refresh must not end the polling
+                log.exception("the model store cannot be read")
+            else:
+                failure = ""
+
+    def _load(self, name: str, version: int) -> Model:
+        card = self.store.card(name, version)
+        folder = self.store.verify(card)
+        engine = engines.load(folder / MODEL, self._settings.device, self._settings.runtime)
+        _check_fit(card, engine)
+        observe = partial(self._observe, name)
+        return Model(card, Batcher(engine, self._settings.max_batch, self._settings.max_queue, observe))
+
+    async def _load_other(self, name: str, version: int, patient: bool) -> Model:
+        self._require_version(name, version)
+        if self._loading.locked() and not patient:
+            raise Unavailable("another version is being loaded; try again later")
+        async with self._loading:
+            model = self._others.get((name, version))  # another request may have loaded it meanwhile
+            if model is None:
+                try:
+                    model = await self._threads.run(self._load, name, version)
+                except (StoreError, OSError, RuntimeError) as error:
+                    self._require_version(name, version)  # raises NotFound if a training job has removed it
+                    raise Unavailable(f"{name} version {version} cannot be loaded: {error}") from error
+                self._others[name, version] = model
+                while len(self._others) > _MAX_OLD_VERSIONS:
+                    self._others.popitem(last=False)
+            return model
+
+    def _require_version(self, name: str, version: int) -> None:
+        try:
+            self.store.folder(name, version)
+        except StoreError as error:
+            raise NotFound(f"{error}; GET /models lists all") from None
+
+    def _default(self) -> str | None:
+        """Return the name of the configured model, or else of the most accurate live one."""
+        most_accurate = max(self._live, key=lambda name: self._live[name].card.test.top1, default=None)
+        return self._settings.default_model or most_accurate
+
+    def _not_live_error(self, name: str) -> NotFound | Unavailable:
+        if name in self.errors:
+            return Unavailable(f"{name} cannot be served: {self.errors[name]}")
+        live = ", ".join(sorted(self._live)) or "none"
+        return NotFound(f"there is no live model {quote(name)}, live are: {live}; GET /models lists all")
+
+
+def _check_fit(card: ModelCard, engine: engines.Engine) -> None:
+    """Check that a model computes one finite logit per image and class of its card.
+
+    Raises:
+        StoreError: The shape of the logits does not match the card's classes, or a logit is not finite.
+    """
+    logits = engine(torchscript.example_images(_EXAMPLES).numpy())
+    if logits.shape != (_EXAMPLES, len(card.classes)):
+        raise StoreError(
+            f"{card.name} version {card.version} computes logits of shape {list(logits.shape)} for {_EXAMPLES} images, "
+            f"but its {CARD} names {len(card.classes)} classes; publish it again with the card of this model"
+        )
+    if not np.isfinite(logits).all():
+        raise StoreError(f"{card.name} version {card.version} computes logits that are not finite; publish it again")

@@ -1,0 +1,141 @@
+"""Limits request bodies while they arrive: the size and pace of each body, and the total size of all bodies."""
+
+import asyncio
+import time
+from http import HTTPStatus
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.clients import FairShares, client_network
+from app.errors import problem_response
+from app.machine import MIB
+from app.server.connections import SLOWEST_BYTES_PER_S
+from app.server.protocol import BODY_RECEIVED
+from app.settings import Settings
+
+_OTHER_BYTES = MIB
+_MULTIPART_OVERHEAD = 64 << 10
+# Time budget of a body, in seconds. Waiting for data uses it up; each 64 KiB received adds one second, up to 30 s.
+_BUDGET_S = 30.0
+
+
+class BodyLimitMiddleware:
+    """ASGI middleware that refuses bodies over the limit of their route (413), too slow (408) or too many (503).
+
+    A body whose Content-Length is over the limit is refused before it is read. A chunked body is refused as soon as it
+    exceeds the limit.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings):
+        self.app = app
+        self.limits = {
+            "/predict": settings.max_predict_bytes + _MULTIPART_OVERHEAD,
+            "/evaluate": settings.max_archive_bytes + _MULTIPART_OVERHEAD,
+        }
+        self.pending = FairShares(settings.max_pending_bytes)
+        """Bytes received for all requests in progress, per client network."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        limit = self.limits.get(scope["path"], _OTHER_BYTES)
+        declared = headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > limit:
+            await _too_large(limit)(scope, receive, send)
+            return
+        is_empty = declared == "0" and "transfer-encoding" not in headers
+        body = _LimitedBody(scope, receive, send, limit, self.pending, is_empty)
+        try:
+            await self.app(scope, body.receive, body.send)
+        except ClientDisconnect:
+            if not body.refusal:
+                raise
+        finally:
+            body.release()
+        if body.refusal:
+            await body.refusal(scope, receive, send)
+
+
+class _LimitedBody:
+    """The body of one request, and the response that refuses it.
+
+    Args:
+        scope: ASGI scope of the request.
+        receive: ASGI function that returns the next part of the body.
+        send: ASGI function that sends the response of the application.
+        limit: Largest size of the body in bytes.
+        pending: Bytes of all bodies in progress.
+        is_complete: True if the request has no body.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int, pending: FairShares, is_complete: bool):
+        self.refusal: JSONResponse | None = None
+        """The response to send instead of the application's response."""
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._limit = limit
+        self._pending = pending
+        self._client = client_network(scope["client"][0] if scope.get("client") else "")
+        self._is_complete = is_complete
+        self._received = 0
+        self._budget_s = _BUDGET_S
+
+    async def receive(self) -> Message:
+        """Return the next message of the request.
+
+        Raises:
+            ClientDisconnect: The body is refused. Routes already handle this error for a body that ends early.
+        """
+        if self._is_complete:
+            return await self._receive()  # only the disconnect can follow, which has no time limit
+        message = await self._receive() if BODY_RECEIVED in self._scope else await self._receive_in_time()
+        size = len(message.get("body", b""))
+        self._received += size
+        has_place = self._pending.allows(self._client, size, self._pending.total + size)
+        self._pending.add(self._client, size)
+        self._is_complete = not message.get("more_body", False)
+        if self._received > self._limit:
+            self.refusal = _too_large(self._limit)
+        elif not has_place:
+            self.refusal = _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too much data is being sent; try again later")
+            self.refusal.headers["Retry-After"] = "1"
+        if self.refusal:
+            raise ClientDisconnect
+        return message
+
+    async def _receive_in_time(self) -> Message:
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(self._budget_s):
+                message = await self._receive()
+        except TimeoutError:
+            self.refusal = _refusal(HTTPStatus.REQUEST_TIMEOUT, "the request body arrives too slowly")
+            raise ClientDisconnect from None
+        gained_s = len(message.get("body", b"")) / SLOWEST_BYTES_PER_S
+        self._budget_s = min(_BUDGET_S, self._budget_s + started - time.monotonic() + gained_s)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a message of the application's response, unless the body is refused."""
+        if message["type"] == "http.response.start" and not self._is_complete:
+            MutableHeaders(scope=message)["Connection"] = "close"  # the rest of the body is not read
+        if not self.refusal:
+            await self._send(message)
+
+    def release(self) -> None:
+        """Stop counting the bytes of this body."""
+        self._pending.remove(self._client, self._received)
+
+
+def _too_large(limit: int) -> JSONResponse:
+    return _refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request body is larger than {limit:,} bytes")
+
+
+def _refusal(status: HTTPStatus, detail: str) -> JSONResponse:
+    return problem_response(status, detail, {"Connection": "close"})

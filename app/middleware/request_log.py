@@ -1,0 +1,56 @@
+"""Give every request an id and log one line per request."""
+
+import logging
+import re
+import time
+from random import getrandbits
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.logs import request_id
+
+log = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499
+"""Status of a request whose client disconnected before the response, as in nginx."""
+
+_VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PROBES = ("/health/live", "/health/ready", "/metrics")  # called every few seconds
+
+
+class RequestLogMiddleware:
+    """ASGI middleware that gives every request an id, returns it as X-Request-ID, and logs one line per request.
+
+    It keeps the X-Request-ID of a client that has 1 to 64 letters, digits, dots, underscores or hyphens.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+        own = given if _VALID_ID.fullmatch(given) else f"{getrandbits(128):032x}"  # no secret, so no system call
+        request_id.set(own)
+        status = CLIENT_CLOSED_REQUEST
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", own.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            path = scope.get("raw_path", b"").decode("ascii", "replace")
+            level = logging.DEBUG if path in _PROBES else logging.INFO
+            if log.isEnabledFor(level):
+                client = scope["client"][0] if scope.get("client") else None
+                milliseconds = round((time.perf_counter() - started) * 1000, 3)
+                extra = {"client": client, "milliseconds": milliseconds}
+                log.log(level, "%s %s %d", scope["method"], path, status, extra=extra)

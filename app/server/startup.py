@@ -1,0 +1,139 @@
+"""Checks the settings, the model store and the listening address before any model is loaded.
+
+Output: `Settings` and listening sockets, or a `StartupError` whose text is one line for the operator.
+"""
+
+import errno
+import socket
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from app.settings import Settings
+from training.store import Store
+
+_BACKLOG = 2048  # maximum number of connections that wait to be accepted
+_ATTEMPTS = 20  # attempts to find a port that is free at every address
+_ADDRESS_MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+class StartupError(Exception):
+    """A setting that prevents the start. The text names the setting, the reason and the remedy."""
+
+
+def read_settings() -> Settings:
+    """Read the settings from the environment.
+
+    Raises:
+        StartupError: A variable has an invalid value or an unknown name.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise StartupError("; ".join(map(_describe_fault, error.errors()))) from None
+
+
+def _describe_fault(error: Any) -> str:
+    name = "_".join(map(str, ("CIFAR100", *error["loc"]))).upper()
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if error["loc"] else message
+
+
+def check_store(settings: Settings) -> None:
+    """Check that the model store is readable and contains the default model.
+
+    An empty store or one that does not exist yet is not an error, because training jobs can fill it.
+
+    Raises:
+        StartupError: The store cannot be read, or it has models but not the default one.
+    """
+    root = settings.models.absolute()
+    try:
+        names = _models_in(root)
+    except OSError as error:
+        raise StartupError(f"CIFAR100_MODELS: the model store {root} cannot be read: {error.strerror}") from None
+    wanted = settings.default_model
+    if names and wanted and wanted not in names:
+        raise StartupError(
+            f"CIFAR100_DEFAULT_MODEL: there is no model {wanted!r} in {root}, give one of {', '.join(names)}"
+        )
+
+
+def _models_in(root: Path) -> list[str]:
+    try:
+        root.lstat()
+    except FileNotFoundError:
+        if root.parent.is_dir():  # the first model creates the store
+            return []
+        raise
+    next(root.iterdir(), None)  # fails for a file, or without permission
+    return Store(root).names()
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Listen on every address of a host, so that no other process can. Connections wait until they are accepted.
+
+    Args:
+        host: An address, or a name such as localhost that may have several addresses.
+        port: Port number. 0 takes a free port, the same for all addresses.
+
+    Returns:
+        One nonblocking listening socket per address.
+
+    Raises:
+        StartupError: The port is in use, or the host is not an address of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+        for _ in range(0 if port else _ATTEMPTS):
+            with suppress(OSError):  # a port that is free at one address may be taken at another
+                return _listen_on_all(addresses)
+        return _listen_on_all(addresses)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StartupError(
+            f"cannot listen on {authority(host, port)}: {reason}; choose a free address of this machine by "
+            "CIFAR100_HOST and CIFAR100_PORT"
+        ) from None
+
+
+def _listen_on_all(addresses: Iterable[tuple[int, Any]]) -> list[socket.socket]:
+    """Listen on one port at every available address. For port 0, the first address determines the port."""
+    with ExitStack() as on_error:
+        sockets: list[socket.socket] = []
+        absent: OSError | None = None
+        for family, address in addresses:
+            if sockets:
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            try:
+                sockets.append(on_error.enter_context(_listen_at(family, address)))
+            except OSError as error:  # a name may have an IPv6 address although the machine has no IPv6
+                if error.errno not in _ADDRESS_MISSING:
+                    raise
+                absent = error
+        if absent and not sockets:
+            raise absent
+        on_error.pop_all()
+        return sockets
+
+
+def _listen_at(family: int, address: Sequence[Any]) -> socket.socket:
+    listening = socket.socket(family)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(tuple(address))
+        listening.listen(_BACKLOG)
+        listening.setblocking(False)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+def authority(host: str, port: int) -> str:
+    """Format host and port as in a URL, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,279 @@
+"""Test the batcher, with an engine that computes only when the test lets it."""
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from app.engines import Engine
+from app.exceptions import DamagedImage, Unavailable
+from app.inference import batching
+from app.inference.batching import Batcher, BatchOutput, Scores
+
+
+@pytest.fixture(autouse=True)
+def engine_has_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute every batch in the engine's thread, because most of these tests block the engine and wait in the loop."""
+    monkeypatch.setattr(batching, "_BRIEF_S", 0.0)
+
+
+class SlowEngine(Engine):
+    """An engine that returns the first pixel of each image and waits until the test opens the gate."""
+
+    name = "slow"
+    tolerance = 0.0
+    sizes = (1,)
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.started = threading.Event()
+        self.gate = threading.Event()
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.batches.append(len(images))
+        self.started.set()
+        assert self.gate.wait(10)
+        if (images[:, 0, 0, 0] == 255).any():
+            raise RuntimeError("poisoned")
+        return images[:, :1, 0, 0].astype(np.float32)
+
+
+def pictures(*values: int) -> NDArray[np.uint8]:
+    return np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 3, 32, 32), np.uint8)
+
+
+async def busy(batcher: Batcher, engine: SlowEngine) -> "asyncio.Task[Scores]":
+    """Occupy the engine until its gate opens."""
+    task = asyncio.create_task(batcher.run(pictures(0)))
+    await asyncio.to_thread(engine.started.wait, 10)
+    return task
+
+
+def test_a_lone_request_is_computed_at_once() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        engine.gate.set()
+        assert (await Batcher(engine, 8, 8).run(pictures(3, 4))).logits.tolist() == [[3], [4]]
+        assert engine.batches == [2]
+
+    asyncio.run(scenario())
+
+
+def test_a_lone_image_is_computed_in_the_loop_where_the_thread_has_no_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class NotingEngine(Engine):
+        name = "noting"
+        tolerance = 0.0
+        sizes = (1,)
+        takes_s = 0.0
+
+        def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            in_loop.append(threading.current_thread() is threading.main_thread())
+            time.sleep(self.takes_s)
+            return images[:, :1, 0, 0].astype(np.float32)
+
+    async def scenario() -> None:
+        engine = NotingEngine()
+        batcher = Batcher(engine, 8, 8)
+
+        async def answered(*values: int) -> None:
+            scores = await asyncio.gather(*(batcher.run(pictures(value)) for value in values))
+            assert [each.logits.item() for each in scores] == list(values)
+            await asyncio.wrap_future(batcher._thread.submit(int))  # the thread has checked the queue once more
+
+        await answered(1)
+        await answered(2)
+        await answered(3, 4)
+        engine.takes_s = 0.6
+        await answered(5)
+        await answered(6)
+
+    in_loop: list[bool] = []
+    monkeypatch.setattr(batching, "_BRIEF_S", 0.5)
+    asyncio.run(scenario())
+    # The thread gets the first image because its duration is unknown yet. It also gets several images at once, and an
+    # image after a slow one.
+    assert in_loop == [False, True, False, True, False]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+def test_the_thread_gives_way_to_the_loop_where_they_share_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NotingEngine(SlowEngine):
+        def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            niceness.append(os.getpriority(os.PRIO_PROCESS, 0))
+            return super().__call__(images)
+
+    niceness: list[int] = []
+    engine = NotingEngine()
+    engine.gate.set()
+    monkeypatch.setattr(batching, "_NICENESS", 5)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    asyncio.run(Batcher(engine, 8, 8).run(pictures(1)))
+    assert niceness == [min(own + 5, 19)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+
+
+def test_what_queues_while_the_engine_is_busy_is_computed_together() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, max_batch=8, max_queue=100)
+        first = await busy(batcher, engine)
+        others = [asyncio.create_task(batcher.run(pictures(*range(n, n + 3)))) for n in (1, 11, 21)]
+        await asyncio.sleep(0)
+        assert batcher.queued == 9
+        engine.gate.set()
+        await first
+        assert [(await other).logits[:, 0].tolist() for other in others] == [[1, 2, 3], [11, 12, 13], [21, 22, 23]]
+        assert engine.batches == [1, 6, 3]  # a batch never splits a request
+        assert batcher.queued == 0
+
+    asyncio.run(scenario())
+
+
+def test_images_are_decoded_with_their_batch_and_only_a_damaged_one_fails() -> None:
+    def decoding(value: int) -> Callable[[], NDArray[np.uint8]]:
+        def decode() -> NDArray[np.uint8]:
+            decoded.append((value, engine.batches.copy()))
+            if value < 0:
+                raise DamagedImage("truncated")
+            picture: NDArray[np.uint8] = pictures(value)[0]
+            return picture
+
+        return decode
+
+    async def scenario() -> None:
+        batcher = Batcher(engine, max_batch=8, max_queue=4)
+        first = await busy(batcher, engine)
+        images = (decoding(1), decoding(-2), pictures(3), decoding(4))
+        others = [asyncio.create_task(batcher.run(each)) for each in images]
+        await asyncio.sleep(0)
+        assert batcher.queued == 4
+        assert decoded == []
+        with pytest.raises(Unavailable, match="4 images are waiting"):
+            await batcher.run(decoding(5))
+        engine.gate.set()
+        await first
+        with pytest.raises(DamagedImage, match="truncated"):
+            await others.pop(1)
+        assert [(await other).logits.item() for other in others] == [1, 3, 4]
+        with pytest.raises(DamagedImage):  # a batch of damaged images only
+            await batcher.run(decoding(-6))
+        assert (await batcher.run(decoding(7))).logits.item() == 7
+
+    engine = SlowEngine()
+    decoded: list[tuple[int, list[int]]] = []
+    asyncio.run(scenario())
+    assert decoded == [(1, [1]), (-2, [1]), (4, [1]), (-6, [1, 3]), (7, [1, 3])]
+    assert engine.batches == [1, 3, 1]
+
+
+def test_classes_are_ranked_for_the_whole_batch() -> None:
+    logits = np.array([[0, 2, 1], [3, 3, -700], [-1, -2, 0]], np.float32)
+    computed = BatchOutput(logits)
+    order, probabilities = Scores(computed, slice(1, 3)).ranking
+    assert order.tolist() == [[0, 1, 2], [2, 0, 1]]  # equal logits keep the order of their classes
+    softmax = np.exp(logits[1:].astype(float)) / np.exp(logits[1:].astype(float)).sum(1, keepdims=True)
+    np.testing.assert_allclose(probabilities, -np.sort(-softmax))
+    assert computed.ranking is computed.ranking
+
+
+def test_a_full_queue_refuses_at_once() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=4)
+        first = await busy(batcher, engine)
+        waiting = asyncio.create_task(batcher.run(pictures(1, 2, 3)))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="3 images are waiting"):
+            await batcher.run(pictures(4, 5))
+        engine.gate.set()
+        await asyncio.gather(first, waiting)
+
+    asyncio.run(scenario())
+
+
+def test_work_past_its_deadline_is_refused_and_not_computed() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=100)
+        first = await busy(batcher, engine)
+        late = asyncio.create_task(batcher.run(pictures(1), time.monotonic() + 0.001))
+        patient = asyncio.create_task(batcher.run(pictures(2), time.monotonic() + 60))
+        await asyncio.sleep(0.05)
+        engine.gate.set()
+        with pytest.raises(Unavailable, match="deadline"):
+            await late
+        assert (await patient).logits.tolist() == [[2]]
+        await first
+        assert engine.batches == [1, 1]
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_counted_is_computed_all_the_same() -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    async def scenario() -> None:
+        engine = SlowEngine()
+        engine.gate.set()
+        batcher = Batcher(engine, 8, 8, full)
+        for _ in range(2):
+            assert (await asyncio.wait_for(batcher.run(pictures(3)), 10)).logits.tolist() == [[3]]
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_that_cannot_be_put_together_fails_and_the_next_one_is_computed() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, 8, 8)
+        first = await busy(batcher, engine)
+        others = [asyncio.create_task(batcher.run(each)) for each in (pictures(1), pictures(2)[:, :, :5])]
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await first
+        for other in others:
+            with pytest.raises(ValueError, match="dimension"):
+                await other
+        assert (await asyncio.wait_for(batcher.run(pictures(3)), 10)).logits.tolist() == [[3]]
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_request_costs_nothing() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=2)
+        first = await busy(batcher, engine)
+        gone = asyncio.create_task(batcher.run(pictures(1, 2)))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.sleep(0)
+        stays = asyncio.create_task(batcher.run(pictures(3)))  # takes the queue places of the cancelled request
+        await asyncio.sleep(0)
+        engine.gate.set()
+        assert (await stays).logits.tolist() == [[3]]
+        await first
+        assert engine.batches == [1, 1]
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_failure_reaches_its_batch_only() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        engine.gate.set()
+        batcher = Batcher(engine, max_batch=4, max_queue=100)
+        with pytest.raises(RuntimeError, match="poisoned"):
+            await batcher.run(pictures(255))
+        assert (await batcher.run(pictures(7))).logits.tolist() == [[7]]
+
+    asyncio.run(scenario())
