@@ -155,9 +155,7 @@ class ErrorMiddleware:
                 await stopping(scope, receive, send)
         except Exception as error:
             if started and (shortage := describe_shortage(cause := _first_cause(error))):
-                log.warning(
-                    "%s %s was broken off: %s (%s)", scope.get("method"), scope.get("path"), shortage, cause
-                )
+                log.warning("%s %s was broken off: %s (%s)", scope.get("method"), scope.get("path"), shortage, cause)
                 return  # the server closes the connection, because the response is incomplete
             log.exception("%s %s failed", scope.get("method"), scope.get("path"))
             if started:

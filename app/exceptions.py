@@ -29,10 +29,14 @@ class Problem(Exception):
         self.headers = dict(self.default_headers)
 
 
-class UnsupportedImage(Problem):
-    """The body is neither an image of a supported format nor, for /evaluate, a form with a zip file."""
+class UnsupportedMediaType(Problem):
+    """The Content-Type of the request is not supported."""
 
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+
+
+class UnsupportedImage(UnsupportedMediaType):
+    """The bytes are not an image of a supported format."""
 
 
 class DamagedImage(Problem):

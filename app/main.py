@@ -61,7 +61,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         _answer_head(app, resource.router)
     app.mount("/static", StaticFiles(directory=page.STATIC))
     # The middleware that is added last sees a request first.
-    app.add_middleware(predict.PredictMiddleware)
     app.add_middleware(BodyLimitMiddleware, settings=settings)
     app.add_middleware(errors.ErrorMiddleware)
     if settings.cors_origins:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from app.inference.batching import BatchOutput, Scores
 from app.main import create_app
-from app.routes.predict import Class, top_classes
+from app.routes.predict import PredictedClass, top_classes
 from app.settings import Settings
 from training import data, recipes, torchscript
 from training.evaluate import evaluate, predict
@@ -71,5 +71,5 @@ def test_predict_on_test_images_equals_offline_evaluation(cifar100: data.Dataset
             answer = client.post("/predict?model=resnet", files={"file": buffer.getvalue()}).json()
             with torch.inference_mode():
                 logits = module(torch.from_numpy(cifar100.test.images[row]).permute(2, 0, 1)[None]).numpy()
-            classes = [Class(**each) for each in answer["predictions"][0]["classes"]]
+            classes = [PredictedClass(**each) for each in answer["predictions"][0]["classes"]]
             assert [classes] == top_classes(Scores(BatchOutput(logits)), card, top_k=5)

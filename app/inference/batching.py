@@ -31,19 +31,17 @@ from numpy.typing import NDArray
 
 from app.engines import Engine
 from app.exceptions import Unavailable
-from app.machine import cpu_count
 
 log = logging.getLogger(__name__)
 
-_SHARED = cpu_count() == 1  # the engine thread and the event loop share one processor
+# On a single CPU, a lone image that takes less time than this is computed in the event loop. Waking the engine thread
+# and then the loop would take a fifth of the computation time. An engine thread with a CPU of its own computes while
+# the loop receives requests.
+_BRIEF_S = 0.005
 
-# A lone image that takes less time than this is computed in the event loop. Waking the engine thread and then the loop
-# would take a fifth of the computation time. If the thread has its own processor, the loop receives requests meanwhile.
-_BRIEF_S = 0.005 if _SHARED else 0.0
-
-# nice value of the engine thread, so that the event loop sends 503 responses promptly under overload. Without it they
-# would wait tens of milliseconds. Linux gives each thread its own nice value.
-_NICENESS = 5 if _SHARED and sys.platform == "linux" else 0
+# On a single CPU, the nice value of the engine thread, so that the event loop sends 503 responses promptly under
+# overload. Without it they would wait tens of milliseconds. Linux gives each thread its own nice value.
+_NICENESS = 5
 
 Images = NDArray[np.uint8]
 ImageSource = Images | Callable[[], NDArray[np.uint8]]
@@ -101,10 +99,16 @@ class Batcher:
         max_queue: Largest number of waiting images.
         observe: Callback with the number of images and the seconds of each batch. It runs in the thread that computed
             the batch.
+        shares_cpu: True if the engine thread and the event loop share a single CPU.
     """
 
     def __init__(
-        self, engine: Engine, max_batch: int, max_queue: int, observe: Callable[[int, float], None] = lambda *_: None
+        self,
+        engine: Engine,
+        max_batch: int,
+        max_queue: int,
+        observe: Callable[[int, float], None] = lambda *_: None,
+        shares_cpu: bool = False,
     ):
         self.engine = engine
         self._observe = observe
@@ -114,9 +118,11 @@ class Batcher:
         """Number of waiting images."""
         self._queue: deque[_BatchItem] = deque()
         self._busy = False  # a thread or the event loop will look into the queue again
+        self._brief_s = _BRIEF_S if shares_cpu else 0.0
         self._lone_s = math.inf  # duration of the last batch of one image
         self._lock = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, engine.name, initializer=os.nice, initargs=(_NICENESS,))
+        niceness = _NICENESS if shares_cpu and sys.platform == "linux" else 0
+        self._thread = ThreadPoolExecutor(1, engine.name, initializer=os.nice, initargs=(niceness,))
 
     async def run(self, images: ImageSource, deadline: float | None = None) -> Scores:
         """Compute the scores of images.
@@ -157,7 +163,7 @@ class Batcher:
             self.queued -= work.count
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self.queued == 1 and self._lone_s < _BRIEF_S:
+        if self.queued == 1 and self._lone_s < self._brief_s:
             self._run_batches(loop)
         else:
             self._thread.submit(self._run_batches, loop)

@@ -26,7 +26,7 @@ from app.exceptions import Problem, Unavailable
 from app.inference.decode_cost import DecodeCost
 from app.inference.decode_process import DecodeProcess
 from app.inference.fair_threads import FairThreads, Outcome, measure
-from app.inference.images import MAX_COST, EncodedImage
+from app.inference.images import MAX_COST, EncodedImage, decode
 from app.machine import MIB, cpu_count
 from app.settings import Settings
 
@@ -37,6 +37,9 @@ _QUICK = DecodeCost(10, 32 * MIB)
 MEDIUM = DecodeCost(50, 64 * MIB)
 """Largest cost that is decoded in a thread. A costlier image is decoded in a process, which can be killed."""
 
+_SMALL = DecodeCost(5, 16 * MIB)
+# Compressed chunks of a PNG. They may decompress to a thousand times their size, independent of the image size.
+_PNG, _COMPRESSED_CHUNKS = b"\x89PNG", (b"zTXt", b"iTXt", b"iCCP")
 _MEDIUM_NICENESS = 5
 _RATE_UNIT_MS = 10  # estimated CPU time per unit of CIFAR100_PREDICT_RATE_LIMIT
 
@@ -94,6 +97,10 @@ class Decoders:
         self._processes = [DecodeProcess(*limits) for _ in range(count)]
         for process in self._processes:
             self._idle_processes.put(process)
+        # Images up to this size are decoded with their batch, in less time than a decoder thread needs to start. On a
+        # single CPU this includes images that take a few milliseconds, because a thread would share that CPU.
+        max_bytes, max_pixels = (128 << 10, 512 * 512) if cpu_count() == 1 else (8 << 10, 64 * 64)
+        self.small_bytes, self.small_pixels = min(max_bytes, limits[0]), min(max_pixels, limits[1])
         self._waiting = FairShares(settings.max_queue)
         self._held_up = FairShares(settings.max_queue)
 
@@ -114,6 +121,22 @@ class Decoders:
         expensive to parse.
         """
         return self._waiting.exceeds_share(client, 1) or self._held_up.exceeds_share(client, 1)
+
+    def decoder_of_small(self, files: Sequence[File]) -> Callable[[], NDArray[np.uint8]] | None:
+        """Return a function that decodes a small image in the thread that computes its batch.
+
+        Returns:
+            A function that returns uint8 [3, 32, 32]. It raises `TooLarge` or `CostlyImage` if the image has too many
+            pixels or costs more than 5 ms. None for several images or a larger file.
+        """
+        if len(files) != 1:
+            return None
+        _, file = files[0]
+        content = file.read(self.small_bytes + 1)
+        is_large = len(content) > self.small_bytes
+        if is_large or (content.startswith(_PNG) and any(kind in content for kind in _COMPRESSED_CHUNKS)):
+            return None
+        return partial(decode, content, self.small_bytes, self.small_pixels, _SMALL)
 
     async def decode(
         self, files: Sequence[File], client: str, deadline: float, charge: Charge | None = None

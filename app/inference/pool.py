@@ -21,6 +21,7 @@ from pydantic import Field
 from app import engines
 from app.exceptions import NotFound, Unavailable
 from app.inference.batching import Batcher
+from app.machine import cpu_count
 from app.settings import Settings
 from app.threads import Threads
 from training import torchscript
@@ -186,7 +187,10 @@ class ModelPool:
         engine = engines.load(folder / MODEL, self._settings.device, self._settings.runtime)
         _check_fit(card, engine)
         observe = partial(self._observe, name)
-        return Model(card, Batcher(engine, self._settings.max_batch, self._settings.max_queue, observe))
+        batcher = Batcher(
+            engine, self._settings.max_batch, self._settings.max_queue, observe, shares_cpu=cpu_count() == 1
+        )
+        return Model(card, batcher)
 
     async def _load_other(self, name: str, version: int, patient: bool) -> Model:
         self._require_version(name, version)

@@ -107,6 +107,16 @@ class Job(JobSummary):
     """The metrics of every finished epoch."""
 
 
+class JobEvent(NamedTuple):
+    """An event of a job: new metrics, or its end."""
+
+    number: int | None
+    """Number of the metrics, counted from 1. None for the end."""
+    name: str
+    data: str
+    """Metrics or job as JSON."""
+
+
 class _Progress(NamedTuple):
     """New metrics and the end of a job, for a client that follows its events."""
 
@@ -232,8 +242,8 @@ class JobQueue:
             _finish(row, State.CANCELLED)
         return self._job(row)
 
-    async def events(self, job_id: str, after: int, over: Callable[[], bool]) -> AsyncGenerator[str]:
-        """Yield a job's metrics as server-sent events while it runs. The last event, `end`, holds the job.
+    async def events(self, job_id: str, after: int, should_end: Callable[[], bool]) -> AsyncGenerator[JobEvent | None]:
+        """Yield a job's metrics while it runs. The last event, `end`, holds the job. None is a heartbeat.
 
         A resumed job measures its last epoch again, so the event of that epoch repeats. The stream continues while the
         database is temporarily unreadable.
@@ -241,10 +251,10 @@ class JobQueue:
         Args:
             job_id: Id of the job.
             after: Number of the last event that the client has received, counted from 1.
-            over: Function that returns True when the stream must end although the job continues.
+            should_end: Function that returns True when the stream must end although the job continues.
         """
         quiet_s, size = 0.0, -1
-        while not over():
+        while not should_end():
             try:
                 progress = await self.threads.read(self._progress, job_id, after, size)
             except (Unavailable, OSError):
@@ -252,17 +262,17 @@ class JobQueue:
             size = progress.size
             for number, metrics in progress.metrics:
                 after, quiet_s = number, 0.0
-                yield f"id: {number}\nevent: {metrics['event']}\ndata: {json.dumps(metrics)}\n\n"
+                yield JobEvent(number, metrics["event"], json.dumps(metrics))
             if progress.ended:
-                yield f"event: end\ndata: {progress.ended.model_dump_json()}\n\n"
+                yield JobEvent(None, "end", progress.ended.model_dump_json())
                 return
             if quiet_s >= _HEARTBEAT_S:
                 quiet_s = 0.0
-                yield ": nothing new\n\n"
+                yield None
             await asyncio.sleep(_EVENT_POLL_S)
             quiet_s += _EVENT_POLL_S
 
-    def _progress(self, job_id: str, after: int, known_size: int) -> "_Progress":
+    def _progress(self, job_id: str, after: int, known_size: int) -> _Progress:
         """Read the metrics after number `after`, unless the metrics file still has `known_size` bytes."""
         # The state is read before the metrics, because the metrics of a finished job are complete.
         with self._transaction() as session:

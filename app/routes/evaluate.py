@@ -9,12 +9,13 @@ from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
 from app.dependencies import Services, ServicesDependency
-from app.exceptions import BadRequest, UnsupportedImage
+from app.exceptions import BadRequest, UnsupportedMediaType
 from app.inference.pool import Model, Version
 from app.jobs.evaluations import EvaluationJob, LabeledImages, read_split, read_zip
 from app.middleware.access import OperatorOnly
 from app.routes.uploads import media_type, read_form
 from training.store import Evaluation
+from training.text import quote
 
 router = APIRouter(prefix="/evaluate", tags=["evaluate"])
 
@@ -30,7 +31,7 @@ _BODY: dict[str, Any] = {
 _LINKS = {"evaluation": {"operationId": "evaluation", "parameters": {"evaluation_id": "$response.body#/id"}}}
 
 
-class Recorded(BaseModel):
+class RecordedEvaluation(BaseModel):
     """The recorded test result of a live model."""
 
     model: str
@@ -40,10 +41,10 @@ class Recorded(BaseModel):
 
 
 @router.get("", summary="Recorded accuracy of every live model")
-async def recorded(services: ServicesDependency) -> list[Recorded]:
+async def recorded(services: ServicesDependency) -> list[RecordedEvaluation]:
     """Return the accuracy on the whole test set. It was measured when the model was published."""
     return [
-        Recorded(
+        RecordedEvaluation(
             model=name,
             version=model.card.version,
             recipe=str(model.card.recipe.get("name", "unknown")),
@@ -67,10 +68,10 @@ async def evaluate(
     request: Request,
     response: Response,
     services: ServicesDependency,
-    model: Annotated[str | None, Query(description="By default the same as for /predict.")] = None,
-    version: Annotated[Version | None, Query(description="By default the live one.")] = None,
-    split: Annotated[Literal["test", "train"], Query(description="Of the data set; ignored for a zip.")] = "test",
-    limit: Annotated[int | None, Query(ge=1, description="Measure on this many images only.")] = None,
+    model: Annotated[str | None, Query(description="Default: the same as for /predict.")] = None,
+    version: Annotated[Version | None, Query(description="Default: the live version.")] = None,
+    split: Annotated[Literal["test", "train"], Query(description="Split of the data set; ignored for a zip.")] = "test",
+    limit: Annotated[int | None, Query(ge=1, description="Number of images to measure on. Default: all.")] = None,
 ) -> EvaluationJob:
     """Measure a model on the data set, or on a zip of images that the multipart field `file` contains.
 
@@ -85,8 +86,9 @@ async def evaluate(
             raise BadRequest("the form has no field 'file' with a zip: curl -F file=@photos.zip")
         job = await _measured_on_zip(services, chosen, upload.file)
     elif content_type or request.headers.get("content-length", "0") != "0":
-        raise UnsupportedImage(
-            f"the body is {content_type or 'of no type'}; send a zip as curl -F file=@photos.zip does"
+        raise UnsupportedMediaType(
+            f"the content type {quote(content_type or '(none)')} is not supported; send a zip as multipart/form-data: "
+            "curl -F file=@photos.zip"
         )
     else:
         job = await services.evaluations.start(

@@ -7,47 +7,33 @@ other images are decoded by `Decoders`. The `Batcher` of the model computes the 
 import asyncio
 import io
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Annotated, Any, cast
 
-import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from numpy.typing import NDArray
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 from starlette.datastructures import QueryParams, UploadFile
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from typing_extensions import override
 
 from app.dependencies import Services, services_of
-from app.errors import EXPECTED, error_response
-from app.exceptions import BadRequest, TooLarge, UnsupportedImage
-from app.inference import images
+from app.exceptions import BadRequest, TooLarge, UnsupportedMediaType
 from app.inference.batching import ImageSource, Scores
-from app.inference.decode_cost import DecodeCost
 from app.inference.decoding import File
 from app.inference.images import CostlyImage
 from app.inference.pool import Model, Version
-from app.machine import MIB, cpu_count
 from app.middleware.access import access_of, authorize_prediction, client_of
 from app.routes.uploads import media_type, read_form
 from app.server.protocol import ON_DISCONNECT
 from app.settings import Settings
 from training.store import ModelCard
 from training.text import quote
-
-# An image up to this size is decoded with its batch, in less time than a decoder thread needs to start. On a single
-# processor this includes images that take a few milliseconds, because a thread would share that processor.
-_SMALL_BYTES, _SMALL_PIXELS = (128 << 10, 512 * 512) if cpu_count() == 1 else (8 << 10, 64 * 64)
-_SMALL_COST = DecodeCost(5, 16 * MIB)
-# Compressed chunks of a PNG. They may decompress to a thousand times their size, independent of the image size.
-_PNG, _COMPRESSED = b"\x89PNG", (b"zTXt", b"iTXt", b"iCCP")
-
-_PATH = "/predict"
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _DESCRIPTION: dict[str, Any] = {
@@ -72,13 +58,13 @@ _DESCRIPTION: dict[str, Any] = {
 class PredictQuery(BaseModel, frozen=True):
     """The query parameters of a prediction."""
 
-    model: str | None = Field(default=None, description="By default the configured one, or the most accurate live one.")
-    version: Version | None = Field(default=None, description="By default the live one.")
-    top_k: int = Field(default=5, ge=1, le=100, description="How many classes per image.")
+    model: str | None = Field(default=None, description="Default: the configured model, or the most accurate live one.")
+    version: Version | None = Field(default=None, description="Default: the live version.")
+    top_k: int = Field(default=5, ge=1, le=100, description="Number of classes per image.")
 
 
 @dataclass(slots=True)  # frozen dataclasses take three times as long to create
-class Class:
+class PredictedClass:
     """One class and its calibrated probability."""
 
     class_id: int
@@ -92,7 +78,7 @@ class Prediction:
     """The most probable classes of one image, best first, and the name of its file."""
 
     file: str | None
-    classes: list[Class]
+    classes: list[PredictedClass]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,87 +91,80 @@ class Predictions:
     predictions: list[Prediction]
 
 
-router = APIRouter(tags=["predict"])
+class PredictRoute(APIRoute):
+    """A route that parses the query itself and cancels a request whose client disconnects.
+
+    FastAPI's dependencies and validation would take as long as all other work outside the network. The OpenAPI document
+    comes from the endpoint's signature, as usual.
+    """
+
+    @override
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return _respond
 
 
-@router.post(_PATH, openapi_extra=_DESCRIPTION, summary="Classify images")
-async def predict(request: Request, asked: Annotated[PredictQuery, Query()]) -> Predictions:
+router = APIRouter(tags=["predict"], route_class=PredictRoute)
+
+
+@router.post("/predict", openapi_extra=_DESCRIPTION, summary="Classify images")
+async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Predictions:
     """Classify the images of the multipart fields `file`, or one image that is sent as the raw body."""
     authorize_prediction(request)
     services = services_of(request)
-    settings = services.settings
-    async with _files(request, settings) as files:
+    async with _files(request, services.settings) as files:
         started = time.perf_counter()
-        deadline = time.monotonic() + settings.deadline_s
-        chosen, scores = await _scores(request, services, asked, files, deadline)
+        deadline = time.monotonic() + services.settings.deadline_s
+        model, scores = await _compute_scores(request, services, query, files, deadline)
     return Predictions(
-        model=chosen.card.name,
-        version=chosen.card.version,
+        model=model.card.name,
+        version=model.card.version,
         milliseconds=round((time.perf_counter() - started) * 1000, 3),
         predictions=[
             Prediction(name, classes)
-            for (name, _), classes in zip(files, top_classes(scores, chosen.card, asked.top_k), strict=True)
+            for (name, _), classes in zip(files, top_classes(scores, model.card, query.top_k), strict=True)
         ],
     )
 
 
-async def _scores(
-    request: Request, services: Services, asked: PredictQuery, files: list[File], deadline: float
+async def _respond(request: Request) -> Response:
+    """Run `predict` and serialize its result. Cancel it if the client disconnects."""
+    task, has_left = cast("asyncio.Task[None]", asyncio.current_task()), False
+
+    def cancel() -> None:
+        nonlocal has_left
+        has_left = True
+        task.cancel()
+
+    request.scope[ON_DISCONNECT] = cancel
+    try:
+        predictions = await predict(request, _parse_query(request.scope["query_string"]))
+    except asyncio.CancelledError:
+        if not has_left:
+            raise
+        task.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        del request.scope[ON_DISCONNECT]
+    return Response(to_json(predictions), media_type="application/json")
+
+
+async def _compute_scores(
+    request: Request, services: Services, query: PredictQuery, files: list[File], deadline: float
 ) -> tuple[Model, Scores]:
-    async def computed(pixels: ImageSource) -> tuple[Model, Scores]:
-        chosen = await services.pool.get(asked.model, asked.version)
+    async def compute(images: ImageSource) -> tuple[Model, Scores]:
+        model = await services.pool.get(query.model, query.version)
         # No other task runs between these two lines, so the model cannot be swapped in between.
-        return chosen, await chosen.batcher.run(pixels, deadline)
+        return model, await model.batcher.run(images, deadline)
 
-    if decode := _small(files, services.settings):
+    if decode := services.decoders.decoder_of_small(files):
         with suppress(TooLarge, CostlyImage):  # a file with few bytes may have many pixels or scans
-            return await computed(decode)
+            return await compute(decode)
     charge = partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None
-    return await computed(await services.decoders.decode(files, client_of(request), deadline, charge))
-
-
-class PredictMiddleware:
-    """ASGI middleware that passes POST /predict directly to `predict`, with the same responses.
-
-    FastAPI's routing, dependencies and validation would take as long as all other work outside the network. A request
-    whose client disconnects is cancelled.
-    """
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != _PATH or scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
-        scope["route"] = router.routes[0]
-        request = Request(scope, receive)
-        task, left = cast("asyncio.Task[None]", asyncio.current_task()), False
-
-        def leave() -> None:
-            nonlocal left
-            left = True
-            task.cancel()
-
-        scope[ON_DISCONNECT] = leave
-        try:
-            predictions = await predict(request, _asked(scope["query_string"]))
-        except EXPECTED as error:
-            response: Response = await error_response(request, error)
-        except asyncio.CancelledError:
-            if not left:
-                raise
-            task.uncancel()
-            raise ClientDisconnect from None
-        else:
-            response = Response(to_json(predictions), media_type="application/json")
-        finally:
-            del scope[ON_DISCONNECT]
-        await response(scope, receive, send)
+    return await compute(await services.decoders.decode(files, client_of(request), deadline, charge))
 
 
 @lru_cache(256)
-def _asked(query: bytes) -> PredictQuery:
+def _parse_query(query: bytes) -> PredictQuery:
     try:
         return PredictQuery.model_validate(dict(QueryParams(query)))
     except ValidationError as error:
@@ -193,11 +172,14 @@ def _asked(query: bytes) -> PredictQuery:
         raise RequestValidationError(faults) from None
 
 
-def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[Class]]:
+def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[PredictedClass]]:
     """Return the `top_k` most probable classes of each image, best first."""
     order, probabilities = (each[:, :top_k].tolist() for each in scores.ranking)
     return [
-        [Class(number, card.classes[number], card.superclasses[number], probability) for number, probability in best]
+        [
+            PredictedClass(class_id, card.classes[class_id], card.superclasses[class_id], probability)
+            for class_id, probability in best
+        ]
         for best in map(zip, order, probabilities)
     ]
 
@@ -210,7 +192,7 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
 
     Raises:
         BadRequest: The form has no file.
-        UnsupportedImage: The content type is not supported.
+        UnsupportedMediaType: The content type is not supported.
     """
     content_type = media_type(request)
     if content_type == "multipart/form-data":
@@ -229,23 +211,7 @@ async def _files(request: Request, settings: Settings) -> AsyncIterator[list[Fil
                 content += chunk
         yield [(None, io.BytesIO(content))]
     else:
-        raise UnsupportedImage(
+        raise UnsupportedMediaType(
             f"the content type {quote(content_type or '(none)')} is not supported; send multipart/form-data with a "
             "field 'file', or an image as the body with its image/* type"
         )
-
-
-def _small(files: list[File], settings: Settings) -> Callable[[], NDArray[np.uint8]] | None:
-    """Return a function that decodes a small image. Returns None for several images or a larger one.
-
-    The function raises `TooLarge` or `CostlyImage` if the image has too many pixels or costs more than `_SMALL_COST`.
-    """
-    max_bytes = min(_SMALL_BYTES, settings.max_image_bytes)
-    max_pixels = min(_SMALL_PIXELS, settings.max_image_pixels)
-    (_, file), *more = files
-    if more:
-        return None
-    content = file.read(max_bytes + 1)
-    if len(content) > max_bytes or (content.startswith(_PNG) and any(kind in content for kind in _COMPRESSED)):
-        return None
-    return partial(images.decode, content, max_bytes, max_pixels, _SMALL_COST)

@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.clients import client_network
 from app.dependencies import ServicesDependency
-from app.jobs.queue import Job, JobQueue, JobRequest, JobSummary
+from app.jobs.queue import Job, JobEvent, JobQueue, JobRequest, JobSummary
 from app.middleware.access import OperatorOnly
 from app.threads import json_response
 
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/train", tags=["train"])
 _TO_JOB = {"parameters": {"job_id": "$response.body#/id"}}
 _LINKS = {operation: {"operationId": operation, **_TO_JOB} for operation in ("job", "events", "cancel")}
 
-_STREAMED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would buffer events
+_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would buffer events
 
 
 class EventStream(StreamingResponse):
@@ -28,19 +28,27 @@ class EventStream(StreamingResponse):
     Args:
         jobs: The queue, which counts the client while the response is sent. The response counts it, not the body,
             because a response that is dropped before it begins runs no code of its body.
-        events: The events, which are the body.
+        events: Events of a job. None is sent as a comment, because proxies close idle streams.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, jobs: JobQueue, events: AsyncIterator[str]):
-        super().__init__(events, headers=_STREAMED)
+    def __init__(self, jobs: JobQueue, events: AsyncIterator[JobEvent | None]):
+        super().__init__((_encode_event(event) async for event in events), headers=_STREAM_HEADERS)
         self._jobs = jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope.get("client")
         with self._jobs.follow(client_network(client[0] if client else "")):
             await super().__call__(scope, receive, send)
+
+
+def _encode_event(event: JobEvent | None) -> str:
+    """Encode an event as in the HTML standard, section 9.2."""
+    if event is None:
+        return ": nothing new\n\n"
+    number = "" if event.number is None else f"id: {event.number}\n"
+    return f"{number}event: {event.name}\ndata: {event.data}\n\n"
 
 
 @router.post(

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
 from local import local
 from PIL import Image
@@ -30,7 +30,8 @@ from app.inference import images
 from app.inference.batching import BatchOutput, Scores
 from app.jobs.evaluations import read_zip
 from app.main import create_app
-from app.routes.predict import Class, PredictMiddleware, top_classes
+from app.routes import predict as predict_route
+from app.routes.predict import PredictedClass, top_classes
 from app.settings import Settings
 from training import torchscript
 from training.data import Dataset
@@ -96,7 +97,7 @@ def test_predict_equals_offline_evaluation_bit_for_bit(client: TestClient, model
         answer = client.post("/predict", files={"file": png(dataset, row)}, params={"top_k": 100}).json()
         with torch.inference_mode():
             logits = module(torch.from_numpy(dataset.test.images[row]).permute(2, 0, 1)[None])[0]
-        classes = [Class(**each) for each in answer["predictions"][0]["classes"]]
+        classes = [PredictedClass(**each) for each in answer["predictions"][0]["classes"]]
         scores = Scores(BatchOutput(logits[None].numpy()))
         assert [classes] == top_classes(scores, card, top_k=100)
         ranked = logits.argsort(descending=True, stable=True)
@@ -297,7 +298,7 @@ def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:
         return answer
 
     assert_problem(send(b"hello"), 422, "zip cannot be read")
-    assert_problem(client.post("/evaluate", content=zipped({})), 415, "of no type")
+    assert_problem(client.post("/evaluate", content=zipped({})), 415, "(none)")
     assert_problem(
         client.post("/evaluate", content=b"", headers={"Content-Type": "application/zip"}), 415, "send a zip"
     )
@@ -436,7 +437,9 @@ def test_promotion_and_an_older_version_on_request(client: TestClient, models: P
     assert [card["version"] for card in client.get("/models/resnet").json()["cards"]] == [1, 2]
 
 
-def test_the_shortcut_answers_as_fastapi_does(models: Path, tmp_path: Path, image: bytes) -> None:
+def test_the_predict_route_answers_as_a_plain_fastapi_route(
+    models: Path, tmp_path: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def answers(app: FastAPI) -> list[tuple[int, dict[str, str], dict[str, Any]]]:
         requests: list[dict[str, Any]] = [
             {"files": [("file", ("cat.png", image)), ("file", ("dog.png", image))]},
@@ -458,9 +461,11 @@ def test_the_shortcut_answers_as_fastapi_does(models: Path, tmp_path: Path, imag
         return told
 
     settings = Settings(models=models, runs=tmp_path / "runs")
-    short, long = create_app(settings), create_app(settings)
-    long.user_middleware = [layer for layer in long.user_middleware if cast(Any, layer.cls) is not PredictMiddleware]
-    assert answers(short) == answers(long)
+    app = create_app(settings)
+    plain = APIRouter()
+    plain.add_api_route("/predict", predict_route.predict, methods=["POST"])
+    monkeypatch.setattr(predict_route, "router", plain)
+    assert answers(app) == answers(create_app(settings))
 
 
 def test_limits_hold_for_what_is_decoded_with_its_batch(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,8 +476,9 @@ def test_limits_hold_for_what_is_decoded_with_its_batch(client: TestClient, monk
         Image.new("RGB", (side, side)).save(buffer, "PNG")
         in_a_thread = client.post("/predict", files={"file": buffer.getvalue()})
         with monkeypatch.context() as one_processor:
-            one_processor.setattr("app.routes.predict._SMALL_BYTES", 1 << 20)
-            one_processor.setattr("app.routes.predict._SMALL_PIXELS", 1 << 20)
+            decoders = cast(FastAPI, client.app).state.services.decoders
+            one_processor.setattr(decoders, "small_bytes", 1 << 20)
+            one_processor.setattr(decoders, "small_pixels", 1 << 20)
             with_its_batch = client.post("/predict", files={"file": buffer.getvalue()})
         assert in_a_thread.status_code == with_its_batch.status_code == status
         if status == 200:

@@ -17,12 +17,6 @@ from app.inference import batching
 from app.inference.batching import Batcher, BatchOutput, Scores
 
 
-@pytest.fixture(autouse=True)
-def engine_has_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute every batch in the engine's thread, because most of these tests block the engine and wait in the loop."""
-    monkeypatch.setattr(batching, "_BRIEF_S", 0.0)
-
-
 class SlowEngine(Engine):
     """An engine that returns the first pixel of each image and waits until the test opens the gate."""
 
@@ -81,7 +75,7 @@ def test_a_lone_image_is_computed_in_the_loop_where_the_thread_has_no_processor(
 
     async def scenario() -> None:
         engine = NotingEngine()
-        batcher = Batcher(engine, 8, 8)
+        batcher = Batcher(engine, 8, 8, shares_cpu=True)
 
         async def answered(*values: int) -> None:
             scores = await asyncio.gather(*(batcher.run(pictures(value)) for value in values))
@@ -104,7 +98,7 @@ def test_a_lone_image_is_computed_in_the_loop_where_the_thread_has_no_processor(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
-def test_the_thread_gives_way_to_the_loop_where_they_share_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_thread_has_a_lower_priority_on_a_single_cpu() -> None:
     class NotingEngine(SlowEngine):
         def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
             niceness.append(os.getpriority(os.PRIO_PROCESS, 0))
@@ -113,9 +107,8 @@ def test_the_thread_gives_way_to_the_loop_where_they_share_a_processor(monkeypat
     niceness: list[int] = []
     engine = NotingEngine()
     engine.gate.set()
-    monkeypatch.setattr(batching, "_NICENESS", 5)
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    asyncio.run(Batcher(engine, 8, 8).run(pictures(1)))
+    asyncio.run(Batcher(engine, 8, 8, shares_cpu=True).run(pictures(1)))
     assert niceness == [min(own + 5, 19)]
     assert os.getpriority(os.PRIO_PROCESS, 0) == own
 

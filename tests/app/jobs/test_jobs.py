@@ -19,7 +19,7 @@ from local import local
 
 from app.dependencies import Services
 from app.exceptions import BadRequest, NotFound, Unavailable
-from app.jobs.queue import JobQueue, JobRequest, JobSummary, State
+from app.jobs.queue import JobEvent, JobQueue, JobRequest, JobSummary, State
 from app.jobs.runner import JobRunner
 from app.main import create_app
 from app.settings import Settings
@@ -417,7 +417,7 @@ def test_database_that_does_not_answer_holds_up_jobs_only(models: Path, tmp_path
 def test_follower_of_events_outlasts_a_database_that_cannot_be_read(
     jobs: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def scenario() -> list[str]:
+    async def scenario() -> list[JobEvent | None]:
         job = jobs.submit(REQUEST)
         right, failures = JobQueue._progress, 3
 
@@ -436,8 +436,9 @@ def test_follower_of_events_outlasts_a_database_that_cannot_be_read(
         return [event async for event in jobs.events(job.id, 0, lambda: False)]
 
     (end,) = asyncio.run(scenario())
-    assert end.startswith("event: end\ndata: ")
-    assert json.loads(end.partition("data: ")[2])["state"] == "cancelled"
+    assert end
+    assert (end.number, end.name) == (None, "end")
+    assert json.loads(end.data)["state"] == "cancelled"
 
 
 def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
