@@ -6,12 +6,15 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from app.clients import FairShares
 from app.inference.decoding import Decoders
 from app.inference.load_shedding import LoadShedder
 from app.inference.pool import ModelPool
-from app.jobs.evaluations import Evaluations
-from app.jobs.queue import JobQueue
-from app.jobs.runner import JobRunner
+from app.jobs.database import Database
+from app.jobs.evaluation_queue import EvaluationQueue
+from app.jobs.evaluation_runner import EvaluationRunner
+from app.jobs.training_queue import TrainingQueue
+from app.jobs.training_runner import TrainingRunner
 from app.middleware.metrics import Metrics
 from app.settings import Settings
 from app.threads import Threads
@@ -25,12 +28,16 @@ class Services:
     settings: Settings
     store: Store
     pool: ModelPool
-    jobs: JobQueue
-    runner: JobRunner
-    evaluations: Evaluations
+    database: Database
+    training_jobs: TrainingQueue
+    training_runner: TrainingRunner
+    evaluation_jobs: EvaluationQueue
+    evaluations: EvaluationRunner
     decoders: Decoders
     shedder: LoadShedder
     metrics: Metrics
+    event_streams: FairShares
+    """Number of clients that receive the events of jobs now, by network."""
     store_threads: Threads = field(default_factory=lambda: Threads("the model store", 4))
     """Threads in which requests read and change the model store."""
     draining: bool = False
@@ -42,18 +49,22 @@ class Services:
         store = Store(settings.models)
         metrics = Metrics()
         pool = ModelPool(settings, store, metrics.observe_batch)
-        jobs = JobQueue(settings)
+        database = Database(settings.runs)
+        training_jobs, evaluation_jobs = TrainingQueue(settings, database), EvaluationQueue(database)
         decoders = Decoders(settings)
         return cls(
             settings=settings,
             store=store,
             pool=pool,
-            jobs=jobs,
-            runner=JobRunner(settings, jobs, pool.refresh),
-            evaluations=Evaluations(settings),
+            database=database,
+            training_jobs=training_jobs,
+            training_runner=TrainingRunner(settings, training_jobs, pool.refresh),
+            evaluation_jobs=evaluation_jobs,
+            evaluations=EvaluationRunner(settings, evaluation_jobs, pool),
             decoders=decoders,
             shedder=LoadShedder(pool, decoders, bool(settings.trusted_proxies), metrics.count_shed),
             metrics=metrics,
+            event_streams=FairShares(settings.max_event_streams),
         )
 
     @property
@@ -63,13 +74,14 @@ class Services:
 
     async def start(self) -> None:
         await self.pool.start()
-        await self.jobs.threads.run(self.jobs.open)
-        self.runner.start()
+        await self.database.threads.run(self.database.open)
+        self.training_runner.start()
+        self.evaluations.start()
 
     async def stop(self) -> None:
-        await self.runner.stop()
-        self.jobs.close()
+        await self.training_runner.stop()
         await self.evaluations.stop()
+        self.database.close()
         await self.pool.stop()
         self.store_threads.close()
         self.decoders.close()

@@ -31,7 +31,8 @@ from results import Check, conclude
 from server import Server, wait_for
 from tiny_models import NAME, TINY
 
-from app.jobs.queue import DATABASE, State
+from app.jobs.database import DATABASE
+from app.jobs.queue import State
 from training import torchscript
 from training.run import Run
 from training.store import MODEL, Store, StoreError

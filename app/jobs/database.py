@@ -1,17 +1,43 @@
-"""Store the history of training jobs in one SQLite table that all server processes on a runs folder share."""
+"""Store training and evaluation jobs in one SQLite table that all server processes on a runs folder share.
 
+Input: rows of jobs. Output: the same rows after a restart, in any of the processes.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import JSON, DateTime, Dialect, Engine, Text, cast, create_engine, event, func, or_, select
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeDecorator
 
+from app.exceptions import Unavailable
+from app.threads import Threads
 from training.store import locked
 from training.text import shorten
 
-SCHEMA_VERSION = 1
+log = logging.getLogger(__name__)
+
+DATABASE = "jobs.sqlite"
+SCHEMA_VERSION = 2
+TRAINING = "training"
+EVALUATION = "evaluation"
+
+_THREADS = 4
+# Changes of each schema version since the first. Version 2 adds evaluation jobs.
+_MIGRATIONS = {
+    2: (
+        f"ALTER TABLE jobs ADD COLUMN kind VARCHAR NOT NULL DEFAULT '{TRAINING}'",
+        "ALTER TABLE jobs ADD COLUMN result JSON",
+    )
+}
+_EVALUATIONS = "evaluations"  # folder in which releases before schema version 2 kept evaluations
 BUSY_TIMEOUT_S = 1.0
 """Seconds that a transaction waits for the lock of another process."""
 WRITES: dict[str, Any] = {"begin": "BEGIN IMMEDIATE"}
@@ -51,22 +77,84 @@ class Base(DeclarativeBase):
 
 
 class JobRow(Base):
-    """The row of one training job. `app.jobs.queue.Job` documents the fields."""
+    """The row of one job. `TrainingJob` and `EvaluationJob` document the fields."""
 
     __tablename__ = "jobs"
 
     sequence: Mapped[int] = mapped_column(primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)
+    kind: Mapped[str] = mapped_column(default=TRAINING, server_default=TRAINING)
     idempotency_key: Mapped[str | None] = mapped_column(unique=True)
     state: Mapped[str] = mapped_column(index=True)
     request: Mapped[dict[str, Any]]
     recipe: Mapped[dict[str, Any]]
+    """Recipe of a training job. An evaluation job has an empty one."""
     created: Mapped[datetime]
     started: Mapped[datetime | None]
     finished: Mapped[datetime | None]
     crashes: Mapped[int] = mapped_column(default=0)
     error: Mapped[str | None]
     published: Mapped[dict[str, Any] | None]
+    """Publication of a training job."""
+    result: Mapped[dict[str, Any] | None]
+    """Measures of an evaluation job."""
+
+
+class Database:
+    """The job database of a runs folder. Its methods may be called from any thread.
+
+    Args:
+        runs: The runs folder.
+    """
+
+    def __init__(self, runs: Path):
+        self.runs = runs
+        self.threads = Threads("the job database", _THREADS)
+        """Threads in which request handlers read or write the database."""
+        self._engine: Engine | None = None
+        self._fault = ""  # last logged reason why the database cannot be opened
+
+    def open(self) -> bool:
+        """Open the database if it is not open yet.
+
+        Returns:
+            True if the database is open. If it cannot be opened, the service runs without jobs.
+        """
+        if self._engine:
+            return True
+        try:
+            self.runs.mkdir(parents=True, exist_ok=True)
+            self._engine = connect(self.runs / DATABASE)
+        except (OSError, DatabaseError, NewerDatabase) as error:
+            if self._fault != str(error):
+                self._fault = str(error)
+                log.error("jobs are unavailable, because %s cannot be used: %s", self.runs, error)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close all connections and refuse further calls of `threads`."""
+        self.threads.close()
+        if self._engine:
+            self._engine.dispose()
+
+    @contextmanager
+    def transaction(self, options: dict[str, Any] | None = None) -> Iterator[Session]:
+        """Open a transaction. It is read-only unless the options are `WRITES`.
+
+        Raises:
+            Unavailable: The database or the runs folder cannot be used.
+        """
+        if not self._engine:
+            raise Unavailable(f"jobs are unavailable: {self.runs} cannot be used; see the server's log")
+        try:
+            engine = self._engine.execution_options(**options or {})
+            with Session(engine, expire_on_commit=False) as session, session.begin():
+                yield session
+        except DatabaseError as error:
+            raise Unavailable(f"the job database cannot be used: {error.orig}; try again later") from error
+        except OSError as error:
+            raise Unavailable(f"{self.runs} cannot be used: {error}") from error
 
 
 def connect(path: Path) -> Engine:
@@ -101,9 +189,36 @@ def connect(path: Path) -> Engine:
         if version > SCHEMA_VERSION:
             raise NewerDatabase(f"{path} was made by a newer release (schema {version}, known {SCHEMA_VERSION})")
         Base.metadata.create_all(connection)
+        for number in range(max(version, 1) + 1, SCHEMA_VERSION + 1) if version else ():
+            for statement in _MIGRATIONS[number]:
+                connection.exec_driver_sql(statement)
+        if version < 2:
+            _import_evaluations(session, path.with_name(_EVALUATIONS))
         connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
         _shorten_rows(session)
+    shutil.rmtree(path.with_name(_EVALUATIONS), ignore_errors=True)
     return engine
+
+
+def _import_evaluations(session: Session, folder: Path) -> None:
+    """Add the evaluations that an earlier release kept as one JSON file each. Unreadable files are skipped."""
+    for file in sorted(folder.glob("*.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            saved = json.loads(file.read_bytes())
+            created = datetime.fromisoformat(saved["created"])
+            is_finished = saved["state"] in ("succeeded", "failed")
+            row = JobRow(
+                id=saved["id"],
+                kind=EVALUATION,
+                state=saved["state"] if is_finished else "failed",
+                request={key: saved[key] for key in ("model", "version", "engine", "split")},
+                recipe={},
+                created=created,
+                finished=created,
+                error=saved["error"] if is_finished else "the server that measured has ended",
+                result=saved["result"],
+            )
+            session.add(row)
 
 
 def _shorten_rows(session: Session) -> None:

@@ -1,19 +1,21 @@
-"""Serve /evaluate: the recorded accuracy of the live models, and new measurements."""
+"""Serve /evaluate: the recorded accuracy of the live models, and evaluation jobs."""
 
 from http import HTTPStatus
-from threading import Event
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
-from app.dependencies import Services, ServicesDependency
+from app.dependencies import ServicesDependency
 from app.exceptions import BadRequest, UnsupportedMediaType
-from app.inference.pool import Model, Version
-from app.jobs.evaluations import EvaluationJob, LabeledImages, read_split, read_zip
+from app.inference.pool import Version
+from app.jobs.evaluation_queue import EvaluationJob
 from app.middleware.access import OperatorOnly
+from app.routes.event_stream import EventStream
 from app.routes.uploads import media_type, read_form
+from app.threads import json_response
 from training.store import Evaluation
 from training.text import quote
 
@@ -81,37 +83,56 @@ async def evaluate(
     chosen = await services.pool.get(model, version, patient=True)
     content_type = media_type(request)
     if content_type == "multipart/form-data":
-        upload = (await read_form(request, max_files=1, max_fields=0)).get("file")
-        if not isinstance(upload, UploadFile):
-            raise BadRequest("the form has no field 'file' with a zip: curl -F file=@photos.zip")
-        job = await _measured_on_zip(services, chosen, upload.file)
+        form = await read_form(request, max_files=1, max_fields=0)
+        try:
+            upload = form.get("file")
+            if not isinstance(upload, UploadFile):
+                raise BadRequest("the form has no field 'file' with a zip: curl -F file=@photos.zip")
+            job = await services.evaluations.submit(chosen, "zip", None, upload.file)
+        finally:
+            await form.close()
     elif content_type or request.headers.get("content-length", "0") != "0":
         raise UnsupportedMediaType(
             f"the content type {quote(content_type or '(none)')} is not supported; send a zip as multipart/form-data: "
             "curl -F file=@photos.zip"
         )
     else:
-        job = await services.evaluations.start(
-            chosen, lambda _: read_split(services.settings, split, limit, chosen.card.classes)
-        )
-    if job.state == "running":
+        job = await services.evaluations.submit(chosen, split, limit, None)
+    if not job.state.finished:
         response.status_code = HTTPStatus.ACCEPTED
         response.headers["Location"] = f"/evaluate/{job.id}"
     return job
 
 
-async def _measured_on_zip(services: Services, model: Model, file: BinaryIO) -> EvaluationJob:
-    def read(stop_event: Event) -> LabeledImages:
-        with file:
-            return read_zip(services.settings, file, model.card.classes, stop_event)
-
-    try:
-        return await services.evaluations.start(model, read)
-    except Exception:
-        file.close()  # `read` does not run if too many evaluations are running
-        raise
+@router.get("/jobs", response_model=list[EvaluationJob], summary="The latest evaluations, newest first")
+async def evaluations(services: ServicesDependency, limit: Annotated[int, Query(ge=1, le=100)] = 100) -> Response:
+    """List the unfinished evaluations and the last 100 finished ones."""
+    jobs = services.evaluation_jobs
+    return await jobs.threads.read(lambda: json_response(jobs.newest(limit)))
 
 
-@router.get("/{evaluation_id}", summary="A measurement that was started earlier")
-async def evaluation(evaluation_id: str, services: ServicesDependency) -> EvaluationJob:
-    return await services.evaluations.get(evaluation_id)
+@router.get("/{evaluation_id}", response_model=EvaluationJob, summary="An evaluation's state, progress and result")
+async def evaluation(evaluation_id: str, services: ServicesDependency) -> Response:
+    jobs = services.evaluation_jobs
+    return await jobs.threads.read(lambda: json_response(jobs.get(evaluation_id)))
+
+
+@router.delete("/{evaluation_id}", dependencies=[OperatorOnly], summary="Cancel an evaluation")
+async def cancel_evaluation(evaluation_id: str, services: ServicesDependency) -> EvaluationJob:
+    """Cancel an evaluation. A finished one does not change."""
+    return await services.evaluations.cancel(evaluation_id)
+
+
+@router.get(
+    "/{evaluation_id}/events",
+    response_class=StreamingResponse,
+    summary="An evaluation's progress as server-sent events",
+)
+async def evaluation_events(
+    evaluation_id: str, services: ServicesDependency, last_event_id: Annotated[int, Header(ge=0, lt=2**31)] = 0
+) -> StreamingResponse:
+    """Stream the evaluation's progress. The last event, `end`, holds the evaluation."""
+    jobs = services.evaluation_jobs
+    await jobs.threads.read(jobs.state, evaluation_id)  # an unknown evaluation gets 404 before the stream begins
+    stream = jobs.events(evaluation_id, last_event_id, lambda: services.draining)
+    return EventStream(services.event_streams, stream)

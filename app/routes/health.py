@@ -57,7 +57,7 @@ async def health(request: Request, services: ServicesDependency) -> Health:
             for name, model in sorted(services.pool.live().items())
         },
         errors=services.pool.errors,
-        training=await services.jobs.running_soon(),
+        training=await services.training_jobs.running_soon(),
     )
 
 

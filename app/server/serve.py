@@ -108,7 +108,7 @@ class DrainingServer(uvicorn.Server):
         """Exit without waiting for requests. Stop the training process first, as it would outlive the server."""
         try:
             async with asyncio.timeout(_LEAVE_S):
-                await self._services.runner.stop()
+                await self._services.training_runner.stop()
         finally:
             os._exit(exit_status(self.signals))
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import threading
 import time
@@ -28,7 +27,8 @@ from app import engines
 from app.exceptions import Unavailable
 from app.inference import images
 from app.inference.batching import BatchOutput, Scores
-from app.jobs.evaluations import read_zip
+from app.jobs.labeled_images import read_zip
+from app.jobs.queue import State
 from app.main import create_app
 from app.routes import predict as predict_route
 from app.routes.predict import PredictedClass, top_classes
@@ -257,25 +257,22 @@ def test_evaluate_measures_through_the_engine(client: TestClient, models: Path, 
     assert_problem(client.get("/evaluate/none"), 404, "none")
 
 
-def test_a_measurement_is_known_to_other_servers_and_to_later_ones(
+def test_an_evaluation_is_known_to_other_servers_and_to_later_ones(
     client: TestClient, models: Path, tmp_path: Path
 ) -> None:
     measured = client.post("/evaluate").json()
     with local(create_app(Settings(models=models, runs=tmp_path / "runs"))) as other:
         assert other.get(f"/evaluate/{measured['id']}").json() == measured
-        file = tmp_path / "runs" / "evaluations" / f"{measured['id']}.json"
-        file.write_text(json.dumps(measured | {"state": "running", "result": None}))
-        assert other.get(f"/evaluate/{measured['id']}").json()["state"] == "running"
-        os.utime(file, (0, 0))  # its server has not updated the file for a long time
-        assert other.get(f"/evaluate/{measured['id']}").json()["state"] == "failed"
 
 
-def test_a_runs_folder_that_cannot_be_written_does_not_hinder_measuring(models: Path, tmp_path: Path) -> None:
+def test_without_a_runs_folder_there_is_no_evaluation_but_everything_else(
+    models: Path, tmp_path: Path, image: bytes
+) -> None:
     (tmp_path / "runs").touch()
     with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
-        measured = client.post("/evaluate").json()
-        assert measured["state"] == "succeeded"
-        assert client.get(f"/evaluate/{measured['id']}").json() == measured
+        assert_problem(client.post("/evaluate"), 503, "jobs are unavailable")
+        assert client.get("/evaluate").status_code == 200
+        assert client.post("/predict", files={"file": image}).status_code == 200
 
 
 def test_evaluate_measures_a_zip_of_labelled_folders(client: TestClient, models: Path, dataset: Dataset) -> None:
@@ -325,7 +322,7 @@ def test_a_zip_that_takes_long_is_read_in_the_background(models: Path, tmp_path:
         for name, state in (("red_disc/1.png", "succeeded"), ("sofa/1.png", "failed")):
             begun = client.post("/evaluate", files={"file": zipped({name: image})})
             assert begun.status_code == 202
-            while (job := client.get(begun.headers["location"]).json())["state"] == "running":
+            while not State((job := client.get(begun.headers["location"]).json())["state"]).finished:
                 time.sleep(0.01)
             assert job["state"] == state, job
 
@@ -338,8 +335,7 @@ def test_a_measurement_that_fails_is_a_500_and_known_as_failed(
         broken = AsyncMock(side_effect=RuntimeError("the engine is broken"))
         monkeypatch.setattr(app.state.services.pool.live()["resnet"].batcher, "run", broken)
         assert_problem(client.post("/evaluate?limit=4"), 500, "the server's log")
-        (evaluation,) = (tmp_path / "runs" / "evaluations").glob("*.json")
-        job = client.get(f"/evaluate/{evaluation.stem}").json()
+        (job,) = client.get("/evaluate/jobs").json()
         assert (job["state"], job["error"]) == ("failed", "RuntimeError: the engine is broken")
 
 

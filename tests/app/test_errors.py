@@ -97,7 +97,7 @@ def test_shortage_in_any_route_is_503(
         raise error
 
     services = services_of(client)
-    monkeypatch.setattr(services.jobs, "newest", fail)
+    monkeypatch.setattr(services.training_jobs, "newest", fail)
     monkeypatch.setattr(services.store, "names", fail)
     monkeypatch.setattr("app.inference.images.decode", fail)
     assert_refused(client.get("/train"), words, caplog)
@@ -111,7 +111,9 @@ def test_error_that_is_no_shortage_is_a_500_with_a_traceback(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for error in (OSError(errno.EIO, "Input/output error"), RuntimeError("broken"), ValueError("broken")):
-        monkeypatch.setattr(services_of(client).jobs, "newest", lambda *_, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(
+            services_of(client).training_jobs, "newest", lambda *_, error=error: (_ for _ in ()).throw(error)
+        )
         assert client.get("/train").status_code == 500
         assert any(record.exc_info for record in caplog.records)
         caplog.clear()
@@ -161,8 +163,8 @@ def test_stream_that_lacks_a_file_after_its_head_is_broken_off_with_one_line(
         raise OSError(errno.EMFILE, "Too many open files")
 
     services = services_of(client)
-    monkeypatch.setattr(services.jobs, "state", lambda _: None)
-    monkeypatch.setattr(services.jobs, "events", events)
+    monkeypatch.setattr(services.training_jobs, "state", lambda _: None)
+    monkeypatch.setattr(services.training_jobs, "events", events)
     assert client.get("/train/1/events").text == ": begun\n\n"
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert ["was broken off" in record.getMessage() for record in warnings] == [True]

@@ -6,9 +6,9 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import AsyncMock
@@ -17,28 +17,32 @@ import pytest
 from fastapi.testclient import TestClient
 from local import local
 
+from app.clients import FairShares
 from app.dependencies import Services
 from app.exceptions import BadRequest, NotFound, Unavailable
-from app.jobs.queue import JobEvent, JobQueue, JobRequest, JobSummary, State
-from app.jobs.runner import JobRunner
+from app.jobs.database import Database
+from app.jobs.queue import JobEvent, State
+from app.jobs.training_queue import TrainingJobSummary, TrainingQueue, TrainingRequest
+from app.jobs.training_runner import TrainingRunner
 from app.main import create_app
+from app.routes.event_stream import EventStream
 from app.settings import Settings
 from app.threads import Threads
 from training.recipes import recipe
 from training.run import Publication
 from training.store import Store
 
-REQUEST = JobRequest(recipe="resnet", overrides={"epochs": 2})
+REQUEST = TrainingRequest(recipe="resnet", overrides={"epochs": 2})
 
 
-def opened(runs: Path, **settings: Any) -> JobQueue:
-    jobs = JobQueue(Settings(runs=runs, **settings))
-    jobs.open()
-    return jobs
+def opened(runs: Path, **settings: Any) -> TrainingQueue:
+    database = Database(runs)
+    database.open()
+    return TrainingQueue(Settings(runs=runs, **settings), database)
 
 
 @pytest.fixture
-def jobs(tmp_path: Path) -> JobQueue:
+def jobs(tmp_path: Path) -> TrainingQueue:
     return opened(tmp_path)
 
 
@@ -47,7 +51,7 @@ def services_of(client: TestClient) -> Services:
 
 
 @contextmanager
-def locked_by_a_writer(jobs: JobQueue) -> Iterator[None]:
+def locked_by_a_writer(jobs: TrainingQueue) -> Iterator[None]:
     """Lock the database exclusively, like another program that is about to write."""
     with closing(sqlite3.connect(jobs.run("jobs.sqlite").path, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
@@ -55,7 +59,7 @@ def locked_by_a_writer(jobs: JobQueue) -> Iterator[None]:
         database.execute("ROLLBACK")
 
 
-def claimed(jobs: JobQueue) -> JobSummary:
+def claimed(jobs: TrainingQueue) -> TrainingJobSummary:
     found = jobs.claim()
     assert found is not None
     return found[0]
@@ -66,7 +70,7 @@ def publication(published_store: Path) -> Publication:
     return Publication(model="resnet", version=1, live=True, test=Store(published_store).card("resnet", 1).test)
 
 
-def test_jobs_run_in_the_order_they_came_and_an_interrupted_one_first(jobs: JobQueue) -> None:
+def test_jobs_run_in_the_order_they_came_and_an_interrupted_one_first(jobs: TrainingQueue) -> None:
     first, second = jobs.submit(REQUEST), jobs.submit(REQUEST)
     assert claimed(jobs).id == first.id
     jobs.interrupt(first.id)
@@ -78,7 +82,7 @@ def test_jobs_run_in_the_order_they_came_and_an_interrupted_one_first(jobs: JobQ
     assert [job.id for job in jobs.newest(1)] == [second.id]
 
 
-def test_cancelling_asks_the_process_of_a_running_job_to_stop(jobs: JobQueue) -> None:
+def test_cancelling_asks_the_process_of_a_running_job_to_stop(jobs: TrainingQueue) -> None:
     running, queued = jobs.submit(REQUEST), jobs.submit(REQUEST)
     claimed(jobs)
     for job in (running, queued):
@@ -87,7 +91,7 @@ def test_cancelling_asks_the_process_of_a_running_job_to_stop(jobs: JobQueue) ->
     assert not jobs.run(queued.id).path.exists()
 
 
-def test_a_running_job_that_cannot_be_told_to_stop_goes_on(jobs: JobQueue) -> None:
+def test_a_running_job_that_cannot_be_told_to_stop_goes_on(jobs: TrainingQueue) -> None:
     job_id = jobs.submit(REQUEST).id
     claimed(jobs)
     jobs.run(job_id).path.write_text("a file, not a folder")
@@ -98,16 +102,18 @@ def test_a_running_job_that_cannot_be_told_to_stop_goes_on(jobs: JobQueue) -> No
 
 def test_versions_that_waiting_jobs_learn_from_are_needed(published_store: Path, tmp_path: Path) -> None:
     jobs = opened(tmp_path, models=published_store)
-    assert jobs.needed("resnet") == set()
-    job = jobs.submit(JobRequest(recipe="resnet", overrides={"weights": "resnet/1", "width": 8}))
-    jobs.submit(JobRequest(recipe="resnet18", overrides={"teacher": "resnet/1"}))
-    assert jobs.needed("resnet") == {1}
-    assert jobs.needed("resnet18") == set()
+    assert jobs.required_versions("resnet") == set()
+    job = jobs.submit(TrainingRequest(recipe="resnet", overrides={"weights": "resnet/1", "width": 8}))
+    jobs.submit(TrainingRequest(recipe="resnet18", overrides={"teacher": "resnet/1"}))
+    assert jobs.required_versions("resnet") == {1}
+    assert jobs.required_versions("resnet18") == set()
     jobs.cancel(job.id)
-    assert jobs.needed("resnet") == {1}
+    assert jobs.required_versions("resnet") == {1}
 
 
-def test_a_job_keeps_its_recipe_whatever_the_defaults_become(jobs: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_keeps_its_recipe_whatever_the_defaults_become(
+    jobs: TrainingQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jobs.submit(REQUEST)
     monkeypatch.setattr("training.recipes.RECIPES", {})
     found = jobs.claim()
@@ -116,7 +122,9 @@ def test_a_job_keeps_its_recipe_whatever_the_defaults_become(jobs: JobQueue, mon
     assert found[1] == recipe("resnet", {"epochs": 2})
 
 
-def test_a_job_whose_recipe_this_release_does_not_know_fails(jobs: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_whose_recipe_this_release_does_not_know_fails(
+    jobs: TrainingQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
     foreign, own = jobs.submit(REQUEST), jobs.submit(REQUEST)
     with sqlite3.connect(jobs.run("jobs.sqlite").path) as database:
         database.execute("UPDATE jobs SET recipe = json_set(recipe, '$.unheard_of', 1) WHERE id = ?", (foreign.id,))
@@ -126,7 +134,7 @@ def test_a_job_whose_recipe_this_release_does_not_know_fails(jobs: JobQueue, mon
     assert claimed(jobs).id == own.id
 
 
-def test_a_job_of_a_recipe_that_is_no_more_fails(jobs: JobQueue) -> None:
+def test_a_job_of_a_recipe_that_is_no_more_fails(jobs: TrainingQueue) -> None:
     job = jobs.submit(REQUEST)
     with sqlite3.connect(jobs.run("jobs.sqlite").path) as database:
         database.execute("UPDATE jobs SET recipe = json_set(recipe, '$.name', 'vgg') WHERE id = ?", (job.id,))
@@ -135,7 +143,7 @@ def test_a_job_of_a_recipe_that_is_no_more_fails(jobs: JobQueue) -> None:
 
 
 def test_a_job_whose_folder_is_damaged_fails_and_the_next_one_runs(
-    jobs: JobQueue, monkeypatch: pytest.MonkeyPatch
+    jobs: TrainingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def child(*_: object) -> int:
         await asyncio.sleep(60)
@@ -146,7 +154,7 @@ def test_a_job_whose_folder_is_damaged_fails_and_the_next_one_runs(
         run = jobs.run(damaged.id)
         run.path.mkdir()
         run.publication_file.write_text("{")
-        runner = JobRunner(Settings(runs=run.path.parent), jobs, AsyncMock())
+        runner = TrainingRunner(Settings(runs=run.path.parent), jobs, AsyncMock())
         monkeypatch.setattr(runner, "_child", child)
         runner.start()
         async with asyncio.timeout(60):
@@ -160,7 +168,7 @@ def test_a_job_whose_folder_is_damaged_fails_and_the_next_one_runs(
 
 
 def test_a_runner_that_is_stopped_ends_even_if_it_cannot_note_so(
-    jobs: JobQueue, monkeypatch: pytest.MonkeyPatch
+    jobs: TrainingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
         started = asyncio.Event()
@@ -174,7 +182,7 @@ def test_a_runner_that_is_stopped_ends_even_if_it_cannot_note_so(
             raise Unavailable("the disk is full")
 
         job = jobs.submit(REQUEST)
-        runner = JobRunner(Settings(runs=jobs.run(job.id).path.parent), jobs, AsyncMock())
+        runner = TrainingRunner(Settings(runs=jobs.run(job.id).path.parent), jobs, AsyncMock())
         monkeypatch.setattr(runner, "_child", child)
         monkeypatch.setattr(jobs, "interrupt", full)
         runner.start()
@@ -185,28 +193,41 @@ def test_a_runner_that_is_stopped_ends_even_if_it_cannot_note_so(
     asyncio.run(scenario())
 
 
-def test_only_so_many_clients_follow_events(jobs: JobQueue, tmp_path: Path) -> None:
+def test_only_so_many_clients_follow_events(jobs: TrainingQueue, tmp_path: Path) -> None:
     with local(create_app(Settings(models=tmp_path, runs=tmp_path, max_event_streams=1))) as client:
         job = jobs.submit(REQUEST)
         jobs.cancel(job.id)
         assert client.get(f"/train/{job.id}/events").text.startswith("event: end")
-        assert services_of(client).jobs.followers.total == 0
-        services_of(client).jobs.followers.add("another client", 1)
+        assert services_of(client).event_streams.total == 0
+        services_of(client).event_streams.add("another client", 1)
         refused = client.get(f"/train/{job.id}/events")
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
 
 
-def test_one_address_cannot_take_every_event_stream(jobs: JobQueue) -> None:
-    with ExitStack() as streams:
-        for _ in range(75):
-            streams.enter_context(jobs.follow("10.0.0.1"))
-        with pytest.raises(Unavailable, match="75 clients"):
-            streams.enter_context(jobs.follow("10.0.0.1"))
-        streams.enter_context(jobs.follow("10.0.0.2"))
-    assert jobs.followers.total == 0
+def test_one_address_cannot_take_every_event_stream() -> None:
+    streams = FairShares(100)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def follow(address: str) -> None:
+        async def events() -> AsyncIterator[JobEvent | None]:
+            yield JobEvent(None, "end", "{}")
+
+        scope = {"type": "http", "client": (address, 1), "asgi": {"spec_version": "2.4"}}
+        await EventStream(streams, events())(scope, AsyncMock(), send)
+
+    streams.add("10.0.0.1", 75)
+    with pytest.raises(Unavailable, match="75 clients"):
+        asyncio.run(follow("10.0.0.1"))
+    assert not sent
+    asyncio.run(follow("10.0.0.2"))
+    assert sent[1]["body"] == b"event: end\ndata: {}\n\n"
+    assert streams.total == 75
 
 
-def test_who_follows_events_is_let_go_when_the_service_stops(jobs: JobQueue, tmp_path: Path) -> None:
+def test_who_follows_events_is_let_go_when_the_service_stops(jobs: TrainingQueue, tmp_path: Path) -> None:
     job = jobs.submit(REQUEST)
     with local(create_app(Settings(models=tmp_path, runs=tmp_path))) as client:
         client.app.state.services.draining = True  # type: ignore[attr-defined]
@@ -214,18 +235,20 @@ def test_who_follows_events_is_let_go_when_the_service_stops(jobs: JobQueue, tmp
         assert (answer.text, answer.headers["x-accel-buffering"]) == ("", "no")
 
 
-def test_what_was_asked_for_is_kept_as_it_was_understood(jobs: JobQueue) -> None:
-    asked = JobRequest(recipe="resnet18", overrides={"epochs": "3", "seed": False, "trainable": "layer4,fc"})
+def test_what_was_asked_for_is_kept_as_it_was_understood(jobs: TrainingQueue) -> None:
+    asked = TrainingRequest(recipe="resnet18", overrides={"epochs": "3", "seed": False, "trainable": "layer4,fc"})
     understood = {"epochs": 3, "seed": 0, "trainable": ["layer4", "fc"]}
     assert jobs.submit(asked, "key").request.overrides == understood
     assert jobs.submit(asked.model_copy(update={"overrides": understood}), "key").id == jobs.newest(1)[0].id
 
 
-def test_everything_is_still_known_after_a_restart(jobs: JobQueue, publication: Publication, tmp_path: Path) -> None:
+def test_everything_is_still_known_after_a_restart(
+    jobs: TrainingQueue, publication: Publication, tmp_path: Path
+) -> None:
     done, waiting = jobs.submit(REQUEST, "key"), jobs.submit(REQUEST)
     claimed(jobs)
     jobs.succeed(done.id, publication)
-    jobs.close()
+    jobs.database.close()
     again = opened(tmp_path)
     job = again.get(done.id)
     assert (job.state, job.published, job.request) == (State.SUCCEEDED, publication, REQUEST)
@@ -236,14 +259,14 @@ def test_everything_is_still_known_after_a_restart(jobs: JobQueue, publication: 
     assert claimed(again).id == waiting.id
 
 
-def test_what_a_dead_server_left_running_is_claimed_first(jobs: JobQueue, tmp_path: Path) -> None:
+def test_what_a_dead_server_left_running_is_claimed_first(jobs: TrainingQueue, tmp_path: Path) -> None:
     first, _ = jobs.submit(REQUEST), jobs.submit(REQUEST)
     claimed(jobs)
     assert jobs.running() == first.id
     assert claimed(opened(tmp_path)).id == first.id
 
 
-def test_a_crash_is_forgiven_once_and_a_stop_always(jobs: JobQueue) -> None:
+def test_a_crash_is_forgiven_once_and_a_stop_always(jobs: TrainingQueue) -> None:
     job = jobs.submit(REQUEST)
     for crash in (None, "killed", None):
         claimed(jobs)
@@ -256,7 +279,7 @@ def test_a_crash_is_forgiven_once_and_a_stop_always(jobs: JobQueue) -> None:
     assert jobs.claim() is None
 
 
-def test_a_finished_job_stays_as_it_is(jobs: JobQueue, publication: Publication) -> None:
+def test_a_finished_job_stays_as_it_is(jobs: TrainingQueue, publication: Publication) -> None:
     job = jobs.submit(REQUEST)
     cancelled = jobs.cancel(job.id)
     assert cancelled.state is State.CANCELLED
@@ -268,11 +291,11 @@ def test_a_finished_job_stays_as_it_is(jobs: JobQueue, publication: Publication)
     assert jobs.claim() is None
 
 
-def test_the_same_key_gives_the_same_job_and_with_another_request_an_error(jobs: JobQueue) -> None:
+def test_the_same_key_gives_the_same_job_and_with_another_request_an_error(jobs: TrainingQueue) -> None:
     job = jobs.submit(REQUEST, "key")
     assert jobs.submit(REQUEST, "key") == job
     with pytest.raises(BadRequest, match=job.id):
-        jobs.submit(JobRequest(recipe="resnet"), "key")
+        jobs.submit(TrainingRequest(recipe="resnet"), "key")
     assert jobs.submit(REQUEST, "other").id != job.id
     assert jobs.submit(REQUEST).id != jobs.submit(REQUEST).id
 
@@ -280,7 +303,7 @@ def test_the_same_key_gives_the_same_job_and_with_another_request_an_error(jobs:
 def test_requests_with_one_key_at_the_same_time_give_one_job(tmp_path: Path) -> None:
     """Each request uses its own database connection, like separate server processes."""
     found: list[str] = []
-    opened(tmp_path).close()
+    opened(tmp_path).database.close()
 
     def submit() -> None:
         found.append(opened(tmp_path).submit(REQUEST, "key").id)
@@ -305,8 +328,8 @@ def test_a_full_queue_refuses_and_a_cancelled_job_makes_room(tmp_path: Path) -> 
     jobs.submit(REQUEST)
 
 
-@pytest.mark.parametrize("call", [JobQueue.get, JobQueue.cancel, JobQueue.state])
-def test_an_unknown_job_is_not_found(jobs: JobQueue, call: object) -> None:
+@pytest.mark.parametrize("call", [TrainingQueue.get, TrainingQueue.cancel, TrainingQueue.state])
+def test_an_unknown_job_is_not_found(jobs: TrainingQueue, call: object) -> None:
     with pytest.raises(NotFound, match=r"\.\./x"):
         call(jobs, "../x")  # type: ignore[operator]
 
@@ -318,7 +341,7 @@ def test_without_a_runs_folder_there_is_no_training_but_everything_else(models: 
         assert client.get("/health/ready").status_code == 200
         for answer in (client.post("/train", json={"recipe": "resnet"}), client.get("/train"), client.get("/train/x")):
             assert answer.status_code == 503
-            assert "training is unavailable" in answer.json()["detail"]
+            assert "jobs are unavailable" in answer.json()["detail"]
 
 
 def test_without_a_readable_database_there_is_no_training_but_everything_else(models: Path, tmp_path: Path) -> None:
@@ -328,9 +351,9 @@ def test_without_a_readable_database_there_is_no_training_but_everything_else(mo
         assert client.get("/train").status_code == 503
 
 
-def test_a_database_that_is_damaged_later_makes_training_unavailable(jobs: JobQueue) -> None:
+def test_a_database_that_is_damaged_later_makes_training_unavailable(jobs: TrainingQueue) -> None:
     jobs.submit(REQUEST)
-    jobs.close()
+    jobs.database.close()
     database = jobs.run("jobs.sqlite").path
     database.with_name("jobs.sqlite-wal").unlink(missing_ok=True)
     database.write_bytes(b"garbage" * 1000)
@@ -343,19 +366,19 @@ def test_several_servers_may_start_at_once(tmp_path: Path) -> None:
     for number in range(5):
         (folder := tmp_path / str(number)).mkdir()
         with ThreadPoolExecutor(8) as threads:
-            assert all(threads.map(lambda _: JobQueue(Settings(runs=folder)).open(), range(8)))
+            assert all(threads.map(lambda _: Database(folder).open(), range(8)))
 
 
 def test_the_database_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
-    opened(tmp_path).close()
+    opened(tmp_path).database.close()
     with sqlite3.connect(tmp_path / "jobs.sqlite") as connection:
         connection.execute("PRAGMA user_version = 99")
     jobs = opened(tmp_path)
-    with pytest.raises(Unavailable, match="training is unavailable"):
+    with pytest.raises(Unavailable, match="jobs are unavailable"):
         jobs.submit(REQUEST)
 
 
-def test_reader_does_not_wait_for_a_writer_and_a_writer_is_refused_soon(jobs: JobQueue) -> None:
+def test_reader_does_not_wait_for_a_writer_and_a_writer_is_refused_soon(jobs: TrainingQueue) -> None:
     job = jobs.submit(REQUEST)
     with locked_by_a_writer(jobs):
         assert [each.id for each in jobs.newest(10)] == [job.id]
@@ -369,7 +392,7 @@ def test_reader_does_not_wait_for_a_writer_and_a_writer_is_refused_soon(jobs: Jo
         assert jobs.claim() is None  # an empty queue takes no lock
 
 
-def test_more_readers_than_connections_in_the_pool_are_answered(jobs: JobQueue) -> None:
+def test_more_readers_than_connections_in_the_pool_are_answered(jobs: TrainingQueue) -> None:
     """The default pool of SQLAlchemy has 15 connections and raises a different error after 30 s."""
     job = jobs.submit(REQUEST)
     barrier = threading.Barrier(40, timeout=30)
@@ -388,16 +411,16 @@ def test_database_that_does_not_answer_holds_up_jobs_only(models: Path, tmp_path
     gate = threading.Event()
     with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
         services = services_of(client)
-        running = services.jobs.submit(REQUEST)
-        services.jobs._running = running.id
+        running = services.training_jobs.submit(REQUEST)
+        services.training_jobs._running = running.id
 
         def stall(*_: object) -> None:
             gate.wait(60)
 
         with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(60) as readers:
-            services.jobs.threads = Threads("the job database", 2, max_waiting=30, patience_s=0.5)
-            patch.setattr(services.jobs, "newest", stall)
-            patch.setattr(services.jobs, "_running_id", stall)
+            services.database.threads = Threads("the job database", 2, max_waiting=30, patience_s=0.5)
+            patch.setattr(services.training_jobs, "newest", stall)
+            patch.setattr(services.training_jobs, "_running_id", stall)
             answers = [readers.submit(client.get, "/train") for _ in range(60)]
             try:
                 assert client.get("/").status_code == 200
@@ -415,11 +438,11 @@ def test_database_that_does_not_answer_holds_up_jobs_only(models: Path, tmp_path
 
 
 def test_follower_of_events_outlasts_a_database_that_cannot_be_read(
-    jobs: JobQueue, monkeypatch: pytest.MonkeyPatch
+    jobs: TrainingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> list[JobEvent | None]:
         job = jobs.submit(REQUEST)
-        right, failures = JobQueue._progress, 3
+        right, failures = TrainingQueue._progress, 3
 
         def progress(*arguments: Any) -> Any:
             nonlocal failures
@@ -432,7 +455,7 @@ def test_follower_of_events_outlasts_a_database_that_cannot_be_read(
             return right(*arguments)
 
         monkeypatch.setattr("app.jobs.queue._EVENT_POLL_S", 0.01)
-        monkeypatch.setattr(JobQueue, "_progress", progress)
+        monkeypatch.setattr(TrainingQueue, "_progress", progress)
         return [event async for event in jobs.events(job.id, 0, lambda: False)]
 
     (end,) = asyncio.run(scenario())
@@ -442,7 +465,7 @@ def test_follower_of_events_outlasts_a_database_that_cannot_be_read(
 
 
 def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
-    jobs: JobQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    jobs: TrainingQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
 
@@ -465,10 +488,10 @@ def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
                 raise Unavailable("database is locked")
             right(*arguments)
 
-        runner = JobRunner(Settings(runs=jobs.run(job.id).path.parent), jobs, AsyncMock())
+        runner = TrainingRunner(Settings(runs=jobs.run(job.id).path.parent), jobs, AsyncMock())
         monkeypatch.setattr(runner, "_child", child)
         monkeypatch.setattr(jobs, "fail", fail)
-        monkeypatch.setattr("app.jobs.runner._LEASE_POLL_S", 0.01)
+        monkeypatch.setattr("app.jobs.training_runner._LEASE_POLL_S", 0.01)
         runner.start()
         async with asyncio.timeout(60):
             while not jobs.state(job.id).finished:  # noqa: ASYNC110  the database signals no event
@@ -477,13 +500,13 @@ def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
         assert (starts, jobs.get(job.id).error) == (1, "no luck")
 
     asyncio.run(scenario())
-    assert [record.levelname for record in caplog.records if record.name == "app.jobs.runner"] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if record.name == "app.jobs.training_runner"] == ["WARNING"]
 
 
 def test_training_becomes_available_once_its_folder_can_be_used(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.jobs.runner._LEASE_POLL_S", 0.01)
+    monkeypatch.setattr("app.jobs.training_runner._LEASE_POLL_S", 0.01)
     (tmp_path / "runs").write_text("a file, not a folder")
     with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
         assert client.get("/train").status_code == 503
@@ -494,14 +517,14 @@ def test_training_becomes_available_once_its_folder_can_be_used(
         assert client.get("/train").json() == []
 
 
-def test_rows_that_an_earlier_release_kept_without_a_bound_are_shortened(jobs: JobQueue, tmp_path: Path) -> None:
+def test_rows_that_an_earlier_release_kept_without_a_bound_are_shortened(jobs: TrainingQueue, tmp_path: Path) -> None:
     waiting, done = jobs.submit(REQUEST), jobs.submit(REQUEST)
     jobs.cancel(done.id)
     teacher = ",".join(["resnet/1"] * 100_000)
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as database, database:
         changes = "request = json_set(request, '$.overrides.teacher', ?), recipe = json_set(recipe, '$.teacher', ?)"
         database.execute(f"UPDATE jobs SET {changes}, error = ?", (teacher, teacher, "x" * 1_000_000))  # noqa: S608
-    jobs.close()
+    jobs.database.close()
     again = opened(tmp_path)
     assert sum(len(job.model_dump_json()) for job in again.newest(10)) < 10_000
     assert again.get(done.id).request.overrides["epochs"] == 2
@@ -512,9 +535,9 @@ def test_rows_that_an_earlier_release_kept_without_a_bound_are_shortened(jobs: J
 
 
 def test_job_that_does_not_fit_into_the_machine_is_refused_unless_it_is_known(
-    jobs: JobQueue, monkeypatch: pytest.MonkeyPatch
+    jobs: TrainingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = JobRequest(recipe="resnet", overrides={"width": 128, "batch_size": 1024, "precision": "float32"})
+    large = TrainingRequest(recipe="resnet", overrides={"width": 128, "batch_size": 1024, "precision": "float32"})
     monkeypatch.setattr("training.resources.available_memory", lambda: 40_000_000_000)
     known = jobs.submit(large, "key")
     monkeypatch.setattr("training.resources.available_memory", lambda: 4_000_000_000)

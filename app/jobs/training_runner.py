@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import ParamSpec
 
 from app.exceptions import Unavailable
-from app.jobs.queue import JobQueue, JobSummary, State
+from app.jobs.queue import State
+from app.jobs.training_queue import TrainingJobSummary, TrainingQueue
 from app.machine import cpu_count
 from app.server.workers import service_cpus
 from app.settings import Settings
@@ -43,7 +44,7 @@ _SECRETS = ("CIFAR100_API_KEYS",)  # environment variables that a training proce
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "MemoryError")
 
 
-class JobRunner:
+class TrainingRunner:
     """The task that claims jobs from the queue, runs them and records their outcome.
 
     Args:
@@ -52,7 +53,7 @@ class JobRunner:
         on_published: Callback after a job has published a model.
     """
 
-    def __init__(self, settings: Settings, jobs: JobQueue, on_published: Callable[[], Awaitable[None]]):
+    def __init__(self, settings: Settings, jobs: TrainingQueue, on_published: Callable[[], Awaitable[None]]):
         self._settings = settings
         self._jobs = jobs
         self._on_published = on_published
@@ -74,7 +75,7 @@ class JobRunner:
     async def _work(self) -> None:
         while True:
             try:
-                if await self._threads.run(self._jobs.open):
+                if await self._threads.run(self._jobs.database.open):
                     async with _exclusive_lock(self._settings.runs / "runner.lock"):
                         await self._run_jobs()
             except (Unavailable, OSError) as error:
@@ -96,18 +97,7 @@ class JobRunner:
             self._fault = str(error)
             log.warning("the training queue waits and tries again: %s", error)
 
-    async def _record_outcome(
-        self, note: Callable[Parameters, None], *args: Parameters.args, **kwargs: Parameters.kwargs
-    ) -> None:
-        """Record the outcome of a job. Retry while the database is unavailable, so that the job does not run again."""
-        while True:
-            try:
-                return await self._threads.run(note, *args, **kwargs)
-            except Unavailable as error:
-                self._warn(error)
-                await asyncio.sleep(_LEASE_POLL_S)
-
-    async def _execute(self, job: JobSummary, recipe: Recipe) -> None:
+    async def _execute(self, job: TrainingJobSummary, recipe: Recipe) -> None:
         """Run a job, or wait for its running process, until it has ended. Record the outcome."""
         run = self._jobs.run(job.id)
         if await self._threads.run(run.stop_file.exists):  # a server died while it was cancelling the job
@@ -126,7 +116,7 @@ class JobRunner:
                     return
                 if code > 0 and code != _INTERRUPTED and not await self._threads.run(run.outcome):
                     said = await self._threads.run(_last_line, run.path / _OUTPUT)
-                    await self._record_outcome(self._jobs.fail, job.id, said)
+                    await self._jobs.record_outcome(self._threads, self._jobs.fail, job.id, said)
                     return
                 crash = _describe_exit(code, _count_oom_kills() > killed)
         except asyncio.CancelledError:
@@ -134,19 +124,19 @@ class JobRunner:
                 await self._threads.run(self._jobs.interrupt, job.id)
             raise
         except (OSError, RunError) as error:  # the process cannot start, or the run folder is damaged
-            await self._record_outcome(self._jobs.fail, job.id, f"the job cannot go on: {error}")
+            await self._jobs.record_outcome(self._threads, self._jobs.fail, job.id, f"the job cannot go on: {error}")
             return
         if publication := await self._threads.run(run.outcome):
-            await self._record_outcome(self._jobs.succeed, job.id, publication)
+            await self._jobs.record_outcome(self._threads, self._jobs.succeed, job.id, publication)
             if self._settings.keep_versions:
-                needed = await self._threads.run(self._jobs.needed, publication.model)
+                required = await self._threads.run(self._jobs.required_versions, publication.model)
                 store = Store(self._settings.models)
-                await self._threads.run(store.prune, publication.model, self._settings.keep_versions, needed)
+                await self._threads.run(store.prune, publication.model, self._settings.keep_versions, required)
             await self._on_published()
         else:
-            await self._record_outcome(self._jobs.interrupt, job.id, crash)
+            await self._jobs.record_outcome(self._threads, self._jobs.interrupt, job.id, crash)
 
-    async def _run_child(self, job: JobSummary, recipe: Recipe, run: Run) -> int:
+    async def _run_child(self, job: TrainingJobSummary, recipe: Recipe, run: Run) -> int:
         """Start a job's process and wait for it.
 
         Returns:
@@ -184,7 +174,7 @@ class JobRunner:
         await self._watch(job, child.pid, lambda: child.returncode is None)
         return await child.wait()
 
-    async def _watch(self, job: JobSummary, pid: int, alive: Callable[[], bool]) -> None:
+    async def _watch(self, job: TrainingJobSummary, pid: int, alive: Callable[[], bool]) -> None:
         """Wait for a process to end. Terminate it if its job or this task is cancelled."""
         try:
             while alive():
@@ -195,7 +185,7 @@ class JobRunner:
         finally:
             await _terminate(pid, alive)
 
-    def _command(self, job: JobSummary, recipe: Recipe, run: Run) -> list[str]:
+    def _command(self, job: TrainingJobSummary, recipe: Recipe, run: Run) -> list[str]:
         command = [sys.executable, "-m", "training", "train", recipe.name]
         if run.recipe_file.exists():
             command.append("--resume")

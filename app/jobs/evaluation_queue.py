@@ -1,0 +1,167 @@
+"""The queue of evaluation jobs. `app.jobs.evaluation_runner` runs them in the server, beside predictions.
+
+In: a model version and the source of labeled images.  Out: a row in the job database, and later the measures.
+"""
+
+import shutil
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from app.exceptions import Unavailable
+from app.jobs.database import EVALUATION, WRITES, JobRow
+from app.jobs.queue import UNFINISHED, JobQueue, State
+from training.store import Evaluation
+
+MAX_UNFINISHED = 8
+"""Largest number of evaluations that wait or run, in all server processes on a runs folder."""
+
+_KEPT = 100  # finished evaluations that stay available
+
+
+class EvaluationRequest(BaseModel):
+    """A request to evaluate a model version."""
+
+    model: str
+    version: int
+    engine: str
+    """Name of the engine that computes the logits."""
+    split: Literal["test", "train", "zip"] | None
+    """Source of the images. None for an evaluation of an earlier release that failed before it read any."""
+    limit: int | None = None
+    """Number of images of the split. None means all."""
+
+
+class EvaluationJob(BaseModel):
+    """One evaluation job and its progress."""
+
+    id: str
+    state: State
+    model: str
+    version: int
+    engine: str
+    split: str | None = None
+    """Source of the images: test, train or zip."""
+    created: datetime
+    started: datetime | None = None
+    finished: datetime | None = None
+    done: int = 0
+    """Number of images computed so far."""
+    result: Evaluation | None = None
+    error: str | None = None
+
+
+class EvaluationQueue(JobQueue[EvaluationJob]):
+    """The queue and history of evaluation jobs."""
+
+    kind = EVALUATION
+    label = "evaluation"
+    listing = "GET /evaluate/jobs"
+
+    def add(self, job_id: str, request: EvaluationRequest, state: State) -> None:
+        """Add a job.
+
+        Args:
+            job_id: Id from `new_job_id`.
+            request: Model version and source of the images.
+            state: RUNNING if the caller runs the job at once and holds the lock of its run folder, else QUEUED.
+
+        Raises:
+            Unavailable: Too many evaluations are unfinished, or the database cannot be used.
+        """
+        now = datetime.now(UTC)
+        row = JobRow(
+            id=job_id,
+            kind=self.kind,
+            state=state,
+            request=request.model_dump(),
+            recipe={},
+            created=now,
+            started=now if state is State.RUNNING else None,
+            crashes=0,
+        )
+        with self._transaction(WRITES) as session:
+            self._require_room(session)
+            session.add(row)
+
+    def require_room(self) -> None:
+        """Check that a further job may be added. Raises the errors of `add`."""
+        with self._transaction() as session:
+            self._require_room(session)
+
+    def _require_room(self, session: Session) -> None:
+        unfinished = select(func.count()).where(JobRow.kind == self.kind, JobRow.state.in_(UNFINISHED))
+        count = session.scalar(unfinished) or 0
+        if count >= MAX_UNFINISHED:
+            raise Unavailable(f"{count} evaluations are waiting or running; try again later")
+
+    def newest(self, limit: int) -> list[EvaluationJob]:
+        """Return the latest `limit` jobs, newest first."""
+        with self._transaction() as session:
+            rows = session.scalars(self._select().order_by(JobRow.sequence.desc()).limit(limit)).all()
+        return [self._view(row) for row in rows]
+
+    def unfinished(self) -> list[str]:
+        """Return the ids of all jobs that wait or run, oldest first."""
+        with self._transaction() as session:
+            rows = session.scalars(self._select().where(JobRow.state.in_(UNFINISHED)).order_by(JobRow.sequence)).all()
+        return [row.id for row in rows]
+
+    def claim(self, job_id: str) -> EvaluationRequest | None:
+        """Set the state of a job to running. The caller holds the lock of its run folder.
+
+        A job that is running already was left by a server that has died. It is resumed once.
+
+        Returns:
+            The request, or None if the job has finished or failed.
+        """
+        with self._transaction(WRITES) as session:
+            row = self._row(session, job_id)
+            if row.state == State.RUNNING:
+                self._interrupt(row, "the server that ran it has ended")
+            if State(row.state).finished:
+                return None
+            row.state = State.RUNNING
+            row.started = row.started or datetime.now(UTC)
+        return EvaluationRequest.model_validate(row.request)
+
+    def succeed(self, job_id: str, engine: str, result: Evaluation) -> None:
+        """Record the measures of a job and the engine that computed them."""
+        with self._transaction(WRITES) as session:
+            row = self._row(session, job_id)
+            row.request = row.request | {"engine": engine}
+            row.result = result.model_dump()
+            self._finish(row, State.SUCCEEDED)
+
+    def prune(self) -> None:
+        """Delete all finished evaluations except the 100 newest, with their folders."""
+        finished = self._select().where(JobRow.state.not_in(UNFINISHED)).order_by(JobRow.sequence.desc())
+        with self._transaction() as session:
+            old = session.scalars(finished.offset(_KEPT)).all()
+        if not old:
+            return
+        with self._transaction(WRITES) as session:
+            for row in old:
+                session.delete(session.merge(row, load=False))
+        for row in old:
+            shutil.rmtree(self.run(row.id).path, ignore_errors=True)
+
+    def _view(self, row: JobRow) -> EvaluationJob:
+        request = EvaluationRequest.model_validate(row.request)
+        result = Evaluation.model_validate(row.result) if row.result else None
+        progress = list(self.run(row.id).metrics())
+        done = progress[-1]["done"] if progress else result.images if result else 0
+        return EvaluationJob(
+            **request.model_dump(exclude={"limit"}),
+            id=row.id,
+            state=State(row.state),
+            created=row.created,
+            started=row.started,
+            finished=row.finished,
+            done=done,
+            result=result,
+            error=row.error,
+        )

@@ -1,0 +1,260 @@
+"""The queue of training jobs. `app.jobs.training_runner` runs them one at a time, each as a child process.
+
+In: a request for a recipe.  Out: a row in the job database, and later the published version.
+"""
+
+import asyncio
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, Field
+from sqlalchemy import func, select
+
+from app.exceptions import BadRequest, Unavailable
+from app.jobs.database import TRAINING, WRITES, Database, JobRow
+from app.jobs.queue import UNFINISHED, WAITING, JobQueue, State, new_job_id
+from app.settings import Settings
+from training import data, resources
+from training.recipes import RECIPES, Recipe, RecipeError, from_dict, recipe
+from training.run import Publication
+from training.store import ModelCard, Promotion, Store, StoreError
+from training.text import quote
+
+_HEALTH_WAIT_S = 0.1
+
+_FIELDS = {field: schema for field, schema in Recipe.model_json_schema()["properties"].items() if field != "name"}
+
+
+class TrainingRequest(BaseModel, extra="forbid"):
+    """A request for a training job."""
+
+    recipe: str = Field(examples=["resnet"], json_schema_extra={"enum": list(RECIPES)})
+    """Name of a recipe."""
+    overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        examples=[{"epochs": 3}],
+        json_schema_extra={"properties": _FIELDS, "additionalProperties": False},
+    )
+    """Fields of the recipe to change."""
+    promote: Promotion = "if-better"
+    """Condition under which the trained model goes live."""
+
+
+class TrainingJobSummary(BaseModel, from_attributes=True):
+    """One training job."""
+
+    id: str
+    state: State
+    request: TrainingRequest
+    created: datetime
+    started: datetime | None
+    finished: datetime | None
+    crashes: int
+    """Number of times that the job's process crashed and was resumed."""
+    error: str | None
+    published: Publication | None
+
+
+class TrainingJob(TrainingJobSummary):
+    """One training job and its progress."""
+
+    epochs: int
+    """Number of epochs to train, including fine-tuning."""
+    progress: dict[str, Any] | None = None
+    """The latest metrics: epoch, step, loss, accuracy, images/s, remaining seconds."""
+    history: list[dict[str, Any]] = Field(default_factory=list)
+    """The metrics of every finished epoch."""
+
+
+class TrainingQueue(JobQueue[TrainingJob]):
+    """The queue and history of training jobs.
+
+    Args:
+        settings: Folders and limits.
+        database: The job database.
+    """
+
+    kind = TRAINING
+    label = "training job"
+    listing = "GET /train"
+
+    def __init__(self, settings: Settings, database: Database):
+        super().__init__(database)
+        self._settings = settings
+        self._running: str | None = None  # the last value that `running_soon` has read
+        self._reading: asyncio.Task[None] | None = None
+
+    def submit(self, request: TrainingRequest, idempotency_key: str | None = None) -> TrainingJob:
+        """Queue a job, or return the job that was queued with the same key.
+
+        Args:
+            request: Recipe name, overrides and promotion rule.
+            idempotency_key: Key of the `Idempotency-Key` header. A repeated request with the same key is not queued
+                again.
+
+        Raises:
+            BadRequest: The recipe or a field is unknown, a value is invalid or above a limit, this machine cannot train
+                the recipe, or the key was used for another request.
+            Unavailable: Too many jobs are waiting, or the database cannot be used.
+        """
+        wanted = self._validate(request)
+        reason = self._reason_not_fitting(wanted)
+        overrides = wanted.model_dump(mode="json", include=set(request.overrides))  # validation converts "3" to 3
+        request = request.model_copy(update={"overrides": overrides})
+        row = JobRow(
+            id=new_job_id(),
+            kind=self.kind,
+            idempotency_key=idempotency_key,
+            state=State.QUEUED,
+            request=request.model_dump(),
+            recipe=wanted.model_dump(),
+            created=datetime.now(UTC),
+            crashes=0,
+        )
+        known = None
+        with self._transaction(WRITES) as session:
+            if idempotency_key:
+                known = session.scalar(select(JobRow).where(JobRow.idempotency_key == idempotency_key))
+                if known and known.request != row.request:
+                    raise BadRequest(f"Idempotency-Key {idempotency_key!r} was used for another request: {known.id}")
+            if known is None:
+                if reason:
+                    raise BadRequest(reason)
+                waiting = (
+                    session.scalar(select(func.count()).where(JobRow.kind == self.kind, JobRow.state.in_(WAITING))) or 0
+                )
+                if waiting >= self._settings.max_jobs:
+                    raise Unavailable(f"{waiting} jobs are waiting already; try again later")
+                session.add(row)
+        return self._view(known or row)
+
+    def newest(self, limit: int) -> list[TrainingJobSummary]:
+        """Return the latest `limit` jobs, newest first."""
+        with self._transaction() as session:
+            rows = session.scalars(self._select().order_by(JobRow.sequence.desc()).limit(limit)).all()
+        return [TrainingJobSummary.model_validate(row) for row in rows]
+
+    def running(self) -> str | None:
+        """Return the id of the running job. Returns None if no job runs or the database cannot be used."""
+        try:
+            return self._running_id()
+        except Unavailable:
+            return None
+
+    async def running_soon(self) -> str | None:
+        """Return the id of the running job within 0.1 s. If the database takes longer, return the last value read."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read_running())
+        await asyncio.wait([self._reading], timeout=_HEALTH_WAIT_S)
+        return self._running
+
+    async def _read_running(self) -> None:
+        with suppress(Unavailable):
+            self._running = await self.threads.read(self._running_id)
+
+    def _running_id(self) -> str | None:
+        with self._transaction() as session:
+            return session.scalar(select(JobRow.id).where(JobRow.kind == self.kind, JobRow.state == State.RUNNING))
+
+    def claim(self) -> tuple[TrainingJobSummary, Recipe] | None:
+        """Return the next job and its recipe, and set its state to running. Returns None if there is none.
+
+        A job that a crashed server left in the running state comes first, then the oldest waiting job. Only the process
+        that holds the runner lock may call this, see `app.jobs.training_runner`.
+        """
+        with self._transaction() as session:  # a read-only check, so that an idle queue takes no lock
+            if session.scalar(self._select().where(JobRow.state.in_(UNFINISHED)).limit(1)) is None:
+                return None
+        with self._transaction(WRITES) as session:
+            oldest = self._select().order_by(JobRow.sequence).limit(1)
+            row = session.scalar(oldest.where(JobRow.state == State.RUNNING))
+            row = row or session.scalar(oldest.where(JobRow.state.in_(WAITING)))
+            if row is None:
+                return None
+            try:
+                wanted = from_dict(row.recipe)
+                if wanted.name not in RECIPES:
+                    raise RecipeError(f"there is no recipe {quote(wanted.name)}")
+            except RecipeError as error:
+                self._finish(
+                    row, State.FAILED, f"this release cannot train the recipe that an earlier one queued: {error}"
+                )
+                return None
+            row.state = State.RUNNING
+            row.started = row.started or datetime.now(UTC)
+        return TrainingJobSummary.model_validate(row), wanted
+
+    def required_versions(self, model: str) -> set[int]:
+        """Return the versions of a model that waiting jobs use as teachers or initial weights."""
+        with self._transaction() as session:
+            recipes = session.scalars(
+                select(JobRow.recipe).where(JobRow.kind == self.kind, JobRow.state.in_(WAITING))
+            ).all()
+        needed = set()
+        for each in recipes:
+            with suppress(RecipeError):  # the recipe is of an earlier release; its job will fail
+                sources = (source.split("/") for source in from_dict(each).sources)
+                needed |= {int(version) for name, version in sources if name == model}
+        return needed
+
+    def succeed(self, job_id: str, published: Publication) -> None:
+        """Record the published model. A job that was cancelled too late stays cancelled, but records its model."""
+        with self._transaction(WRITES) as session:
+            row = self._row(session, job_id)
+            row.published = published.model_dump()
+            self._finish(row, State.SUCCEEDED)
+
+    def _validate(self, request: TrainingRequest) -> Recipe:
+        try:
+            wanted = recipe(request.recipe, request.overrides)
+            for version in wanted.teachers:
+                self._card("teacher", version)
+            if wanted.predecessor:
+                wanted.require_fit(self._card("weights", wanted.predecessor).recipe)
+        except RecipeError as error:
+            raise BadRequest(f"{error}") from None
+        if wanted.weights not in ("none", "imagenet", wanted.predecessor):
+            raise BadRequest("weights must be none, imagenet or a version here; files are for the command line")
+        limits = {"total epochs": (wanted.total_epochs, self._settings.max_job_epochs)}
+        limits |= {"batch_size": (wanted.batch_size, self._settings.max_job_batch)}
+        limits |= {"width": (wanted.width, self._settings.max_job_width)}
+        for field, (value, limit) in limits.items():
+            if value > limit:
+                raise BadRequest(f"{field}={value} is more than this service trains: at most {limit}")
+        return wanted
+
+    def _reason_not_fitting(self, wanted: Recipe) -> str | None:
+        """Return the reason why this machine cannot train a recipe, or None."""
+        train, test = data.sizes(self._settings.data)
+        train, evaluation = max(1, train - wanted.validation_images), wanted.validation_images or test
+        try:
+            resources.require(wanted, resources.default_device(), train, evaluation, self._held_by_training())
+        except RecipeError as error:
+            return str(error)
+        return None
+
+    def _held_by_training(self) -> int:
+        """Return the resident memory of the running job's process in bytes. It is freed before the next job starts."""
+        running = self.running()
+        holder = self.run(running).holder(wait_s=0) if running else None
+        return resources.resident_memory(holder) if holder else 0
+
+    def _card(self, field: str, version: str) -> ModelCard:
+        store = Store(self._settings.models)
+        try:
+            return store.card(*store.parse(version))
+        except StoreError as error:
+            raise BadRequest(f"{field}: {error}") from None
+
+    def _before_cancel(self, job_id: str) -> None:
+        self.run(job_id).ask_to_stop()  # stops the process even if this server crashes first
+
+    def _view(self, row: JobRow) -> TrainingJob:
+        metrics = list(self.run(row.id).metrics())
+        return TrainingJob(
+            **TrainingJobSummary.model_validate(row).model_dump(),
+            epochs=row.recipe["epochs"] + row.recipe["finetune_epochs"],
+            progress=metrics[-1] if metrics else None,
+            history=[line for line in metrics if line["event"] == "epoch"],
+        )
