@@ -6,13 +6,13 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 # The dependencies change rarely, so they are a layer of their own; torch comes from the index chosen above.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
     > requirements.txt \
- && grep -E '^torch' requirements.txt | xargs pip install --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple \
- && pip install -r requirements.txt
+ && grep -E '^torch' requirements.txt | xargs pip install --constraint constraints.txt --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple \
+ && pip install --constraint constraints.txt -r requirements.txt
 COPY app app
 COPY training training
 RUN pip install --no-deps .

@@ -7,15 +7,16 @@ PROOFS = fuzz_images image_bombs fuzz_http decode_attacks connection_attacks sta
     crash_points hot_swap hostile_surroundings
 
 help:
-	@echo 'make serve     create .venv, install, serve the shipped models; HOST and PORT choose another address'
-	@echo 'make test      create .venv, install, run the tests'
-	@echo 'make check     lint, format and types'
-	@echo 'make serving   compare the service with its peers: forty minutes; needs wrk, and Java for TorchServe'
-	@echo 'make proof     attacks, fuzzing, crashes, hot swaps, hostile surroundings; takes hours'
-	@echo 'make soak      everything at once for half an hour'
-	@echo 'make clean     remove .venv and what was built'
+	@echo 'make serve        create .venv, install, serve the shipped models; HOST and PORT choose another address'
+	@echo 'make test         create .venv, install, run the tests'
+	@echo 'make check        lint, format and types'
+	@echo 'make serving      compare the service with its peers: forty minutes; needs wrk, and Java for TorchServe'
+	@echo 'make proof        attacks, fuzzing, crashes, hot swaps, hostile surroundings; takes hours'
+	@echo 'make soak         everything at once for half an hour'
+	@echo 'make constraints  write the installed versions to constraints.txt'
+	@echo 'make clean        remove .venv and what was built'
 
-.PHONY: help serve test check proof soak serving clean
+.PHONY: help serve test check proof soak serving clean constraints
 
 serve: .venv/installed
 	@exec $(BIN)/python -m app $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
@@ -38,18 +39,22 @@ serving: .venv/installed .venv-peers/installed
 	@command -v wrk > /dev/null || { echo "wrk is missing: apt-get install wrk"; exit 1; }
 	$(BIN)/python benchmarks/serving.py
 
-.venv/installed: pyproject.toml
+constraints: .venv/installed-dev
+	@{ grep '^#' constraints.txt; $(BIN)/pip list --format=freeze --exclude-editable | grep -viE '^(pip|setuptools)=='; } \
+	  > constraints.partial && mv constraints.partial constraints.txt
+
+.venv/installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv; PyTorch is large, this takes a few minutes"
-	@$(BIN)/pip install --quiet --editable .
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	@$(BIN)/pip install --quiet --editable '.[dev]'
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 .venv/installed-proof: .venv/installed
-	@$(BIN)/pip install --quiet --editable '.[proof]'
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[proof]'
 	@touch $@
 
 .venv-peers/installed: benchmarks/peers/requirements.txt

@@ -27,12 +27,13 @@ from app.inference import images
 from app.inference.decode_cost import DecodeCost
 from app.inference.decode_process import DecodeProcess
 from app.inference.fair_threads import FairThreads, Outcome, measure
-from app.inference.images import MAX_COST, EncodedImage
+from app.inference.images import EncodedImage
 from app.machine import MIB, cpu_count
 from app.settings import Settings
 
 _MAX_THREADS = 8
 _MAX_PROCESSES = 2
+_COSTLY_BYTES = 256 * MIB  # estimated memory of concurrent costly images; a larger one, up to MAX_COST, runs alone
 _HEADER = DecodeCost(1, 32 * MIB)
 _QUICK = DecodeCost(10, 32 * MIB)
 MEDIUM = DecodeCost(50, 64 * MIB)
@@ -92,7 +93,7 @@ class Decoders:
         count = max(1, count - 1)
         self._medium = FairThreads(count, count * MEDIUM.memory_bytes, "medium-decoder", _MEDIUM_NICENESS)
         count = min(cpu_count(), _MAX_PROCESSES)
-        self._costly = FairThreads(count, MAX_COST.memory_bytes, "costly-decoder")
+        self._costly = FairThreads(count, _COSTLY_BYTES, "costly-decoder")
         self._idle_processes = SimpleQueue[DecodeProcess]()
         limits = settings.max_image_bytes, settings.max_image_pixels
         self._processes = [DecodeProcess(*limits) for _ in range(count)]

@@ -100,7 +100,29 @@ class PredictRoute(APIRoute):
 
     @override
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        return _respond
+        return self._respond
+
+    @staticmethod
+    async def _respond(request: Request) -> Response:
+        """Run `predict` and serialize its result. Cancel it if the client disconnects."""
+        task, has_left = cast("asyncio.Task[None]", asyncio.current_task()), False
+
+        def cancel() -> None:
+            nonlocal has_left
+            has_left = True
+            task.cancel()
+
+        request.scope[ON_DISCONNECT] = cancel
+        try:
+            predictions = await predict(request, _parse_query(request.scope["query_string"]))
+        except asyncio.CancelledError:
+            if not has_left:
+                raise
+            task.uncancel()
+            raise ClientDisconnect from None
+        finally:
+            del request.scope[ON_DISCONNECT]
+        return Response(to_json(predictions), media_type="application/json")
 
 
 router = APIRouter(tags=["predict"], route_class=PredictRoute)
@@ -124,28 +146,6 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
             for (name, _), classes in zip(files, top_classes(scores, model.card, query.top_k), strict=True)
         ],
     )
-
-
-async def _respond(request: Request) -> Response:
-    """Run `predict` and serialize its result. Cancel it if the client disconnects."""
-    task, has_left = cast("asyncio.Task[None]", asyncio.current_task()), False
-
-    def cancel() -> None:
-        nonlocal has_left
-        has_left = True
-        task.cancel()
-
-    request.scope[ON_DISCONNECT] = cancel
-    try:
-        predictions = await predict(request, _parse_query(request.scope["query_string"]))
-    except asyncio.CancelledError:
-        if not has_left:
-            raise
-        task.uncancel()
-        raise ClientDisconnect from None
-    finally:
-        del request.scope[ON_DISCONNECT]
-    return Response(to_json(predictions), media_type="application/json")
 
 
 async def _compute_scores(
