@@ -70,10 +70,12 @@ class FairShares:
         return max(1, self.capacity // (networks + 1))
 
     def add(self, network: str, amount: int) -> None:
+        """Count an amount for a network."""
         self.total += amount
         self.held[network] += amount
 
     def remove(self, network: str, amount: int) -> None:
+        """Stop counting an amount for a network, which must hold it."""
         self.total -= amount
         self.held[network] -= amount
         if not self.held[network]:

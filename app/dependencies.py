@@ -46,6 +46,7 @@ class Services:
 
     @classmethod
     def create(cls, settings: Settings) -> "Services":
+        """Create the objects. `start` makes them work."""
         store = Store(settings.models)
         metrics = Metrics()
         pool = ModelPool(settings, store, metrics.observe_batch)
@@ -73,12 +74,14 @@ class Services:
         return self.pool.ready and not self.draining
 
     async def start(self) -> None:
+        """Load the live models, open the job database and start to run jobs."""
         await self.pool.start()
         await self.database.threads.run(self.database.open)
         self.training_runner.start()
         self.evaluations.start()
 
     async def stop(self) -> None:
+        """Stop all work. Unfinished jobs go on at the next start."""
         await self.training_runner.stop()
         await self.evaluations.stop()
         self.database.close()

@@ -136,6 +136,7 @@ class ErrorMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and handle the error that it raises."""
         started = False
 
         async def noted(message: Message) -> None:

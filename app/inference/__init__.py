@@ -1,0 +1,1 @@
+"""Image bytes to class probabilities: decoding, batching and the live models."""

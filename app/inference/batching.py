@@ -60,6 +60,7 @@ class BatchOutput:
 
     @cached_property
     def ranking(self) -> Ranking:
+        """Class ids and probabilities of all rows, most probable class first."""
         exponentials = np.exp(self.logits.astype(np.float64) - self.logits.max(1, keepdims=True))
         order = np.argsort(-exponentials, axis=1, kind="stable")
         return order, np.take_along_axis(exponentials, order, 1) / exponentials.sum(1, keepdims=True)
@@ -78,6 +79,7 @@ class Scores(NamedTuple):
 
     @property
     def ranking(self) -> Ranking:
+        """Class ids and probabilities of the request's images, most probable class first."""
         order, probabilities = self.output.ranking
         return order[self.rows], probabilities[self.rows]
 

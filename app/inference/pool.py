@@ -80,6 +80,7 @@ class ModelPool:
         self._watcher = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
+        """Stop to poll the store. The models stay in memory until they are dropped."""
         if self._watcher:
             self._watcher.cancel()
             with suppress(asyncio.CancelledError):

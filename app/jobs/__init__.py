@@ -1,0 +1,1 @@
+"""Background work: training and evaluation jobs, in one queue."""

@@ -62,6 +62,7 @@ class TrainingRunner:
         self._fault = ""  # last logged reason why the queue waits
 
     def start(self) -> None:
+        """Start to run jobs."""
         self._task = asyncio.create_task(self._work())
 
     async def stop(self) -> None:

@@ -1,0 +1,1 @@
+"""What every request passes: access, body limits, security headers, request log and metrics."""

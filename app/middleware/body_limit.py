@@ -39,6 +39,7 @@ class BodyLimitMiddleware:
         """Bytes received for all requests in progress, per client network."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with a limited body."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

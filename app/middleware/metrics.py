@@ -105,6 +105,7 @@ class MetricsMiddleware:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, then count it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -28,6 +28,7 @@ class RequestLogMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, then log it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

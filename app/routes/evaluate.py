@@ -113,6 +113,7 @@ async def evaluations(services: ServicesDependency, limit: Annotated[int, Query(
 
 @router.get("/{evaluation_id}", response_model=EvaluationJob, summary="An evaluation's state, progress and result")
 async def evaluation(evaluation_id: str, services: ServicesDependency) -> Response:
+    """Return one evaluation."""
     jobs = services.evaluation_jobs
     return await jobs.threads.read(lambda: json_response(jobs.get(evaluation_id)))
 

@@ -63,6 +63,7 @@ async def health(request: Request, services: ServicesDependency) -> Health:
 
 @router.get("/health/live", summary="Is the process alive?")
 async def live() -> Status:
+    """Return 200 while the event loop runs."""
     return Status(status="alive")
 
 
@@ -74,6 +75,7 @@ async def live() -> Status:
     summary="Can it take requests?",
 )
 async def ready(services: ServicesDependency, response: Response) -> Status:
+    """Return 200 if load balancers should send requests here, else 503."""
     if services.ready:
         return Status(status="ready")
     response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
@@ -82,4 +84,5 @@ async def ready(services: ServicesDependency, response: Response) -> Status:
 
 @router.get("/metrics", response_class=Response, summary="Metrics for Prometheus")
 async def metrics(services: ServicesDependency) -> Response:
+    """Return the metrics of all workers."""
     return Response(services.metrics.text(services.pool), media_type="text/plain; version=0.0.4; charset=utf-8")

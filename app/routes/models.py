@@ -42,6 +42,8 @@ class Live(BaseModel):
 
 @router.get("", response_model=list[ModelSummary], summary="All models")
 async def models(services: ServicesDependency) -> Response:
+    """List the models with their versions and errors."""
+
     def read() -> Response:
         details = [_details(services, name) for name in services.store.names()]
         return json_response([each.model_dump(include=_SUMMARY) for each in details])
@@ -51,6 +53,8 @@ async def models(services: ServicesDependency) -> Response:
 
 @router.get("/{name}", response_model=ModelDetails, summary="One model with its cards")
 async def model(name: str, services: ServicesDependency) -> Response:
+    """Return a model with the cards of its versions."""
+
     def read() -> Response:
         _require(services, name)
         return json_response(_details(services, name))

@@ -21,6 +21,7 @@ _SWAGGER = "https://cdn.jsdelivr.net"
 
 @router.get("/")
 async def index() -> FileResponse:
+    """Return the page."""
     return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": _INDEX_POLICY})
 
 

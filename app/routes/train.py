@@ -44,12 +44,14 @@ async def submit(
 
 @router.get("", response_model=list[TrainingJobSummary], summary="The latest jobs, newest first")
 async def jobs(services: ServicesDependency, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+    """List the latest jobs without their metrics."""
     jobs = services.training_jobs
     return await jobs.threads.read(lambda: json_response(jobs.newest(limit)))
 
 
 @router.get("/{job_id}", response_model=TrainingJob, summary="A job's state, progress and history")
 async def job(job_id: str, services: ServicesDependency) -> Response:
+    """Return a job with its metrics so far."""
     jobs = services.training_jobs
     return await jobs.threads.read(lambda: json_response(jobs.get(job_id)))
 

@@ -125,6 +125,7 @@ class SupervisorLink:
 
     @classmethod
     def from_stdin(cls) -> Self:
+        """Create the link of this worker from its standard input."""
         return cls(socket.socket(fileno=os.dup(sys.stdin.fileno())))
 
     def finish_loading(self) -> None:
@@ -133,6 +134,7 @@ class SupervisorLink:
             self._loading = False
 
     def beat(self, message: bytes) -> None:
+        """Send a heartbeat: `LOADING` or `BEAT`."""
         with suppress(OSError):  # the socket is full or the supervisor is gone
             self.socket.send(message, socket.MSG_DONTWAIT)
 
@@ -169,6 +171,7 @@ class Worker:
 
     @property
     def age_s(self) -> float:
+        """Seconds since the process was started."""
         return time.monotonic() - self.started
 
     @property
@@ -203,6 +206,7 @@ class Worker:
         return True
 
     def drain(self) -> None:
+        """Make the worker report that it is not ready. It goes on serving."""
         with suppress(OSError):  # the worker may have ended
             self._link.send(DRAIN)
 
