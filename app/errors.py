@@ -31,8 +31,8 @@ _SHORTAGES = {
     errno.EDQUOT: "a disk quota is used up",
     errno.EFBIG: "a file would become larger than allowed",
     errno.EROFS: "a disk is read-only",
-    errno.EACCES: "a file or folder may not be used by the service",
-    errno.EPERM: "a file or folder may not be used by the service",
+    errno.EACCES: "the service has no permission for a file or folder",
+    errno.EPERM: "the service has no permission for a file or folder",
     errno.EMFILE: "the service has too many files open",
     errno.ENFILE: "the machine has too many files open",
     errno.ENOMEM: "there is not enough memory",
@@ -53,8 +53,8 @@ class ProblemDetails(BaseModel):
 
 _RESPONSE = {"content": {"application/problem+json": {"schema": ProblemDetails.model_json_schema()}}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "The request cannot be fulfilled; `detail` says why.", **_RESPONSE},
-    "5XX": {"description": "The service cannot fulfil it now.", **_RESPONSE},
+    "4XX": {"description": "The request cannot be fulfilled. `detail` gives the reason.", **_RESPONSE},
+    "5XX": {"description": "The service cannot fulfill the request now.", **_RESPONSE},
 }
 """OpenAPI descriptions of the error responses that every operation can return."""
 
@@ -156,12 +156,12 @@ class ErrorMiddleware:
                 await stopping(scope, receive, send)
         except Exception as error:
             if started and (shortage := describe_shortage(cause := _first_cause(error))):
-                log.warning("%s %s was broken off: %s (%s)", scope.get("method"), scope.get("path"), shortage, cause)
+                log.warning("%s %s was aborted: %s (%s)", scope.get("method"), scope.get("path"), shortage, cause)
                 return  # the server closes the connection, because the response is incomplete
             log.exception("%s %s failed", scope.get("method"), scope.get("path"))
             if started:
                 raise
             failed = problem_response(
-                HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error happened; the server's log has it"
+                HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error occurred; see the server's log"
             )
             await failed(scope, receive, send)

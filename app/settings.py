@@ -34,17 +34,21 @@ def _parse_rate_limit(value: Any) -> Any:
     try:
         (limit,) = limits.parse_many(value)
     except ValueError:
-        raise ValueError(f"{value!r} is not one rate: give one such as 60/minute, or nothing for no limit") from None
+        raise ValueError(
+            f"{value!r} is not a rate; use one such as 60/minute, or an empty value for no limit"
+        ) from None
     if not (0 < limit.amount <= _MAX_RATE and 0 < limit.get_expiry() <= _YEAR_S):
         raise ValueError(
-            f"{value!r} is out of range: give 1 to {_MAX_RATE:,} per at most a year, or nothing for no limit"
+            f"{value!r} is out of range; use 1 to {_MAX_RATE:,} per at most a year, or an empty value for no limit"
         )
     return limit
 
 
 def _require_ascii(key: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[\x20-\x7e]*", key.get_secret_value()):
-        raise ValueError("a key has printable ASCII characters only, as clients send it in an Authorization header")
+        raise ValueError(
+            "a key may contain printable ASCII characters only, because clients send it in an Authorization header"
+        )
     return key
 
 
@@ -59,7 +63,7 @@ def _parse_proxies(value: str) -> str:
 
 def _parse_origin(value: str) -> str:
     if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+", value):
-        raise ValueError(f"{value!r} is not an origin: give one such as https://example.org, without a path")
+        raise ValueError(f"{value!r} is not an origin; use one such as https://example.org, without a path")
     return value
 
 

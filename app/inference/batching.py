@@ -193,7 +193,7 @@ class Batcher:
         try:
             self._observe(len(images), time.perf_counter() - started)
         except Exception:  # a failing metric must not stop the engine
-            log.exception("a batch could not be counted")
+            log.exception("the metrics of a batch could not be recorded")
 
     def _next_batch(self, loop: asyncio.AbstractEventLoop) -> list[_BatchItem]:
         batch: list[_BatchItem] = []

@@ -204,7 +204,9 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        raise UnsupportedImage(f"the bytes are not an image known here; supported are {', '.join(FORMATS)}") from None
+        raise UnsupportedImage(
+            f"the bytes are not a supported image; supported formats are {', '.join(FORMATS)}"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLarge(str(error)) from None
     except _DECODE_ERRORS as error:
@@ -212,7 +214,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     if isinstance(file, _PieceLimitedFile):
         file.left = _MAX_PIECES
     if any(tile.codec_name in Image.DECODERS for tile in image.tile):
-        raise UnsupportedImage(f"{image.format} with this compression is not supported; save it anew, as a PNG")
+        raise UnsupportedImage(f"{image.format} with this compression is not supported; save it again as a PNG")
     return image
 
 

@@ -71,7 +71,7 @@ def read_split(
     except data.DataError as error:
         raise Unavailable(str(error)) from error
     if list(dataset.classes) != classes:
-        raise BadRequest("the model was trained for other classes than the data set has")
+        raise BadRequest("the classes of the model differ from those of the data set")
     part = dataset.test if split == "test" else dataset.train
     order = np.random.default_rng(0).permutation(len(part))[:limit]
     chosen = part[np.sort(order)]
@@ -106,7 +106,7 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], stop_event:
                 raise TooLarge(f"the zip unpacks to more than {settings.max_archive_bytes:,} bytes")
             for entry in entries:
                 if stop_event.is_set():
-                    raise Unavailable("the measurement was stopped")
+                    raise Unavailable("the evaluation was stopped")
                 folder = entry.filename.split("/")[-2] if "/" in entry.filename else ""
                 if _folder_name(folder) not in ids:
                     raise BadRequest(
@@ -116,7 +116,7 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], stop_event:
                 if entry.file_size > settings.max_image_bytes:
                     raise TooLarge(f"{entry.filename} is larger than {settings.max_image_bytes:,} bytes")
                 if entry.compress_type not in _BOUNDED_METHODS:
-                    raise BadRequest(f"{entry.filename} is packed by an unusual method; pack with deflate")
+                    raise BadRequest(f"{entry.filename} is compressed with an unsupported method; use deflate")
                 with archive.open(entry) as member:
                     content = member.read(settings.max_image_bytes + 1)
                 try:

@@ -215,13 +215,15 @@ class TrainingQueue(JobQueue[TrainingJob]):
         except RecipeError as error:
             raise BadRequest(f"{error}") from None
         if wanted.weights not in ("none", "imagenet", wanted.predecessor):
-            raise BadRequest("weights must be none, imagenet or a version here; files are for the command line")
+            raise BadRequest(
+                "weights must be none, imagenet or a published version such as resnet/3; only the command line reads files"
+            )
         limits = {"total epochs": (wanted.total_epochs, self._settings.max_job_epochs)}
         limits |= {"batch_size": (wanted.batch_size, self._settings.max_job_batch)}
         limits |= {"width": (wanted.width, self._settings.max_job_width)}
         for field, (value, limit) in limits.items():
             if value > limit:
-                raise BadRequest(f"{field}={value} is more than this service trains: at most {limit}")
+                raise BadRequest(f"{field}={value} is above the limit of this service, {limit}")
         return wanted
 
     def _reason_not_fitting(self, wanted: Recipe) -> str | None:

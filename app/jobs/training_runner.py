@@ -82,7 +82,7 @@ class TrainingRunner:
             except (Unavailable, OSError) as error:
                 self._warn(error)
             except Exception:  # one job must not end the queue
-                log.exception("the training queue had an error; it goes on")
+                log.exception("an error occurred in the training queue; it continues")
             await asyncio.sleep(_LEASE_POLL_S)
 
     async def _run_jobs(self) -> None:
@@ -96,7 +96,7 @@ class TrainingRunner:
         """Log why the queue waits, once for each reason."""
         if self._fault != str(error):
             self._fault = str(error)
-            log.warning("the training queue waits and tries again: %s", error)
+            log.warning("the training queue waits and retries: %s", error)
 
     async def _execute(self, job: TrainingJobSummary, recipe: Recipe) -> None:
         """Run a job, or wait for its running process, until it has ended. Record the outcome."""
@@ -125,7 +125,7 @@ class TrainingRunner:
                 await self._threads.run(self._jobs.interrupt, job.id)
             raise
         except (OSError, RunError) as error:  # the process cannot start, or the run folder is damaged
-            await self._jobs.record_outcome(self._threads, self._jobs.fail, job.id, f"the job cannot go on: {error}")
+            await self._jobs.record_outcome(self._threads, self._jobs.fail, job.id, f"the job cannot continue: {error}")
             return
         if publication := await self._threads.run(run.outcome):
             await self._jobs.record_outcome(self._threads, self._jobs.succeed, job.id, publication)
@@ -256,7 +256,11 @@ def _describe_exit(code: int, for_memory: bool) -> str:
         return "out of memory: the kernel has killed the training process"
     if code < 0:
         return f"the training process was killed by {signal.Signals(-code).name}"
-    return "the training process was told to stop" if code == _INTERRUPTED else f"it ended with {code} and no model"
+    return (
+        "the training process was stopped by a signal"
+        if code == _INTERRUPTED
+        else f"the training process exited with status {code} and published no model"
+    )
 
 
 def _count_oom_kills() -> int:

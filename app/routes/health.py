@@ -61,7 +61,7 @@ async def health(request: Request, services: ServicesDependency) -> Health:
     )
 
 
-@router.get("/health/live", summary="Is the process alive?")
+@router.get("/health/live", summary="Liveness")
 async def live() -> Status:
     """Return 200 while the event loop runs."""
     return Status(status="alive")
@@ -72,7 +72,7 @@ async def live() -> Status:
     responses={
         503: {"model": Status, "description": "Not every live model is loaded and warm, or the service is stopping."}
     },
-    summary="Can it take requests?",
+    summary="Readiness",
 )
 async def ready(services: ServicesDependency, response: Response) -> Status:
     """Return 200 if load balancers should send requests here, else 503."""

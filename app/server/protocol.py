@@ -241,7 +241,7 @@ class BoundedHttp(HttpToolsProtocol):
         names = [name for name, _ in self.headers]
         hosts = names.count(b"host")
         if hosts != 1 and (hosts or self.parser.get_http_version() != "1.0"):
-            self._reject(HTTPStatus.BAD_REQUEST, f"the request has {hosts} Host headers; send one")
+            self._reject(HTTPStatus.BAD_REQUEST, f"the request has {hosts} Host headers; send exactly one")
         if b"transfer-encoding" in names:
             codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
             if codings != [b"chunked"]:

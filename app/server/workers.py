@@ -96,10 +96,10 @@ def choose_count(wanted: int) -> int:
     """
     number = wanted or min(cpu_count(), max_workers())
     if number > 1 and sys.platform != "linux":
-        raise StartupError("CIFAR100_WORKERS: several workers need Linux; give 1")
+        raise StartupError("CIFAR100_WORKERS: several workers need Linux; use 1")
     if number > max_workers():
         raise StartupError(
-            f"CIFAR100_WORKERS: {number:,} workers are more than this machine can run; give at most {max_workers()}: "
+            f"CIFAR100_WORKERS: {number:,} workers are more than this machine can run; use at most {max_workers()}: "
             f"{_MAX_PER_CPU} for each of {cpu_count()} CPUs, and {_WORKER_BYTES // MIB} MiB of memory "
             f"for each, of {memory_bytes() // MIB:,}"
         )
@@ -258,13 +258,13 @@ class Supervisor:
                     if process.returncode > 0 and not worker.replaces and worker.age_s < _START_S:
                         status = process.returncode
                         break
-                    log.error("worker %d has ended with %d and is replaced", process.pid, process.returncode)
+                    log.error("worker %d exited with status %d and is replaced", process.pid, process.returncode)
                     mark_process_dead(process.pid, metrics)
                     try:
                         running[place] = self._start(place, metrics, lock, replaces=True)
                         worker.end()
                     except OSError as error:  # for example no memory; retried after a pause
-                        log.error("no worker can be started: %s", error)
+                        log.error("a worker cannot be started: %s", error)
                         worker.started, worker.replaces = time.monotonic(), True
             self._stop(running)
         return exit_status(self._signals) or status
@@ -281,7 +281,7 @@ class Supervisor:
             try:
                 running.append(self._start(place, metrics, lock, replaces=False))
             except OSError as error:
-                log.error("no worker can be started: %s", error)
+                log.error("a worker cannot be started: %s", error)
                 return 1
         return 0
 
@@ -352,7 +352,7 @@ class Supervisor:
                     worker.terminate()
             if time.monotonic() > latest:
                 for worker in left:
-                    log.error("worker %d does not end and is killed", worker.process.pid)
+                    log.error("worker %d does not exit and is killed", worker.process.pid)
                     worker.process.kill()
                     worker.process.wait()
             time.sleep(_POLL_S / 10)

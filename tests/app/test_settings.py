@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
         ("CIFAR100_API_KEYS", "short-secret", "CIFAR100_API_KEYS_0: Value should have at least 16 items"),
         ("CIFAR100_PREDICT_NEEDS_KEY", "yes", "CIFAR100_PREDICT_NEEDS_KEY needs CIFAR100_API_KEYS"),
         ("CIFAR100_DRAIN_S", "inf", "CIFAR100_DRAIN_S: Input should be a finite number"),
-        ("CIFAR100_WORKERS", "999", "CIFAR100_WORKERS: 999 workers are more than this machine can run; give at most "),
+        ("CIFAR100_WORKERS", "999", "CIFAR100_WORKERS: 999 workers are more than this machine can run; use at most "),
         ("CIFAR100_WORKRES", "2", "CIFAR100_WORKRES: no such setting; did you mean CIFAR100_WORKERS?"),
         ("CIFAR100_MODELS", __file__, f"the model store {__file__} cannot be read: Not a directory"),
         ("CIFAR100_HOST", "192.0.2.1", "cannot listen on 192.0.2.1:0: Cannot assign requested address"),

@@ -131,7 +131,7 @@ def test_a_scaled_jpeg_is_close_to_the_full_decode() -> None:
 
 @pytest.mark.parametrize("data", [b"hello", b"%PDF-1.7", b"<svg xmlns='http://www.w3.org/2000/svg'/>", bytes(1000)])
 def test_what_is_not_an_image_is_unsupported(data: bytes) -> None:
-    with pytest.raises(UnsupportedImage, match="supported are JPEG, PNG"):
+    with pytest.raises(UnsupportedImage, match="supported formats are JPEG, PNG"):
         decode(data)
 
 
