@@ -35,7 +35,7 @@ def _parse_rate_limit(value: Any) -> Any:
         (limit,) = limits.parse_many(value)
     except ValueError:
         raise ValueError(
-            f"{value!r} is not a rate; use one such as 60/minute, or an empty value for no limit"
+            f"{value!r} is not a rate; use 60/minute or the like, or an empty value for no limit"
         ) from None
     if not (0 < limit.amount <= _MAX_RATE and 0 < limit.get_expiry() <= _YEAR_S):
         raise ValueError(
@@ -46,9 +46,7 @@ def _parse_rate_limit(value: Any) -> Any:
 
 def _require_ascii(key: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[\x20-\x7e]*", key.get_secret_value()):
-        raise ValueError(
-            "a key may contain printable ASCII characters only, because clients send it in an Authorization header"
-        )
+        raise ValueError("a key may contain only printable ASCII characters, because it is sent in a header")
     return key
 
 

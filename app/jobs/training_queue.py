@@ -215,9 +215,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
         except RecipeError as error:
             raise BadRequest(f"{error}") from None
         if wanted.weights not in ("none", "imagenet", wanted.predecessor):
-            raise BadRequest(
-                "weights must be none, imagenet or a published version such as resnet/3; only the command line reads files"
-            )
+            raise BadRequest("weights must be none, imagenet or a published version; only the command line reads files")
         limits = {"total epochs": (wanted.total_epochs, self._settings.max_job_epochs)}
         limits |= {"batch_size": (wanted.batch_size, self._settings.max_job_batch)}
         limits |= {"width": (wanted.width, self._settings.max_job_width)}

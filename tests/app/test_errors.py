@@ -29,7 +29,7 @@ LACKS = [
     (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota"),
     (OSError(errno.EFBIG, "File too large"), "larger than allowed"),
     (OSError(errno.EROFS, "Read-only file system"), "read-only"),
-    (PermissionError(errno.EACCES, "Permission denied"), "may not be used"),
+    (PermissionError(errno.EACCES, "Permission denied"), "has no permission"),
     (OSError(errno.EMFILE, "Too many open files"), "too many files open"),
     (OSError(errno.ENFILE, "Too many open files in system"), "too many files open"),
     (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory"),
@@ -167,7 +167,7 @@ def test_stream_that_lacks_a_file_after_its_head_is_broken_off_with_one_line(
     monkeypatch.setattr(services.training_jobs, "events", events)
     assert client.get("/train/1/events").text == ": begun\n\n"
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert ["was broken off" in record.getMessage() for record in warnings] == [True]
+    assert ["was aborted" in record.getMessage() for record in warnings] == [True]
     assert not any(record.exc_info for record in warnings)
 
 
