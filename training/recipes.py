@@ -178,7 +178,7 @@ class Recipe(BaseModel):
     @property
     def model(self) -> str:
         """The name of the trained model in the store."""
-        return "resnet18" if self.network == "resnet18" else "resnet"
+        return {"shared-resnet": "resnet-seed", "resnet": "resnet", "resnet18": "resnet18"}[self.network]
 
     @property
     def blank(self) -> Self:
