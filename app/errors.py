@@ -113,7 +113,7 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
     raise error
 
 
-def install(app: FastAPI) -> None:
+def add_exception_handlers(app: FastAPI) -> None:
     """Register `error_response` as the handler of every `EXPECTED` exception of `app`."""
     for kind in EXPECTED:
         app.add_exception_handler(kind, error_response)
@@ -139,13 +139,13 @@ class ErrorMiddleware:
         """Pass the request on, and handle the error that it raises."""
         started = False
 
-        async def noted(message: Message) -> None:
+        async def send_and_note_start(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, receive, send_and_note_start)
         except ClientDisconnect:
             return  # the client is gone, so there is no response
         except asyncio.CancelledError:  # only a stopping server cancels requests, after its grace period

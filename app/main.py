@@ -36,9 +36,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await services.start()
-        following = asyncio.create_task(services.metrics.follow(services.pool))
+        sampling = asyncio.create_task(services.metrics.sample_periodically(services.pool))
         yield
-        following.cancel()
+        sampling.cancel()
         await services.stop()
 
     app = FastAPI(
@@ -55,10 +55,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.services = services
     app.state.access = Access(settings)
-    errors.install(app)
+    errors.add_exception_handlers(app)
     for resource in (predict, evaluate, train, models, health, page):
         app.include_router(resource.router)
-        _answer_head(app, resource.router)
+        _add_head_routes(app, resource.router)
     app.mount("/static", StaticFiles(directory=page.STATIC))
     # The middleware that is added last sees a request first.
     app.add_middleware(BodyLimitMiddleware, settings=settings)
@@ -73,7 +73,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-def _answer_head(app: FastAPI, router: APIRouter) -> None:
+def _add_head_routes(app: FastAPI, router: APIRouter) -> None:
     """Add HEAD to all GET routes, because many monitors send it. The server omits the body.
 
     Streaming routes are excluded, because their responses do not end.

@@ -9,10 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
-
-from fastapi import Response
-from pydantic_core import to_json
+from typing import ParamSpec, TypeVar
 
 from app.exceptions import Unavailable
 
@@ -78,8 +75,3 @@ class Threads:
     def close(self) -> None:
         """Refuse further calls. Running calls finish, waiting calls are cancelled."""
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-def json_response(value: Any) -> Response:
-    """Serialize pydantic models to a JSON response. A long list blocks the event loop, so call this in a thread."""
-    return Response(to_json(value, inf_nan_mode="null"), media_type="application/json")

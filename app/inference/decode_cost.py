@@ -89,7 +89,7 @@ def estimate(image: ImageFile.ImageFile, data: bytes) -> DecodeCost:
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         return _estimate_jpeg(image, data)
     kind = image.format or ""
-    pixels = _decoded_pixels(image)
+    pixels = _count_decoded_pixels(image)
     has_transparent_color = "transparency" in image.info  # converted to RGBA later
     mode = "RGBA" if has_transparent_color else image.mode
     is_compressed = any(tile.codec_name != "raw" for tile in image.tile)
@@ -101,11 +101,11 @@ def estimate(image: ImageFile.ImageFile, data: bytes) -> DecodeCost:
     )
 
 
-def _decoded_pixels(image: ImageFile.ImageFile) -> int:
+def _count_decoded_pixels(image: ImageFile.ImageFile) -> int:
     """Return the number of pixels that the decoder computes. The tiles of a TIFF may extend beyond the image."""
     width, height = image.size
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        tile_width, tile_height = (_positive(image.tag_v2.get(tag)) for tag in (322, 323))
+        tile_width, tile_height = (_require_positive(image.tag_v2.get(tag)) for tag in (322, 323))
         if tile_width and tile_height:
             width, height = -(-width // tile_width) * tile_width, -(-height // tile_height) * tile_height
     return width * height
@@ -126,7 +126,7 @@ def _png_chunks(data: bytes) -> int:
     return count
 
 
-def _positive(value: object) -> int:
+def _require_positive(value: object) -> int:
     return value if isinstance(value, int) and value > 0 else 0
 
 

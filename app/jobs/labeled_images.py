@@ -101,7 +101,7 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], stop_event:
     try:
         with zipfile.ZipFile(file) as archive, closing(DecodeProcess(*limits)) as process:
             _require_apart(file, archive)
-            entries = [entry for entry in archive.infolist() if not _ignored(entry)]
+            entries = [entry for entry in archive.infolist() if not _is_ignored(entry)]
             if sum(entry.file_size for entry in entries) > settings.max_archive_bytes:
                 raise TooLarge(f"the zip unpacks to more than {settings.max_archive_bytes:,} bytes")
             for entry in entries:
@@ -176,7 +176,7 @@ def _require_apart(file: BinaryIO, archive: zipfile.ZipFile) -> None:
         end, following = entry.header_offset, name
 
 
-def _ignored(entry: zipfile.ZipInfo) -> bool:
+def _is_ignored(entry: zipfile.ZipInfo) -> bool:
     """Return True for folders and for the metadata files of macOS."""
     return entry.is_dir() or entry.filename.startswith("__MACOSX/") or entry.filename.endswith(".DS_Store")
 

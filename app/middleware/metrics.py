@@ -76,7 +76,7 @@ class Metrics:
         """Count a prediction that was refused with 503 before it reached the application."""
         self._shed.inc()
 
-    def text(self, pool: ModelPool) -> bytes:
+    def render(self, pool: ModelPool) -> bytes:
         """Return the metrics of all workers in the Prometheus text format."""
         self._sample(pool)
         registry = self.registry
@@ -85,7 +85,7 @@ class Metrics:
             MultiProcessCollector(registry)
         return generate_latest(registry)
 
-    async def follow(self, pool: ModelPool) -> None:
+    async def sample_periodically(self, pool: ModelPool) -> None:
         """Update the gauges of this process every second, so that other workers can read them."""
         while True:
             self._sample(pool)

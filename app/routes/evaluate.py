@@ -13,9 +13,8 @@ from app.exceptions import BadRequest, UnsupportedMediaType
 from app.inference.pool import Version
 from app.jobs.evaluation_queue import EvaluationJob
 from app.middleware.access import OperatorOnly
-from app.routes.event_stream import EventStream
+from app.routes.responses import EventStream, json_response
 from app.routes.uploads import media_type, read_form
-from app.threads import json_response
 from training.store import Evaluation
 from training.text import quote
 

@@ -85,4 +85,4 @@ async def ready(services: ServicesDependency, response: Response) -> Status:
 @router.get("/metrics", response_class=Response, summary="Metrics for Prometheus")
 async def metrics(services: ServicesDependency) -> Response:
     """Return the metrics of all workers."""
-    return Response(services.metrics.text(services.pool), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(services.metrics.render(services.pool), media_type="text/plain; version=0.0.4; charset=utf-8")

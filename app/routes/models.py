@@ -7,7 +7,7 @@ from app.dependencies import Services, ServicesDependency
 from app.exceptions import NotFound, Unavailable
 from app.inference.pool import Version
 from app.middleware.access import OperatorOnly
-from app.threads import json_response
+from app.routes.responses import json_response
 from training.store import ModelCard, StoreError
 from training.text import quote
 
@@ -34,7 +34,7 @@ class ModelDetails(ModelSummary):
 _SUMMARY = set(ModelSummary.model_fields)
 
 
-class Live(BaseModel):
+class LiveVersion(BaseModel):
     """The version to serve."""
 
     version: Version
@@ -63,7 +63,7 @@ async def model(name: str, services: ServicesDependency) -> Response:
 
 
 @router.put("/{name}/live", dependencies=[OperatorOnly], summary="Promote or roll back")
-async def promote(name: str, live: Live, services: ServicesDependency) -> ModelSummary:
+async def promote(name: str, live: LiveVersion, services: ServicesDependency) -> ModelSummary:
     """Make a version live. It serves all later requests. Requests in progress finish on the version they started with.
 
     Other workers, and other servers on the same store, switch within about a second.

@@ -9,8 +9,7 @@ from fastapi.responses import StreamingResponse
 from app.dependencies import ServicesDependency
 from app.jobs.training_queue import TrainingJob, TrainingJobSummary, TrainingRequest
 from app.middleware.access import OperatorOnly
-from app.routes.event_stream import EventStream
-from app.threads import json_response
+from app.routes.responses import EventStream, json_response
 
 router = APIRouter(prefix="/train", tags=["train"])
 

@@ -28,7 +28,7 @@ from app.server import workers
 from app.server.connections import ConnectionTable
 from app.server.protocol import BoundedHttp
 from app.server.signals import exit_immediately, exit_status, handle_stop_signals
-from app.server.startup import authority
+from app.server.startup import format_authority
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -66,9 +66,9 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listening in sockets or ():
-            log.info("running on http://%s", authority(*listening.getsockname()[:2]))
+            log.info("running on http://%s", format_authority(*listening.getsockname()[:2]))
         if self._link:
-            log.info("running on http://%s", authority(self.config.host, self.config.port))
+            log.info("running on http://%s", format_authority(self.config.host, self.config.port))
             self._link.finish_loading()
             self._link.socket.setblocking(False)
             asyncio.get_running_loop().add_reader(self._link.socket, self._read_orders, self._link.socket)

@@ -96,7 +96,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise StartupError(
-            f"cannot listen on {authority(host, port)}: {reason}; choose a free address of this machine by "
+            f"cannot listen on {format_authority(host, port)}: {reason}; choose a free address of this machine by "
             "CIFAR100_HOST and CIFAR100_PORT"
         ) from None
 
@@ -134,6 +134,6 @@ def _listen_at(family: int, address: Sequence[Any]) -> socket.socket:
     return listening
 
 
-def authority(host: str, port: int) -> str:
+def format_authority(host: str, port: int) -> str:
     """Format host and port as in a URL, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

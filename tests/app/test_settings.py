@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from app import machine
 from app.main import create_app
 from app.server import workers
-from app.server.startup import StartupError, authority, check_store, listen, read_settings
+from app.server.startup import StartupError, check_store, format_authority, listen, read_settings
 from app.settings import TRAINING_VARIABLES, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -180,7 +180,7 @@ def test_a_taken_port_is_refused() -> None:
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "no-such-host.invalid", "a" * 64, "127.0.0.1:80"])
 def test_a_host_that_is_not_of_this_machine_is_refused(host: str) -> None:
-    with pytest.raises(StartupError, match=re.escape(f"cannot listen on {authority(host, 0)}: ")):
+    with pytest.raises(StartupError, match=re.escape(f"cannot listen on {format_authority(host, 0)}: ")):
         listen(host, 0)
 
 

@@ -15,7 +15,7 @@ from processes import children
 from server import Server, wait_for
 from service import TINY, processes_of, service
 
-from app.server.startup import authority
+from app.server.startup import format_authority
 
 END_S = 60.0  # ample for a shutdown on a busy machine; models that never load take longer
 STOPPED = {signal.SIGTERM: 0, signal.SIGHUP: 0, signal.SIGINT: 130}
@@ -162,7 +162,7 @@ def test_a_service_listens_on_every_address_of_its_host(workers: str, host: str,
     with service(models, tmp_path / "runs", tmp_path / "log", workers=workers, host=host) as (client, _):
         port = client.base_url.port
         for _, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            url = f"http://{authority(str(address[0]), port or 0)}"
+            url = f"http://{format_authority(str(address[0]), port or 0)}"
             assert httpx.get(f"{url}/health/ready").status_code == 200
             assert httpx.delete(f"{url}/train/x").status_code == 404  # the call counts as local
 

@@ -25,7 +25,7 @@ from app.jobs.queue import JobEvent, State
 from app.jobs.training_queue import TrainingJobSummary, TrainingQueue, TrainingRequest
 from app.jobs.training_runner import TrainingRunner
 from app.main import create_app
-from app.routes.event_stream import EventStream
+from app.routes.responses import EventStream
 from app.settings import Settings
 from app.threads import Threads
 from training.recipes import recipe

@@ -290,7 +290,7 @@ def test_requests_that_come_at_once_count_before_they_are_queued(app: FastAPI, m
         assert not services.shedder.should_shed(b"/predict", "127.0.0.2")  # each client has its own share of the queue
         assert not services.shedder.should_shed(b"/predict?version=1", "127.0.0.1")  # has its own queue
         refused = b'cifar100_requests_total{method="POST",route="/predict",status="503"} 2.0'
-        assert refused in services.metrics.text(services.pool)
+        assert refused in services.metrics.render(services.pool)
 
     asyncio.run(scenario())
 

@@ -1,8 +1,10 @@
-"""Send the events of a job as server-sent events."""
+"""Build responses: JSON that is serialized in a thread, and the events of a job as server-sent events."""
 
 from collections.abc import AsyncIterator
+from typing import Any
 
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
+from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from app.clients import FairShares, client_network
@@ -10,6 +12,11 @@ from app.exceptions import Unavailable
 from app.jobs.queue import JobEvent
 
 _STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would buffer events
+
+
+def json_response(value: Any) -> Response:
+    """Serialize pydantic models to a JSON response. A long list blocks the event loop, so call this in a thread."""
+    return Response(to_json(value, inf_nan_mode="null"), media_type="application/json")
 
 
 class EventStream(StreamingResponse):
