@@ -124,7 +124,7 @@ class EvaluationRunner:
         """Create the run folder and the row of a job. `lock` gets the lock of the folder."""
         self._queue.require_room()  # before the zip is copied
         run = self._queue.run(job_id)
-        run.path.mkdir()
+        run.path.mkdir(parents=True)
         try:
             with ExitStack() as on_error:
                 if lock is not None:

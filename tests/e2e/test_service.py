@@ -61,7 +61,7 @@ def test_the_log_is_json_whatever_pillow_thinks_of_an_image(tmp_path: Path, mode
     with service(models, tmp_path / "runs", log) as (client, _):
         headers = {"Content-Type": "image/jpeg", "X-Request-ID": "mine"}
         assert client.post("/predict", content=content.getvalue(), headers=headers).status_code == 200
-        wait_for(lambda: "POST /predict 200" in log.read_text(), 10, log)  # logged after the answer
+        wait_for(lambda: "POST /predict 200" in log.read_text(), 60, log)  # logged after the answer
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["message"] for line in lines if line["request_id"] == "mine"] == ["POST /predict 200"]
 
@@ -97,7 +97,7 @@ def test_no_request_is_lost_while_versions_are_swapped_under_load(tmp_path: Path
             else:  # another process promotes, and the service follows the store
                 store.promote("resnet", version)
             # From here on the new version answers every new request.
-            wait_for(partial(answered_by, version), 30, log)
+            wait_for(partial(answered_by, version), 60, log)
             answer = client.post("/predict", content=content, headers={"content-type": "image/png"}).json()
             assert answer["version"] == version
         stop.set()

@@ -112,7 +112,7 @@ def test_child_that_has_just_been_started_is_known_to_the_next_server_and_ends_w
         server.kill()
         server.wait()
     with service(models, runs, log) as (client, server):
-        wait_for(lambda: f"still running as process {child}" in log.read_text(), 30, log)
+        wait_for(lambda: f"still running as process {child}" in log.read_text(), 60, log)
         assert client.get("/health").json()["training"] == job
         assert processes_of(runs) == [child]
         server.terminate()

@@ -79,7 +79,7 @@ def test_a_head_that_does_not_end_is_cut_off(address: Address, head: bytes) -> N
         connection.sendall(head)
         started = time.monotonic()
         assert answer(connection) == b""
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
     assert alive(address)
 
 
@@ -130,7 +130,7 @@ def test_an_empty_line_after_an_answer_does_not_keep_the_connection_open(address
         connection.sendall(b"\r\n")
         started = time.monotonic()
         assert answer(connection) == b""
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
 
 
 def test_headers_after_a_body_are_bounded_and_dropped(address: Address) -> None:
@@ -181,7 +181,7 @@ def test_a_body_that_begins_fast_may_not_be_silent_for_longer(
         connection.sendall(upload(100_001) + bytes(100_000))  # at 1,000 bytes/s this body may take 100 s
         started = time.monotonic()
         assert answer(connection).startswith(b"HTTP/1.1 408 ")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
 
 
 def test_bodies_of_all_requests_together_are_bounded() -> None:
