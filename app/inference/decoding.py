@@ -124,7 +124,7 @@ class Decoders:
         """
         return self._waiting.exceeds_share(client, 1) or self._held_up.exceeds_share(client, 1)
 
-    def decoder_of_small(self, files: Sequence[File]) -> Callable[[], NDArray[np.uint8]] | None:
+    def small_image_decoder(self, files: Sequence[File]) -> Callable[[], NDArray[np.uint8]] | None:
         """Return a function that decodes a small image in the thread that computes its batch.
 
         Returns:

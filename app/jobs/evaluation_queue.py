@@ -147,12 +147,12 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
             for row in old:
                 session.delete(session.merge(row, load=False))
         for row in old:
-            shutil.rmtree(self.run(row.id).path, ignore_errors=True)
+            shutil.rmtree(self.run_folder(row.id).path, ignore_errors=True)
 
     def _view(self, row: JobRow) -> EvaluationJob:
         request = EvaluationRequest.model_validate(row.request)
         result = Evaluation.model_validate(row.result) if row.result else None
-        progress = list(self.run(row.id).metrics())
+        progress = list(self.run_folder(row.id).metrics())
         done = progress[-1]["done"] if progress else result.images if result else 0
         return EvaluationJob(
             **request.model_dump(exclude={"limit"}),

@@ -123,7 +123,7 @@ class EvaluationRunner:
     ) -> None:
         """Create the run folder and the row of a job. `lock` gets the lock of the folder."""
         self._queue.require_room()  # before the zip is copied
-        run = self._queue.run(job_id)
+        run = self._queue.run_folder(job_id)
         run.path.mkdir(parents=True)
         try:
             with ExitStack() as on_error:
@@ -174,7 +174,7 @@ class EvaluationRunner:
                     self._run_in_task(job_id, request, lock, None)
 
     def _claim(self, job_id: str, lock: ExitStack) -> EvaluationRequest | None:
-        run = self._queue.run(job_id)
+        run = self._queue.run_folder(job_id)
         with ExitStack() as on_error:
             run.path.mkdir(exist_ok=True)
             on_error.enter_context(run.lock_for_child())
@@ -226,11 +226,11 @@ class EvaluationRunner:
     def _clean_up(self, job_id: str) -> None:
         """Delete the zip of a finished job, and old jobs."""
         if self._queue.state(job_id).finished:
-            _delete_zip(self._queue.run(job_id))
+            _delete_zip(self._queue.run_folder(job_id))
             self._queue.prune()
 
     async def _measure(self, job_id: str, request: EvaluationRequest, model: Model) -> Evaluation:
-        run, stop_event = self._queue.run(job_id), threading.Event()
+        run, stop_event = self._queue.run_folder(job_id), threading.Event()
         read = self._reader(request, run.path / ZIP, model.card.classes)
         done = 0
 

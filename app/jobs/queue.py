@@ -211,12 +211,12 @@ class JobQueue(Generic[View]):
         # The state is read before the metrics, because the metrics of a finished job are complete.
         with self._transaction() as session:
             row = self._row(session, job_id)
-        run = self.run(job_id)
+        run = self.run_folder(job_id)
         size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
         metrics = list(run.numbered_metrics(after)) if size != known_size else []
         return _Progress(size, metrics, self._view(row) if State(row.state).finished else None)
 
-    def run(self, job_id: str) -> Run:
+    def run_folder(self, job_id: str) -> Run:
         """Return the run folder of a job."""
         return Run(self.database.runs / job_id)
 

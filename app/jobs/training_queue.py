@@ -237,7 +237,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
     def _held_by_training(self) -> int:
         """Return the resident memory of the running job's process in bytes. It is freed before the next job starts."""
         running = self.running()
-        holder = self.run(running).holder(wait_s=0) if running else None
+        holder = self.run_folder(running).holder(wait_s=0) if running else None
         return resources.resident_memory(holder) if holder else 0
 
     def _card(self, field: str, version: str) -> ModelCard:
@@ -248,10 +248,10 @@ class TrainingQueue(JobQueue[TrainingJob]):
             raise BadRequest(f"{field}: {error}") from None
 
     def _before_cancel(self, job_id: str) -> None:
-        self.run(job_id).ask_to_stop()  # stops the process even if this server crashes first
+        self.run_folder(job_id).ask_to_stop()  # stops the process even if this server crashes first
 
     def _view(self, row: JobRow) -> TrainingJob:
-        metrics = list(self.run(row.id).metrics())
+        metrics = list(self.run_folder(row.id).metrics())
         return TrainingJob(
             **TrainingJobSummary.model_validate(row).model_dump(),
             epochs=row.recipe["epochs"] + row.recipe["finetune_epochs"],

@@ -100,7 +100,7 @@ class TrainingRunner:
 
     async def _execute(self, job: TrainingJobSummary, recipe: Recipe) -> None:
         """Run a job, or wait for its running process, until it has ended. Record the outcome."""
-        run = self._jobs.run(job.id)
+        run = self._jobs.run_folder(job.id)
         if await self._threads.run(run.stop_file.exists):  # a server died while it was cancelling the job
             await self._threads.run(self._jobs.cancel, job.id)
             return

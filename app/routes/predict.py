@@ -156,7 +156,7 @@ async def _compute_scores(
         # No other task runs between these two lines, so the model cannot be swapped in between.
         return model, await model.batcher.run(images, deadline)
 
-    if decode := services.decoders.decoder_of_small(files):
+    if decode := services.decoders.small_image_decoder(files):
         with suppress(TooLarge, CostlyImage):  # a file with few bytes may have many pixels or scans
             return await compute(decode)
     charge = partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None

@@ -156,7 +156,7 @@ def test_an_evaluation_of_a_server_that_died_is_measured_again_once(settings: Se
     with opened(settings.runs) as queue:
         left, again = new_job_id(), new_job_id()
         for job_id in (left, again):
-            queue.run(job_id).path.mkdir()
+            queue.run_folder(job_id).path.mkdir()
             queue.add(job_id, REQUEST.model_copy(update={"limit": 4}), State.RUNNING)
         assert queue.claim(again)
     with local(create_app(settings)) as client:
@@ -171,9 +171,9 @@ def test_an_evaluation_of_a_server_that_died_is_measured_again_once(settings: Se
 def test_an_evaluation_that_another_server_runs_is_left_to_it(settings: Settings) -> None:
     with opened(settings.runs) as queue:
         job_id = new_job_id()
-        queue.run(job_id).path.mkdir()
+        queue.run_folder(job_id).path.mkdir()
         queue.add(job_id, REQUEST, State.RUNNING)
-        with queue.run(job_id).lock_for_child(), local(create_app(settings)) as client:
+        with queue.run_folder(job_id).lock_for_child(), local(create_app(settings)) as client:
             services = cast(FastAPI, client.app).state.services
             cast(Any, client).portal.call(services.evaluations._take_waiting_jobs)
             assert client.get(f"/evaluate/{job_id}").json()["state"] == "running"
@@ -230,7 +230,7 @@ def test_the_last_100_finished_evaluations_are_kept(tmp_path: Path) -> None:
         for number in range(103):
             job_id = f"evaluation-{number}"
             ids.append(job_id)
-            queue.run(job_id).path.mkdir()
+            queue.run_folder(job_id).path.mkdir()
             queue.add(job_id, REQUEST, State.QUEUED)
             queue.succeed(job_id, "engine", RESULT)
         waiting = new_job_id()

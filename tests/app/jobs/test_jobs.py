@@ -53,7 +53,7 @@ def services_of(client: TestClient) -> Services:
 @contextmanager
 def locked_by_a_writer(jobs: TrainingQueue) -> Iterator[None]:
     """Lock the database exclusively, like another program that is about to write."""
-    with closing(sqlite3.connect(jobs.run("jobs.sqlite").path, isolation_level=None)) as database:
+    with closing(sqlite3.connect(jobs.run_folder("jobs.sqlite").path, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
         yield
         database.execute("ROLLBACK")
@@ -87,14 +87,14 @@ def test_cancelling_asks_the_process_of_a_running_job_to_stop(jobs: TrainingQueu
     claimed(jobs)
     for job in (running, queued):
         assert jobs.cancel(job.id).state is State.CANCELLED
-    assert jobs.run(running.id).stop_file.exists()
-    assert not jobs.run(queued.id).path.exists()
+    assert jobs.run_folder(running.id).stop_file.exists()
+    assert not jobs.run_folder(queued.id).path.exists()
 
 
 def test_a_running_job_that_cannot_be_told_to_stop_goes_on(jobs: TrainingQueue) -> None:
     job_id = jobs.submit(REQUEST).id
     claimed(jobs)
-    jobs.run(job_id).path.write_text("a file, not a folder")
+    jobs.run_folder(job_id).path.write_text("a file, not a folder")
     with pytest.raises(Unavailable, match="cannot be used"):
         jobs.cancel(job_id)
     assert jobs.state(job_id) is State.RUNNING
@@ -126,7 +126,7 @@ def test_a_job_whose_recipe_this_release_does_not_know_fails(
     jobs: TrainingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign, own = jobs.submit(REQUEST), jobs.submit(REQUEST)
-    with sqlite3.connect(jobs.run("jobs.sqlite").path) as database:
+    with sqlite3.connect(jobs.run_folder("jobs.sqlite").path) as database:
         database.execute("UPDATE jobs SET recipe = json_set(recipe, '$.unheard_of', 1) WHERE id = ?", (foreign.id,))
     assert jobs.claim() is None
     assert jobs.get(foreign.id).state is State.FAILED
@@ -136,7 +136,7 @@ def test_a_job_whose_recipe_this_release_does_not_know_fails(
 
 def test_a_job_of_a_recipe_that_is_no_more_fails(jobs: TrainingQueue) -> None:
     job = jobs.submit(REQUEST)
-    with sqlite3.connect(jobs.run("jobs.sqlite").path) as database:
+    with sqlite3.connect(jobs.run_folder("jobs.sqlite").path) as database:
         database.execute("UPDATE jobs SET recipe = json_set(recipe, '$.name', 'vgg') WHERE id = ?", (job.id,))
     assert jobs.claim() is None
     assert "no recipe 'vgg'" in (jobs.get(job.id).error or "")
@@ -151,7 +151,7 @@ def test_a_job_whose_folder_is_damaged_fails_and_the_next_one_runs(
 
     async def scenario() -> None:
         damaged, job = jobs.submit(REQUEST), jobs.submit(REQUEST)
-        run = jobs.run(damaged.id)
+        run = jobs.run_folder(damaged.id)
         run.path.mkdir()
         run.publication_file.write_text("{")
         runner = TrainingRunner(Settings(runs=run.path.parent), jobs, AsyncMock())
@@ -182,7 +182,7 @@ def test_a_runner_that_is_stopped_ends_even_if_it_cannot_note_so(
             raise Unavailable("the disk is full")
 
         job = jobs.submit(REQUEST)
-        runner = TrainingRunner(Settings(runs=jobs.run(job.id).path.parent), jobs, AsyncMock())
+        runner = TrainingRunner(Settings(runs=jobs.run_folder(job.id).path.parent), jobs, AsyncMock())
         monkeypatch.setattr(runner, "_child", child)
         monkeypatch.setattr(jobs, "interrupt", full)
         runner.start()
@@ -354,7 +354,7 @@ def test_without_a_readable_database_there_is_no_training_but_everything_else(mo
 def test_a_database_that_is_damaged_later_makes_training_unavailable(jobs: TrainingQueue) -> None:
     jobs.submit(REQUEST)
     jobs.database.close()
-    database = jobs.run("jobs.sqlite").path
+    database = jobs.run_folder("jobs.sqlite").path
     database.with_name("jobs.sqlite-wal").unlink(missing_ok=True)
     database.write_bytes(b"garbage" * 1000)
     with pytest.raises(Unavailable, match="cannot be used"):
@@ -477,8 +477,8 @@ def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
         async def child(*_: object) -> int:
             nonlocal starts
             starts += 1
-            jobs.run(job.id).path.mkdir(exist_ok=True)
-            (jobs.run(job.id).path / "output.log").write_text("error: no luck")
+            jobs.run_folder(job.id).path.mkdir(exist_ok=True)
+            (jobs.run_folder(job.id).path / "output.log").write_text("error: no luck")
             return 1
 
         def fail(*arguments: Any) -> None:
@@ -488,7 +488,7 @@ def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
                 raise Unavailable("database is locked")
             right(*arguments)
 
-        runner = TrainingRunner(Settings(runs=jobs.run(job.id).path.parent), jobs, AsyncMock())
+        runner = TrainingRunner(Settings(runs=jobs.run_folder(job.id).path.parent), jobs, AsyncMock())
         monkeypatch.setattr(runner, "_child", child)
         monkeypatch.setattr(jobs, "fail", fail)
         monkeypatch.setattr("app.jobs.training_runner._LEASE_POLL_S", 0.01)
