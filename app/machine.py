@@ -7,7 +7,7 @@ import ctypes
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MIB = 1 << 20
@@ -50,6 +50,24 @@ def cpu_affinity(cpus: set[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def set_niceness(pid: int, niceness: int) -> None:
+    """Set the nice value of a process, and that of its session for the scheduler of Linux.
+
+    With autogroups, which most distributions turn on, Linux shares the CPUs among sessions first. The nice value of a
+    process then counts only within its session, see sched(7).
+
+    Args:
+        pid: Id of the process.
+        niceness: Nice value, up to 19.
+
+    Raises:
+        ProcessLookupError: The process has ended.
+    """
+    os.setpriority(os.PRIO_PROCESS, pid, niceness)
+    with suppress(OSError):  # the kernel has no autogroups
+        Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
 
 
 def bound_malloc() -> None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
 from app.inference import images
-from app.machine import bound_malloc
+from app.machine import bound_malloc, set_niceness
 
 MAX_CPU_S = 4.0
 """CPU time limit of one image. It is twice the largest accepted estimate, for slow machines."""
@@ -164,7 +164,7 @@ def main(max_bytes: str, max_pixels: str, max_cpu_s: str, max_memory_bytes: str)
     """Run the child process until its standard input ends. The arguments are those of `DecodeProcess`."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
-    os.nice(_NICENESS)
+    set_niceness(os.getpid(), min(os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS, 19))
     bound_malloc()
     if sys.platform == "linux":
         _limit_memory(int(max_memory_bytes))

@@ -21,7 +21,7 @@ from typing import ParamSpec
 from app.exceptions import Unavailable
 from app.jobs.queue import State
 from app.jobs.training_queue import TrainingJobSummary, TrainingQueue
-from app.machine import cpu_count
+from app.machine import cpu_count, set_niceness
 from app.server.workers import service_cpus
 from app.settings import Settings
 from app.threads import Threads
@@ -213,14 +213,10 @@ async def _exclusive_lock(lock: Path) -> AsyncIterator[None]:
 
 def _lower_priority(pid: int) -> None:
     """Lower the CPU priority of a training process, and make the OOM killer prefer it."""
-    niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS, 19)
     with suppress(ProcessLookupError):
-        os.setpriority(os.PRIO_PROCESS, pid, niceness)
+        set_niceness(pid, min(os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS, 19))
     with suppress(OSError):  # if memory runs out, the kernel kills the training process, not the server
         Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE)
-    # With Linux autogrouping, a nice value counts only within the session's group. The group has its own, see sched(7).
-    with suppress(OSError):
-        Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
 
 
 async def _terminate(pid: int, alive: Callable[[], bool]) -> None:
