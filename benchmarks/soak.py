@@ -38,9 +38,16 @@ MOST_SLOPE = 2.0  # MiB per minute and worker
 MOST_FILES_MORE = 4
 JOB = {"recipe": NAME, "overrides": TINY | {"epochs": 20}, "promote": "always"}
 SIZES = ((32, 32), (640, 480), (3000, 2000), (33, 900))
-PAGES = ("/", "/docs", "/openapi.json", "/web/page.js", "/metrics")
+PAGES = ("/", "/docs", "/openapi.json", "/static/page.js", "/metrics")
 ROUTES = ("/health", "/health/live", "/health/ready", "/models", f"/models/{NAME}", "/evaluate", "/train")
-ABSENT = ("/models/nothing", "/train/nothing", "/train/nothing/events", "/evaluate/nothing", "/nothing", "/web/nothing")
+ABSENT = (
+    "/models/nothing",
+    "/train/nothing",
+    "/train/nothing/events",
+    "/evaluate/nothing",
+    "/nothing",
+    "/static/nothing",
+)
 
 Turn = Callable[[httpx.Client], None]
 

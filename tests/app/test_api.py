@@ -142,7 +142,7 @@ def test_bad_images_are_problems(client: TestClient, image: bytes) -> None:
         return answer
 
     assert_problem(send(b""), 422, "empty")
-    assert_problem(send(b"hello"), 415, "not an image")
+    assert_problem(send(b"hello"), 415, "not a supported image")
     assert_problem(send(image[:-200]), 422, "cannot be decoded")
     assert_problem(send(image + bytes(20_000)), 413, "20,000")
     assert_problem(client.post("/predict", files={"file": bytes(20_001)}), 413, "20,000")
@@ -367,7 +367,7 @@ def test_bad_training_requests_are_refused_before_anything_starts(client: TestCl
         ({"recipe": "resnet", "overrides": {"weights": "resnet/1"}}, "width=8, which does not fit width=32"),
         ({"recipe": "resnet", "promote": "maybe"}, "promote"),
         ({"recipe": "resnet", "folder": "x"}, "folder"),
-        ({"recipe": "resnet", "overrides": {"epochs": 501}}, "at most 500"),
+        ({"recipe": "resnet", "overrides": {"epochs": 501}}, "above the limit of this service, 500"),
         ({"recipe": "resnet18", "overrides": {"epochs": 300, "finetune_epochs": 300}}, "total epochs=600"),
         ({"recipe": "resnet", "overrides": {"batch_size": 4096}}, "at most 1024"),
         ({"recipe": "resnet", "overrides": {"width": 256}}, "at most 128"),
@@ -480,8 +480,8 @@ def test_limits_hold_for_what_is_decoded_with_its_batch(client: TestClient, monk
         in_a_thread = client.post("/predict", files={"file": buffer.getvalue()})
         with monkeypatch.context() as one_processor:
             decoders = cast(FastAPI, client.app).state.services.decoders
-            one_processor.setattr(decoders, "small_bytes", 1 << 20)
-            one_processor.setattr(decoders, "small_pixels", 1 << 20)
+            one_processor.setattr(decoders, "small_bytes", 20_000)
+            one_processor.setattr(decoders, "small_pixels", 10_000)
             with_its_batch = client.post("/predict", files={"file": buffer.getvalue()})
         assert in_a_thread.status_code == with_its_batch.status_code == status
         if status == 200:

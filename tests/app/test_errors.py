@@ -159,13 +159,13 @@ def test_stream_that_lacks_a_file_after_its_head_is_broken_off_with_one_line(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def events(*_: object) -> Any:
-        yield ": begun\n\n"
+        yield None
         raise OSError(errno.EMFILE, "Too many open files")
 
     services = services_of(client)
     monkeypatch.setattr(services.training_jobs, "state", lambda _: None)
     monkeypatch.setattr(services.training_jobs, "events", events)
-    assert client.get("/train/1/events").text == ": begun\n\n"
+    assert client.get("/train/1/events").text == ": nothing new\n\n"
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert ["was aborted" in record.getMessage() for record in warnings] == [True]
     assert not any(record.exc_info for record in warnings)

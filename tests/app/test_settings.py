@@ -68,7 +68,7 @@ def test_every_number_is_bounded(name: str, value: str, monkeypatch: pytest.Monk
 def test_a_rate_that_cannot_be_kept_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = fault_of(name, value, monkeypatch)
     assert fault.startswith(f"CIFAR100_{name.upper()}: {value!r} is ")
-    assert fault.endswith("or nothing for no limit")
+    assert fault.endswith("or an empty value for no limit")
 
 
 @pytest.mark.parametrize("value", ["", " "])

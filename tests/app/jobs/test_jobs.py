@@ -155,7 +155,7 @@ def test_a_job_whose_folder_is_damaged_fails_and_the_next_one_runs(
         run.path.mkdir()
         run.publication_file.write_text("{")
         runner = TrainingRunner(Settings(runs=run.path.parent), jobs, AsyncMock())
-        monkeypatch.setattr(runner, "_child", child)
+        monkeypatch.setattr(runner, "_run_child", child)
         runner.start()
         async with asyncio.timeout(60):
             while jobs.running() != job.id:  # noqa: ASYNC110  the database signals no event
@@ -183,7 +183,7 @@ def test_a_runner_that_is_stopped_ends_even_if_it_cannot_note_so(
 
         job = jobs.submit(REQUEST)
         runner = TrainingRunner(Settings(runs=jobs.run_folder(job.id).path.parent), jobs, AsyncMock())
-        monkeypatch.setattr(runner, "_child", child)
+        monkeypatch.setattr(runner, "_run_child", child)
         monkeypatch.setattr(jobs, "interrupt", full)
         runner.start()
         await asyncio.wait_for(started.wait(), 10)
@@ -424,7 +424,7 @@ def test_database_that_does_not_answer_holds_up_jobs_only(models: Path, tmp_path
             answers = [readers.submit(client.get, "/train") for _ in range(60)]
             try:
                 assert client.get("/").status_code == 200
-                assert client.get("/web/page.js").status_code == 200
+                assert client.get("/static/page.js").status_code == 200
                 assert [model["live"] for model in client.get("/models").json()] == [1]
                 large = client.post("/predict", files={"file": bytes(2_000_000)})
                 assert large.status_code == 415
@@ -489,9 +489,9 @@ def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
             right(*arguments)
 
         runner = TrainingRunner(Settings(runs=jobs.run_folder(job.id).path.parent), jobs, AsyncMock())
-        monkeypatch.setattr(runner, "_child", child)
+        monkeypatch.setattr(runner, "_run_child", child)
         monkeypatch.setattr(jobs, "fail", fail)
-        monkeypatch.setattr("app.jobs.training_runner._LEASE_POLL_S", 0.01)
+        monkeypatch.setattr("app.jobs.queue._RETRY_S", 0.01)
         runner.start()
         async with asyncio.timeout(60):
             while not jobs.state(job.id).finished:  # noqa: ASYNC110  the database signals no event
@@ -500,7 +500,8 @@ def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
         assert (starts, jobs.get(job.id).error) == (1, "no luck")
 
     asyncio.run(scenario())
-    assert [record.levelname for record in caplog.records if record.name == "app.jobs.training_runner"] == ["WARNING"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warnings == ["the outcome of a training job cannot be recorded yet: database is locked"]
 
 
 def test_training_becomes_available_once_its_folder_can_be_used(
