@@ -369,8 +369,8 @@ def test_bad_training_requests_are_refused_before_anything_starts(client: TestCl
         ({"recipe": "resnet", "folder": "x"}, "folder"),
         ({"recipe": "resnet", "overrides": {"epochs": 501}}, "above the limit of this service, 500"),
         ({"recipe": "resnet18", "overrides": {"epochs": 300, "finetune_epochs": 300}}, "total epochs=600"),
-        ({"recipe": "resnet", "overrides": {"batch_size": 4096}}, "at most 1024"),
-        ({"recipe": "resnet", "overrides": {"width": 256}}, "at most 128"),
+        ({"recipe": "resnet", "overrides": {"batch_size": 4096}}, "limit of this service, 1024"),
+        ({"recipe": "resnet", "overrides": {"width": 256}}, "limit of this service, 128"),
     ):
         assert_problem(client.post("/train", json=body), 422, words)
     assert client.get("/train").json() == []
