@@ -4,9 +4,14 @@ One client sends a photo of 500x375 pixels repeatedly over a kept connection, fi
 attack sends one kind of image in closed loops from 1, 4 and 16 connections of one address, and from 16 addresses with
 one connection each. The attackers also send forms of 32 images. The service is a real process with the shipped models.
 
-    python benchmarks/decode_attacks.py                              # 30 s, five rounds: an hour and a half
-    python benchmarks/decode_attacks.py --seconds 10 --rounds 3      # the table is printed, but not kept
-    python benchmarks/decode_attacks.py --only mixture               # one kind of image
+    python tests/stress/decode_attacks.py                              # five rounds of 30 s
+    python tests/stress/decode_attacks.py --seconds 10 --rounds 1      # as in the kept table; below 10 s none is kept
+    python tests/stress/decode_attacks.py --only mixture               # one kind of image; the table is not kept
+
+Time: an hour and a half with the default options.
+Result: in one round of 10 s for each attack, 100 % of the honest client's requests succeeded (Intel Xeon, 2 cores,
+2026-11-28).
+Table: results/decode_attacks.md.
 """
 
 import argparse
@@ -21,6 +26,8 @@ import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import jpegs
 import processes
@@ -232,7 +239,7 @@ def main() -> int:
         f"of {chosen.rounds} rounds of {chosen.seconds:.0f} s."
     )
     whole = not chosen.only and chosen.seconds >= 10
-    return conclude("decode_attacks", ran, checks, whole=whole)
+    return conclude(__file__, ran, checks, whole=whole)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,11 @@ both at random moments, often before the server is ready. After every kill the p
 database from outside. At the end it leaves the server alone until the queue is empty. Every job must then have exactly
 one final state. Every job that succeeded must have trained each epoch once and published exactly one version.
 
-    python benchmarks/crash_points.py [--kills 200] [--seed 0]
+    python tests/stress/crash_points.py [--kills 200] [--seed 0]
+
+Time: nine minutes.
+Result: 200 kills, 33 accepted jobs, no job or version lost, doubled or damaged (AMD EPYC, 2 cores, 2026-11-24).
+Table: results/crash_points.md.
 """
 
 import argparse
@@ -22,6 +26,8 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import httpx
 import numpy as np
@@ -155,7 +161,7 @@ def main(kills: int, seed: int) -> int:
         print(fault, file=sys.stderr)
     states = Counter(row["state"] for row in rows)
     return conclude(
-        "crash_points",
+        __file__,
         f"{done} kills (seed {seed}) in {seconds / 60:.0f} minutes, then left in peace.",
         [
             *(Check(f"killed: {moment}", f"{count}") for moment, count in sorted(moments.items())),

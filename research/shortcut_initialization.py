@@ -5,7 +5,10 @@ The author's shortcuts are plain convolutions, so no unit passes its input on at
 compares three initializations: PyTorch's default (the recipe), all convolutions after He et al. 2015, and the shortcuts
 as the identity.
 
-    python benchmarks/shortcut_initialisation.py [EPOCHS]
+    python research/shortcut_initialization.py [EPOCHS]
+
+Result: validation top-1 after two epochs is 17.9 % (default), 17.2 % (He), 20.7 % (identity).
+Table: docs/results.md.
 """
 
 import sys

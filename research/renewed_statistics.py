@@ -1,14 +1,20 @@
 """Measure the gain from renewing the batch normalization statistics before a model is exported.
 
 The program uses only the images that a version's recipe holds out. `running` are the version's own statistics (if it
-was exported before they were renewed). `renewed` are the statistics that `training.export` gathers now. It prints the
-table and writes it to benchmarks/results/renewed_statistics.md.
+was exported before they were renewed). `renewed` are the statistics that `training.export` gathers now. It prints the table and keeps it.
 
-    python benchmarks/renewed_statistics.py resnet/3 resnet18/1 resnet18/2 resnet18/4 [--models models]
+    python research/renewed_statistics.py resnet/3 resnet18/1 resnet18/2 resnet18/4 [--models models]
+
+Result: renewed statistics lower the loss of all four versions; top-1 changes by -0.20 to +0.30 points (AMD EPYC, 2
+cores, 2026-11-25).
+Table: results/renewed_statistics.md.
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
 
 import torch
 from results import keep, occasion
@@ -49,7 +55,7 @@ def main(versions: list[str], models: Path) -> None:
         "| --- | --: | --: | --: | --: | --: |",
         *(compare(version, store, dataset) for version in versions),
     ]
-    keep("renewed_statistics", lines)
+    keep(__file__, lines)
 
 
 if __name__ == "__main__":

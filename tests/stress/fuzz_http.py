@@ -6,7 +6,12 @@ bytes that unpacks to a gigabyte but declares one byte. No answer may be a 5xx o
 error must be a problem+json with status, title and detail. The server must stay alive, ready and within its memory
 limit.
 
-    python benchmarks/fuzz_http.py [--inputs 10000] [--seed 0] [--workers 1]
+    python tests/stress/fuzz_http.py [--inputs 10000] [--seed 0] [--workers 1]
+
+Time: 19 s.
+Result: 10,000 requests, each with a result or a clear problem; memory at most 112 MiB above the start (AMD EPYC, 2
+cores, 2026-11-26).
+Table: results/fuzz_http.md, results/fuzz_http_workers.md (`--workers 2`).
 """
 
 import argparse
@@ -22,6 +27,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import httpx
 import numpy as np
@@ -164,7 +171,7 @@ def main(inputs: int, seed: int, workers: int) -> int:
     for each in faults[:20]:
         print(each, file=sys.stderr)
     return conclude(
-        "fuzz_http",
+        __file__,
         f"{inputs:,} requests (seed {seed}) by {CLIENTS} clients, {inputs / seconds:.0f} a second.",
         [
             *(

@@ -5,7 +5,10 @@ int8 in all layers, and with int8 in all layers except one convolution, for each
 mean divergence of the quantized form's probabilities from those of the floating-point form. It separates forms whose
 difference in top-1 is smaller than the noise of these images.
 
-    python benchmarks/quantisation.py NAME/VERSION [POSITION ...]
+    python research/quantization.py NAME/VERSION [CONVOLUTION ...]
+
+Result: int8 in all layers of resnet18/2 costs 0.85 points of top-1, int8 without convolution 0 costs 0.30.
+Table: docs/results.md.
 """
 
 import shutil
@@ -14,8 +17,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engines import images_per_s
+sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
+
 from results import occasion
+from throughput import images_per_s
 from torch.nn import functional as F
 
 from training import data, openvino_ir

@@ -1,4 +1,4 @@
-"""Start a real server for a test, like the benchmarks do, and find the training processes that it leaves behind."""
+"""Start a real server for a test, and find the training processes that it leaves behind."""
 
 import subprocess
 from collections.abc import Iterator
