@@ -1,7 +1,8 @@
 """Measure the gain from renewing the batch normalization statistics before a model is exported.
 
 The program uses only the images that a version's recipe holds out. `running` are the version's own statistics (if it
-was exported before they were renewed). `renewed` are the statistics that `training.export` gathers now. It prints the table and keeps it.
+was exported before they were renewed). `renewed` are the statistics that `training.export` gathers now. It prints
+the table and keeps it.
 
     python research/renewed_statistics.py resnet/3 resnet18/1 resnet18/2 resnet18/4 [--models models]
 
