@@ -9,7 +9,7 @@ PROOFS = fuzz_images image_bombs fuzz_http decode_attacks connection_attacks sta
 help:
 	@echo 'make serve        create .venv, install, serve the shipped models; HOST and PORT choose another address'
 	@echo 'make test         create .venv, install, run all tests'
-	@echo 'make test-fast    the unit tests only: no servers, no training jobs; under a minute'
+	@echo 'make test-fast    the unit tests only: those that are not marked slow'
 	@echo 'make check        lint, format and types'
 	@echo 'make serving      compare the service with its peers: forty minutes; needs wrk, and Java for TorchServe'
 	@echo 'make proof        the proofs in tests/stress: attacks, fuzzing, crashes, hot swaps, faults; takes hours'
@@ -26,7 +26,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-fast: .venv/installed-dev
-	$(BIN)/python -m pytest -m fast -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

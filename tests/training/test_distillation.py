@@ -21,6 +21,8 @@ from training.recipes import RecipeError, recipe
 from training.run import Run
 from training.store import Store, StoreError
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TINY = {"width": 8, "epochs": 2, "batch_size": 64, "validation_images": 100}
 

@@ -22,6 +22,8 @@ from training.preparation import Preparation
 from training.recipes import Recipe, recipe
 from training.run import Run
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SMALL = {"weights": "none", "image_size": 64, "batch_size": 32, "precision": "float32", "validation_images": 0}
 SMALL |= {"finetune_epochs": 0}
