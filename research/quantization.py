@@ -48,12 +48,12 @@ def main(version: str, positions: list[int]) -> None:
         expected = predict(network.on_tensors, images).log_softmax(1)
         print(f"| nothing ({network.precision}) | | | {_rate(network):.0f} |", flush=True)
         for spared in [None, *positions]:
-            quantised = openvino_ir.Compiled(openvino_ir.quantise(model, samples, [] if spared is None else [spared]))
-            logits = predict(quantised.on_tensors, images).log_softmax(1)
+            quantized = openvino_ir.Compiled(openvino_ir.quantise(model, samples, [] if spared is None else [spared]))
+            logits = predict(quantized.on_tensors, images).log_softmax(1)
             divergence = F.kl_div(logits, expected, log_target=True, reduction="batchmean").item()
             lost = (expected.argmax(1) == labels).double().mean() - (logits.argmax(1) == labels).double().mean()
             what = "throughout" if spared is None else f"but for convolution {spared}"
-            speed = _rate(quantised)
+            speed = _rate(quantized)
             print(f"| {what} | {100 * lost:.2f} points | {divergence:.4f} | {speed:.0f} |", flush=True)
 
 

@@ -49,8 +49,8 @@ def compare(version: str, store: Store, dataset: data.Dataset) -> str:
 def main(versions: list[str], models: Path) -> None:
     store, dataset = Store(models), data.load()
     lines = [
-        f"Batch normalisation with the statistics that training leaves, and with those of {STATISTICS_IMAGES:,} "
-        f"training images as they are: accuracy and loss on the images held out. {occasion()}.",
+        f"Batch normalization with the statistics that training leaves, and with those of {STATISTICS_IMAGES:,} "
+        f"training images without augmentation: accuracy and loss on the images held out. {occasion()}.",
         "",
         "| model | images | top-1, running | loss, running | top-1, renewed | loss, renewed |",
         "| --- | --: | --: | --: | --: | --: |",

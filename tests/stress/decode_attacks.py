@@ -161,12 +161,12 @@ def measure(
     if sources:
         process.start()
         time.sleep(1)
-    tally, most_mib = Tally(), 0.0
+    tally, peak_mib = Tally(), 0.0
 
     async def watch(end: float) -> None:
-        nonlocal most_mib
+        nonlocal peak_mib
         while time.monotonic() < end:
-            most_mib = max(most_mib, _memory_mib(server))
+            peak_mib = max(peak_mib, _memory_mib(server))
             await asyncio.sleep(0.1)
 
     async def run() -> None:
@@ -178,7 +178,7 @@ def measure(
     if sources:
         statuses = pipe.recv()
         process.join()
-    return tally, statuses, most_mib
+    return tally, statuses, peak_mib
 
 
 def _memory_mib(server: Server) -> float:
@@ -200,7 +200,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="kinds of images whose name contains this")
     chosen = parser.parse_args()
     measured: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
-    most_mib = 0.0
+    peak_mib = 0.0
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with Server(MODELS, Path(folder) / "runs", log, device="cpu", runtime="auto") as server:
@@ -215,7 +215,7 @@ def main() -> int:
                         tally, statuses, mib = measure(server, bodies, sources, chosen.seconds)
                         ratio = tally.p99_ms() / quiet.p99_ms()
                         measured.setdefault((name, how), []).append((tally.success, ratio, tally.p99_ms()))
-                        most_mib = max(most_mib, mib)
+                        peak_mib = max(peak_mib, mib)
                         print(
                             name,
                             how,
@@ -233,7 +233,7 @@ def main() -> int:
         else:
             target, met = f"≥ 99 %, ≤ {MAX_SLOWDOWN:.0f}", success >= 0.99 and ratio <= MAX_SLOWDOWN
         checks.append(Check(f"{name}, {how}", f"{success:.1%}, {ratio:.1f} ({p99:.0f} ms)", target, met))
-    checks.append(Check("memory at most", f"{most_mib:,.0f} MiB", f"< {MAX_MIB:,} MiB", most_mib < MAX_MIB))
+    checks.append(Check("memory at most", f"{peak_mib:,.0f} MiB", f"< {MAX_MIB:,} MiB", peak_mib < MAX_MIB))
     ran = (
         "An honest client's successful requests beside attackers, and its p99 as a multiple of its quiet one; medians "
         f"of {chosen.rounds} rounds of {chosen.seconds:.0f} s."

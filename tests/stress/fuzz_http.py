@@ -38,7 +38,7 @@ from results import Check, conclude
 from server import Server
 
 CLIENTS = 8
-MOST_FILES = 5
+MAX_FILES = 5
 GROWTH_MIB = 1024  # decoding an image of 50 million pixels takes up to 16 bytes per pixel
 KEPT_MIB = 256
 CONTENT_TYPES = (
@@ -78,7 +78,7 @@ def form(image: Images, _: Random) -> Input:
 
 
 def form_of_several(image: Images, random: Random) -> Input:
-    return _form("/predict", [(f"{number}.jpg", image()) for number in range(random.integers(2, MOST_FILES + 1))])
+    return _form("/predict", [(f"{number}.jpg", image()) for number in range(random.integers(2, MAX_FILES + 1))])
 
 
 def damaged_form(image: Images, random: Random) -> Input:

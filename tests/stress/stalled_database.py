@@ -35,7 +35,7 @@ import numpy as np
 import tiny_models
 from mutations import samples
 from PIL import Image
-from processes import working_in
+from processes import find_processes
 from results import Check, conclude
 from server import Server, wait_for
 from tiny_models import NAME, TINY
@@ -142,7 +142,7 @@ def measure(store: Path, folder: Path, lock: str, wrapper: tuple[str, ...]) -> O
     log = folder / "log"
     with Server(store, folder / "runs", log, wrapper, max_jobs="1") as server, server.client() as http:
         job = http.post("/train", json=JOB).raise_for_status().json()["id"]
-        wait_for(lambda: working_in(folder / "runs", "training train"), JOB_S, log)
+        wait_for(lambda: find_processes(folder / "runs", "training train"), JOB_S, log)
         clients = [(name, send, PAUSE_S) for name, send in requests().items()]
         clients += [("GET /train", lambda client: client.get("/train"), PAUSE_S)] * READERS
         threads = [threading.Thread(target=ask, args=(server.address, *client)) for client in clients]
@@ -157,9 +157,9 @@ def measure(store: Path, folder: Path, lock: str, wrapper: tuple[str, ...]) -> O
         for thread in threads:
             thread.join()
         after = http.get(f"/train/{job}").raise_for_status().json()
-        processes = len(working_in(folder / "runs", "training train"))
+        processes = len(find_processes(folder / "runs", "training train"))
         http.delete(f"/train/{job}").raise_for_status()
-        wait_for(lambda: not working_in(folder / "runs", "training train"), JOB_S, log)
+        wait_for(lambda: not find_processes(folder / "runs", "training train"), JOB_S, log)
     return Outcome(
         answers,
         log.read_text().count("Traceback"),
