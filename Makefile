@@ -8,15 +8,16 @@ PROOFS = fuzz_images image_bombs fuzz_http decode_attacks connection_attacks sta
 
 help:
 	@echo 'make serve        create .venv, install, serve the shipped models; HOST and PORT choose another address'
-	@echo 'make test         create .venv, install, run the tests'
+	@echo 'make test         create .venv, install, run all tests'
+	@echo 'make test-fast    the unit tests only: those that are not marked slow'
 	@echo 'make check        lint, format and types'
 	@echo 'make serving      compare the service with its peers: forty minutes; needs wrk, and Java for TorchServe'
-	@echo 'make proof        attacks, fuzzing, crashes, hot swaps, hostile surroundings; takes hours'
-	@echo 'make soak         everything at once for half an hour'
+	@echo 'make proof        the proofs in tests/stress: attacks, fuzzing, crashes, hot swaps, faults; takes hours'
+	@echo 'make soak         the proof tests/stress/soak.py: mixed load for half an hour'
 	@echo 'make constraints  write the installed versions to constraints.txt'
 	@echo 'make clean        remove .venv and what was built'
 
-.PHONY: help serve test check proof soak serving clean constraints
+.PHONY: help serve test test-fast check proof soak serving clean constraints
 
 serve: .venv/installed
 	@exec $(BIN)/python -m app $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
@@ -24,16 +25,19 @@ serve: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
+
 check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 proof: .venv/installed-proof
-	@for name in $(PROOFS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@for name in $(PROOFS); do $(BIN)/python tests/stress/$$name.py || exit 1; done
 
 soak: .venv/installed
-	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python tests/stress/soak.py
 
 serving: .venv/installed .venv-peers/installed
 	@command -v wrk > /dev/null || { echo "wrk is missing: apt-get install wrk"; exit 1; }

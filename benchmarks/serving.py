@@ -12,6 +12,11 @@ writes them to benchmarks/results/serving.md.
         [--image-size 224]
 
 Needs wrk (`apt-get install wrk`) and, for the peers, `.venv-peers`; `make serving` makes that first.
+
+Time: forty minutes.
+Result: over 32 connections the service answers 2.21 times as many requests for small images as the best peer (AMD
+EPYC, 2 cores, 2026-11-26).
+Table: results/serving.md, results/serving_224.md (`--image-size 224`).
 """
 
 import argparse
@@ -30,18 +35,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
+
 import httpx
 import numpy as np
+import open_loop
 import torch
-from engines import images_per_s
 from numpy.typing import NDArray
 from open_loop import Tally
-from peers.catalogue import HERE as PEERS
-from peers.catalogue import OURS, ROOT, SERVERS, Server
+from peers.catalog import HERE as PEERS
+from peers.catalog import OURS, ROOT, SERVERS, Server
 from peers.running import Load, Running, adopt, drive, resident_mib
 from PIL import Image, ImageDraw
 from results import Check, keep, occasion, table
 from server import wait_for
+from throughput import images_per_s
 
 from app.engines import load as load_engine
 from app.machine import cpu_affinity
@@ -304,7 +312,7 @@ class Benchmark:
     def _overloaded(self, running: Running) -> tuple[float, Tally]:
         """Return the peak in requests per second, and the outcomes of `OVERLOAD` times as many."""
         peak = self._drive(running, PEAK).requests_per_s
-        program = [sys.executable, str(Path(__file__).with_name("open_loop.py")), "127.0.0.1", str(running.port)]
+        program = [sys.executable, open_loop.__file__, "127.0.0.1", str(running.port)]
         program += [str(path) for path in self._requests(running, PEAK)]
         program += ["--rate", str(OVERLOAD * peak), "--seconds", str(OVERLOAD_S)]
         told = subprocess.run(program, check=True, capture_output=True, text=True).stdout
@@ -498,7 +506,7 @@ def main(names: Sequence[str], rounds: int, seconds: int, models: Path, image_si
                 "Ours beside a training job": unless_it_fails(benchmark.beside_training),
             }
         lines = report(benchmark, rounds, checks, notes)
-    keep(f"serving_{image_size}" if image_size else "serving", lines, whole=len(chosen) == len(SERVERS))
+    keep(__file__, lines, len(chosen) == len(SERVERS), f"_{image_size}" if image_size else "")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,22 @@ benchmarks/results/serving_gpu.md. The table of benchmarks/engines.py has the li
     python benchmarks/serving_gpu.py [--workers 1 8] [--rounds 3] [--seconds 2] [--models models] [--data FOLDER]
 
 Needs wrk (`apt-get install wrk`).
+
+No table is kept yet.
 """
 
 import argparse
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from peers.catalogue import OURS
+sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
+
+from peers.catalog import OURS
 from peers.running import Load, Running, adopt, drive
 from results import keep, occasion
 from serving import MEDIA_TYPES, PICTURES, PNG, WARMUP_S, engine_of, live, png, request_files
@@ -75,7 +80,7 @@ def main(workers: list[int], rounds: int, seconds: int, models: Path, source: st
         )
     starts = (f"{statistics.median(each):.1f} s with {count}" for count, each in starts_s.items())
     lines += ["", f"From the command to the first answer, by the number of processes: {', '.join(starts)}."]
-    keep("serving_gpu", lines)
+    keep(__file__, lines)
 
 
 if __name__ == "__main__":

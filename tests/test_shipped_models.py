@@ -20,6 +20,8 @@ from training import data, recipes, torchscript
 from training.evaluate import evaluate, predict
 from training.store import MODEL, Store
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).parents[1] / "models"
 STORE = Store(MODELS)
 SHIPPED = [(name, version) for name in STORE.names() for version in STORE.versions(name)]

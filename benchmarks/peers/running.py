@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from peers.catalogue import HERE, ROOT, Server
+from peers.catalog import HERE, ROOT, Server
 
 START_S = 180.0
 STOP_S = 20.0

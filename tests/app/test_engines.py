@@ -17,6 +17,8 @@ from training.data import Dataset
 from training.openvino_ir import Compiled, quantise
 from training.torchscript import load
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def model(models: Path) -> Path:

@@ -23,6 +23,7 @@ from app.settings import TRAINING_VARIABLES, Settings
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "fault"),
     [

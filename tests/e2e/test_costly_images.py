@@ -13,6 +13,8 @@ from processes import children
 from server import wait_for
 from service import service
 
+pytestmark = pytest.mark.slow
+
 COSTLY = jpegs.with_scans(60, 5000)
 
 

@@ -13,6 +13,8 @@ from service import service
 
 from training.store import Store
 
+pytestmark = pytest.mark.slow
+
 _JAVA = """
 import java.net.URI;
 import java.net.http.*;

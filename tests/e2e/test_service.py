@@ -19,6 +19,8 @@ from service import TINY, service
 
 from training.store import Store
 
+pytestmark = pytest.mark.slow
+
 
 def test_predict_evaluate_and_train_until_the_new_version_is_live(tmp_path: Path, models: Path, image: Path) -> None:
     log = tmp_path / "log"

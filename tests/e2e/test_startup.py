@@ -17,6 +17,8 @@ from service import TINY, processes_of, service
 
 from app.server.startup import format_authority
 
+pytestmark = pytest.mark.slow
+
 END_S = 60.0  # ample for a shutdown on a busy machine; models that never load take longer
 STOPPED = {signal.SIGTERM: 0, signal.SIGHUP: 0, signal.SIGINT: 130}
 ALONE, SEVERAL = "1", "2"

@@ -18,6 +18,8 @@ from PIL import Image
 from server import Server, wait_for
 from service import TINY, processes_of, service
 
+pytestmark = pytest.mark.slow
+
 JOB = {"recipe": "resnet", "overrides": {**TINY, "epochs": 500}}
 
 

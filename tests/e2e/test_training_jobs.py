@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from server import wait_for
 from service import TINY, finished, processes_of, service
 
 from training.run import Run
 from training.store import Store
+
+pytestmark = pytest.mark.slow
 
 LONG = {"recipe": "resnet", "overrides": {**TINY, "epochs": 500}}
 KEY = "the-secret-of-this-test"

@@ -20,6 +20,8 @@ from service import TINY, finished, service
 
 from app.server.workers import BEAT, LOADING, Worker
 
+pytestmark = pytest.mark.slow
+
 WORKERS = 2
 
 

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,6 +13,8 @@ from training.export import restore
 from training.loop import Epoch, train
 from training.recipes import recipe
 from training.run import Run
+
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 FIELDS = {"width": 8, "epochs": 2, "batch_size": 64, "validation_images": 100}

@@ -18,6 +18,8 @@ from training.recipes import RECIPES, Recipe, recipe
 from training.run import Run
 from training.store import Store
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:

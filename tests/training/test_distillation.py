@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from preparing import watched
+from preparing import collect_events
 from torch import Tensor
 
 from training import distillation, openvino_ir
@@ -20,6 +20,8 @@ from training.preparation import Preparation
 from training.recipes import RecipeError, recipe
 from training.run import Run
 from training.store import Store, StoreError
+
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 TINY = {"width": 8, "epochs": 2, "batch_size": 64, "validation_images": 100}
@@ -34,7 +36,7 @@ def started(path: Path, **fields: Any) -> Run:
 def taught(
     run: Run, teacher: distillation.Teacher, images: Tensor, name: str = "resnet/1", data: str = "d"
 ) -> tuple[Tensor, list[Preparation]]:
-    return watched(distillation.teach(name, lambda: teacher, images, data, run))
+    return collect_events(distillation.teach(name, lambda: teacher, images, data, run))
 
 
 def test_the_gradient_is_the_difference_of_softened_answers_times_the_temperature() -> None:

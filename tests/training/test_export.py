@@ -24,6 +24,8 @@ from training.run import Publication, Run, RunError
 from training.store import Store
 from training.torchscript import ExportError
 
+pytestmark = pytest.mark.slow
+
 
 def random_classifier(name: str, **overrides: Any) -> Classifier:
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from preparing import watched
+from preparing import collect_events
 from torch import Tensor
 
 from training import augment, data
@@ -21,6 +21,8 @@ from training.networks import Classifier, TransferResNet18, build
 from training.preparation import Preparation
 from training.recipes import Recipe, recipe
 from training.run import Run
+
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 SMALL = {"weights": "none", "image_size": 64, "batch_size": 32, "precision": "float32", "validation_images": 0}
@@ -49,7 +51,7 @@ def built(recipe: Recipe, seed: int = 0) -> Classifier:
 
 def prepared(recipe: Recipe, classifier: Classifier, dataset: Dataset) -> tuple[Features | None, list[Preparation]]:
     images, evaluation = to_device(dataset.train, CPU)[0], to_device(dataset.test, CPU)[0]
-    return watched(prepare(recipe, classifier, images, evaluation, torch.float32))
+    return collect_events(prepare(recipe, classifier, images, evaluation, torch.float32))
 
 
 @pytest.mark.parametrize("flips", [{"flip": True}, {"flip": False}, {"flip_alternates": True}], ids=str)

@@ -25,6 +25,8 @@ from training.optimizers import make_optimizer
 from training.recipes import Recipe, recipe
 from training.run import Run, RunError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

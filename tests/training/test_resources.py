@@ -14,6 +14,8 @@ from training import data, resources
 from training.recipes import RecipeError, recipe
 from training.resources import MIB, available_memory, feature_bytes, require, training_bytes
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PEAK = """
 import sys, tempfile

@@ -16,6 +16,8 @@ from training.recipes import recipe
 from training.run import Publication, Run, RunBusy, RunError, write_pid
 from training.store import Store
 
+pytestmark = pytest.mark.slow
+
 HOLD = """
 import sys, time
 from pathlib import Path

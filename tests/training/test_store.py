@@ -114,6 +114,7 @@ for n in range(15):
 """
 
 
+@pytest.mark.slow
 def test_processes_that_publish_at_once_lose_and_overwrite_nothing(store: Store) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", PUBLISHER, str(store.root), writer], cwd=ROOT) for writer in "ab"

@@ -14,6 +14,8 @@ from training.networks import IMAGENET_MEAN, IMAGENET_STD, TransferResNet18, bui
 from training.networks.transfer import STAGES, WeightsError
 from training.recipes import recipe
 
+pytestmark = pytest.mark.slow
+
 State = dict[str, Tensor]
 
 

@@ -18,6 +18,8 @@ from training.recipes import RecipeError, recipe
 from training.run import Run
 from training.store import MODEL, Store, StoreError
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 FIELDS = {"width": 8, "epochs": 2, "validation_images": 100, "weights": "resnet/1", "int8": False}
 

@@ -29,6 +29,8 @@ from app.main import create_app
 from app.settings import Settings
 from training.store import Evaluation
 
+pytestmark = pytest.mark.slow
+
 REQUEST = EvaluationRequest(model="resnet", version=1, engine="torchscript-cpu", split="test")
 RESULT = Evaluation(images=2, top1=0.5, top5=1, loss=1, ece=0.1, per_class=[0.5] * 4)
 

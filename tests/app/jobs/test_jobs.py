@@ -32,6 +32,8 @@ from training.recipes import recipe
 from training.run import Publication
 from training.store import Store
 
+pytestmark = pytest.mark.slow
+
 REQUEST = TrainingRequest(recipe="resnet", overrides={"epochs": 2})
 
 

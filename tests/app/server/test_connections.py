@@ -18,7 +18,7 @@ import pytest
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from PIL import Image
-from sockets import Address, answer, connect, eventually, serving
+from sockets import Address, answer, connect, eventually, exchange, head, serving, upload
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -32,6 +32,8 @@ from app.middleware.body_limit import BodyLimitMiddleware
 from app.server import connections, protocol
 from app.server.connections import ConnectionTable
 from app.settings import Settings
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -59,24 +61,17 @@ def address(listening: socket.socket) -> Address:
     return cast(Address, listening.getsockname())
 
 
-def upload(length: int) -> bytes:
-    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n"
-    return head.encode()
-
-
-HEALTH = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+HEALTH = head("GET /health/live", b"Connection: close")
 
 
 def alive(address: Address, source: str = "127.0.0.1") -> bool:
-    with connect(address, source) as connection:
-        connection.sendall(HEALTH)
-        return answer(connection).startswith(b"HTTP/1.1 200 ")
+    return exchange(address, HEALTH, source).startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.parametrize("head", [b"", b"GET /health HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\nX-Slow: abc"])
-def test_a_head_that_does_not_end_is_cut_off(address: Address, head: bytes) -> None:
+@pytest.mark.parametrize("part", [b"", b"GET /health HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\nX-Slow: abc"])
+def test_a_head_that_does_not_end_is_cut_off(address: Address, part: bytes) -> None:
     with connect(address) as connection:
-        connection.sendall(head)
+        connection.sendall(part)
         started = time.monotonic()
         assert answer(connection) == b""
         assert time.monotonic() - started < 30
@@ -85,12 +80,12 @@ def test_a_head_that_does_not_end_is_cut_off(address: Address, head: bytes) -> N
 
 def test_a_second_head_that_does_not_end_is_cut_off(address: Address) -> None:
     with connect(address) as connection:
-        connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\nGET /hea")
+        connection.sendall(head("GET /health/live") + b"GET /hea")
         assert answer(connection).count(b"HTTP/1.1 200") == 1
 
 
 @pytest.mark.parametrize(
-    "head",
+    "large",
     [
         b"GET /health HTTP/1.1\r\nX-Large: " + b"a" * 40_000,
         b"GET /health HTTP/1.1\r\nX-Large: " + b"a" * 40_000 + b"\r\n\r\n",
@@ -98,10 +93,8 @@ def test_a_second_head_that_does_not_end_is_cut_off(address: Address) -> None:
         b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n\r\n",
     ],
 )
-def test_a_large_head_is_431(address: Address, head: bytes) -> None:
-    with connect(address) as connection:
-        connection.sendall(head)
-        assert answer(connection).startswith(b"HTTP/1.1 431 ")
+def test_a_large_head_is_431(address: Address, large: bytes) -> None:
+    assert exchange(address, large).startswith(b"HTTP/1.1 431 ")
     assert alive(address)
 
 
@@ -125,7 +118,7 @@ def test_a_huge_head_ends_the_connection(address: Address) -> None:
 
 def test_an_empty_line_after_an_answer_does_not_keep_the_connection_open(address: Address) -> None:
     with connect(address) as connection:
-        connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(head("GET /health/live"))
         assert status_line(connection).startswith(b"HTTP/1.1 200 ")
         connection.sendall(b"\r\n")
         started = time.monotonic()
@@ -134,13 +127,13 @@ def test_an_empty_line_after_an_answer_does_not_keep_the_connection_open(address
 
 
 def test_headers_after_a_body_are_bounded_and_dropped(address: Address) -> None:
-    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+    request = head("POST /predict", b"Content-Type: image/png", b"Transfer-Encoding: chunked")
     with connect(address) as connection:
-        connection.sendall(head + b"1\r\nx\r\n0\r\nX-Request-ID: late\r\n\r\n")
+        connection.sendall(request + b"1\r\nx\r\n0\r\nX-Request-ID: late\r\n\r\n")
         received = status_line(connection)
         assert received.startswith(b"HTTP/1.1 415 ")
     with connect(address) as connection:
-        for part in (head + b"1\r\nx\r\n0\r\n", b"X-Large: " + b"a" * 40_000):
+        for part in (request + b"1\r\nx\r\n0\r\n", b"X-Large: " + b"a" * 40_000):
             connection.sendall(part)
             time.sleep(0.1)  # bytes that arrive together with a piece of the body do not count
         assert answer(connection).startswith(b"HTTP/1.1 431 ")
@@ -148,19 +141,15 @@ def test_headers_after_a_body_are_bounded_and_dropped(address: Address) -> None:
 
 
 def test_what_is_no_http_is_400(address: Address) -> None:
-    with connect(address) as connection:
-        connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
-        received = answer(connection)
-        assert received.startswith(b"HTTP/1.1 400 ")
-        assert b"application/problem+json" in received
+    received = exchange(address, b"\x16\x03\x01 hello\r\n\r\n")
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert b"application/problem+json" in received
 
 
 def test_a_body_that_does_not_come_is_408(address: Address) -> None:
-    with connect(address) as connection:
-        connection.sendall(upload(1000) + b"abc")
-        received = answer(connection)
-        assert received.startswith(b"HTTP/1.1 408 ")
-        assert b"too slowly" in received
+    received = exchange(address, upload(1000) + b"abc")
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert b"too slowly" in received
 
 
 def test_a_body_that_comes_steadily_may_take_longer(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,13 +347,13 @@ def test_connection_of_client_over_its_share_is_not_read_for_a_second_after_a_re
 def test_a_refused_prediction_does_not_hold_its_connection(address: Address, overloaded: Batcher, line: bytes) -> None:
     with connect(address) as connection:
         body = b"abc" if line.startswith(b"Connection") else b"ab"
-        connection.sendall(upload(3).replace(b"\r\n\r\n", b"\r\n" + line + b"\r\n\r\n") + body)
+        connection.sendall(upload(3, line) + body)
         assert answer(connection).count(b"HTTP/1.1 503 ") == 1
 
 
 def test_only_predictions_are_refused_early(address: Address, overloaded: Batcher) -> None:
     with connect(address) as connection:
-        connection.sendall(b"GET /predict HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(head("GET /predict"))
         assert status_line(connection) == b"HTTP/1.1 405 Method Not Allowed"
     assert overloaded.queued
 
@@ -401,7 +390,7 @@ def test_what_waits_for_a_client_that_leaves_is_not_computed(app: FastAPI, addre
 
 
 def test_only_so_many_requests_are_taken_ahead_of_their_answers(address: Address) -> None:
-    request = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    request = head("GET /health/live")
     with connect(address) as connection:
         connection.sendall(20 * request)
         assert status_line(connection) == b"HTTP/1.1 200 OK"
@@ -416,7 +405,7 @@ def test_a_client_that_does_not_read_is_cut_off(address: Address) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         try:
             for _ in range(4000):
-                connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+                connection.sendall(head("GET /openapi.json"))
         except (BrokenPipeError, ConnectionResetError):
             return
         except TimeoutError:
@@ -432,11 +421,11 @@ def test_a_client_that_leaves_the_rest_of_an_answer_unread_is_cut_off(
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(address)
-        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n" + line + b"\r\n\r\n")
+        connection.sendall(head("GET /openapi.json", line))
         time.sleep(3)
-        head, _, body = answer(connection).partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 ")
-    assert len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0])
+        start, _, body = answer(connection).partition(b"\r\n\r\n")
+    assert start.startswith(b"HTTP/1.1 200 ")
+    assert len(body) < int(start.lower().partition(b"content-length: ")[2].split()[0])
 
 
 ATTACKS = {
@@ -444,8 +433,8 @@ ATTACKS = {
     "slow head": b"GET /health HTTP/1.1\r\nX-Slow: ",
     "slow body": upload(1000) + b"a",
     "chunked body": upload(1000).replace(b"Content-Length: 1000", b"Transfer-Encoding: chunked") + b"3\r\na",
-    "slow reader": b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 30,
-    "hoarded": b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n",
+    "slow reader": head("GET /openapi.json") * 30,
+    "hoarded": head("GET /health/live"),
 }
 
 
@@ -657,8 +646,6 @@ def test_half_sent_body_at_the_end_of_a_server_is_503_without_traceback(
 
 @pytest.mark.parametrize("path", ["/predict/", "/static", "/models/"])
 def test_host_of_client_does_not_reach_an_answer(address: Address, path: str) -> None:
-    with connect(address) as connection:
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n".encode())
-        received = answer(connection)
+    received = exchange(address, head(f"GET {path}", b"Connection: close", host="evil.example"))
     assert received.startswith(b"HTTP/1.1 404 ")
     assert b"evil" not in received

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from sockets import Address, answer, connect, serving
+from sockets import Address, answer, connect, exchange, head, serving
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
@@ -19,13 +19,13 @@ from starlette.types import Receive, Scope, Send
 from app.main import create_app
 from app.settings import Settings
 
-HIDDEN = b"PUT /models/resnet/live HTTP/1.1\r\nHost: x\r\nContent-Length: 13\r\n\r\n" + b'{"version":1}'
-LAST = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+HIDDEN = head("PUT /models/resnet/live", b"Content-Length: 13") + b'{"version":1}'
+LAST = head("GET /last", b"Connection: close")
 OFFERS = {
-    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n",
-    "websocket": b"Connection: keep-alive, upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
-    "anything": b"upgrade: a, b\r\nconnection: upgrade\r\nUpgrade: c/1\r\n",
-    "proxy": b"Proxy-Connection: upgrade\r\nUpgrade: h2c\r\n",
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk",
+    "websocket": b"Connection: keep-alive, upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13",
+    "anything": b"upgrade: a, b\r\nconnection: upgrade\r\nUpgrade: c/1",
+    "proxy": b"Proxy-Connection: upgrade\r\nUpgrade: h2c",
 }
 
 
@@ -54,15 +54,11 @@ def address(recorder: Recorder) -> Iterator[Address]:
         yield cast(Address, listening.getsockname())
 
 
-def head(offer: bytes, *lines: bytes) -> bytes:
-    return b"\r\n".join([b"POST /predict HTTP/1.1", b"Host: x", *lines, offer]) + b"\r\n"
-
-
 def chunked(body: bytes) -> bytes:
     return b"%x;name=value\r\n%s\r\n0\r\n\r\n" % (len(body), body)
 
 
-def pieces(data: bytes, size: int, connection: socket.socket) -> None:
+def send_in_pieces(data: bytes, size: int, connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for start in range(0, len(data), size):
         connection.sendall(data[start : start + size])
@@ -76,11 +72,11 @@ def test_body_of_request_with_upgrade_is_its_body(
 ) -> None:
     body = b"\r\n" * 20 + HIDDEN
     if framing == "length":
-        request = head(offer, b"Content-Length: %d" % len(body)) + body
+        request = head("POST /predict", b"Content-Length: %d" % len(body), offer) + body
     else:
-        request = head(offer, b"Transfer-Encoding: chunked") + chunked(body)
+        request = head("POST /predict", b"Transfer-Encoding: chunked", offer) + chunked(body)
     with connect(address) as connection:
-        pieces(request + LAST, size, connection)
+        send_in_pieces(request + LAST, size, connection)
         assert answer(connection).count(b"HTTP/1.1 200 OK") == 2
     assert recorder.requests == [("POST", "/predict", body), ("GET", "/last", b"")]
 
@@ -91,7 +87,7 @@ def test_body_that_comes_after_head_with_upgrade_is_its_body(
 ) -> None:
     body = b"\r\n" * 22_500 + HIDDEN
     with connect(address) as connection:
-        request = head(offer, b"Content-Length: %d" % len(body), b"Expect: 100-continue")
+        request = head("POST /predict", b"Content-Length: %d" % len(body), b"Expect: 100-continue", offer)
         connection.sendall(request)
         assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(body + LAST)
@@ -100,18 +96,14 @@ def test_body_that_comes_after_head_with_upgrade_is_its_body(
 
 
 def test_requests_with_upgrade_and_without_body_are_answered_in_turn(address: Address, recorder: Recorder) -> None:
-    upgrade = b"GET /events HTTP/1.1\r\nHost: x\r\n" + OFFERS["websocket"] + b"\r\n"
-    with connect(address) as connection:
-        connection.sendall(upgrade * 3 + LAST)
-        assert answer(connection).count(b"HTTP/1.1 200 OK") == 4
+    upgrade = head("GET /events", OFFERS["websocket"])
+    assert exchange(address, upgrade * 3 + LAST).count(b"HTTP/1.1 200 OK") == 4
     assert recorder.requests == [("GET", "/events", b"")] * 3 + [("GET", "/last", b"")]
 
 
 def test_connection_is_closed_after_request_with_upgrade_that_says_so(address: Address, recorder: Recorder) -> None:
-    offer = b"Connection: close, Upgrade\r\nUpgrade: h2c\r\n"
-    with connect(address) as connection:
-        connection.sendall(head(offer, b"Content-Length: 3") + b"abc" + LAST)
-        received = answer(connection)
+    offer = b"Connection: close, Upgrade\r\nUpgrade: h2c"
+    received = exchange(address, head("POST /predict", b"Content-Length: 3", offer) + b"abc" + LAST)
     assert received.count(b"HTTP/1.1 ") == 1
     assert b"connection: close" in received
     assert recorder.requests == [("POST", "/predict", b"abc")]
@@ -119,24 +111,19 @@ def test_connection_is_closed_after_request_with_upgrade_that_says_so(address: A
 
 def test_what_follows_an_upgrade_without_body_is_no_other_protocol(address: Address, recorder: Recorder) -> None:
     frame = b"\x81\x85\x37\xfa\x21\x3d\x7f\x9f\x4d\x51\x58"  # the WebSocket message "Hello"
-    with connect(address) as connection:
-        connection.sendall(b"GET /events HTTP/1.1\r\nHost: x\r\n" + OFFERS["websocket"] + b"\r\n" + frame)
-        assert answer(connection).count(b"HTTP/1.1 ") == 1
+    assert exchange(address, head("GET /events", OFFERS["websocket"]) + frame).count(b"HTTP/1.1 ") == 1
     assert recorder.requests == [("GET", "/events", b"")]
 
 
 def test_large_head_with_upgrade_is_431(address: Address, recorder: Recorder) -> None:
-    with connect(address) as connection:
-        connection.sendall(head(OFFERS["h2c"], b"X-Large: " + b"a" * 40_000))
-        assert answer(connection).startswith(b"HTTP/1.1 431 ")
+    request = head("POST /predict", b"X-Large: " + b"a" * 40_000, OFFERS["h2c"])
+    assert exchange(address, request).startswith(b"HTTP/1.1 431 ")
     assert recorder.requests == []
 
 
-@pytest.mark.parametrize("more", [b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n", b"Content-Length: 5\r\n"])
-def test_connect_is_refused_and_closes_the_connection(address: Address, recorder: Recorder, more: bytes) -> None:
-    with connect(address) as connection:
-        connection.sendall(b"CONNECT other:443 HTTP/1.1\r\nHost: other:443\r\n" + more + b"\r\n" + LAST)
-        received = answer(connection)
+@pytest.mark.parametrize("line", [b"", b"Connection: Upgrade\r\nUpgrade: h2c", b"Content-Length: 5"])
+def test_connect_is_refused_and_closes_the_connection(address: Address, recorder: Recorder, line: bytes) -> None:
+    received = exchange(address, head("CONNECT other:443", line, host="other:443") + LAST)
     assert received.startswith(b"HTTP/1.1 501 ")
     assert received.count(b"HTTP/1.1 ") == 1
     assert recorder.requests == []
@@ -177,9 +164,7 @@ REFUSED = {
 @pytest.mark.parametrize("offer", [b"", b"Connection: upgrade\r\nUpgrade: h2c\r\n"], ids=["plain", "upgrade"])
 @pytest.mark.parametrize("rest", REFUSED.values(), ids=REFUSED)
 def test_head_that_is_read_in_two_ways_is_400(address: Address, recorder: Recorder, rest: bytes, offer: bytes) -> None:
-    with connect(address) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\n" + offer + rest + HIDDEN + LAST)
-        received = answer(connection)
+    received = exchange(address, b"POST /predict HTTP/1.1\r\n" + offer + rest + HIDDEN + LAST)
     assert received.startswith(b"HTTP/1.1 400 ")
     assert received.count(b"HTTP/1.1 ") == 1
     assert recorder.requests == []
@@ -195,39 +180,31 @@ BROKEN_CHUNKS = {
 }
 
 
-@pytest.mark.parametrize("offer", [b"", b"Connection: upgrade\r\nUpgrade: h2c\r\n"], ids=["plain", "upgrade"])
+@pytest.mark.parametrize("offer", [b"", b"Connection: upgrade\r\nUpgrade: h2c"], ids=["plain", "upgrade"])
 @pytest.mark.parametrize("body", BROKEN_CHUNKS.values(), ids=BROKEN_CHUNKS)
 def test_broken_chunk_is_400_and_ends_the_connection(
     address: Address, recorder: Recorder, body: bytes, offer: bytes
 ) -> None:
-    with connect(address) as connection:
-        connection.sendall(head(offer, b"Transfer-Encoding: chunked").replace(b"\r\n\r\n\r\n", b"\r\n\r\n"))
-        connection.sendall((b"" if offer else b"\r\n") + body + HIDDEN + LAST)
-        received = answer(connection)
+    request = head("POST /predict", b"Transfer-Encoding: chunked", offer) + body
+    received = exchange(address, request + HIDDEN + LAST)
     assert received.startswith(b"HTTP/1.1 400 ")
     assert received.count(b"HTTP/1.1 ") == 1
     assert recorder.requests == []
 
 
 def test_chunked_request_of_http_1_0_is_400(address: Address, recorder: Recorder) -> None:
-    with connect(address) as connection:
-        request = b"POST /predict HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
-        connection.sendall(request + HIDDEN)
-        assert answer(connection).startswith(b"HTTP/1.1 400 ")
+    request = b"POST /predict HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    assert exchange(address, request + HIDDEN).startswith(b"HTTP/1.1 400 ")
     assert recorder.requests == []
 
 
 def test_request_of_http_1_0_needs_no_host(address: Address, recorder: Recorder) -> None:
-    with connect(address) as connection:
-        connection.sendall(b"GET /last HTTP/1.0\r\n\r\n")
-        assert answer(connection).startswith(b"HTTP/1.1 200 ")
+    assert exchange(address, b"GET /last HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
     assert recorder.requests == [("GET", "/last", b"")]
 
 
 def test_request_before_broken_one_gets_its_own_answer(address: Address, recorder: Recorder) -> None:
-    with connect(address) as connection:
-        connection.sendall(b"GET /first HTTP/1.1\r\nHost: x\r\n\r\n" + b"GET /second HTTP/1.1\r\n\r\n" + LAST)
-        received = answer(connection)
+    received = exchange(address, head("GET /first") + b"GET /second HTTP/1.1\r\n\r\n" + LAST)
     assert received.startswith(b"HTTP/1.1 200 ")
     assert received.count(b"HTTP/1.1 ") == 1
     assert recorder.requests == [("GET", "/first", b"")]
@@ -249,14 +226,11 @@ def test_every_route_answers_request_with_upgrade_once(route: str, models: Path,
     app = create_app(Settings(models=models, runs=tmp_path / "runs"))
     body = b"\r\n" * 100 + HIDDEN
     offers = [offer for name, offer in OFFERS.items() if name != "proxy"]  # a proxy's header makes the call non-local
-    plain = (
-        f"{route} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n".encode()
-    )
+    lines = (b"Content-Type: image/png", b"Content-Length: %d" % len(body))
     with serving(app) as listening:
         answers = []
         for offer in (b"", *offers):
-            with connect(listening.getsockname()) as connection:
-                connection.sendall(plain + offer + b"\r\n" + body + LAST)
-                answers.append(re.findall(rb"HTTP/1.1 (\d+)", answer(connection)))
+            request = head(route, *lines, offer, host="127.0.0.1") + body + LAST
+            answers.append(re.findall(rb"HTTP/1.1 (\d+)", exchange(listening.getsockname(), request)))
     assert answers == [answers[0]] * (1 + len(offers))
     assert answers[0][1:] in ([], [b"404"])  # some routes answer without reading the body and close

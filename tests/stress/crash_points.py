@@ -6,7 +6,11 @@ both at random moments, often before the server is ready. After every kill the p
 database from outside. At the end it leaves the server alone until the queue is empty. Every job must then have exactly
 one final state. Every job that succeeded must have trained each epoch once and published exactly one version.
 
-    python benchmarks/crash_points.py [--kills 200] [--seed 0]
+    python tests/stress/crash_points.py [--kills 200] [--seed 0]
+
+Time: nine minutes.
+Result: 200 kills, 33 accepted jobs, no job or version lost, doubled or damaged (AMD EPYC, 2 cores, 2026-11-24).
+Table: results/crash_points.md.
 """
 
 import argparse
@@ -23,10 +27,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
+
 import httpx
 import numpy as np
 import tiny_models
-from processes import working_in
+from processes import find_processes
 from results import Check, conclude
 from server import Server, wait_for
 from tiny_models import NAME, TINY
@@ -38,7 +44,7 @@ from training.run import Run
 from training.store import MODEL, Store, StoreError
 
 EPOCHS = 3
-MOST_WAITING = 3  # a short queue empties quickly at the end
+MAX_WAITING = 3  # a short queue empties quickly at the end
 SCARCELY_STARTED_S = 2.0
 MEAN_DELAY_S = 3.0
 DRAIN_S = 600.0
@@ -80,7 +86,7 @@ class Client(threading.Thread):
 
     def _turn(self, http: httpx.Client) -> None:
         jobs = self._answer(http.get("/train", params={"limit": 1000}), 200) or []
-        if sum(job["state"] in (State.QUEUED, State.INTERRUPTED) for job in jobs) < MOST_WAITING:
+        if sum(job["state"] in (State.QUEUED, State.INTERRUPTED) for job in jobs) < MAX_WAITING:
             # The seed identifies a job's versions. The idempotency key makes a retry safe.
             wanted = {"recipe": NAME, "overrides": TINY | {"epochs": EPOCHS, "seed": self._next}, "promote": "always"}
             key = f"job {self._next}"
@@ -123,7 +129,7 @@ def main(kills: int, seed: int) -> int:
             client.server = server
             early = random.random() < 0.25
             time.sleep(random.uniform(0, SCARCELY_STARTED_S) if early else random.exponential(MEAN_DELAY_S))
-            training = working_in(runs, "-m training train")
+            training = find_processes(runs, "-m training train")
             jobs = {_job_of(process) for process in training if _at_work(runs, process)} - {""}
             victim = str(random.choice(VICTIMS)) if training else "server"
             moments[f"{victim}, {_moment(runs, training)}"] += 1
@@ -144,7 +150,7 @@ def main(kills: int, seed: int) -> int:
         wait_for(lambda: not _unfinished(runs), DRAIN_S, log)
         if (status := server.stop()) != 0:
             faults.append(f"the server ended with {status}")
-        if left := working_in(folder):
+        if left := find_processes(folder):
             faults.append(f"processes are left: {left}")
         faults += _faults(store, runs, set())
         rows = _rows(runs)
@@ -155,7 +161,7 @@ def main(kills: int, seed: int) -> int:
         print(fault, file=sys.stderr)
     states = Counter(row["state"] for row in rows)
     return conclude(
-        "crash_points",
+        __file__,
         f"{done} kills (seed {seed}) in {seconds / 60:.0f} minutes, then left in peace.",
         [
             *(Check(f"killed: {moment}", f"{count}") for moment, count in sorted(moments.items())),

@@ -4,7 +4,10 @@ schemathesis reads the description of a running service and generates valid requ
 requests. It sends them with an API key and checks every answer: no 5xx; status, media type, headers and body as
 described; undescribed methods are refused. The training jobs that it starts really train, on the synthetic data set.
 
-    pip install -e '.[proof]' && python benchmarks/api_properties.py [--examples 700] [--seed 0]
+    pip install -e '.[proof]' && python tests/stress/api_properties.py [--examples 700] [--seed 0]
+
+Result: 11,676 requests to 16 operations, all answered as described (AMD EPYC, 2 cores, 2026-11-25).
+Table: results/api_properties.md.
 """
 
 import argparse
@@ -14,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import tiny_models
 from api_hooks import KEY
@@ -61,7 +66,7 @@ def main(examples: int, seed: int) -> int:
         raise SystemExit("schemathesis did not finish")
     generated, passed = (int(number.replace(",", "")) for number in cases.groups())
     return conclude(
-        "api_properties",
+        __file__,
         f"schemathesis with {examples} examples per operation, seed {seed}.",
         [
             Check("operations tested", tested[1], f"all {total[1]}", tested[1] == total[1]),

@@ -1,4 +1,4 @@
-"""Run a server with the protocol class of this service in a thread, and open raw socket connections to it."""
+"""Run a server with the protocol class of this service in a thread, and send it raw requests."""
 
 import socket
 import threading
@@ -71,6 +71,30 @@ def answer(connection: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return received
+
+
+def exchange(address: Address, request: bytes, source: str = "127.0.0.1") -> bytes:
+    """Send bytes over a new connection and return all bytes that the server sends until it closes the connection."""
+    with connect(address, source) as connection:
+        connection.sendall(request)
+        return answer(connection)
+
+
+def head(route: str, *lines: bytes, host: str = "x") -> bytes:
+    """Return a complete head of HTTP/1.1.
+
+    Args:
+        route: Method and path, such as "GET /health".
+        lines: Further header lines without their line ends; empty lines are left out.
+        host: Value of the header `Host`.
+    """
+    first = [f"{route} HTTP/1.1".encode(), f"Host: {host}".encode()]
+    return b"\r\n".join([*first, *filter(None, lines), b"", b""])
+
+
+def upload(length: int, *lines: bytes) -> bytes:
+    """Return the head of a prediction with a body of `length` bytes."""
+    return head("POST /predict", b"Content-Type: image/png", b"Content-Length: %d" % length, *lines)
 
 
 def eventually(condition: Callable[[], bool]) -> None:

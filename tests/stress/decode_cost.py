@@ -3,7 +3,11 @@
 The files are photos from the available encoders (Pillow, and cjpeg, jpegtran, ImageMagick, cwebp, gifsicle and mozjpeg
 where they are installed), and files that are made to be costly. The program decodes each file in a separate process.
 
-    python benchmarks/decode_cost.py
+    python tests/stress/decode_cost.py
+
+Result: of 95 files, 93 took less CPU time than estimated; the median ratio of estimate to measurement is 1.91 (Intel
+Xeon, 2 cores, 2026-11-28).
+Table: results/decode_cost.md.
 """
 
 import io
@@ -17,6 +21,8 @@ import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import jpegs
 import numpy as np
@@ -202,7 +208,7 @@ def main() -> None:
         f"The service refuses estimates above {MAX_COST.cpu_ms / 1000:.0f} s or {MAX_COST.memory_bytes // MIB} MiB; "
         f"refused here: {len(refused)}."
     )
-    keep("decode_cost", [summary, "", *lines, *(["", *(f"- {each}" for each in refused)] if refused else [])])
+    keep(__file__, [summary, "", *lines, *(["", *(f"- {each}" for each in refused)] if refused else [])])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,12 @@ limits, in a process that may have at most 2 GiB more address space than at its 
 longer than 30 s, ends that process. The program counts that input as failed and continues with the next one in a new
 process. It keeps failed inputs in a temporary folder; `--first NUMBER --inputs 1` decodes one of them again.
 
-    python benchmarks/fuzz_images.py [--inputs 100000] [--seed 0] [--first 0]
+    python tests/stress/fuzz_images.py [--inputs 100000] [--seed 0] [--first 0]
+
+Time: three minutes for 400,000 files.
+Result: 400,000 damaged files (`--inputs 400000 --seed 1`), each decoded or refused with a clear problem; the slowest
+took 0.56 s (AMD EPYC, 2 cores, 2026-11-26).
+Table: results/fuzz_images.md.
 """
 
 import argparse
@@ -23,6 +28,8 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import numpy as np
 import PIL
@@ -86,7 +93,7 @@ def main(inputs: int, seed: int, first: int) -> int:
     kept = max((memory.after - memory.before for memory in memories), default=0.0)
     shown = ", ".join(f"{each.seconds:.2f} s (input {each.number}, {each.result})" for each in slowest)
     return conclude(
-        "fuzz_images",
+        __file__,
         f"{inputs:,} damaged files (seed {seed}) of {len(files)} kinds, Pillow {PIL.__version__}, "
         f"{inputs / seconds:.0f} inputs/s.",
         [

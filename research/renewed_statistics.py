@@ -1,14 +1,21 @@
 """Measure the gain from renewing the batch normalization statistics before a model is exported.
 
 The program uses only the images that a version's recipe holds out. `running` are the version's own statistics (if it
-was exported before they were renewed). `renewed` are the statistics that `training.export` gathers now. It prints the
-table and writes it to benchmarks/results/renewed_statistics.md.
+was exported before they were renewed). `renewed` are the statistics that `training.export` gathers now. It prints
+the table and keeps it.
 
-    python benchmarks/renewed_statistics.py resnet/3 resnet18/1 resnet18/2 resnet18/4 [--models models]
+    python research/renewed_statistics.py resnet/3 resnet18/1 resnet18/2 resnet18/4 [--models models]
+
+Result: renewed statistics lower the loss of all four versions; top-1 changes by -0.20 to +0.30 points (AMD EPYC, 2
+cores, 2026-11-25).
+Table: results/renewed_statistics.md.
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
 
 import torch
 from results import keep, occasion
@@ -42,14 +49,14 @@ def compare(version: str, store: Store, dataset: data.Dataset) -> str:
 def main(versions: list[str], models: Path) -> None:
     store, dataset = Store(models), data.load()
     lines = [
-        f"Batch normalisation with the statistics that training leaves, and with those of {STATISTICS_IMAGES:,} "
-        f"training images as they are: accuracy and loss on the images held out. {occasion()}.",
+        f"Batch normalization with the statistics that training leaves, and with those of {STATISTICS_IMAGES:,} "
+        f"training images without augmentation: accuracy and loss on the images held out. {occasion()}.",
         "",
         "| model | images | top-1, running | loss, running | top-1, renewed | loss, renewed |",
         "| --- | --: | --: | --: | --: | --: |",
         *(compare(version, store, dataset) for version in versions),
     ]
-    keep("renewed_statistics", lines)
+    keep(__file__, lines)
 
 
 if __name__ == "__main__":

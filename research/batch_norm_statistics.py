@@ -6,7 +6,10 @@ transcription keeps it. The weights are the same. The program gathers the single
 the network in training mode. The third row of the table normalizes every batch by its own statistics, as training does,
 so running statistics have no effect on it.
 
-    python benchmarks/batch_norm_statistics.py runs/RUN
+    python research/batch_norm_statistics.py runs/RUN
+
+Result: top-1 on the test set is 46.97 % with statistics for every use, 4.84 % with one set.
+Table: docs/results.md.
 """
 
 import sys

@@ -6,7 +6,12 @@ that was live at some time between the start and the end of the request. It must
 version, as this process computes them from the version's file. With several workers, a worker that has not yet noticed
 a promotion may serve the previous version for `LAG_S` seconds.
 
-    python benchmarks/hot_swap.py [--promotions 100] [--workers 1]
+    python tests/stress/hot_swap.py [--promotions 100] [--workers 1]
+
+Time: 84 s, with two workers 162 s.
+Result: 100 promotions, 18,134 requests, none failed or answered by a version that was not live (AMD EPYC, 2 cores,
+2026-11-24).
+Table: results/hot_swap.md, results/hot_swap_workers.md (`--workers 2`).
 """
 
 import argparse
@@ -19,6 +24,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import httpx
 import tiny_models
@@ -162,7 +169,7 @@ def main(promotions: int, workers: int) -> int:
     failed = len(answers) - len(good)
     wrong = sum(value > TOLERANCE for value in differences)
     return conclude(
-        "hot_swap",
+        __file__,
         f"{promotions} promotions, {CONNECTIONS} connections, {len(answers):,} requests in {took:.0f} s.",
         [
             Check("failed requests", f"{failed}", "0", failed == 0),

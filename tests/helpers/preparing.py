@@ -8,7 +8,7 @@ from training.preparation import Preparation
 Prepared = TypeVar("Prepared")
 
 
-def watched(steps: Generator[Preparation, None, Prepared]) -> tuple[Prepared, list[Preparation]]:
+def collect_events(steps: Generator[Preparation, None, Prepared]) -> tuple[Prepared, list[Preparation]]:
     """Run a preparation to its end and return its result and its progress events."""
     events = []
     while True:

@@ -4,7 +4,7 @@ Independent clients behave the same way when a service is too slow for them. The
 the time at which the request was due, so the latency includes any delay of the generator itself. It prints the result
 as JSON.
 
-    python benchmarks/open_loop.py HOST PORT REQUEST_FILE... --rate 1000 --seconds 10
+    python tests/helpers/open_loop.py HOST PORT REQUEST_FILE... --rate 1000 --seconds 10
 """
 
 import argparse

@@ -4,7 +4,11 @@ The program makes files as costly as their formats allow, under the service's ow
 million chunks, many numbers in a tag that should hold one. It decodes each file in a separate process, once with the
 service's decoder and once with Pillow alone.
 
-    python benchmarks/image_bombs.py
+    python tests/stress/image_bombs.py
+
+Result: 26 costly files, each refused at once or decoded within the limits of 2 s and 320 MiB (Intel Xeon, 2 cores,
+2026-11-28).
+Table: results/image_bombs.md.
 """
 
 import io
@@ -17,6 +21,9 @@ import time
 import zlib
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import jpegs
 import PIL
@@ -95,7 +102,7 @@ def main() -> int:
     ran = (
         f"{len(checks)} files that cost as much as their formats allow; CPU time and memory, and those of Pillow alone"
     )
-    return conclude("image_bombs", f"{ran} ({PIL.__version__}).", checks)
+    return conclude(__file__, f"{ran} ({PIL.__version__}).", checks)
 
 
 def _measured(decoding: Callable[[bytes], str], data: bytes) -> tuple[str, float, float]:

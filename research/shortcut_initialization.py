@@ -5,7 +5,10 @@ The author's shortcuts are plain convolutions, so no unit passes its input on at
 compares three initializations: PyTorch's default (the recipe), all convolutions after He et al. 2015, and the shortcuts
 as the identity.
 
-    python benchmarks/shortcut_initialisation.py [EPOCHS]
+    python research/shortcut_initialization.py [EPOCHS]
+
+Result: validation top-1 after two epochs is 17.9 % (default), 17.2 % (He), 20.7 % (identity).
+Table: docs/results.md.
 """
 
 import sys
@@ -49,29 +52,29 @@ def main(epochs: int) -> None:
     fields = {"normalization": "dataset", "batch_norm_statistics": "per-use", "eval_mode_after": 0}
     chosen = recipe("resnet-seed", fields | {"epochs": epochs, "width": 16, "validation_images": 5000})
     dataset = data.load()
-    print("| initialisation | epoch | train loss | train top-1 | validation top-1 |\n| --- | --- | --- | --- | --- |")
-    for initialise in (default, he, identity):
-        loop.build = _building(initialise)  # type: ignore[assignment, attr-defined]
+    print("| initialization | epoch | train loss | train top-1 | validation top-1 |\n| --- | --- | --- | --- | --- |")
+    for initialize in (default, he, identity):
+        loop.build = _builder(initialize)  # type: ignore[assignment, attr-defined]
         with tempfile.TemporaryDirectory() as folder:
             run = Run(Path(folder, "run"))
             run.create(chosen)
             for event in loop.train(chosen, dataset, run, default_device()):
                 if isinstance(event, loop.Epoch):
                     print(
-                        f"| {initialise.__name__} | {event.epoch} | {event.train_loss:.3f} | "
+                        f"| {initialize.__name__} | {event.epoch} | {event.train_loss:.3f} | "
                         f"{event.train_accuracy:.1%} | {event.top1:.1%} |",
                         flush=True,
                     )
 
 
-def _building(initialise: Callable[[nn.Module], None]) -> Callable[[Recipe, int], Classifier]:
-    def initialised(recipe: Recipe, classes: int) -> Classifier:
+def _builder(initialize: Callable[[nn.Module], None]) -> Callable[[Recipe, int], Classifier]:
+    def build_initialized(recipe: Recipe, classes: int) -> Classifier:
         classifier = build(recipe, classes)
         with torch.no_grad():
-            initialise(classifier)
+            initialize(classifier)
         return classifier
 
-    return initialised
+    return build_initialized
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Read memory, open files and child processes from the kernel. Linux only, except `working_in`."""
+"""Read memory, open files and child processes from the kernel. Linux only, except `find_processes`."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +30,7 @@ def open_files(process: int) -> int:
     return len(list(Path(f"/proc/{process}/fd").iterdir()))
 
 
-def working_in(folder: Path, kind: str = "") -> list[int]:
+def find_processes(folder: Path, kind: str = "") -> list[int]:
     """Return the processes whose command line contains `kind` and the folder or a path in it; empty except on Linux."""
     found = []
     for entry in PROC.iterdir() if PROC.exists() else ():

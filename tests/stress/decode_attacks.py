@@ -4,9 +4,14 @@ One client sends a photo of 500x375 pixels repeatedly over a kept connection, fi
 attack sends one kind of image in closed loops from 1, 4 and 16 connections of one address, and from 16 addresses with
 one connection each. The attackers also send forms of 32 images. The service is a real process with the shipped models.
 
-    python benchmarks/decode_attacks.py                              # 30 s, five rounds: an hour and a half
-    python benchmarks/decode_attacks.py --seconds 10 --rounds 3      # the table is printed, but not kept
-    python benchmarks/decode_attacks.py --only mixture               # one kind of image
+    python tests/stress/decode_attacks.py                              # five rounds of 30 s
+    python tests/stress/decode_attacks.py --seconds 10 --rounds 1      # as in the kept table; below 10 s none is kept
+    python tests/stress/decode_attacks.py --only mixture               # one kind of image; the table is not kept
+
+Time: an hour and a half with the default options.
+Result: in one round of 10 s for each attack, 100 % of the honest client's requests succeeded (Intel Xeon, 2 cores,
+2026-11-28).
+Table: results/decode_attacks.md.
 """
 
 import argparse
@@ -21,6 +26,8 @@ import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import jpegs
 import processes
@@ -154,12 +161,12 @@ def measure(
     if sources:
         process.start()
         time.sleep(1)
-    tally, most_mib = Tally(), 0.0
+    tally, peak_mib = Tally(), 0.0
 
     async def watch(end: float) -> None:
-        nonlocal most_mib
+        nonlocal peak_mib
         while time.monotonic() < end:
-            most_mib = max(most_mib, _memory_mib(server))
+            peak_mib = max(peak_mib, _memory_mib(server))
             await asyncio.sleep(0.1)
 
     async def run() -> None:
@@ -171,7 +178,7 @@ def measure(
     if sources:
         statuses = pipe.recv()
         process.join()
-    return tally, statuses, most_mib
+    return tally, statuses, peak_mib
 
 
 def _memory_mib(server: Server) -> float:
@@ -193,7 +200,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="kinds of images whose name contains this")
     chosen = parser.parse_args()
     measured: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
-    most_mib = 0.0
+    peak_mib = 0.0
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with Server(MODELS, Path(folder) / "runs", log, device="cpu", runtime="auto") as server:
@@ -208,7 +215,7 @@ def main() -> int:
                         tally, statuses, mib = measure(server, bodies, sources, chosen.seconds)
                         ratio = tally.p99_ms() / quiet.p99_ms()
                         measured.setdefault((name, how), []).append((tally.success, ratio, tally.p99_ms()))
-                        most_mib = max(most_mib, mib)
+                        peak_mib = max(peak_mib, mib)
                         print(
                             name,
                             how,
@@ -226,13 +233,13 @@ def main() -> int:
         else:
             target, met = f"≥ 99 %, ≤ {MAX_SLOWDOWN:.0f}", success >= 0.99 and ratio <= MAX_SLOWDOWN
         checks.append(Check(f"{name}, {how}", f"{success:.1%}, {ratio:.1f} ({p99:.0f} ms)", target, met))
-    checks.append(Check("memory at most", f"{most_mib:,.0f} MiB", f"< {MAX_MIB:,} MiB", most_mib < MAX_MIB))
+    checks.append(Check("memory at most", f"{peak_mib:,.0f} MiB", f"< {MAX_MIB:,} MiB", peak_mib < MAX_MIB))
     ran = (
         "An honest client's successful requests beside attackers, and its p99 as a multiple of its quiet one; medians "
         f"of {chosen.rounds} rounds of {chosen.seconds:.0f} s."
     )
     whole = not chosen.only and chosen.seconds >= 10
-    return conclude("decode_attacks", ran, checks, whole=whole)
+    return conclude(__file__, ran, checks, whole=whole)
 
 
 if __name__ == "__main__":

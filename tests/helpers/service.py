@@ -1,4 +1,4 @@
-"""Start a real server for a test, like the benchmarks do, and find the training processes that it leaves behind."""
+"""Start a real server for a test, and find the training processes that it leaves behind."""
 
 import subprocess
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from processes import working_in
+from processes import find_processes
 from server import Server
 
 TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 1, "learning_rate": 0.05, "int8": False}
@@ -29,4 +29,4 @@ def finished(client: httpx.Client, job_id: str) -> dict[str, Any] | None:
 
 def processes_of(runs: Path) -> list[int]:
     """Return the ids of training processes whose command line names a folder in `runs`."""
-    return working_in(runs, "training train")
+    return find_processes(runs, "training train")

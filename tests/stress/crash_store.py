@@ -5,7 +5,11 @@ within a tenth of a second. After every two kills the program checks the store f
 unchanged since it was first seen and must match its card. The live version must exist. No version number may be used
 twice. The lock must be free. The test does not cover the effect of a power failure on unwritten pages.
 
-    python benchmarks/crash_store.py [--kills 2000] [--seed 0]
+    python tests/stress/crash_store.py [--kills 2000] [--seed 0]
+
+Time: 138 s.
+Result: 2,000 kills, 20,841 published versions, no damaged store (AMD EPYC, 2 cores, 2026-11-26).
+Table: results/crash_store.md.
 """
 
 import argparse
@@ -18,6 +22,8 @@ from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import numpy as np
 from results import Check, conclude
@@ -60,7 +66,7 @@ def main(kills: int, seed: int) -> int:
         print(fault, file=sys.stderr)
     seconds = time.monotonic() - started
     return conclude(
-        "crash_store",
+        __file__,
         f"{WRITERS * (kills // WRITERS):,} kills of {WRITERS} writers (seed {seed}) in {seconds:.0f} s.",
         [
             Check("versions published", f"{newest:,}"),

@@ -47,7 +47,7 @@ def map_query(_: schemathesis.HookContext, query: dict[str, Any] | None) -> dict
 
 
 @schemathesis.hook
-def before_call(_: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:  # noqa: ARG001
+def before_call(_: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
     """Cancel the job whose events are requested, because the event stream ends only with the job."""
     if case.operation.path.endswith("/events"):
         job_id = quote(str((case.path_parameters or {}).get("job_id")), safe="")

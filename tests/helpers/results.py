@@ -1,4 +1,4 @@
-"""Print a program's measurements as a table, keep them in benchmarks/results/, and compute the exit status."""
+"""Print a script's measurements as a table, keep them in `results` beside it, and compute the exit status."""
 
 import platform
 from collections.abc import Iterable
@@ -10,8 +10,6 @@ import torch
 
 from app.machine import cpu_count
 from training.provenance import commit
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -31,20 +29,28 @@ class Check:
     met: bool | None = None
 
 
-def keep(name: str, lines: Iterable[str], whole: bool = True) -> None:
-    """Print lines of markdown, and write them to `results/NAME.md` if `whole` is true."""
+def keep(script: str, lines: Iterable[str], whole: bool = True, suffix: str = "") -> None:
+    """Print lines of markdown, and write them to `results/NAME.md` beside the script NAME.py.
+
+    Args:
+        script: Path of the script, its `__file__`.
+        whole: True to write the file, False to print only.
+        suffix: Text to append to the name of the file, such as "_gpu".
+    """
     text = "\n".join(lines)
     print(text, flush=True)
     if whole:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.md").write_text(text + "\n")
+        path = Path(script)
+        folder = path.parent / "results"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{path.stem}{suffix}.md").write_text(text + "\n")
 
 
-def conclude(name: str, ran: str, checks: list[Check], workers: int = 1, whole: bool = True) -> int:
+def conclude(script: str, ran: str, checks: list[Check], workers: int = 1, whole: bool = True) -> int:
     """Print and keep a table as `results/NAME.md`, or as `results/NAME_workers.md` with several workers.
 
     Args:
-        name: Name of the program.
+        script: Path of the script, its `__file__`.
         ran: Sentence that describes the run.
         workers: Number of processes of the service.
         whole: True to write the file, False to print only.
@@ -54,8 +60,9 @@ def conclude(name: str, ran: str, checks: list[Check], workers: int = 1, whole: 
     """
     missed = [check for check in checks if check.met is False]
     if workers > 1:
-        name, ran = f"{name}_workers", f"{workers} workers: {ran}"
-    keep(name, [f"{ran} {occasion()}.", "", *table(checks)], whole)
+        ran = f"{workers} workers: {ran}"
+    lines = [f"{ran} {occasion()}.", "", *table(checks)]
+    keep(script, lines, whole, "_workers" if workers > 1 else "")
     return 1 if missed else 0
 
 
