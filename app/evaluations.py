@@ -32,7 +32,7 @@ from app.exceptions import BadRequest, NotFound, Problem, TooLarge, Unavailable
 from app.pool import Model
 from app.settings import MIB, Settings
 from app.threads import Threads
-from training import data
+from training.dataset import DataError, load_dataset
 from training.evaluate import evaluate
 from training.store import Evaluation
 from training.text import quote
@@ -264,8 +264,8 @@ def read_split(settings: Settings, split: Literal["test", "train"], limit: int |
         BadRequest: The model was trained for other classes.
     """
     try:
-        dataset = data.load(settings.data)
-    except data.DataError as error:
+        dataset = load_dataset(settings.data)
+    except DataError as error:
         raise Unavailable(str(error)) from error
     if list(dataset.classes) != classes:
         raise BadRequest("the model was trained for other classes than the data set has")

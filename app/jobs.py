@@ -30,7 +30,8 @@ from app.database import MAX_ERROR, WRITES, JobRow, NewerDatabase, connect
 from app.exceptions import BadRequest, NotFound, Unavailable
 from app.settings import Settings
 from app.threads import Threads
-from training import data, resources
+from training import resources
+from training.dataset import split_sizes
 from training.recipes import RECIPES, Recipe, RecipeError, from_dict, recipe
 from training.run import Publication, Run
 from training.store import ModelCard, Promotion, Store, StoreError
@@ -408,7 +409,7 @@ class Jobs:
 
     def _misfit(self, wanted: Recipe) -> str | None:
         """Return the reason why this machine cannot train a recipe, or None."""
-        train, test = data.sizes(self._settings.data)
+        train, test = split_sizes(self._settings.data)
         train, evaluation = max(1, train - wanted.validation_images), wanted.validation_images or test
         try:
             resources.require(wanted, resources.default_device(), train, evaluation, self._held_by_training())

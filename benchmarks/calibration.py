@@ -15,7 +15,8 @@ from results import keep, occasion
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import data, openvino_ir
+from training import openvino_ir
+from training.dataset import Dataset, load_dataset
 from training.evaluate import expected_calibration_error, fit_temperature, predict
 from training.loop import splits
 from training.recipes import from_dict
@@ -40,7 +41,7 @@ def least_cross_entropy(logits: Tensor, labels: Tensor) -> float:
 METHODS = {"least cross-entropy": least_cross_entropy, "as confident as accurate": fit_temperature}
 
 
-def compare(version: str, store: Store, dataset: data.Dataset, count: int) -> str:
+def compare(version: str, store: Store, dataset: Dataset, count: int) -> str:
     """Return the table row of one version.
 
     Args:
@@ -65,7 +66,7 @@ def compare(version: str, store: Store, dataset: data.Dataset, count: int) -> st
 
 
 def main(versions: list[str], count: int, models: Path) -> None:
-    store, dataset = Store(models), data.load()
+    store, dataset = Store(models), load_dataset()
     lines = [
         f"Calibration error on one half of the images held out, temperature from the other; mean of {count} divisions. "
         f"{occasion()}.",

@@ -18,7 +18,8 @@ from engines import images_per_s
 from results import occasion
 from torch.nn import functional as F
 
-from training import data, openvino_ir
+from training import openvino_ir
+from training.dataset import load_dataset
 from training.evaluate import predict
 from training.export import CPU, quantisation_images
 from training.loop import to_device
@@ -32,7 +33,7 @@ def main(version: str, positions: list[int]) -> None:
     store = Store(Path("models"))
     card = store.card(*store.parse(version))
     published = store.verify(card) / MODEL
-    samples, judged = quantisation_images(from_dict(card.recipe), data.load())
+    samples, judged = quantisation_images(from_dict(card.recipe), load_dataset())
     images, labels = to_device(judged, CPU)
 
     print(f"{version}, {len(labels)} images, {occasion()}")

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from results import keep, occasion
 
-from training import data, torchscript
+from training import torchscript
+from training.dataset import Dataset, load_dataset
 from training.evaluate import evaluate, predict
 from training.export import STATISTICS_IMAGES, renew_statistics, sample
 from training.loop import splits
@@ -22,7 +23,7 @@ from training.recipes import from_dict
 from training.store import MODEL, Store
 
 
-def compare(version: str, store: Store, dataset: data.Dataset) -> str:
+def compare(version: str, store: Store, dataset: Dataset) -> str:
     """Return the table row of one version."""
     card = store.card(*store.parse(version))
     recipe = from_dict(card.recipe)
@@ -40,7 +41,7 @@ def compare(version: str, store: Store, dataset: data.Dataset) -> str:
 
 
 def main(versions: list[str], models: Path) -> None:
-    store, dataset = Store(models), data.load()
+    store, dataset = Store(models), load_dataset()
     lines = [
         f"Batch normalisation with the statistics that training leaves, and with those of {STATISTICS_IMAGES:,} "
         f"training images as they are: accuracy and loss on the images held out. {occasion()}.",

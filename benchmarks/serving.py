@@ -46,7 +46,8 @@ from server import wait_for
 from app.engines import load as load_engine
 from app.settings import Settings
 from app.workers import only_on
-from training import data, openvino_ir, torchscript
+from training import openvino_ir, torchscript
+from training.dataset import Dataset, load_dataset
 from training.export import quantisation_images
 from training.networks import build
 from training.recipes import from_dict
@@ -146,7 +147,7 @@ def photo(seed: int) -> bytes:
     return file.getvalue()
 
 
-def at_size(store: Store, folder: Path, size: int, dataset: data.Dataset) -> tuple[Store, str]:
+def at_size(store: Store, folder: Path, size: int, dataset: Dataset) -> tuple[Store, str]:
     """Export the live `resnet18` again for images upsampled to another size.
 
     The exported model is as fast as one trained at that size. It has an int8 form; only its speed is meaningful, its
@@ -219,7 +220,7 @@ class Benchmark:
         models: Names of the models under test.
     """
 
-    def __init__(self, store: Store, dataset: data.Dataset, seconds: int, folder: Path, models: Sequence[str]):
+    def __init__(self, store: Store, dataset: Dataset, seconds: int, folder: Path, models: Sequence[str]):
         self.store = store
         self.seconds = seconds
         self.folder = folder
@@ -481,7 +482,7 @@ def main(names: Sequence[str], rounds: int, seconds: int, models: Path, image_si
     adopt()
     chosen = [server for server in SERVERS if server.name in names]
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
-        store, dataset, notes = Store(models.resolve()), data.load(), ""
+        store, dataset, notes = Store(models.resolve()), load_dataset(), ""
         if image_size:
             store, notes = at_size(store, Path(name), image_size, dataset)
         benchmark = Benchmark(store, dataset, seconds, Path(name), ["resnet18"] if image_size else list(CHECKED))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from server import DATA
 
-from training import data
+from training.dataset import load_dataset
 from training.export import publish
 from training.loop import train
 from training.recipes import recipe
@@ -24,7 +24,7 @@ def store(folder: Path, versions: int = 1) -> Store:
         folder: Empty folder for the store and the runs.
     """
     torch.set_num_threads(1)
-    dataset, made = data.load(DATA), Store(folder / "models")
+    dataset, made = load_dataset(DATA), Store(folder / "models")
     for seed in range(versions):
         run = Run(folder / "first-runs" / str(seed))
         run.create(recipe(NAME, TINY | {"seed": seed}))

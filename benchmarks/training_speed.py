@@ -29,8 +29,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
-from training import data
-from training.data import Dataset, Split
+from training.dataset import Dataset, Split, load_dataset
 from training.loop import Epoch, train
 from training.networks import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEAN, IMAGENET_STD, build
 from training.optimizers import make_optimizer
@@ -109,7 +108,7 @@ def measure(network: str, variant: str, batches: int, source: str | None) -> flo
     chosen = recipe(network, short)
     if "without" in variant:
         chosen = chosen.model_copy(update={"cache_features": False})
-    whole = data.load(source)
+    whole = load_dataset(source)
     dataset = replace(whole, train=whole.train[: batches * chosen.batch_size], test=whole.test[:100])
     return (plain if variant == "plain" else ours)(chosen, dataset, default_device())
 

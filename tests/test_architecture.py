@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 # Both packages share these values, formats, measures and runtimes, never a network definition or the training loop.
 SHARED = {
     "cuda_graph",
-    "data",
+    "dataset",
     "evaluate",
     "openvino_ir",
     "recipes",

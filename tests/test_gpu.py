@@ -18,7 +18,7 @@ from app import engines
 from app.engines import deviation
 from training import distillation, loop
 from training.cuda_graph import WARMUP_CALLS, Recorded
-from training.data import Dataset
+from training.dataset import Dataset
 from training.loop import Epoch, train
 from training.recipes import Recipe, recipe
 from training.run import Run

@@ -16,7 +16,8 @@ from app.batching import Computed, Scores
 from app.main import create_app
 from app.routes.predict import Class, top_classes
 from app.settings import Settings
-from training import data, recipes, torchscript
+from training import recipes, torchscript
+from training.dataset import ARCHIVE, CLASSES, DEFAULT_FOLDER, Dataset, load_dataset
 from training.evaluate import evaluate, predict
 from training.store import MODEL, Store
 
@@ -24,13 +25,13 @@ MODELS = Path(__file__).parents[1] / "models"
 STORE = Store(MODELS)
 SHIPPED = [(name, version) for name in STORE.names() for version in STORE.versions(name)]
 
-REAL_DATA = Path(os.environ.get("CIFAR100_DATA", data.DEFAULT_FOLDER)).expanduser()
-needs_real_data = pytest.mark.skipif(not (REAL_DATA / data.ARCHIVE).exists(), reason="CIFAR-100 is not at hand")
+REAL_DATA = Path(os.environ.get("CIFAR100_DATA", DEFAULT_FOLDER)).expanduser()
+needs_real_data = pytest.mark.skipif(not (REAL_DATA / ARCHIVE).exists(), reason="CIFAR-100 is not at hand")
 
 
 @pytest.fixture(scope="module")
-def cifar100() -> data.Dataset:
-    return data.load(str(REAL_DATA))
+def cifar100() -> Dataset:
+    return load_dataset(str(REAL_DATA))
 
 
 def test_a_resnet_is_shipped_and_live() -> None:
@@ -42,7 +43,7 @@ def test_files_match_their_card(name: str, version: int) -> None:
     card = STORE.card(name, version)
     folder = STORE.verify(card)
     assert (folder / MODEL).stat().st_size < 25e6
-    assert tuple(card.classes) == data.CLASSES
+    assert tuple(card.classes) == CLASSES
     recipe = recipes.from_dict(card.recipe)
     assert recipe.model == name
     assert recipe.predecessor or "/" not in recipe.weights  # no file path of the training machine
@@ -51,7 +52,7 @@ def test_files_match_their_card(name: str, version: int) -> None:
 
 @needs_real_data
 @pytest.mark.parametrize(("name", "version"), SHIPPED)
-def test_accuracy_is_what_the_card_says(name: str, version: int, cifar100: data.Dataset) -> None:
+def test_accuracy_is_what_the_card_says(name: str, version: int, cifar100: Dataset) -> None:
     card = STORE.card(name, version)
     assert card.data == cifar100.fingerprint
     tenth = cifar100.test[slice(None, None, 10)]
@@ -61,7 +62,7 @@ def test_accuracy_is_what_the_card_says(name: str, version: int, cifar100: data.
 
 
 @needs_real_data
-def test_predict_on_test_images_equals_offline_evaluation(cifar100: data.Dataset, tmp_path: Path) -> None:
+def test_predict_on_test_images_equals_offline_evaluation(cifar100: Dataset, tmp_path: Path) -> None:
     card = STORE.card("resnet", STORE.live("resnet") or 0)
     module = torchscript.load(STORE.folder("resnet", card.version) / MODEL)
     with TestClient(create_app(Settings(models=MODELS, runs=tmp_path))) as client:

@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from training import data, openvino_ir, report, torchscript
+from training import openvino_ir, report, torchscript
+from training.dataset import DEFAULT_FOLDER, DataError, Dataset, Split, hold_out, load_dataset
 from training.evaluate import evaluate as measure
 from training.evaluate import predict
 from training.export import publish as publish_run
@@ -43,7 +44,7 @@ Data = Annotated[
         "--data",
         help="Folder of cifar100.npz, or 'synthetic'.",
         envvar="CIFAR100_DATA",
-        show_default=data.DEFAULT_FOLDER,
+        show_default=DEFAULT_FOLDER,
     ),
 ]
 Models = Annotated[Path, typer.Option(help="The model store.", envvar="CIFAR100_MODELS")]
@@ -71,7 +72,7 @@ def train(
         changes = _parse(overrides or [])
         chosen = recipe(name, changes)
         folder = Run(run or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
-        dataset = data.load(data_source)
+        dataset = load_dataset(data_source)
         if not resume:
             if chosen.validation_images >= len(dataset.train):
                 raise RecipeError(
@@ -109,7 +110,7 @@ def export(
 ) -> None:
     """Export a run's last checkpoint into the model store."""
     with _errors_reported():
-        dataset, folder = data.load(data_source), Run(run)
+        dataset, folder = load_dataset(data_source), Run(run)
         with folder.lock():
             _report(publish_run(folder, dataset, Store(models), promote, notes))
             _draw(folder, dataset)
@@ -135,7 +136,7 @@ def evaluate(
         folder = store.verify(card)
         if int8 and not (folder / openvino_ir.INT8).exists():
             raise StoreError(f"{name} version {version} has no int8 form")
-        dataset = data.load(data_source)
+        dataset = load_dataset(data_source)
         if card.classes != list(dataset.classes):
             raise StoreError(f"{name}/{version} was trained on other classes than those of this data set")
         device = torch.device("cpu") if int8 else default_device()
@@ -171,12 +172,12 @@ def recipes() -> None:
     console.print(table)
 
 
-def _split(dataset: data.Dataset, name: str, card: ModelCard) -> data.Split:
+def _split(dataset: Dataset, name: str, card: ModelCard) -> Split:
     if name != "validation":
         return dataset.test if name == "test" else dataset.train
     if not card.held_out or card.data != dataset.fingerprint:
         raise StoreError(f"{card.name}/{card.version} has held out none of these images")
-    return data.hold_out(dataset.train, card.held_out)[1]
+    return hold_out(dataset.train, card.held_out)[1]
 
 
 def _parse(overrides: list[str]) -> dict[str, str]:
@@ -228,7 +229,7 @@ def _ended_when_asked(run: Run) -> Iterator[None]:
         over.set()
 
 
-def _train(folder: Run, chosen: Recipe, dataset: data.Dataset, store: Store) -> None:
+def _train(folder: Run, chosen: Recipe, dataset: Dataset, store: Store) -> None:
     device = default_device()
     console.print(f"{chosen.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}")
     try:
@@ -249,7 +250,7 @@ def _report(published: Publication) -> None:
     )
 
 
-def _draw(run: Run, dataset: data.Dataset) -> None:
+def _draw(run: Run, dataset: Dataset) -> None:
     files = report.draw(run, dataset)
     console.print(f"pictures in {files[0].parent}: {', '.join(file.name for file in files)}")
 
@@ -260,7 +261,7 @@ _REPORTED = (
     StoreError,
     WeightsError,
     TrainingError,
-    data.DataError,
+    DataError,
     torchscript.ExportError,
     OSError,  # for example, the disk is full or read-only
 )

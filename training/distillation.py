@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training import openvino_ir, torchscript
-from training.data import Dataset
+from training.dataset import Dataset
 from training.evaluate import BATCH_SIZES
 from training.preparation import Pace, Preparation
 from training.recipes import Recipe

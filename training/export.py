@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from training import openvino_ir, torchscript
-from training.data import Dataset, Split, hold_out
+from training.dataset import Dataset, Split, hold_out
 from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
 from training.loop import splits, to_device
 from training.networks import Classifier, build

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from training import augment, distillation, warm_start
 from training.averaging import WeightAverage
 from training.cuda_graph import Recorded
-from training.data import Dataset, Split, hold_out
+from training.dataset import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
 from training.features import prepare
 from training.networks import TransferResNet18, build

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data import Dataset
+from training.dataset import Dataset
 from training.evaluate import CALIBRATION_BINS, calibration_bins, evaluate, expected_calibration_error
 from training.loop import Epoch, Event
 from training.run import Run

@@ -5,7 +5,7 @@ Output: its weights in a classifier with the same network, or an error that give
 """
 
 from training import torchscript
-from training.data import Dataset
+from training.dataset import Dataset
 from training.networks import Classifier
 from training.recipes import Recipe
 from training.store import Store, StoreError

@@ -32,7 +32,7 @@ from app.main import create_app
 from app.routes.predict import Class, Shortcut, top_classes
 from app.settings import Settings
 from training import torchscript
-from training.data import Dataset
+from training.dataset import Dataset
 from training.evaluate import evaluate, predict
 from training.store import Store
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from app import engines
 from app.engines import EngineError, OpenVinoEngine, TorchScriptEngine, deviation
 from app.settings import Runtime
-from training.data import Dataset
+from training.dataset import Dataset
 from training.openvino_ir import Compiled, quantise
 from training.torchscript import load
 

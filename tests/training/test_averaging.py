@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from training.averaging import WeightAverage
-from training.data import Dataset
+from training.dataset import Dataset
 from training.export import restore
 from training.loop import Epoch, train
 from training.recipes import recipe

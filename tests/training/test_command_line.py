@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from training import torchscript
 from training.__main__ import cli
-from training.data import Dataset
+from training.dataset import Dataset
 from training.evaluate import evaluate, predict
 from training.loop import splits
 from training.recipes import RECIPES, Recipe, recipe

@@ -11,7 +11,7 @@ from preparing import watched
 from torch import Tensor
 
 from training import distillation, openvino_ir
-from training.data import Dataset
+from training.dataset import Dataset
 from training.evaluate import predict
 from training.export import restore
 from training.loop import Epoch, train

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training import export, openvino_ir, torchscript
-from training.data import Dataset
+from training.dataset import Dataset
 from training.evaluate import evaluate, expected_calibration_error, predict
 from training.export import publish, renew_statistics, restore, sample
 from training.loop import splits, train

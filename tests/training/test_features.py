@@ -13,8 +13,8 @@ import torch
 from preparing import watched
 from torch import Tensor
 
-from training import augment, data
-from training.data import Dataset
+from training import augment
+from training.dataset import Dataset, load_dataset
 from training.features import Features, prepare
 from training.loop import Epoch, to_device, train
 from training.networks import Classifier, TransferResNet18, build
@@ -29,7 +29,7 @@ SMALL |= {"finetune_epochs": 0}
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    return data.load("synthetic:1")
+    return load_dataset("synthetic:1")
 
 
 @pytest.fixture(autouse=True)

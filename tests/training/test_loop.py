@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training import data, loop
-from training.data import Dataset
+from training import loop
+from training.dataset import Dataset, load_dataset
 from training.loop import Epoch, TrainingError, learning_rate, splits, train
 from training.networks import build
 from training.optimizers import make_optimizer
@@ -43,12 +43,12 @@ INTERRUPTED = {
 
 @pytest.fixture(scope="module")
 def tiny() -> Dataset:
-    return data.load("synthetic:1")
+    return load_dataset("synthetic:1")
 
 
 @pytest.fixture(scope="module")
 def small() -> Dataset:
-    return data.load("synthetic:2")
+    return load_dataset("synthetic:2")
 
 
 def started(path: Path, chosen: Recipe) -> Run:
@@ -87,7 +87,7 @@ def test_a_small_network_learns_the_synthetic_classes_within_four_epochs(tmp_pat
     overrides = {"width": 8, "epochs": 4, "batch_size": 32, "optimizer": "adam", "learning_rate": 0.005}
     plain = {"validation_images": 0, "flip": False, "crop_padding": 0, "label_smoothing": 0, "weight_decay": 0}
     run = started(tmp_path / "run", recipe("resnet", overrides | plain))
-    epochs = finish(run, data.load("synthetic:20"))
+    epochs = finish(run, load_dataset("synthetic:20"))
     assert epochs[-1].top1 > 0.15
     assert epochs[-1].top5 > 0.4
     assert epochs[-1].train_loss < epochs[0].train_loss - 1

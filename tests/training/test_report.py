@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training import report
-from training.data import Dataset
+from training.dataset import Dataset
 from training.loop import Epoch, Event
 from training.run import Run, RunError
 

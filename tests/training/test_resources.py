@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from training import data, resources
+from training import resources
+from training.dataset import load_dataset, split_sizes
 from training.recipes import RecipeError, recipe
 from training.resources import MIB, available_memory, feature_bytes, require, training_bytes
 
@@ -19,7 +20,7 @@ PEAK = """
 import sys, tempfile
 from pathlib import Path
 import torch
-from training import data
+from training.dataset import load_dataset
 from training.loop import train
 from training.recipes import recipe
 from training.run import Run
@@ -28,7 +29,7 @@ name, *changes = sys.argv[1:]
 with tempfile.TemporaryDirectory() as folder:
     run = Run(Path(folder))
     run.create(recipe(name, dict(change.split("=") for change in changes)))
-    for _ in train(run.recipe(), data.load("synthetic:1"), run, torch.device("cpu")):
+    for _ in train(run.recipe(), load_dataset("synthetic:1"), run, torch.device("cpu")):
         pass
 status = Path("/proc/self/status").read_text().splitlines()  # getrusage counts the parent's memory before exec
 print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
@@ -106,7 +107,7 @@ def test_features_are_as_large_as_their_file(tmp_path: Path, monkeypatch: pytest
     changes = {"image_size": 48, "weights": "none", "epochs": 1, "finetune_epochs": 0, "validation_images": 0}
     for trainable in ("layer4,fc", "layer2,layer3,layer4,fc", "fc"):
         chosen = recipe("resnet18", changes | {"trainable": trainable})
-        estimate = feature_bytes(chosen, *data.sizes("synthetic:1"))
+        estimate = feature_bytes(chosen, *split_sizes("synthetic:1"))
         subprocess.run(
             [
                 sys.executable,
@@ -143,9 +144,9 @@ def test_features_for_which_the_disk_has_no_room_are_refused(tmp_path: Path, mon
 
 def test_sizes_are_those_of_the_data_set() -> None:
     for source in ("synthetic:1", "synthetic:9"):
-        loaded = data.load(source)
-        assert data.sizes(source) == (len(loaded.train), len(loaded.test))
-    assert data.sizes("/somewhere") == (50_000, 10_000)
+        loaded = load_dataset(source)
+        assert split_sizes(source) == (len(loaded.train), len(loaded.test))
+    assert split_sizes("/somewhere") == (50_000, 10_000)
 
 
 def test_available_memory_is_the_least_of_the_machine_and_every_control_group(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from training import torchscript, warm_start
-from training.data import Dataset
+from training.dataset import Dataset
 from training.export import publish
 from training.loop import Epoch, train
 from training.networks import Classifier, build
