@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from app.engines import Engine
 from app.exceptions import Unavailable
 from app.workers import processors
+from training.runtimes.engine import Engine
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from app import engines
 from app.batching import Batcher
 from app.exceptions import NotFound, Unavailable
 from app.settings import Settings
 from app.threads import Threads
-from training import torchscript
+from training.runtimes import selection
+from training.runtimes.engine import Engine, example_images
 from training.store import CARD, MODEL, ModelCard, Store, StoreError
 from training.text import quote
 
@@ -183,7 +183,7 @@ class Pool:
     def _load(self, name: str, version: int) -> Model:
         card = self.store.card(name, version)
         folder = self.store.verify(card)
-        engine = engines.load(folder / MODEL, self._settings.device, self._settings.runtime)
+        engine = selection.load(folder / MODEL, self._settings.device, self._settings.runtime)
         _require_fit(card, engine)
         observe = partial(self._observe, name)
         return Model(card, Batcher(engine, self._settings.max_batch, self._settings.max_queue, observe))
@@ -223,13 +223,13 @@ class Pool:
         return NotFound(f"there is no live model {quote(name)}, live are: {live}; GET /models lists all")
 
 
-def _require_fit(card: ModelCard, engine: engines.Engine) -> None:
+def _require_fit(card: ModelCard, engine: Engine) -> None:
     """Check that a model computes one finite logit per image and class of its card.
 
     Raises:
         StoreError: The shape of the logits does not match the card's classes, or a logit is not finite.
     """
-    logits = engine(torchscript.example_images(_EXAMPLES).numpy())
+    logits = engine(example_images(_EXAMPLES).numpy())
     if logits.shape != (_EXAMPLES, len(card.classes)):
         raise StoreError(
             f"{card.name} version {card.version} computes logits of shape {list(logits.shape)} for {_EXAMPLES} images, "

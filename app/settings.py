@@ -15,12 +15,12 @@ from limits import RateLimitItem
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from training.runtimes import Device, Runtime
+
 MIB = 1 << 20
 GIB = 1 << 30
 
 Style = Literal["auto", "text", "json"]
-Device = Literal["auto", "cpu", "cuda"]
-Runtime = Literal["auto", "int8", "openvino", "torchscript"]
 
 
 def _split_commas(value: Any) -> Any:

@@ -15,11 +15,11 @@ from results import keep, occasion
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import openvino_ir
 from training.dataset import Dataset, load_dataset
 from training.evaluate import expected_calibration_error, fit_temperature, predict
 from training.loop import splits
 from training.recipes import from_dict
+from training.runtimes.openvino import OpenVinoEngine
 from training.store import MODEL, Store
 
 
@@ -50,8 +50,8 @@ def compare(version: str, store: Store, dataset: Dataset, count: int) -> str:
     """
     card = store.card(*store.parse(version))
     _, _, validation = splits(from_dict(card.recipe), dataset)
-    network = openvino_ir.Compiled(store.verify(card) / MODEL)
-    logits = predict(network.on_tensors, torch.from_numpy(validation.images)) * card.temperature
+    network = OpenVinoEngine(store.verify(card) / MODEL)
+    logits = predict(network.compute_logits, torch.from_numpy(validation.images)) * card.temperature
     labels = torch.from_numpy(validation.labels)
     random = torch.Generator().manual_seed(0)
     errors: dict[str, list[float]] = {method: [] for method in METHODS}

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from results import keep, occasion
 
-from training import torchscript
 from training.dataset import Dataset, load_dataset
 from training.evaluate import evaluate, predict
 from training.export import STATISTICS_IMAGES, renew_statistics, sample
 from training.loop import splits
 from training.networks import build
 from training.recipes import from_dict
+from training.runtimes import torchscript
 from training.store import MODEL, Store
 
 

@@ -43,14 +43,14 @@ from PIL import Image, ImageDraw
 from results import Check, keep, occasion, table
 from server import wait_for
 
-from app.engines import load as load_engine
 from app.settings import Settings
 from app.workers import only_on
-from training import openvino_ir, torchscript
 from training.dataset import Dataset, load_dataset
 from training.export import quantisation_images
 from training.networks import build
 from training.recipes import from_dict
+from training.runtimes import selection, torchscript
+from training.runtimes.openvino import quantize
 from training.store import MODEL, Store
 
 ENGINES = {
@@ -164,9 +164,9 @@ def at_size(store: Store, folder: Path, size: int, dataset: Dataset) -> tuple[St
     copy = Store(folder / "models")
     with copy.draft("resnet18") as draft:
         torchscript.save(classifier, draft / MODEL)
-        openvino_ir.quantise(draft / MODEL, samples, in_float=[0])
+        quantize(draft / MODEL, samples, float_layers=[0])
         copy.promote("resnet18", copy.publish(draft, card).version)
-    engine = load_engine(live(copy, "resnet18") / MODEL, "cpu", "auto")
+    engine = selection.load(live(copy, "resnet18") / MODEL, "cpu", "auto")
     rate = statistics.median(images_per_s(engine, 32, 2) for _ in range(3))
     return copy, (
         f"resnet18/1 is here version {card.version} with images upsampled to {size} pixels, not "
@@ -241,7 +241,7 @@ class Benchmark:
         }
         self.scenarios = [scenario for scenario in SCENARIOS if scenario.model in models]
         self.without_int8 = {
-            model: load_engine(live(store, model) / MODEL, "cpu", "openvino").name for model in self.checks
+            model: selection.load(live(store, model) / MODEL, "cpu", "openvino").name for model in self.checks
         }
 
     def visit(self, server: Server, engine: str) -> None:

@@ -34,7 +34,7 @@ from training.loop import Epoch, train
 from training.networks import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEAN, IMAGENET_STD, build
 from training.optimizers import make_optimizer
 from training.recipes import Recipe, recipe
-from training.resources import default_device, precision
+from training.resources import choose_dtype, default_device
 from training.run import Run
 
 LOOK_S = 0.25
@@ -127,7 +127,7 @@ def main() -> None:
 
     device = default_device()
     lines = [
-        f"{occasion()}; PyTorch {torch.__version__}; precision {precision(recipe('resnet'), device)}; "
+        f"{occasion()}; PyTorch {torch.__version__}; precision {choose_dtype(recipe('resnet'), device)}; "
         f"epochs of a few batches of 128, the second one timed; median of {given.rounds} rounds",
         "",
         "| network | batches | loop | images/s | of the plain loop | peak memory, GiB |",

@@ -16,9 +16,10 @@ from app.batching import Computed, Scores
 from app.main import create_app
 from app.routes.predict import Class, top_classes
 from app.settings import Settings
-from training import recipes, torchscript
+from training import recipes
 from training.dataset import ARCHIVE, CLASSES, DEFAULT_FOLDER, Dataset, load_dataset
 from training.evaluate import evaluate, predict
+from training.runtimes import torchscript
 from training.store import MODEL, Store
 
 MODELS = Path(__file__).parents[1] / "models"

@@ -15,18 +15,22 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from training import openvino_ir, report, torchscript
+from training import report
 from training.dataset import DEFAULT_FOLDER, DataError, Dataset, Split, hold_out, load_dataset
 from training.evaluate import evaluate as measure
 from training.evaluate import predict
 from training.export import publish as publish_run
-from training.loop import TrainingError, peak_memory, to_device
+from training.loop import TrainingError, to_device
 from training.loop import train as training_events
 from training.networks.transfer import WeightsError
 from training.progress import show
 from training.recipes import RECIPES, Recipe, RecipeError, as_text, recipe
-from training.resources import default_device
+from training.resources import default_device, describe_peak_memory
 from training.run import Publication, Run, RunBusy, RunError
+from training.runtimes import selection
+from training.runtimes.engine import EngineError
+from training.runtimes.openvino import INT8
+from training.runtimes.torchscript import ExportError
 from training.store import MODEL, ModelCard, Promotion, Store, StoreError
 
 STOPPED = 130  # the exit status of a process that Ctrl-C ended
@@ -134,22 +138,20 @@ def evaluate(
         name, version = store.parse(model)
         card = store.card(name, version)
         folder = store.verify(card)
-        if int8 and not (folder / openvino_ir.INT8).exists():
+        if int8 and not (folder / INT8).exists():
             raise StoreError(f"{name} version {version} has no int8 form")
         dataset = load_dataset(data_source)
         if card.classes != list(dataset.classes):
             raise StoreError(f"{name}/{version} was trained on other classes than those of this data set")
         device = torch.device("cpu") if int8 else default_device()
         images, labels = to_device(_split(dataset, split, card), device)
-        network = (
-            openvino_ir.Compiled(folder / openvino_ir.INT8).on_tensors
-            if int8
-            else torchscript.load(folder / MODEL, device)
+        engine = selection.load(
+            folder / MODEL, "cuda" if device.type == "cuda" else "cpu", "int8" if int8 else "auto", "evaluation"
         )
         started = time.perf_counter()
-        logits = predict(network, images)
+        logits = predict(engine.compute_logits, images)
         if flip:
-            logits = (logits + predict(network, images.flip(2))) / 2
+            logits = (logits + predict(engine.compute_logits, images.flip(2))) / 2
         seconds = time.perf_counter() - started
         result = measure(logits, labels.cpu())
         views = f"{result.images} {split} images" + (" and their mirror images" if flip else "")
@@ -239,7 +241,7 @@ def _train(folder: Run, chosen: Recipe, dataset: Dataset, store: Store) -> None:
         done = len(folder.epochs())
         console.print(f"stopped; {done} epochs are kept, go on with --run {folder.path} --resume")
         raise typer.Exit(STOPPED) from None
-    console.print(f"peak memory: {peak_memory(device)}")
+    console.print(f"peak memory: {describe_peak_memory(device)}")
 
 
 def _report(published: Publication) -> None:
@@ -262,7 +264,8 @@ _REPORTED = (
     WeightsError,
     TrainingError,
     DataError,
-    torchscript.ExportError,
+    ExportError,
+    EngineError,
     OSError,  # for example, the disk is full or read-only
 )
 

@@ -165,9 +165,7 @@ def _read_archive(archive: Path) -> Dataset:
         with archive.open("rb") as raw, NpzFile(raw, allow_pickle=False) as file:
             for key in ("x_train", "y_train", "x_test", "y_test", "classes"):
                 if key not in file:
-                    raise DataError(
-                        f"{archive} has no array {key!r}; delete it, and the next run creates it again"
-                    )
+                    raise DataError(f"{archive} has no array {key!r}; delete it, and the next run creates it again")
                 arrays[key] = file[key]
     except DataError:
         raise

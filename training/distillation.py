@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import openvino_ir, torchscript
 from training.dataset import Dataset
 from training.evaluate import BATCH_SIZES
 from training.preparation import Pace, Preparation
 from training.recipes import Recipe
 from training.run import Run
+from training.runtimes.selection import Purpose, load
 from training.store import Store
 
 Teacher = Callable[[Tensor], Tensor]
@@ -28,7 +28,7 @@ Teacher = Callable[[Tensor], Tensor]
 
 
 def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.device) -> Teacher:
-    """Load the teacher of a recipe, on the fastest runtime for the device: TorchScript on a GPU, OpenVINO on a CPU.
+    """Load the teacher of a recipe, on the runtime that `runtimes.selection` gives to teachers.
 
     On a CPU with `teacher_view=augmented`, a version that has an int8 model uses it, because it runs in every step.
 
@@ -43,24 +43,20 @@ def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.d
 
     Raises:
         StoreError: A version cannot teach, see `Store.learnable`.
+        EngineError: The runtime cannot compute a version.
     """
     files = [
         store.learnable(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
         for version in recipe.teachers
     ]
-    if device.type == "cpu" and recipe.teacher_view == "augmented":
-        quantized = [file.with_name(openvino_ir.INT8) for file in files]
-        files = [int8 if int8.exists() else file for int8, file in zip(quantized, files, strict=True)]
-    teachers: list[Teacher] = [
-        torchscript.load(file, device) if device.type == "cuda" else openvino_ir.Compiled(file).on_tensors
-        for file in files
-    ]
+    purpose: Purpose = "online-teaching" if recipe.teacher_view == "augmented" else "teaching"
+    engines = [load(file, "cuda" if device.type == "cuda" else "cpu", purpose=purpose) for file in files]
 
-    def mean(images: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
-            return torch.stack([teacher(images).float() for teacher in teachers]).mean(0)
+    def compute_mean_logits(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([engine.compute_logits(images) for engine in engines]).mean(0)
 
-    return mean
+    return compute_mean_logits
 
 
 def teach(

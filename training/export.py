@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training import openvino_ir, torchscript
 from training.dataset import Dataset, Split, hold_out
 from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
 from training.loop import splits, to_device
@@ -22,6 +21,8 @@ from training.networks import Classifier, build
 from training.provenance import provenance
 from training.recipes import Recipe
 from training.run import Publication, Run, State
+from training.runtimes import openvino, selection, torchscript
+from training.runtimes.openvino import OpenVinoEngine
 from training.store import MODEL, EpochSummary, ModelCard, Promotion, Quantised, Store, sha256
 
 STATISTICS_IMAGES = 5120
@@ -66,7 +67,7 @@ def publish(
     with store.draft(recipe.model) as draft:
         torchscript.save(classifier, draft / MODEL)
         images, labels = to_device(dataset.test, CPU)
-        logits = predict(torchscript.load(draft / MODEL), images)
+        logits = predict(selection.load(draft / MODEL, "cpu", purpose="evaluation").compute_logits, images)
         int8 = quantise(draft / MODEL, recipe, dataset) if recipe.int8 else None
         curve = [EpochSummary.model_validate(metrics) for metrics in run.epochs() if metrics["epoch"] <= state["epoch"]]
         card = ModelCard(
@@ -114,19 +115,19 @@ def quantise(model: Path, recipe: Recipe, dataset: Dataset) -> Quantised:
     """
     samples, judged = quantisation_images(recipe, dataset)
     images, labels = to_device(judged, CPU)
-    before = _top1_in_views(openvino_ir.Compiled(model), images, labels)
+    before = _top1_in_views(OpenVinoEngine(model), images, labels)
     for float_first_layer in (False, True):
-        file = openvino_ir.quantise(model, samples, in_float=[0] if float_first_layer else [])
-        int8 = openvino_ir.Compiled(file)
+        file = openvino.quantize(model, samples, float_layers=[0] if float_first_layer else [])
+        int8 = OpenVinoEngine(file)
         lost = before - _top1_in_views(int8, images, labels)
         if accepted := lost <= MOST_LOST:
             break
     test = None
     if accepted:
         images, labels = to_device(dataset.test, CPU)
-        test = evaluate(predict(int8.on_tensors, images), labels)
+        test = evaluate(predict(int8.compute_logits, images), labels)
     else:
-        openvino_ir.remove(file)
+        openvino.delete_quantized(file)
     return Quantised(
         accepted=accepted, images=len(judged), lost_top1=lost, float_first_layer=float_first_layer, test=test
     )
@@ -172,9 +173,9 @@ def renew_statistics(classifier: Classifier, images: Tensor) -> None:
     classifier.eval()
 
 
-def _top1_in_views(network: openvino_ir.Compiled, images: Tensor, labels: Tensor) -> float:
+def _top1_in_views(engine: OpenVinoEngine, images: Tensor, labels: Tensor) -> float:
     views = [view.roll(shift, (1, 2)) for view in (images, images.flip(2)) for shift in ((0, 0), (2, 2))]
-    hits = [(predict(network.on_tensors, view).argmax(1) == labels).double().mean() for view in views]
+    hits = [(predict(engine.compute_logits, view).argmax(1) == labels).double().mean() for view in views]
     return torch.stack(hits).mean().item()
 
 

@@ -7,8 +7,6 @@ generator state. A resumed run gives the same weights as an uninterrupted one, b
 
 import copy
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
@@ -22,7 +20,6 @@ from torch.nn import functional as F
 
 from training import augment, distillation, warm_start
 from training.averaging import WeightAverage
-from training.cuda_graph import Recorded
 from training.dataset import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
 from training.features import prepare
@@ -31,12 +28,11 @@ from training.optimizers import load_state, make_optimizer, set_learning_rate
 from training.preparation import Preparation
 from training.provenance import provenance
 from training.recipes import Recipe
-from training.resources import precision
+from training.resources import choose_dtype
 from training.run import TICK_S, Run
+from training.runtimes.cuda_graph import GraphedFunction
+from training.schedule import learning_rate
 from training.store import Store
-
-WARMUP = 0.25  # fraction of a one-cycle schedule in which the learning rate rises
-_STEPS = ((10, 1), (15, 10), (25, 20), (math.inf, 50))  # (end epoch, divisor) pairs of the step schedule
 
 
 class TrainingError(RuntimeError):
@@ -140,7 +136,7 @@ def train(
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
     network = classifier.network
     optimizer = make_optimizer(recipe, classifier)
-    dtype = precision(recipe, device)
+    dtype = choose_dtype(recipe, device)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
@@ -230,14 +226,14 @@ def train(
 
     # A gradient scaler reads back on the host whether gradients overflowed, which a CUDA graph cannot record.
     records = device.type == "cuda" and not scaler.is_enabled()
-    train_on = Recorded(learn) if records else learn
+    train_on = GraphedFunction(learn) if records else learn
     for epoch in range(finished + 1, recipe.total_epochs + 1):
         if epoch > recipe.epochs and isinstance(network, TransferResNet18) and source is not finetuning:
             network.set_trainable(recipe.trainable_in(epoch))
             source = finetuning
-            train_on = Recorded(learn) if records else learn
+            train_on = GraphedFunction(learn) if records else learn
         if epoch == recipe.eval_mode_after + 1:  # a CUDA graph keeps the training or evaluation mode of its recording
-            train_on = Recorded(learn) if records else learn
+            train_on = GraphedFunction(learn) if records else learn
         started = ticked = time.perf_counter()
         seed = recipe.seed * 10_000 + epoch
         torch.manual_seed(seed)
@@ -319,7 +315,7 @@ def train(
 
 def _needed(store: Store | None, versions: str) -> Store:
     if store is None:
-        raise ValueError(f"without a store there is no {versions} to learn from")
+        raise ValueError(f"the recipe needs {versions} from a model store; pass the store to train()")
     return store
 
 
@@ -348,33 +344,6 @@ def splits(recipe: Recipe, dataset: Dataset) -> tuple[Split, str, Split]:
 def to_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return uint8 images [N, 32, 32, 3] and int64 labels [N] as tensors on the device."""
     return torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels).to(device)
-
-
-def learning_rate(recipe: Recipe, progress: float) -> float:
-    """Return the learning rate after `progress` epochs of a run; fractions count parts of an epoch."""
-    if progress < recipe.epochs:
-        peak, elapsed, epochs = recipe.learning_rate, progress, recipe.epochs
-    else:
-        peak, elapsed, epochs = recipe.finetune_learning_rate, progress - recipe.epochs, recipe.finetune_epochs
-    done = elapsed / epochs
-    match recipe.schedule:
-        case "constant":
-            return peak
-        case "step":
-            return peak / next(divisor for until, divisor in _STEPS if elapsed < until)
-        case "cosine":
-            return peak * (1 + math.cos(math.pi * done)) / 2
-        case "one-cycle":
-            return peak * min(done / WARMUP, (1 - done) / (1 - WARMUP))
-
-
-def peak_memory(device: torch.device) -> str:
-    """Describe the peak memory of this process in GiB, and its peak GPU memory if `device` is a GPU."""
-    kibibyte = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
-    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte / 2**30:.2f} GiB"
-    if device.type == "cuda":
-        text += f", {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
-    return text
 
 
 def _non_finite(epoch: int, step: int, rate: float, last_good: int) -> str:

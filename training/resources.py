@@ -8,16 +8,18 @@ The estimates are upper bounds: 1.1 to 1.7 times the measured peaks for batches 
 """
 
 import os
+import resource
 import shutil
+import sys
 from itertools import dropwhile
 from math import ceil
 from pathlib import Path
 
 import torch
 
-from training import torchscript
 from training.evaluate import BATCH_SIZES
 from training.recipes import ALL_STAGES, Recipe, RecipeError, Stage
+from training.runtimes.torchscript import computes_bfloat16
 
 MIB = 1 << 20
 SPARE_BYTES = 1 << 30
@@ -31,14 +33,14 @@ _TRANSIENT = 1.25  # factor on the kept activations, for their gradients and wor
 _FORWARD = 4  # number of largest activations alive at once in a forward pass without gradients
 
 
-def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
+def choose_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     """Return the dtype of the activations. "auto" selects a half precision only if the device is faster in it."""
     if recipe.precision != "auto":
         dtype: torch.dtype = getattr(torch, recipe.precision)
         return dtype
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torchscript.computes_bfloat16() else torch.float32
+    return torch.bfloat16 if computes_bfloat16() else torch.float32
 
 
 def default_device() -> torch.device:
@@ -56,7 +58,7 @@ def training_bytes(recipe: Recipe, device: torch.device, images: int) -> int:
     Args:
         images: Number of images in the training split, an upper bound for the batch size.
     """
-    half = 2 if precision(recipe, device) is not torch.float32 else 4
+    half = 2 if choose_dtype(recipe, device) is not torch.float32 else 4
     batch = min(recipe.batch_size, images)
     shown = BATCH_SIZES[device.type]  # batch size without gradients
     if recipe.network == "resnet18":
@@ -156,6 +158,15 @@ def resident_memory(process: int, proc: Path = Path("/proc")) -> int:
     except OSError:
         return 0
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+def describe_peak_memory(device: torch.device) -> str:
+    """Describe the peak memory of this process in GiB, and its peak GPU memory if `device` is a GPU."""
+    kibibyte = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
+    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte / 2**30:.2f} GiB"
+    if device.type == "cuda":
+        text += f", {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
+    return text
 
 
 def _room(group: Path, limit: str, usage: str, cache: str) -> int | None:

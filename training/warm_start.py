@@ -4,10 +4,10 @@ Input: a version in the model store.
 Output: its weights in a classifier with the same network, or an error that gives the reason why it is impossible.
 """
 
-from training import torchscript
 from training.dataset import Dataset
 from training.networks import Classifier
 from training.recipes import Recipe
+from training.runtimes.torchscript import load_weights
 from training.store import Store, StoreError
 
 
@@ -27,7 +27,7 @@ def load(classifier: Classifier, recipe: Recipe, store: Store, dataset: Dataset)
     version = recipe.weights
     recipe.require_fit(store.card(*store.parse(version)).recipe)
     file = store.learnable(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
-    weights = torchscript.load_weights(file)
+    weights = load_weights(file)
     if not weights:
         raise StoreError(f"{version} was exported as a graph only: it can teach, but not be trained on")
     classifier.load_state_dict(weights | {"temperature": classifier.temperature})

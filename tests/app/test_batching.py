@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from app import batching
 from app.batching import Batcher, Computed, Scores
-from app.engines import Engine
 from app.exceptions import DamagedImage, Unavailable
+from training.runtimes.engine import Engine
 
 
 @pytest.fixture(autouse=True)

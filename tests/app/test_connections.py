@@ -26,11 +26,11 @@ from app import connections, limits, protocol
 from app.batching import Batcher
 from app.clients import FairShares
 from app.connections import ConnectionTable
-from app.engines import Engine
 from app.limits import BodyLimit
 from app.main import create_app
 from app.services import Services
 from app.settings import Settings
+from training.runtimes.engine import Engine
 
 
 @pytest.fixture

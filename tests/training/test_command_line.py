@@ -9,13 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from training import torchscript
 from training.__main__ import cli
 from training.dataset import Dataset
 from training.evaluate import evaluate, predict
 from training.loop import splits
 from training.recipes import RECIPES, Recipe, recipe
 from training.run import Run
+from training.runtimes import torchscript
 from training.store import Store
 
 

@@ -10,7 +10,7 @@ import torch
 from preparing import watched
 from torch import Tensor
 
-from training import distillation, openvino_ir
+from training import distillation
 from training.dataset import Dataset
 from training.evaluate import predict
 from training.export import restore
@@ -19,6 +19,8 @@ from training.networks import Classifier
 from training.preparation import Preparation
 from training.recipes import RecipeError, recipe
 from training.run import Run
+from training.runtimes import selection
+from training.runtimes.openvino import INT8
 from training.store import Store, StoreError
 
 CPU = torch.device("cpu")
@@ -128,7 +130,7 @@ def test_a_teacher_that_cannot_be_used_is_an_error(dataset: Dataset, models: Pat
     with pytest.raises(StoreError, match="resnet/1 was trained on all but 100 images"):
         load(dataset, teacher="resnet/1", validation_images=101)
     run = started(tmp_path / "run", teacher="resnet/1")
-    with pytest.raises(ValueError, match="without a store there is no resnet/1"):
+    with pytest.raises(ValueError, match="the recipe needs resnet/1 from a model store"):
         list(train(run.recipe(), dataset, run, CPU))
 
 
@@ -182,16 +184,12 @@ def test_a_teacher_that_is_asked_in_every_step_answers_in_its_quantized_form(
 ) -> None:
     loaded = list[str]()
 
-    def compiled(file: Path) -> SimpleNamespace:
-        loaded.append(file.name)
-        return SimpleNamespace(on_tensors=None)
-
-    monkeypatch.setattr(openvino_ir, "Compiled", compiled)
+    monkeypatch.setattr(selection, "OpenVinoEngine", lambda file, _=None: loaded.append(file.name))
     fields = {"teacher": "resnet/1", "validation_images": 100}
     for quantized in (False, True):
         if quantized:
             monkeypatch.setattr(Store, "verify", lambda self, card: self.root / card.name / str(card.version))
-            (models / "resnet" / "1" / openvino_ir.INT8).touch()
+            (models / "resnet" / "1" / INT8).touch()
         for view in ("original", "augmented"):
             chosen = recipe("resnet", fields | {"teacher_view": view})
             distillation.load_teacher(chosen, Store(models), dataset, CPU)
@@ -203,11 +201,11 @@ def test_several_versions_teach_the_mean_of_their_logits(
 ) -> None:
     answers = iter(([[1.0, 2.0]], [[3.0, 6.0]]))
 
-    def compiled(_: Path) -> SimpleNamespace:
+    def compiled(*_: object) -> SimpleNamespace:
         logits = torch.tensor(next(answers))
-        return SimpleNamespace(on_tensors=lambda _: logits)
+        return SimpleNamespace(compute_logits=lambda _: logits)
 
-    monkeypatch.setattr(openvino_ir, "Compiled", compiled)
+    monkeypatch.setattr(selection, "OpenVinoEngine", compiled)
     chosen = recipe("resnet", {"teacher": "resnet/1,resnet/1", "validation_images": 100})
     teacher = distillation.load_teacher(chosen, Store(models), dataset, CPU)
     assert torch.equal(teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), torch.tensor([[2.0, 4.0]]))

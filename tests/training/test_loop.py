@@ -19,11 +19,12 @@ from torch import Tensor
 
 from training import loop
 from training.dataset import Dataset, load_dataset
-from training.loop import Epoch, TrainingError, learning_rate, splits, train
+from training.loop import Epoch, TrainingError, splits, train
 from training.networks import build
 from training.optimizers import make_optimizer
 from training.recipes import Recipe, recipe
 from training.run import Run, RunError
+from training.schedule import learning_rate
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -199,7 +200,7 @@ def test_a_run_can_be_resumed_where_another_precision_is_faster(
     assert next(event for event in stopped if isinstance(event, Epoch)).epoch == 1
     stopped.close()
     assert run.load()["scaler"] == {}
-    monkeypatch.setattr(loop, "precision", lambda *_: torch.float16)
+    monkeypatch.setattr(loop, "choose_dtype", lambda *_: torch.float16)
     finish(run, tiny)
     assert run.load()["epoch"] == 2
     assert run.load()["scaler"]["scale"] > 0

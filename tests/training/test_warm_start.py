@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from training import torchscript, warm_start
+from training import warm_start
 from training.dataset import Dataset
 from training.export import publish
 from training.loop import Epoch, train
 from training.networks import Classifier, build
 from training.recipes import RecipeError, recipe
 from training.run import Run
+from training.runtimes import torchscript
+from training.runtimes.engine import example_images
 from training.store import MODEL, Store, StoreError
 
 CPU = torch.device("cpu")
@@ -30,7 +32,7 @@ def warmed(models: Path, dataset: Dataset, **fields: Any) -> Classifier:
 
 
 def test_the_classifier_computes_what_the_version_computes_before_calibration(models: Path, dataset: Dataset) -> None:
-    images = torchscript.example_images(8)
+    images = example_images(8)
     version = torchscript.load(models / "resnet" / "1" / MODEL)
     temperature = Store(models).card("resnet", 1).temperature
     assert abs(temperature - 1) > 0.01
@@ -82,7 +84,7 @@ def test_a_version_that_does_not_fit_is_an_error(models: Path, dataset: Dataset,
         warmed(models, dataset, weights="resnet/7")
     run = Run(tmp_path / "run")
     run.create(recipe("resnet", FIELDS))
-    with pytest.raises(ValueError, match="without a store there is no resnet/1"):
+    with pytest.raises(ValueError, match="the recipe needs resnet/1 from a model store"):
         list(train(run.recipe(), dataset, run, CPU))
 
 
