@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from app import engines
-from app.engines import deviation
-from training import distillation, loop
-from training.cuda_graph import WARMUP_CALLS, Recorded
+from training import distillation, step
 from training.dataset import Dataset
 from training.loop import Epoch, train
 from training.recipes import Recipe, recipe
 from training.run import Run
+from training.runtimes import selection
+from training.runtimes.cuda_graph import WARMUP_CALLS, GraphedFunction
+from training.runtimes.engine import deviation
+from training.runtimes.torchscript import TorchScriptEngine
 from training.store import Store
 
 pytestmark = pytest.mark.gpu
@@ -92,7 +93,7 @@ def test_recording_changes_nothing(
 ) -> None:
     chosen = recipe("resnet", EXACT | {"width": 8, "learning_rate": 0.005})
     recorded = trained(tmp_path / "recorded", chosen, dataset, gpu)
-    monkeypatch.setattr(loop, "Recorded", lambda function: function)
+    monkeypatch.setattr(step, "GraphedFunction", lambda function: function)
     assert trained(tmp_path / "plain", chosen, dataset, gpu) == pytest.approx(recorded, rel=1e-3)
 
 
@@ -138,7 +139,7 @@ def test_a_teacher_answers_as_on_the_cpu(published_store: Path, dataset: Dataset
 
 def test_the_engine_computes_any_number_of_images(models: Path, dataset: Dataset) -> None:
     model = models / "resnet" / "1" / "model.pt"
-    engine, exact = engines.load(model, "auto", "torchscript"), engines.TorchScriptEngine(model)
+    engine, exact = selection.load(model, "auto", "torchscript"), TorchScriptEngine(model)
     assert engine.name == "torchscript-cuda-f16"
     images = np.ascontiguousarray(np.concatenate([dataset.train.images, dataset.test.images]).transpose(0, 3, 1, 2))
     images = np.concatenate([images, 255 - images])
@@ -150,7 +151,7 @@ def test_the_engine_computes_any_number_of_images(models: Path, dataset: Dataset
 
 
 def test_an_engine_that_is_not_needed_any_more_leaves_the_gpu(models: Path) -> None:
-    engine = engines.load(models / "resnet" / "1" / "model.pt", "cuda", "torchscript")
+    engine = selection.load(models / "resnet" / "1" / "model.pt", "cuda", "torchscript")
     gone = weakref.ref(engine)
     gc.disable()  # the service freezes the objects of its start, so the collector never visits them
     try:
@@ -169,7 +170,7 @@ def test_a_graph_takes_new_arguments_and_passes_on_what_has_another_shape(
         total.add_(values.sum())
         return 2 * values
 
-    recorded: Callable[[Tensor], Tensor] = Recorded(add)
+    recorded: Callable[[Tensor], Tensor] = GraphedFunction(add)
     for number in range(20):
         values = torch.full((3 if number % 3 else 2,), float(number), device="cuda")
         assert recorded(values).tolist() == (2 * values).tolist()
