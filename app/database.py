@@ -8,7 +8,7 @@ from sqlalchemy import JSON, DateTime, Dialect, Engine, Text, cast, create_engin
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-from training.store import locked
+from training.store import lock_folder
 from training.text import shorten
 
 SCHEMA_VERSION = 1
@@ -95,7 +95,7 @@ def connect(path: Path) -> Engine:
         connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
 
     # SQLite does not wait while another process switches a new database to WAL mode, so a file lock serializes them.
-    with locked(path.parent), Session(engine.execution_options(**WRITES)) as session, session.begin():
+    with lock_folder(path.parent), Session(engine.execution_options(**WRITES)) as session, session.begin():
         connection = session.connection()
         version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
         if version > SCHEMA_VERSION:

@@ -32,7 +32,7 @@ from app.settings import Settings
 from app.threads import Threads
 from training import resources
 from training.dataset import split_sizes
-from training.recipes import RECIPES, Recipe, RecipeError, from_dict, recipe
+from training.recipes import RECIPES, Recipe, RecipeError, make_recipe, parse_recipe
 from training.run import Publication, Run
 from training.store import ModelCard, Promotion, Store, StoreError
 from training.text import quote, shorten
@@ -229,7 +229,7 @@ class Jobs:
         with self._transaction(WRITES) as session:
             row = self._row(session, job_id)
             if row.state == State.RUNNING:
-                self.run(job_id).ask_to_stop()  # stops the process even if this server crashes first
+                self.run(job_id).request_stop()  # stops the process even if this server crashes first
             _finish(row, State.CANCELLED)
         return self._job(row)
 
@@ -338,7 +338,7 @@ class Jobs:
             if row is None:
                 return None
             try:
-                wanted = from_dict(row.recipe)
+                wanted = parse_recipe(row.recipe)
                 if wanted.name not in RECIPES:
                     raise RecipeError(f"there is no recipe {quote(wanted.name)}")
             except RecipeError as error:
@@ -355,7 +355,7 @@ class Jobs:
         needed = set()
         for each in recipes:
             with suppress(RecipeError):  # the recipe is of an earlier release; its job will fail
-                sources = (source.split("/") for source in from_dict(each).sources)
+                sources = (source.split("/") for source in parse_recipe(each).source_versions)
                 needed |= {int(version) for name, version in sources if name == model}
         return needed
 
@@ -390,7 +390,7 @@ class Jobs:
 
     def _validated(self, request: JobRequest) -> Recipe:
         try:
-            wanted = recipe(request.recipe, request.overrides)
+            wanted = make_recipe(request.recipe, request.overrides)
             for version in wanted.teachers:
                 self._card("teacher", version)
             if wanted.predecessor:

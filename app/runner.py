@@ -23,7 +23,7 @@ from app.exceptions import Unavailable
 from app.jobs import Jobs, JobSummary, State
 from app.settings import Settings
 from app.threads import Threads
-from training.recipes import RECIPES, Recipe, as_text
+from training.recipes import RECIPES, Recipe, format_value
 from training.run import Run, RunBusy, RunError, write_pid
 from training.store import Store
 
@@ -201,7 +201,7 @@ class Runner:
         else:
             original = RECIPES[recipe.name]
             changed = [field for field in Recipe.model_fields if getattr(recipe, field) != getattr(original, field)]
-            command += [f"{field}={as_text(getattr(recipe, field))}" for field in changed]
+            command += [f"{field}={format_value(getattr(recipe, field))}" for field in changed]
         command += ["--run", str(run.path), "--models", str(self._settings.models), "--promote", job.request.promote]
         return command
 

@@ -39,7 +39,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from app.settings import MIB, Settings
 from app.signals import exit_status, on_stop
 from app.startup import StartupError
-from training.store import locked
+from training.store import lock_folder
 
 log = logging.getLogger(__name__)
 
@@ -385,7 +385,7 @@ def _metrics_folder(runs: Path) -> Iterator[tuple[Path, int]]:
     try:
         root = runs.absolute() / "metrics"
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root):
+        with lock_folder(root):
             for left in root.glob("*/"):
                 with suppress(OSError), (left / _LOCK).open("w") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

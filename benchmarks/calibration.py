@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from training.dataset import Dataset, load_dataset
 from training.evaluate import expected_calibration_error, fit_temperature, predict
-from training.loop import splits
-from training.recipes import from_dict
+from training.loop import make_splits
+from training.recipes import parse_recipe
 from training.runtimes.openvino import OpenVinoEngine
 from training.store import MODEL, Store
 
@@ -49,7 +49,7 @@ def compare(version: str, store: Store, dataset: Dataset, count: int) -> str:
         count: Number of random divisions into halves.
     """
     card = store.card(*store.parse(version))
-    _, _, validation = splits(from_dict(card.recipe), dataset)
+    _, _, validation = make_splits(parse_recipe(card.recipe), dataset)
     network = OpenVinoEngine(store.verify(card) / MODEL)
     logits = predict(network.compute_logits, torch.from_numpy(validation.images)) * card.temperature
     labels = torch.from_numpy(validation.labels)

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from training.dataset import load_dataset
 from training.evaluate import predict
-from training.export import CPU, quantisation_images
+from training.export import CPU, quantization_images
 from training.loop import to_device
-from training.recipes import from_dict
+from training.recipes import parse_recipe
 from training.runtimes.openvino import OpenVinoEngine, quantize
 from training.store import MODEL, Store
 
@@ -33,7 +33,7 @@ def main(version: str, positions: list[int]) -> None:
     store = Store(Path("models"))
     card = store.card(*store.parse(version))
     published = store.verify(card) / MODEL
-    samples, judged = quantisation_images(from_dict(card.recipe), load_dataset())
+    samples, judged = quantization_images(parse_recipe(card.recipe), load_dataset())
     images, labels = to_device(judged, CPU)
 
     print(f"{version}, {len(labels)} images, {occasion()}")

@@ -46,9 +46,9 @@ from server import wait_for
 from app.settings import Settings
 from app.workers import only_on
 from training.dataset import Dataset, load_dataset
-from training.export import quantisation_images
+from training.export import quantization_images
 from training.networks import build
-from training.recipes import from_dict
+from training.recipes import parse_recipe
 from training.runtimes import selection, torchscript
 from training.runtimes.openvino import quantize
 from training.store import MODEL, Store
@@ -157,10 +157,10 @@ def at_size(store: Store, folder: Path, size: int, dataset: Dataset) -> tuple[St
         A store with that model, and a note about it for the report.
     """
     card = store.card("resnet18", store.live("resnet18") or 0)
-    resized = from_dict(card.recipe).blank.model_copy(update={"image_size": size})
+    resized = parse_recipe(card.recipe).from_scratch.model_copy(update={"image_size": size})
     classifier = build(resized, len(card.classes)).eval()
     classifier.load_state_dict(torchscript.load_weights(live(store, "resnet18") / MODEL))
-    samples, _ = quantisation_images(resized, dataset)
+    samples, _ = quantization_images(resized, dataset)
     copy = Store(folder / "models")
     with copy.draft("resnet18") as draft:
         torchscript.save(classifier, draft / MODEL)

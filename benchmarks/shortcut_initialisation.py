@@ -21,7 +21,7 @@ from training import loop
 from training.dataset import load_dataset
 from training.networks import Classifier, build
 from training.networks.resnet import SharedBlock
-from training.recipes import Recipe, recipe
+from training.recipes import Recipe, make_recipe
 from training.resources import default_device
 from training.run import Run
 
@@ -48,7 +48,7 @@ def identity(classifier: nn.Module) -> None:
 
 def main(epochs: int) -> None:
     fields = {"normalization": "dataset", "batch_norm_statistics": "per-use", "eval_mode_after": 0}
-    chosen = recipe("resnet-seed", fields | {"epochs": epochs, "width": 16, "validation_images": 5000})
+    chosen = make_recipe("resnet-seed", fields | {"epochs": epochs, "width": 16, "validation_images": 5000})
     dataset = load_dataset()
     print("| initialisation | epoch | train loss | train top-1 | validation top-1 |\n| --- | --- | --- | --- | --- |")
     for initialise in (default, he, identity):

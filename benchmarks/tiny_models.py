@@ -9,7 +9,7 @@ from server import DATA
 from training.dataset import load_dataset
 from training.export import publish
 from training.loop import train
-from training.recipes import recipe
+from training.recipes import make_recipe
 from training.run import Run
 from training.store import Store
 
@@ -27,7 +27,7 @@ def store(folder: Path, versions: int = 1) -> Store:
     dataset, made = load_dataset(DATA), Store(folder / "models")
     for seed in range(versions):
         run = Run(folder / "first-runs" / str(seed))
-        run.create(recipe(NAME, TINY | {"seed": seed}))
+        run.create(make_recipe(NAME, TINY | {"seed": seed}))
         list(train(run.recipe(), dataset, run, torch.device("cpu")))
         publish(run, dataset, made, "always")
     return made

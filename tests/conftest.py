@@ -10,7 +10,7 @@ import torch
 from training.dataset import Dataset, load_dataset
 from training.export import publish
 from training.loop import train
-from training.recipes import recipe
+from training.recipes import make_recipe
 from training.run import Run
 from training.store import Store
 
@@ -43,7 +43,7 @@ def finished_run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> 
     """A finished run of one epoch of the network `resnet` at width 8."""
     run = Run(tmp_path_factory.mktemp("run"))
     fields = {"width": 8, "epochs": 1, "batch_size": 16, "learning_rate": 0.05, "validation_images": 100, "int8": False}
-    run.create(recipe("resnet", fields))
+    run.create(make_recipe("resnet", fields))
     list(train(run.recipe(), dataset, run, torch.device("cpu")))
     return run
 

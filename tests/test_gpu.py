@@ -17,7 +17,7 @@ from torch import Tensor
 from training import distillation, step
 from training.dataset import Dataset
 from training.loop import Epoch, train
-from training.recipes import Recipe, recipe
+from training.recipes import Recipe, make_recipe
 from training.run import Run
 from training.runtimes import selection
 from training.runtimes.cuda_graph import WARMUP_CALLS, GraphedFunction
@@ -81,7 +81,7 @@ def test_recorded_steps_learn_what_steps_on_the_cpu_learn(
     tmp_path: Path,
     replays: list[torch.cuda.CUDAGraph],
 ) -> None:
-    chosen = recipe(name, EXACT | overrides)
+    chosen = make_recipe(name, EXACT | overrides)
     here = trained(tmp_path / "gpu", chosen, dataset, gpu)
     changes_mode = chosen.trains_in_evaluation_mode(chosen.epochs)
     assert len(set(replays)) == (2 if chosen.finetune_epochs or changes_mode else 1)
@@ -91,7 +91,7 @@ def test_recorded_steps_learn_what_steps_on_the_cpu_learn(
 def test_recording_changes_nothing(
     dataset: Dataset, gpu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = recipe("resnet", EXACT | {"width": 8, "learning_rate": 0.005})
+    chosen = make_recipe("resnet", EXACT | {"width": 8, "learning_rate": 0.005})
     recorded = trained(tmp_path / "recorded", chosen, dataset, gpu)
     monkeypatch.setattr(step, "GraphedFunction", lambda function: function)
     assert trained(tmp_path / "plain", chosen, dataset, gpu) == pytest.approx(recorded, rel=1e-3)
@@ -103,7 +103,7 @@ def test_a_run_goes_on_on_another_device(
     name: str, first: str, second: str, dataset: Dataset, gpu: torch.device, tmp_path: Path
 ) -> None:
     base, overrides = RECIPES[name]
-    chosen = recipe(base, EXACT | overrides)
+    chosen = make_recipe(base, EXACT | overrides)
     whole = trained(tmp_path / "whole", chosen, dataset, gpu)
     run = Run(tmp_path / "run")
     run.create(chosen)
@@ -119,7 +119,7 @@ def test_half_precision_is_recorded_too(
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("a scaler of float16 cannot be recorded")
     rough, exact = (
-        trained(tmp_path / precision, recipe("resnet", EXACT | {"width": 8, "precision": precision}), dataset, gpu)
+        trained(tmp_path / precision, make_recipe("resnet", EXACT | {"width": 8, "precision": precision}), dataset, gpu)
         for precision in ("auto", "float32")
     )
     assert len(set(replays)) == 2
@@ -128,7 +128,7 @@ def test_half_precision_is_recorded_too(
 
 def test_a_teacher_answers_as_on_the_cpu(published_store: Path, dataset: Dataset, gpu: torch.device) -> None:
     pytest.importorskip("openvino")
-    chosen = recipe("resnet", {"teacher": "resnet/1", "validation_images": 100})
+    chosen = make_recipe("resnet", {"teacher": "resnet/1", "validation_images": 100})
     images = torch.from_numpy(dataset.test.images).permute(0, 3, 1, 2)
     answers = [
         distillation.load_teacher(chosen, Store(published_store), dataset, device)(images.to(device)).cpu().numpy()

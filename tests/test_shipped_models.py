@@ -45,7 +45,7 @@ def test_files_match_their_card(name: str, version: int) -> None:
     folder = STORE.verify(card)
     assert (folder / MODEL).stat().st_size < 25e6
     assert tuple(card.classes) == CLASSES
-    recipe = recipes.from_dict(card.recipe)
+    recipe = recipes.parse_recipe(card.recipe)
     assert recipe.model == name
     assert recipe.predecessor or "/" not in recipe.weights  # no file path of the training machine
     assert card.test.images == 10_000

@@ -248,7 +248,7 @@ COLORS = {
 
 
 def make_synthetic(images_per_class: int, seed: int = 0) -> Dataset:
-    """Make a learnable substitute for CIFAR-100: ten shapes in ten colors on cluttered gray backgrounds.
+    """Make a verify_source substitute for CIFAR-100: ten shapes in ten colors on cluttered gray backgrounds.
 
     Position, size, shade and background vary from image to image. The test split has a quarter as many images.
 

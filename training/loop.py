@@ -22,7 +22,7 @@ from training.evaluate import evaluate, predict
 from training.networks import Classifier, build
 from training.phase import make_phase
 from training.preparation import Preparation, record_reports
-from training.provenance import provenance
+from training.provenance import collect_provenance
 from training.recipes import Recipe
 from training.resources import choose_dtype
 from training.run import TICK_S, Run
@@ -111,7 +111,7 @@ def train(
     torch.backends.cudnn.benchmark = True  # benchmarks the algorithms of each convolution
     checkpoint = run.load(dataset.fingerprint) if run.checkpoint_file.exists() else None
     classifier = _make_classifier(recipe, dataset, device, store, resumed=checkpoint is not None)
-    split, evaluated_split, evaluation = splits(recipe, dataset)
+    split, evaluated_split, evaluation = make_splits(recipe, dataset)
     images, labels = to_device(split, device)
     evaluation_images, _ = to_device(evaluation, device)
     dtype = choose_dtype(recipe, device)
@@ -120,8 +120,8 @@ def train(
     if checkpoint is not None:
         step.load_state_dict(checkpoint)
         finished = checkpoint["epoch"]
-    run.forget_after(finished)
-    fixed_state = {"data": dataset.fingerprint, "provenance": provenance()}
+    run.drop_metrics_after(finished)
+    fixed_state = {"data": dataset.fingerprint, "provenance": collect_provenance()}
     yield from record_reports(_prepare_teacher(step, dataset, images, run, store), run)
 
     for epoch in range(finished + 1, recipe.total_epochs + 1):
@@ -202,7 +202,7 @@ def evaluate_epoch(step: TrainStep, tick: Tick, labels: Tensor) -> tuple[dict[st
         TrainingError: The loss is not finite.
     """
     step.classifier.eval()
-    with step.average.applied() if step.average else nullcontext():
+    with step.average.apply() if step.average else nullcontext():
         with step.autocast():
             measures = evaluate(predict(step.phase.compute_logits, step.phase.evaluation), labels)
         weights = copy.deepcopy(step.classifier.state_dict())
@@ -214,7 +214,7 @@ def _make_classifier(
     recipe: Recipe, dataset: Dataset, device: torch.device, store: Store | None, resumed: bool
 ) -> Classifier:
     """Make the classifier of a run with its initial weights. A resumed run gets random weights."""
-    classifier = build(recipe.blank if resumed else recipe, len(dataset.classes))
+    classifier = build(recipe.from_scratch if resumed else recipe, len(dataset.classes))
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
     if recipe.predecessor and not resumed:
         warm_start.load(classifier, recipe, _require_store(store, recipe.weights), dataset)
@@ -233,7 +233,7 @@ def _prepare_teacher(
     if recipe.teacher_view == "augmented":
         step.teacher = load_teacher()
     else:
-        step.teacher_logits = yield from distillation.teach(
+        step.teacher_logits = yield from distillation.compute_teacher_logits(
             recipe.teacher, load_teacher, images, dataset.fingerprint, run
         )
 
@@ -277,7 +277,7 @@ def _summarize(tick: Tick, rate: float, split: str, measures: Evaluation, second
     )
 
 
-def splits(recipe: Recipe, dataset: Dataset) -> tuple[Split, str, Split]:
+def make_splits(recipe: Recipe, dataset: Dataset) -> tuple[Split, str, Split]:
     """Return the training split, and the name and the images of the split evaluated after every epoch."""
     train, name, evaluation = dataset.train, "test", dataset.test
     if recipe.validation_images:

@@ -61,18 +61,18 @@ def make_phase(
     if isinstance(network, TransferResNet18) and epoch > recipe.epochs:
         network.set_trainable(recipe.trainable_in(epoch))
         recipe = recipe.model_copy(update={"crop_padding": recipe.finetune_crop_padding})
-    if not isinstance(network, TransferResNet18) or not network.frozen:
+    if not isinstance(network, TransferResNet18) or not network.frozen_stages:
         return Phase(partial(augment.batches, images, recipe), evaluation, lambda batch: batch, classifier)
 
     features = yield from prepare(recipe, classifier, images, evaluation, dtype)
     if features is None:
 
         def compute_features(batch: Tensor) -> Tensor:
-            return network.features(classifier.preprocess(batch))
+            return network.forward_features(classifier.preprocess(batch))
 
-        return Phase(partial(augment.batches, images, recipe), evaluation, compute_features, network.head)
+        return Phase(partial(augment.batches, images, recipe), evaluation, compute_features, network.forward_head)
 
-    device = images.device
-    return Phase(
-        partial(features.batches, recipe), features.evaluation, lambda batch: batch.to(device).float(), network.head
-    )
+    def load_features(batch: Tensor) -> Tensor:
+        return batch.to(images.device).float()
+
+    return Phase(partial(features.batches, recipe), features.evaluation, load_features, network.forward_head)

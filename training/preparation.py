@@ -28,7 +28,7 @@ class Preparation:
     event: str = "preparation"
 
 
-class Pace:
+class ProgressCounter:
     """A progress counter that reports every `TICK_S` seconds and at the end.
 
     Args:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from training import augment, distillation
 from training.averaging import WeightAverage
 from training.networks import Classifier
-from training.optimizers import load_state, make_optimizer, set_learning_rate
+from training.optimizers import load_optimizer_state, make_optimizer, set_learning_rate
 from training.phase import Phase
 from training.recipes import Recipe
 from training.runtimes.cuda_graph import GraphedFunction
@@ -97,7 +97,7 @@ class TrainStep:
         with self.autocast():
             inputs = self.phase.trunk(batch)
         mixing: tuple[Tensor, ...] = ()
-        if self.recipe.combines:
+        if self.recipe.mixes_images:
             inputs, partners, share = augment.combine(inputs, self.recipe, generator)
             mixing = partners, torch.full((), share, device=self.labels.device)
         self._update(inputs, indices, self._get_teacher_logits(inputs, indices), *mixing)
@@ -113,7 +113,7 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the weights, the optimizer's state, the gradient scale and the average from a checkpoint."""
         self.classifier.load_state_dict(state["classifier"])
-        load_state(self.optimizer, state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         if state["scaler"]:  # empty if the epochs ran in another precision, on another machine
             self.scaler.load_state_dict(state["scaler"])
         self.average = self._start_average()
@@ -165,5 +165,5 @@ class TrainStep:
         loss = F.cross_entropy(logits, self.labels[indices], label_smoothing=self.recipe.label_smoothing)
         if not self.recipe.teachers:
             return loss
-        distilled = distillation.loss(logits, teacher_logits, self.recipe.teacher_temperature)
+        distilled = distillation.compute_loss(logits, teacher_logits, self.recipe.teacher_temperature)
         return torch.lerp(loss, distilled, self.recipe.teacher_weight)

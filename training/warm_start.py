@@ -21,13 +21,13 @@ def load(classifier: Classifier, recipe: Recipe, store: Store, dataset: Dataset)
         dataset: Data set of the run.
 
     Raises:
-        StoreError: The version cannot be used (see `Store.learnable`), or it holds a graph without weights.
+        StoreError: The version cannot be used (see `Store.verify_source`), or it holds a graph without weights.
         RecipeError: The version has another network or normalization.
     """
     version = recipe.weights
     recipe.require_fit(store.card(*store.parse(version)).recipe)
-    file = store.learnable(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
+    file = store.verify_source(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
     weights = load_weights(file)
     if not weights:
-        raise StoreError(f"{version} was exported as a graph only: it can teach, but not be trained on")
+        raise StoreError(f"{version} was exported as a graph without weights; use it as teacher, or give another one")
     classifier.load_state_dict(weights | {"temperature": classifier.temperature})

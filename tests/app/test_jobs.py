@@ -24,7 +24,7 @@ from app.runner import Runner
 from app.services import Services
 from app.settings import Settings
 from app.threads import Threads
-from training.recipes import recipe
+from training.recipes import make_recipe
 from training.run import Publication
 from training.store import Store
 
@@ -113,7 +113,7 @@ def test_a_job_keeps_its_recipe_whatever_the_defaults_become(jobs: Jobs, monkeyp
     found = jobs.claim()
     assert found is not None
     monkeypatch.undo()
-    assert found[1] == recipe("resnet", {"epochs": 2})
+    assert found[1] == make_recipe("resnet", {"epochs": 2})
 
 
 def test_a_job_whose_recipe_this_release_does_not_know_fails(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:

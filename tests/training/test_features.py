@@ -19,7 +19,7 @@ from training.features import Features, prepare
 from training.loop import Epoch, to_device, train
 from training.networks import Classifier, TransferResNet18, build
 from training.preparation import Preparation
-from training.recipes import Recipe, recipe
+from training.recipes import Recipe, make_recipe
 from training.run import Run
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def chosen(**fields: Any) -> Recipe:
-    return recipe("resnet18", SMALL | fields)
+    return make_recipe("resnet18", SMALL | fields)
 
 
 def built(recipe: Recipe, seed: int = 0) -> Classifier:
@@ -62,7 +62,7 @@ def test_batches_are_features_of_the_very_images_that_would_be_drawn(flips: dict
     def made_of(images: Tensor) -> Tensor:
         assert isinstance(classifier.network, TransferResNet18)
         with torch.inference_mode():
-            return classifier.network.features(classifier.preprocess(images))
+            return classifier.network.forward_features(classifier.preprocess(images))
 
     images, _ = to_device(dataset.train, CPU)
     pairs = zip(
@@ -145,7 +145,9 @@ def test_without_room_for_the_file_nothing_is_written(
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**12, 10**12, 10**9))
     features, (event,) = prepared(chosen(), built(chosen()), dataset)
     assert features is None
-    assert event.message.startswith("no room for 0.0 GB of features")
+    assert event.message.endswith(
+        "has no room for 0.0 GB of features of the frozen stages; computing them in every epoch instead"
+    )
     assert list(folder.iterdir()) == []
 
 
@@ -178,7 +180,7 @@ def test_a_folder_that_cannot_be_written_does_not_end_training(dataset: Dataset,
     folder.write_text("a file, not a folder")
     features, (event,) = prepared(chosen(), built(chosen()), dataset)
     assert features is None
-    assert "computed in every epoch" in event.message
+    assert "computing the features in every epoch instead" in event.message
 
 
 @contextmanager
@@ -196,5 +198,5 @@ def test_a_file_that_cannot_be_written_to_its_end_is_dropped_and_training_goes_o
     with largest_file(100_000):
         features, events = prepared(recipe, built(recipe), dataset)
     assert features is None
-    assert "computed in every epoch" in events[-1].message
+    assert "computing the features in every epoch instead" in events[-1].message
     assert list(folder.iterdir()) == []

@@ -4,7 +4,6 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -224,8 +223,9 @@ def test_candidates_are_listed_in_order_of_preference(
 
 def test_a_model_without_an_int8_form_has_no_int8_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: INT8_INSTRUCTIONS)
-    for purpose in ("serving", "online-teaching"):
-        candidates = list_candidates(tmp_path / "model.pt", "cpu", "auto", cast(Purpose, purpose))
+    purposes: tuple[Purpose, ...] = ("serving", "online-teaching")
+    for purpose in purposes:
+        candidates = list_candidates(tmp_path / "model.pt", "cpu", "auto", purpose)
         assert "int8" not in {candidate.runtime for candidate in candidates}
 
 
