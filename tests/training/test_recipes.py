@@ -150,9 +150,10 @@ def test_a_field_is_read_under_its_former_name_too() -> None:
 
 def test_a_field_under_both_of_its_names_is_an_error() -> None:
     both = {"reinitialise": ("layer4",), "reinitialize": ("layer3",)}
-    for refused in (lambda: make_recipe("resnet18", both), lambda: Recipe.model_validate(both)):
-        with pytest.raises(ValueError, match="reinitialise is the former name of reinitialize"):
-            refused()
+    with pytest.raises(RecipeError, match="reinitialise is the former name of reinitialize"):
+        make_recipe("resnet18", both)
+    with pytest.raises(RecipeError, match="reinitialise is the former name of reinitialize"):
+        parse_recipe(RECIPES["resnet18"].model_dump() | both)
 
 
 def test_a_recipe_does_not_change() -> None:
