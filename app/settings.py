@@ -16,10 +16,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.machine import GIB, MIB
+from training.runtimes import Device, Runtime
 
 LogStyle = Literal["auto", "text", "json"]
-Device = Literal["auto", "cpu", "cuda"]
-Runtime = Literal["auto", "int8", "openvino", "torchscript"]
 
 
 def _split_commas(value: Any) -> Any:

@@ -27,9 +27,9 @@ import torch
 from results import keep, occasion
 from throughput import images_per_s
 
-from app import engines
 from app.inference.batching import Batcher
-from app.settings import Runtime
+from training.runtimes import Runtime, selection
+from training.runtimes.engine import Engine, EngineError
 from training.store import MODEL, Store
 
 RUNTIMES: tuple[Runtime, ...] = ("int8", "openvino", "torchscript")
@@ -37,7 +37,7 @@ SIZES = (1, 8, 32) if not torch.cuda.is_available() else (1, 32, 256)
 CALLERS = 4
 
 
-def batched_per_s(engine: engines.Engine, size: int, callers: int, seconds: float) -> float:
+def batched_per_s(engine: Engine, size: int, callers: int, seconds: float) -> float:
     """Return the images per second of a batcher when `callers` callers give it batches of `size` images from memory."""
     images = np.random.default_rng(0).integers(0, 256, (size, 3, 32, 32), np.uint8)
     most = max(SIZES)
@@ -67,8 +67,8 @@ def main(rounds: int, seconds: float, models: Path) -> None:
         file = store.folder(name, version) / MODEL
         for runtime in RUNTIMES:
             try:
-                loaded.append((f"{name}/{version}", engines.load(file, "auto", runtime)))
-            except engines.EngineError as error:
+                loaded.append((f"{name}/{version}", selection.load(file, "auto", runtime)))
+            except EngineError as error:
                 failures.append(f"{name}, {runtime}: {error}")
     most = max(SIZES)
     columns = [*map(str, SIZES), f"batcher, {most} a call", "batcher, 1 a call"]

@@ -51,13 +51,14 @@ from results import Check, keep, occasion, table
 from server import wait_for
 from throughput import images_per_s
 
-from app.engines import load as load_engine
 from app.machine import cpu_affinity
 from app.settings import Settings
-from training import data, openvino_ir, torchscript
-from training.export import quantisation_images
+from training.dataset import Dataset, load_dataset
+from training.export import quantization_images
 from training.networks import build
-from training.recipes import from_dict
+from training.recipes import parse_recipe
+from training.runtimes import selection, torchscript
+from training.runtimes.openvino import quantize
 from training.store import MODEL, Store
 
 ENGINES = {
@@ -154,7 +155,7 @@ def photo(seed: int) -> bytes:
     return file.getvalue()
 
 
-def at_size(store: Store, folder: Path, size: int, dataset: data.Dataset) -> tuple[Store, str]:
+def at_size(store: Store, folder: Path, size: int, dataset: Dataset) -> tuple[Store, str]:
     """Export the live `resnet18` again for images upsampled to another size.
 
     The exported model is as fast as one trained at that size. It has an int8 form; only its speed is meaningful, its
@@ -164,16 +165,16 @@ def at_size(store: Store, folder: Path, size: int, dataset: data.Dataset) -> tup
         A store with that model, and a note about it for the report.
     """
     card = store.card("resnet18", store.live("resnet18") or 0)
-    resized = from_dict(card.recipe).blank.model_copy(update={"image_size": size})
+    resized = parse_recipe(card.recipe).from_scratch.model_copy(update={"image_size": size})
     classifier = build(resized, len(card.classes)).eval()
     classifier.load_state_dict(torchscript.load_weights(live(store, "resnet18") / MODEL))
-    samples, _ = quantisation_images(resized, dataset)
+    samples, _ = quantization_images(resized, dataset)
     copy = Store(folder / "models")
     with copy.draft("resnet18") as draft:
         torchscript.save(classifier, draft / MODEL)
-        openvino_ir.quantise(draft / MODEL, samples, in_float=[0])
+        quantize(draft / MODEL, samples, float_layers=[0])
         copy.promote("resnet18", copy.publish(draft, card).version)
-    engine = load_engine(live(copy, "resnet18") / MODEL, "cpu", "auto")
+    engine = selection.load(live(copy, "resnet18") / MODEL, "cpu", "auto")
     rate = statistics.median(images_per_s(engine, 32, 2) for _ in range(3))
     return copy, (
         f"resnet18/1 is here version {card.version} with images upsampled to {size} pixels, not "
@@ -227,7 +228,7 @@ class Benchmark:
         models: Names of the models under test.
     """
 
-    def __init__(self, store: Store, dataset: data.Dataset, seconds: int, folder: Path, models: Sequence[str]):
+    def __init__(self, store: Store, dataset: Dataset, seconds: int, folder: Path, models: Sequence[str]):
         self.store = store
         self.seconds = seconds
         self.folder = folder
@@ -248,7 +249,7 @@ class Benchmark:
         }
         self.scenarios = [scenario for scenario in SCENARIOS if scenario.model in models]
         self.without_int8 = {
-            model: load_engine(live(store, model) / MODEL, "cpu", "openvino").name for model in self.checks
+            model: selection.load(live(store, model) / MODEL, "cpu", "openvino").name for model in self.checks
         }
 
     def visit(self, server: Server, engine: str) -> None:
@@ -489,7 +490,7 @@ def main(names: Sequence[str], rounds: int, seconds: int, models: Path, image_si
     adopt()
     chosen = [server for server in SERVERS if server.name in names]
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
-        store, dataset, notes = Store(models.resolve()), data.load(), ""
+        store, dataset, notes = Store(models.resolve()), load_dataset(), ""
         if image_size:
             store, notes = at_size(store, Path(name), image_size, dataset)
         benchmark = Benchmark(store, dataset, seconds, Path(name), ["resnet18"] if image_size else list(CHECKED))

@@ -27,7 +27,7 @@ from peers.running import Load, Running, adopt, drive
 from results import keep, occasion
 from serving import MEDIA_TYPES, PICTURES, PNG, WARMUP_S, engine_of, live, png, request_files
 
-from training import data
+from training.dataset import load_dataset
 from training.store import Store
 
 CONNECTIONS = (1, 64, 256)
@@ -45,7 +45,7 @@ def loads(running: Running, pictures: list[bytes], seconds: int, folder: Path) -
 
 def main(workers: list[int], rounds: int, seconds: int, models: Path, source: str | None) -> None:
     adopt()
-    pictures = [png(image) for image in data.load(source).test.images[:PICTURES]]
+    pictures = [png(image) for image in load_dataset(source).test.images[:PICTURES]]
     store = Store(models)
     measured: dict[tuple[str, str, int, int], list[Load]] = defaultdict(list)
     starts_s: dict[int, list[float]] = defaultdict(list)

@@ -35,13 +35,12 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
-from training import data
-from training.data import Dataset, Split
+from training.dataset import Dataset, Split, load_dataset
 from training.loop import Epoch, train
 from training.networks import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEAN, IMAGENET_STD, build
 from training.optimizers import make_optimizer
-from training.recipes import Recipe, recipe
-from training.resources import default_device, precision
+from training.recipes import Recipe, make_recipe
+from training.resources import choose_dtype, default_device
 from training.run import Run
 
 LOOK_S = 0.25
@@ -112,10 +111,10 @@ def measure(network: str, variant: str, batches: int, source: str | None) -> flo
     short: dict[str, Any] = {"epochs": 2, "validation_images": 0}
     if network == "resnet18":
         short |= {"weights": "none", "image_size": 224, "finetune_epochs": 0, "finetune_crop_padding": 0}
-    chosen = recipe(network, short)
+    chosen = make_recipe(network, short)
     if "without" in variant:
         chosen = chosen.model_copy(update={"cache_features": False})
-    whole = data.load(source)
+    whole = load_dataset(source)
     dataset = replace(whole, train=whole.train[: batches * chosen.batch_size], test=whole.test[:100])
     return (plain if variant == "plain" else ours)(chosen, dataset, default_device())
 
@@ -134,7 +133,7 @@ def main() -> None:
 
     device = default_device()
     lines = [
-        f"{occasion()}; PyTorch {torch.__version__}; precision {precision(recipe('resnet'), device)}; "
+        f"{occasion()}; PyTorch {torch.__version__}; precision {choose_dtype(make_recipe('resnet'), device)}; "
         f"epochs of a few batches of 128, the second one timed; median of {given.rounds} rounds",
         "",
         "| network | batches | loop | images/s | of the plain loop | peak memory, GiB |",

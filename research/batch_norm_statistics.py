@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from training import augment, data
+from training import augment
+from training.dataset import Dataset, load_dataset
 from training.evaluate import evaluate, predict
 from training.export import restore
 from training.loop import to_device
@@ -32,7 +33,7 @@ GATHERING_BATCHES = 200  # with momentum 0.1, the first batches no longer count
 def main(folder: str) -> None:
     run = Run(Path(folder))
     recipe = run.recipe()
-    dataset = data.load()
+    dataset = load_dataset()
     per_use, state = restore(run, recipe, dataset)
     single = build(recipe.model_copy(update={"batch_norm_statistics": "shared"}), len(dataset.classes))
     weights = {name: value for name, value in per_use.state_dict().items() if ".bn.running" not in name}
@@ -56,7 +57,7 @@ def main(folder: str) -> None:
     report("of the batch itself", per_use, dataset)
 
 
-def report(name: str, classifier: Classifier, dataset: data.Dataset) -> None:
+def report(name: str, classifier: Classifier, dataset: Dataset) -> None:
     images, labels = to_device(dataset.test, torch.device("cpu"))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # every batch has all classes
     result = evaluate(predict(classifier, images[order]), labels[order])

@@ -22,10 +22,11 @@ from results import keep, occasion
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import data, openvino_ir
+from training.dataset import Dataset, load_dataset
 from training.evaluate import expected_calibration_error, fit_temperature, predict
-from training.loop import splits
-from training.recipes import from_dict
+from training.loop import make_splits
+from training.recipes import parse_recipe
+from training.runtimes.openvino import OpenVinoEngine
 from training.store import MODEL, Store
 
 
@@ -47,7 +48,7 @@ def least_cross_entropy(logits: Tensor, labels: Tensor) -> float:
 METHODS = {"least cross-entropy": least_cross_entropy, "as confident as accurate": fit_temperature}
 
 
-def compare(version: str, store: Store, dataset: data.Dataset, count: int) -> str:
+def compare(version: str, store: Store, dataset: Dataset, count: int) -> str:
     """Return the table row of one version.
 
     Args:
@@ -55,9 +56,9 @@ def compare(version: str, store: Store, dataset: data.Dataset, count: int) -> st
         count: Number of random divisions into halves.
     """
     card = store.card(*store.parse(version))
-    _, _, validation = splits(from_dict(card.recipe), dataset)
-    network = openvino_ir.Compiled(store.verify(card) / MODEL)
-    logits = predict(network.on_tensors, torch.from_numpy(validation.images)) * card.temperature
+    _, _, validation = make_splits(parse_recipe(card.recipe), dataset)
+    network = OpenVinoEngine(store.verify(card) / MODEL)
+    logits = predict(network.compute_logits, torch.from_numpy(validation.images)) * card.temperature
     labels = torch.from_numpy(validation.labels)
     random = torch.Generator().manual_seed(0)
     errors: dict[str, list[float]] = {method: [] for method in METHODS}
@@ -72,7 +73,7 @@ def compare(version: str, store: Store, dataset: data.Dataset, count: int) -> st
 
 
 def main(versions: list[str], count: int, models: Path) -> None:
-    store, dataset = Store(models), data.load()
+    store, dataset = Store(models), load_dataset()
     lines = [
         f"Calibration error on one half of the images held out, temperature from the other; mean of {count} divisions. "
         f"{occasion()}.",

@@ -23,11 +23,12 @@ from results import occasion
 from throughput import images_per_s
 from torch.nn import functional as F
 
-from training import data, openvino_ir
+from training.dataset import load_dataset
 from training.evaluate import predict
-from training.export import CPU, quantisation_images
+from training.export import CPU, quantization_images
 from training.loop import to_device
-from training.recipes import from_dict
+from training.recipes import parse_recipe
+from training.runtimes.openvino import OpenVinoEngine, quantize
 from training.store import MODEL, Store
 
 ROUNDS, SECONDS, BATCH = 5, 0.5, 32
@@ -37,19 +38,19 @@ def main(version: str, positions: list[int]) -> None:
     store = Store(Path("models"))
     card = store.card(*store.parse(version))
     published = store.verify(card) / MODEL
-    samples, judged = quantisation_images(from_dict(card.recipe), data.load())
+    samples, judged = quantization_images(parse_recipe(card.recipe), load_dataset())
     images, labels = to_device(judged, CPU)
 
     print(f"{version}, {len(labels)} images, {occasion()}")
     print("\n| int8 | top-1 lost | KL | images/s |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(shutil.copy(published, folder))
-        network = openvino_ir.Compiled(model)
-        expected = predict(network.on_tensors, images).log_softmax(1)
+        network = OpenVinoEngine(model)
+        expected = predict(network.compute_logits, images).log_softmax(1)
         print(f"| nothing ({network.precision}) | | | {_rate(network):.0f} |", flush=True)
         for spared in [None, *positions]:
-            quantized = openvino_ir.Compiled(openvino_ir.quantise(model, samples, [] if spared is None else [spared]))
-            logits = predict(quantized.on_tensors, images).log_softmax(1)
+            quantized = OpenVinoEngine(quantize(model, samples, [] if spared is None else [spared]))
+            logits = predict(quantized.compute_logits, images).log_softmax(1)
             divergence = F.kl_div(logits, expected, log_target=True, reduction="batchmean").item()
             lost = (expected.argmax(1) == labels).double().mean() - (logits.argmax(1) == labels).double().mean()
             what = "throughout" if spared is None else f"but for convolution {spared}"
@@ -57,7 +58,7 @@ def main(version: str, positions: list[int]) -> None:
             print(f"| {what} | {100 * lost:.2f} points | {divergence:.4f} | {speed:.0f} |", flush=True)
 
 
-def _rate(network: openvino_ir.Compiled) -> float:
+def _rate(network: OpenVinoEngine) -> float:
     return statistics.median(images_per_s(network, BATCH, SECONDS) for _ in range(ROUNDS))
 
 

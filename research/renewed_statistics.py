@@ -20,34 +20,35 @@ sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
 import torch
 from results import keep, occasion
 
-from training import data, torchscript
+from training.dataset import Dataset, load_dataset
 from training.evaluate import evaluate, predict
-from training.export import STATISTICS_IMAGES, renew_statistics, sample
-from training.loop import splits
+from training.export import STATISTICS_IMAGES, recompute_batch_norm, sample
+from training.loop import make_splits
 from training.networks import build
-from training.recipes import from_dict
+from training.recipes import parse_recipe
+from training.runtimes import torchscript
 from training.store import MODEL, Store
 
 
-def compare(version: str, store: Store, dataset: data.Dataset) -> str:
+def compare(version: str, store: Store, dataset: Dataset) -> str:
     """Return the table row of one version."""
     card = store.card(*store.parse(version))
-    recipe = from_dict(card.recipe)
-    training, _, validation = splits(recipe, dataset)
+    recipe = parse_recipe(card.recipe)
+    training, _, validation = make_splits(recipe, dataset)
     stages = recipe.trainable_in(recipe.total_epochs)
-    classifier = build(recipe.blank.model_copy(update={"trainable": stages}), len(dataset.classes))
+    classifier = build(recipe.from_scratch.model_copy(update={"trainable": stages}), len(dataset.classes))
     classifier.load_state_dict(torchscript.load_weights(store.verify(card) / MODEL))
     classifier.eval()
     images, labels = torch.from_numpy(validation.images), torch.from_numpy(validation.labels)
     running = evaluate(predict(classifier, images), labels)
-    renew_statistics(classifier, sample(training, STATISTICS_IMAGES))
+    recompute_batch_norm(classifier, sample(training, STATISTICS_IMAGES))
     renewed = evaluate(predict(classifier, images), labels)
     measures = " | ".join(f"{each.top1:.2%} | {each.loss:.4f}" for each in (running, renewed))
     return f"| `{version}` | {len(labels):,} | {measures} |"
 
 
 def main(versions: list[str], models: Path) -> None:
-    store, dataset = Store(models), data.load()
+    store, dataset = Store(models), load_dataset()
     lines = [
         f"Batch normalization with the statistics that training leaves, and with those of {STATISTICS_IMAGES:,} "
         f"training images without augmentation: accuracy and loss on the images held out. {occasion()}.",

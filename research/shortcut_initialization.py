@@ -20,10 +20,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from training import data, loop
+from training import loop
+from training.dataset import load_dataset
 from training.networks import Classifier, build
 from training.networks.resnet import SharedBlock
-from training.recipes import Recipe, recipe
+from training.recipes import Recipe, make_recipe
 from training.resources import default_device
 from training.run import Run
 
@@ -50,8 +51,8 @@ def identity(classifier: nn.Module) -> None:
 
 def main(epochs: int) -> None:
     fields = {"normalization": "dataset", "batch_norm_statistics": "per-use", "eval_mode_after": 0}
-    chosen = recipe("resnet-seed", fields | {"epochs": epochs, "width": 16, "validation_images": 5000})
-    dataset = data.load()
+    chosen = make_recipe("resnet-seed", fields | {"epochs": epochs, "width": 16, "validation_images": 5000})
+    dataset = load_dataset()
     print("| initialization | epoch | train loss | train top-1 | validation top-1 |\n| --- | --- | --- | --- | --- |")
     for initialize in (default, he, identity):
         loop.build = _builder(initialize)  # type: ignore[assignment, attr-defined]

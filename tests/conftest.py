@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import data
+from training.dataset import Dataset, load_dataset
 from training.export import publish
 from training.loop import train
-from training.recipes import recipe
+from training.recipes import make_recipe
 from training.run import Run
 from training.store import Store
 
@@ -34,22 +34,22 @@ def surroundings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
-def dataset() -> data.Dataset:
-    return data.load(SYNTHETIC)
+def dataset() -> Dataset:
+    return load_dataset(SYNTHETIC)
 
 
 @pytest.fixture(scope="session")
-def finished_run(dataset: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def finished_run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run of one epoch of the network `resnet` at width 8."""
     run = Run(tmp_path_factory.mktemp("run"))
     fields = {"width": 8, "epochs": 1, "batch_size": 16, "learning_rate": 0.05, "validation_images": 100, "int8": False}
-    run.create(recipe("resnet", fields))
+    run.create(make_recipe("resnet", fields))
     list(train(run.recipe(), dataset, run, torch.device("cpu")))
     return run
 
 
 @pytest.fixture(scope="session")
-def published_store(finished_run: Run, dataset: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published_store(finished_run: Run, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store in which version 1 of resnet is live. Tests share it: use `models` in a test that changes the store."""
     root = tmp_path_factory.mktemp("published")
     publish(finished_run, dataset, Store(root))

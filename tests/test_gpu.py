@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from app import engines
-from app.engines import deviation
-from training import distillation, loop
-from training.cuda_graph import WARMUP_CALLS, Recorded
-from training.data import Dataset
+from training import distillation, step
+from training.dataset import Dataset
 from training.loop import Epoch, train
-from training.recipes import Recipe, recipe
+from training.recipes import Recipe, make_recipe
 from training.run import Run
+from training.runtimes import selection
+from training.runtimes.cuda_graph import WARMUP_CALLS, GraphedFunction
+from training.runtimes.engine import deviation
+from training.runtimes.torchscript import TorchScriptEngine
 from training.store import Store
 
 pytestmark = pytest.mark.gpu
@@ -80,7 +81,7 @@ def test_recorded_steps_learn_what_steps_on_the_cpu_learn(
     tmp_path: Path,
     replays: list[torch.cuda.CUDAGraph],
 ) -> None:
-    chosen = recipe(name, EXACT | overrides)
+    chosen = make_recipe(name, EXACT | overrides)
     here = trained(tmp_path / "gpu", chosen, dataset, gpu)
     changes_mode = chosen.trains_in_evaluation_mode(chosen.epochs)
     assert len(set(replays)) == (2 if chosen.finetune_epochs or changes_mode else 1)
@@ -90,9 +91,9 @@ def test_recorded_steps_learn_what_steps_on_the_cpu_learn(
 def test_recording_changes_nothing(
     dataset: Dataset, gpu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = recipe("resnet", EXACT | {"width": 8, "learning_rate": 0.005})
+    chosen = make_recipe("resnet", EXACT | {"width": 8, "learning_rate": 0.005})
     recorded = trained(tmp_path / "recorded", chosen, dataset, gpu)
-    monkeypatch.setattr(loop, "Recorded", lambda function: function)
+    monkeypatch.setattr(step, "GraphedFunction", lambda function: function)
     assert trained(tmp_path / "plain", chosen, dataset, gpu) == pytest.approx(recorded, rel=1e-3)
 
 
@@ -102,7 +103,7 @@ def test_a_run_goes_on_on_another_device(
     name: str, first: str, second: str, dataset: Dataset, gpu: torch.device, tmp_path: Path
 ) -> None:
     base, overrides = RECIPES[name]
-    chosen = recipe(base, EXACT | overrides)
+    chosen = make_recipe(base, EXACT | overrides)
     whole = trained(tmp_path / "whole", chosen, dataset, gpu)
     run = Run(tmp_path / "run")
     run.create(chosen)
@@ -118,7 +119,7 @@ def test_half_precision_is_recorded_too(
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("a scaler of float16 cannot be recorded")
     rough, exact = (
-        trained(tmp_path / precision, recipe("resnet", EXACT | {"width": 8, "precision": precision}), dataset, gpu)
+        trained(tmp_path / precision, make_recipe("resnet", EXACT | {"width": 8, "precision": precision}), dataset, gpu)
         for precision in ("auto", "float32")
     )
     assert len(set(replays)) == 2
@@ -127,7 +128,7 @@ def test_half_precision_is_recorded_too(
 
 def test_a_teacher_answers_as_on_the_cpu(published_store: Path, dataset: Dataset, gpu: torch.device) -> None:
     pytest.importorskip("openvino")
-    chosen = recipe("resnet", {"teacher": "resnet/1", "validation_images": 100})
+    chosen = make_recipe("resnet", {"teacher": "resnet/1", "validation_images": 100})
     images = torch.from_numpy(dataset.test.images).permute(0, 3, 1, 2)
     answers = [
         distillation.load_teacher(chosen, Store(published_store), dataset, device)(images.to(device)).cpu().numpy()
@@ -138,7 +139,7 @@ def test_a_teacher_answers_as_on_the_cpu(published_store: Path, dataset: Dataset
 
 def test_the_engine_computes_any_number_of_images(models: Path, dataset: Dataset) -> None:
     model = models / "resnet" / "1" / "model.pt"
-    engine, exact = engines.load(model, "auto", "torchscript"), engines.TorchScriptEngine(model)
+    engine, exact = selection.load(model, "auto", "torchscript"), TorchScriptEngine(model)
     assert engine.name == "torchscript-cuda-f16"
     images = np.ascontiguousarray(np.concatenate([dataset.train.images, dataset.test.images]).transpose(0, 3, 1, 2))
     images = np.concatenate([images, 255 - images])
@@ -150,7 +151,7 @@ def test_the_engine_computes_any_number_of_images(models: Path, dataset: Dataset
 
 
 def test_an_engine_that_is_not_needed_any_more_leaves_the_gpu(models: Path) -> None:
-    engine = engines.load(models / "resnet" / "1" / "model.pt", "cuda", "torchscript")
+    engine = selection.load(models / "resnet" / "1" / "model.pt", "cuda", "torchscript")
     gone = weakref.ref(engine)
     gc.disable()  # the service freezes the objects of its start, so the collector never visits them
     try:
@@ -169,7 +170,7 @@ def test_a_graph_takes_new_arguments_and_passes_on_what_has_another_shape(
         total.add_(values.sum())
         return 2 * values
 
-    recorded: Callable[[Tensor], Tensor] = Recorded(add)
+    recorded: Callable[[Tensor], Tensor] = GraphedFunction(add)
     for number in range(20):
         values = torch.full((3 if number % 3 else 2,), float(number), device="cuda")
         assert recorded(values).tolist() == (2 * values).tolist()

@@ -16,8 +16,10 @@ from app.inference.batching import BatchOutput, Scores
 from app.main import create_app
 from app.routes.predict import PredictedClass, top_classes
 from app.settings import Settings
-from training import data, recipes, torchscript
+from training import recipes
+from training.dataset import ARCHIVE, CLASSES, DEFAULT_FOLDER, Dataset, load_dataset
 from training.evaluate import evaluate, predict
+from training.runtimes import torchscript
 from training.store import MODEL, Store
 
 pytestmark = pytest.mark.slow
@@ -26,13 +28,13 @@ MODELS = Path(__file__).parents[1] / "models"
 STORE = Store(MODELS)
 SHIPPED = [(name, version) for name in STORE.names() for version in STORE.versions(name)]
 
-REAL_DATA = Path(os.environ.get("CIFAR100_DATA", data.DEFAULT_FOLDER)).expanduser()
-needs_real_data = pytest.mark.skipif(not (REAL_DATA / data.ARCHIVE).exists(), reason="CIFAR-100 is not at hand")
+REAL_DATA = Path(os.environ.get("CIFAR100_DATA", DEFAULT_FOLDER)).expanduser()
+needs_real_data = pytest.mark.skipif(not (REAL_DATA / ARCHIVE).exists(), reason="CIFAR-100 is not at hand")
 
 
 @pytest.fixture(scope="module")
-def cifar100() -> data.Dataset:
-    return data.load(str(REAL_DATA))
+def cifar100() -> Dataset:
+    return load_dataset(str(REAL_DATA))
 
 
 # Top-1 of each version on every tenth test image, in float32.
@@ -57,8 +59,8 @@ def test_files_match_their_card(name: str, version: int) -> None:
     card = STORE.card(name, version)
     folder = STORE.verify(card)
     assert (folder / MODEL).stat().st_size < 25e6
-    assert tuple(card.classes) == data.CLASSES
-    recipe = recipes.from_dict(card.recipe)
+    assert tuple(card.classes) == CLASSES
+    recipe = recipes.parse_recipe(card.recipe)
     assert recipe.model == name
     assert recipe.predecessor or "/" not in recipe.weights  # no file path of the training machine
     assert card.test.images == 10_000
@@ -66,7 +68,7 @@ def test_files_match_their_card(name: str, version: int) -> None:
 
 @needs_real_data
 @pytest.mark.parametrize(("name", "version"), SHIPPED)
-def test_accuracy_is_what_the_card_says(name: str, version: int, cifar100: data.Dataset) -> None:
+def test_accuracy_is_what_the_card_says(name: str, version: int, cifar100: Dataset) -> None:
     card = STORE.card(name, version)
     assert card.data == cifar100.fingerprint
     tenth = cifar100.test[slice(None, None, 10)]
@@ -76,7 +78,7 @@ def test_accuracy_is_what_the_card_says(name: str, version: int, cifar100: data.
 
 
 @needs_real_data
-def test_predict_on_test_images_equals_offline_evaluation(cifar100: data.Dataset, tmp_path: Path) -> None:
+def test_predict_on_test_images_equals_offline_evaluation(cifar100: Dataset, tmp_path: Path) -> None:
     card = STORE.card("resnet", STORE.live("resnet") or 0)
     module = torchscript.load(STORE.folder("resnet", card.version) / MODEL)
     with TestClient(create_app(Settings(models=MODELS, runs=tmp_path))) as client:

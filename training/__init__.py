@@ -1,0 +1,1 @@
+"""This package trains, evaluates and exports CIFAR-100 classifiers. It never imports `app`."""

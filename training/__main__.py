@@ -15,17 +15,21 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from training import data, openvino_ir, report, torchscript
+from training import loop, report
+from training.dataset import DEFAULT_FOLDER, DataError, Dataset, Split, hold_out, load_dataset
 from training.evaluate import evaluate as measure
 from training.evaluate import predict
 from training.export import publish as publish_run
-from training.loop import TrainingError, peak_memory, to_device
-from training.loop import train as training_events
+from training.loop import TrainingError, to_device
 from training.networks.transfer import WeightsError
-from training.progress import show
-from training.recipes import RECIPES, Recipe, RecipeError, as_text, recipe
-from training.resources import default_device
+from training.progress import show_progress
+from training.recipes import RECIPES, Recipe, RecipeError, format_value, make_recipe, rename_former_fields
+from training.resources import default_device, describe_peak_memory
 from training.run import Publication, Run, RunBusy, RunError
+from training.runtimes import selection
+from training.runtimes.engine import EngineError
+from training.runtimes.openvino import INT8
+from training.runtimes.torchscript import ExportError
 from training.store import MODEL, ModelCard, Promotion, Store, StoreError
 
 STOPPED = 130  # the exit status of a process that Ctrl-C ended
@@ -43,7 +47,7 @@ Data = Annotated[
         "--data",
         help="Folder of cifar100.npz, or 'synthetic'.",
         envvar="CIFAR100_DATA",
-        show_default=data.DEFAULT_FOLDER,
+        show_default=DEFAULT_FOLDER,
     ),
 ]
 Models = Annotated[Path, typer.Option(help="The model store.", envvar="CIFAR100_MODELS")]
@@ -58,7 +62,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Changes to the recipe, such as epochs=3.")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE-TIME")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run in the run folder.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue the run in the run folder.")] = False,
     publish: Annotated[bool, typer.Option(help="Export the result into the model store.")] = True,
     promote: Promote = "if-better",
     notes: Notes = "",
@@ -67,36 +71,37 @@ def train(
     lock: Annotated[int | None, typer.Option(hidden=True, help="Descriptor of the run's lock, inherited.")] = None,
 ) -> None:
     """Train a recipe and publish the result. Use --resume to continue an interrupted run."""
-    with _errors_reported():
-        changes = _parse(overrides or [])
-        chosen = recipe(name, changes)
+    with _report_errors():
+        changes = _parse_overrides(overrides or [])
+        recipe = make_recipe(name, changes)
         folder = Run(run or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
-        dataset = data.load(data_source)
+        dataset = load_dataset(data_source)
         if not resume:
-            if chosen.validation_images >= len(dataset.train):
+            if recipe.validation_images >= len(dataset.train):
                 raise RecipeError(
-                    f"validation_images={chosen.validation_images} leaves nothing of {len(dataset.train)} images"
+                    f"validation_images={recipe.validation_images} leaves none of {len(dataset.train)} images for "
+                    "training; lower it"
                 )
             folder.path.mkdir(parents=True, exist_ok=True)
         # SIGTERM from a supervisor raises KeyboardInterrupt as Ctrl-C does. The checkpoint remains.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with folder.lock(lock), _ended_when_asked(folder):
+        with folder.lock(lock), _stop_on_request(folder):
             if resume:
-                chosen = _resumed(folder, chosen, changes)
+                recipe = _resume_recipe(folder, recipe, changes)
                 if published := folder.outcome():
                     console.print(f"the run is finished and published as {published.model}/{published.version}")
                     return
             else:
-                folder.create(chosen)
+                folder.create(recipe)
             try:
-                _train(folder, chosen, dataset, Store(models))
-            except (RecipeError, StoreError, WeightsError):
+                _train(folder, recipe, dataset, Store(models))
+            except (RecipeError, StoreError, EngineError, WeightsError):
                 if not resume:
                     folder.discard()
                 raise
             if publish:
-                _report(publish_run(folder, dataset, Store(models), promote, notes))
-                _draw(folder, dataset)
+                _print_publication(publish_run(folder, dataset, Store(models), promote, notes))
+                _draw_figures(folder, dataset)
 
 
 @cli.command()
@@ -108,11 +113,11 @@ def export(
     models: Models = Path("models"),
 ) -> None:
     """Export a run's last checkpoint into the model store."""
-    with _errors_reported():
-        dataset, folder = data.load(data_source), Run(run)
+    with _report_errors():
+        dataset, folder = load_dataset(data_source), Run(run)
         with folder.lock():
-            _report(publish_run(folder, dataset, Store(models), promote, notes))
-            _draw(folder, dataset)
+            _print_publication(publish_run(folder, dataset, Store(models), promote, notes))
+            _draw_figures(folder, dataset)
 
 
 @cli.command()
@@ -122,33 +127,31 @@ def evaluate(
         Literal["test", "train", "validation"],
         typer.Option(help="What to measure on; validation is what its recipe held out of train."),
     ] = "test",
-    int8: Annotated[bool, typer.Option("--int8", help="Its quantised form, with OpenVINO.")] = False,
-    flip: Annotated[bool, typer.Option("--flip", help="The mean answer to an image and its mirror image.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Its quantized form, with OpenVINO.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="The mean logits of an image and its mirror image.")] = False,
     data_source: Data = None,
     models: Models = Path("models"),
 ) -> None:
     """Measure an exported model on a whole split."""
-    with _errors_reported():
+    with _report_errors():
         store = Store(models)
         name, version = store.parse(model)
         card = store.card(name, version)
         folder = store.verify(card)
-        if int8 and not (folder / openvino_ir.INT8).exists():
-            raise StoreError(f"{name} version {version} has no int8 form")
-        dataset = data.load(data_source)
+        if int8 and not (folder / INT8).exists():
+            raise StoreError(f"{name}/{version} has no int8 form; evaluate it without --int8")
+        dataset = load_dataset(data_source)
         if card.classes != list(dataset.classes):
-            raise StoreError(f"{name}/{version} was trained on other classes than those of this data set")
+            raise StoreError(f"{name}/{version} was trained on other classes than this data set has; change --data")
         device = torch.device("cpu") if int8 else default_device()
         images, labels = to_device(_split(dataset, split, card), device)
-        network = (
-            openvino_ir.Compiled(folder / openvino_ir.INT8).on_tensors
-            if int8
-            else torchscript.load(folder / MODEL, device)
+        engine = selection.load(
+            folder / MODEL, "cuda" if device.type == "cuda" else "cpu", "int8" if int8 else "auto", "evaluation"
         )
         started = time.perf_counter()
-        logits = predict(network, images)
+        logits = predict(engine.compute_logits, images)
         if flip:
-            logits = (logits + predict(network, images.flip(2))) / 2
+            logits = (logits + predict(engine.compute_logits, images.flip(2))) / 2
         seconds = time.perf_counter() - started
         result = measure(logits, labels.cpu())
         views = f"{result.images} {split} images" + (" and their mirror images" if flip else "")
@@ -164,104 +167,108 @@ def recipes() -> None:
     table = Table(Column("field", no_wrap=True), "values", Column("meaning", min_width=32))
     for field, info in Recipe.model_fields.items():
         if field != "name":
-            texts = {name: as_text(getattr(each, field)) for name, each in RECIPES.items()}
+            texts = {name: format_value(getattr(each, field)) for name, each in RECIPES.items()}
             same = len(set(texts.values())) == 1
             cell = texts["resnet"] if same else "\n".join(f"{name}: {text}" for name, text in texts.items())
             table.add_row(field, cell or "(none)", info.description or "")
     console.print(table)
 
 
-def _split(dataset: data.Dataset, name: str, card: ModelCard) -> data.Split:
+def _split(dataset: Dataset, name: str, card: ModelCard) -> Split:
     if name != "validation":
         return dataset.test if name == "test" else dataset.train
     if not card.held_out or card.data != dataset.fingerprint:
-        raise StoreError(f"{card.name}/{card.version} has held out none of these images")
-    return data.hold_out(dataset.train, card.held_out)[1]
+        raise StoreError(f"{card.name}/{card.version} has held out none of these images; use --split test")
+    return hold_out(dataset.train, card.held_out)[1]
 
 
-def _parse(overrides: list[str]) -> dict[str, str]:
+def _parse_overrides(overrides: list[str]) -> dict[str, str]:
+    """Parse FIELD=VALUE texts into values by the present names of the fields."""
     for override in overrides:
         if "=" not in override:
             raise RecipeError(f"{override!r} is not of the form FIELD=VALUE, such as epochs=3")
-    return dict(override.split("=", 1) for override in overrides)
+    return rename_former_fields(dict(override.split("=", 1) for override in overrides))
 
 
-def _resumed(folder: Run, chosen: Recipe, changes: dict[str, str]) -> Recipe:
+def _resume_recipe(folder: Run, requested: Recipe, changes: dict[str, str]) -> Recipe:
     """Return the recipe of a run to resume. Only its number of epochs may change.
 
     Raises:
         RecipeError: The run has another recipe, or `changes` alter another field.
     """
     started = folder.recipe()
-    if started.name != chosen.name:
-        raise RecipeError(f"{folder.path} holds a run of {started.name}, not of {chosen.name}")
+    if started.name != requested.name:
+        raise RecipeError(
+            f"{folder.path} contains a run of {started.name}, not of {requested.name}; give another folder"
+        )
     for field in changes:
-        before, now = getattr(started, field), getattr(chosen, field)
+        before, now = getattr(started, field), getattr(requested, field)
         if before != now and field != "epochs":
             raise RecipeError(
                 f"{folder.path} was started with {field}={before}; a resumed run cannot change it to {now}"
             )
-    return folder.extend(chosen.epochs) if "epochs" in changes and chosen.epochs != started.epochs else started
+    return folder.extend(requested.epochs) if "epochs" in changes and requested.epochs != started.epochs else started
 
 
 @contextmanager
-def _ended_when_asked(run: Run) -> Iterator[None]:
+def _stop_on_request(run: Run) -> Iterator[None]:
     """End this process when the run's stop file appears.
 
     SIGTERM ends it as Ctrl-C does. If it still runs after `STOP_GRACE_S` seconds, it exits at once.
     """
-    over = threading.Event()
+    finished = threading.Event()
 
     def watch() -> None:
         while not run.stop_file.exists():
-            if over.wait(STOP_POLL_S):
+            if finished.wait(STOP_POLL_S):
                 return
-        console.print(f"asked to stop; without {run.stop_file} the run can go on")
+        console.print(f"stopping because {run.stop_file} exists; delete it before you resume the run")
         os.kill(os.getpid(), signal.SIGTERM)
-        if not over.wait(STOP_GRACE_S):
+        if not finished.wait(STOP_GRACE_S):
             os._exit(STOPPED)
 
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        over.set()
+        finished.set()
 
 
-def _train(folder: Run, chosen: Recipe, dataset: data.Dataset, store: Store) -> None:
+def _train(folder: Run, recipe: Recipe, dataset: Dataset, store: Store) -> None:
     device = default_device()
-    console.print(f"{chosen.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}")
+    console.print(f"{recipe.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}")
     try:
-        events = training_events(chosen, dataset, folder, device, store)
-        show(report.log_scalars(events, folder.path / "tensorboard"), console)
+        events = loop.train(recipe, dataset, folder, device, store)
+        show_progress(report.log_scalars(events, folder.path / "tensorboard"), console)
     except KeyboardInterrupt:
         done = len(folder.epochs())
-        console.print(f"stopped; {done} epochs are kept, go on with --run {folder.path} --resume")
+        console.print(f"stopped; {done} epochs are kept; continue with --run {folder.path} --resume")
         raise typer.Exit(STOPPED) from None
-    console.print(f"peak memory: {peak_memory(device)}")
+    console.print(f"peak memory: {describe_peak_memory(device)}")
 
 
-def _report(published: Publication) -> None:
+def _print_publication(published: Publication) -> None:
     test = published.test
     console.print(
         f"published {published.model}/{published.version}: test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}, "
-        f"ECE {test.ece:.2%}; " + ("it is live" if published.live else "the live version stays")
+        f"ECE {test.ece:.2%}; " + ("it is live" if published.live else "the live version did not change")
     )
 
 
-def _draw(run: Run, dataset: data.Dataset) -> None:
-    files = report.draw(run, dataset)
+def _draw_figures(run: Run, dataset: Dataset) -> None:
+    files = report.draw_figures(run, dataset)
     console.print(f"pictures in {files[0].parent}: {', '.join(file.name for file in files)}")
 
 
-_REPORTED = (
+_REPORTED_ERRORS = (
     RecipeError,
     RunError,
     StoreError,
     WeightsError,
     TrainingError,
-    data.DataError,
-    torchscript.ExportError,
+    DataError,
+    ExportError,
+    EngineError,
     OSError,  # for example, the disk is full or read-only
 )
 
@@ -270,21 +277,21 @@ _EXIT_CODES: dict[type[Exception], int] = {RecipeError: 2, RunBusy: os.EX_TEMPFA
 
 
 @contextmanager
-def _errors_reported() -> Iterator[None]:
+def _report_errors() -> Iterator[None]:
     try:
         yield
-    except _REPORTED as error:
-        _say(f"{error}")
+    except _REPORTED_ERRORS as error:
+        _print_error(f"{error}")
         raise typer.Exit(_EXIT_CODES.get(type(error), 1)) from None
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         reason = (str(error).splitlines() or ["no memory"])[0]
-        _say(f"out of memory: {reason}; a smaller batch_size or image_size needs less")
+        _print_error(f"out of memory: {reason}; lower batch_size or image_size")
         raise typer.Exit(1) from None
 
 
-def _say(error: str) -> None:
+def _print_error(error: str) -> None:
     Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -17,7 +17,7 @@ from training.recipes import Recipe
 
 
 @dataclass(frozen=True)
-class Draw:
+class Augmentation:
     """The random choices for the images of one epoch.
 
     Attributes:
@@ -31,10 +31,11 @@ class Draw:
     shifts: Tensor
 
     def to(self, device: torch.device) -> Self:
-        return replace(self, **{name: drawn.to(device, non_blocking=True) for name, drawn in vars(self).items()})
+        """Return a copy on a device. The copy is asynchronous if possible."""
+        return replace(self, **{name: values.to(device, non_blocking=True) for name, values in vars(self).items()})
 
 
-def draw(count: int, recipe: Recipe, generator: torch.Generator, epoch: int) -> Draw:
+def sample_augmentation(count: int, recipe: Recipe, generator: torch.Generator, epoch: int) -> Augmentation:
     """Draw the random choices for one epoch of `count` images.
 
     Args:
@@ -53,7 +54,7 @@ def draw(count: int, recipe: Recipe, generator: torch.Generator, epoch: int) -> 
         mirrored = in_odd_epochs[order] == (epoch % 2 == 1)
     elif recipe.flip:
         mirrored = torch.rand(count, generator=generator) < 0.5
-    return Draw(order, mirrored, shifts)
+    return Augmentation(order, mirrored, shifts)
 
 
 def batches(images: Tensor, recipe: Recipe, generator: torch.Generator, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -62,23 +63,23 @@ def batches(images: Tensor, recipe: Recipe, generator: torch.Generator, epoch: i
     Args:
         images: uint8 [N, 32, 32, 3] on the device.
         recipe: Recipe that sets batch size, flip, crop padding and crop fill.
-        generator: Generator on the CPU, see `draw`.
-        epoch: Number of the epoch, see `draw`.
+        generator: Generator on the CPU, see `sample_augmentation`.
+        epoch: Number of the epoch, see `sample_augmentation`.
 
     Yields:
         uint8 images [B, 3, 32, 32] in channels-last memory format, and their indices among the N images, int64 [B].
     """
-    drawn = draw(len(images), recipe, generator, epoch).to(images.device)
-    rows, columns = source_pixels(drawn)
+    augmentation = sample_augmentation(len(images), recipe, generator, epoch).to(images.device)
+    rows, columns = compute_source_pixels(augmentation)
     rows_inside, columns_inside = (_is_inside(coordinates) for coordinates in (rows, columns))
     rows, columns = _reflect(rows), _reflect(columns)
     for start in range(0, len(images), recipe.batch_size):
         batch = slice(start, start + recipe.batch_size)
-        picked = drawn.order[batch]
-        pixels = images[picked[:, None, None], rows[batch, :, None], columns[batch, None, :]]
+        indices = augmentation.order[batch]
+        pixels = images[indices[:, None, None], rows[batch, :, None], columns[batch, None, :]]
         if recipe.crop_fill == "zeros":
             pixels *= (rows_inside[batch, :, None] & columns_inside[batch, None, :])[..., None]
-        yield pixels.permute(0, 3, 1, 2), picked
+        yield pixels.permute(0, 3, 1, 2), indices
 
 
 def combine(batch: Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
@@ -91,7 +92,7 @@ def combine(batch: Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[
     Args:
         batch: Images or features [B, C, H, W].
         recipe: Recipe with mixup or cutmix greater than 0.
-        generator: Generator on the CPU, see `draw`.
+        generator: Generator on the CPU, see `sample_augmentation`.
 
     Returns:
         The combined batch in the dtype of `batch`; the index of each image's partner in the batch, int64 [B]; and the
@@ -104,28 +105,28 @@ def combine(batch: Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[
     if recipe.mixup:
         blend = torch.lerp(batch[partners].float(), batch.float(), share)
         return (blend if batch.is_floating_point() else blend.round()).to(batch.dtype), partners, share
-    rows, columns = (_part(length, math.sqrt(1 - share), random) for length in batch.shape[2:])
+    rows, columns = (_choose_interval(length, math.sqrt(1 - share), random) for length in batch.shape[2:])
     combined = batch.clone()
     combined[:, :, rows, columns] = batch[:, :, rows, columns][partners]
     replaced = combined[0, 0, rows, columns].numel() / combined[0, 0].numel()
     return combined, partners, 1 - replaced
 
 
-def _part(length: int, share: float, random: np.random.Generator) -> slice:
+def _choose_interval(length: int, share: float, random: np.random.Generator) -> slice:
     """Choose a random part of a side: `share` of its length around a random center, clipped at both ends."""
-    centre, reach = random.integers(length), round(length * share) / 2
-    return slice(max(0, math.ceil(centre - reach)), min(length, math.ceil(centre + reach)))
+    center, radius = random.integers(length), round(length * share) / 2
+    return slice(max(0, math.ceil(center - radius)), min(length, math.ceil(center + radius)))
 
 
-def source_pixels(drawn: Draw) -> tuple[Tensor, Tensor]:
+def compute_source_pixels(augmentation: Augmentation) -> tuple[Tensor, Tensor]:
     """Compute the source rows and columns of augmented images.
 
     Returns:
         rows and columns, int64 [N, 32] each. Pixel (i, j) of an augmented image is pixel (rows[i], columns[j]) of its
         source image. A coordinate outside 0-31 lies outside the source image.
     """
-    rows, columns = (torch.arange(32, device=shift.device) + shift[:, None] for shift in drawn.shifts)
-    return rows, torch.where(drawn.mirrored[:, None], columns.flip(1), columns)
+    rows, columns = (torch.arange(32, device=shift.device) + shift[:, None] for shift in augmentation.shifts)
+    return rows, torch.where(augmentation.mirrored[:, None], columns.flip(1), columns)
 
 
 def _is_inside(coordinates: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The average often generalizes better than the weights themselves. The method is 
 a decay, as in Tarvainen & Valpola 2017, arXiv:1703.01780.
 
 Input: a network whose weights change in place.
-Output: the same network, with the averaged weights inside `applied()`.
+Output: the same network, with the averaged weights inside `apply()`.
 """
 
 from collections.abc import Iterator
@@ -27,22 +27,22 @@ class WeightAverage:
     def __init__(self, network: nn.Module, decay: float):
         self._decay = decay
         self._weights = [value for value in network.state_dict().values() if value.is_floating_point()]
-        self._means = [value.clone() for value in self._weights]
+        self._averages = [value.clone() for value in self._weights]
 
     @torch.no_grad()
     def update(self) -> None:
         """Update the average with the current weights."""
-        torch._foreach_lerp_(self._means, self._weights, 1 - self._decay)
+        torch._foreach_lerp_(self._averages, self._weights, 1 - self._decay)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Put the averaged weights into the network, and restore its own weights at exit."""
-        own = [value.clone() for value in self._weights]
-        self._overwrite(self._means)
+    def apply(self) -> Iterator[None]:
+        """Put the averaged weights into the network, and restore the trained weights at exit."""
+        trained = [value.clone() for value in self._weights]
+        self._overwrite(self._averages)
         try:
             yield
         finally:
-            self._overwrite(own)
+            self._overwrite(trained)
 
     @torch.no_grad()
     def _overwrite(self, values: list[Tensor]) -> None:

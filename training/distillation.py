@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import openvino_ir, torchscript
-from training.data import Dataset
+from training.dataset import Dataset
 from training.evaluate import BATCH_SIZES
-from training.preparation import Pace, Preparation
+from training.preparation import Preparation, ProgressCounter
 from training.recipes import Recipe
 from training.run import Run
+from training.runtimes.selection import Purpose, load
 from training.store import Store
 
 Teacher = Callable[[Tensor], Tensor]
@@ -28,7 +28,7 @@ Teacher = Callable[[Tensor], Tensor]
 
 
 def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.device) -> Teacher:
-    """Load the teacher of a recipe, on the fastest runtime for the device: TorchScript on a GPU, OpenVINO on a CPU.
+    """Load the teacher of a recipe, on the runtime that `runtimes.selection` gives to teachers.
 
     On a CPU with `teacher_view=augmented`, a version that has an int8 model uses it, because it runs in every step.
 
@@ -42,28 +42,24 @@ def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.d
         A function from uint8 images [B, 3, 32, 32] to the mean logits of the versions, float32 [B, classes].
 
     Raises:
-        StoreError: A version cannot teach, see `Store.learnable`.
+        StoreError: A version cannot be used as teacher, see `Store.verify_source`.
+        EngineError: The runtime cannot compute a version.
     """
     files = [
-        store.learnable(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
+        store.verify_source(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
         for version in recipe.teachers
     ]
-    if device.type == "cpu" and recipe.teacher_view == "augmented":
-        quantized = [file.with_name(openvino_ir.INT8) for file in files]
-        files = [int8 if int8.exists() else file for int8, file in zip(quantized, files, strict=True)]
-    teachers: list[Teacher] = [
-        torchscript.load(file, device) if device.type == "cuda" else openvino_ir.Compiled(file).on_tensors
-        for file in files
-    ]
+    purpose: Purpose = "online-teaching" if recipe.teacher_view == "augmented" else "teaching"
+    engines = [load(file, "cuda" if device.type == "cuda" else "cpu", purpose=purpose) for file in files]
 
-    def mean(images: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
-            return torch.stack([teacher(images).float() for teacher in teachers]).mean(0)
+    def compute_mean_logits(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([engine.compute_logits(images) for engine in engines]).mean(0)
 
-    return mean
+    return compute_mean_logits
 
 
-def teach(
+def compute_teacher_logits(
     name: str, load: Callable[[], Teacher], images: Tensor, fingerprint: str, run: Run
 ) -> Generator[Preparation, None, Tensor]:
     """Compute the teacher's logits of all training images, or load them from the run folder.
@@ -81,34 +77,34 @@ def teach(
     Returns:
         float32 logits [N, classes] on the images' device, each the mean over an image and its mirror image.
     """
-    if (known := run.teacher_logits(name, fingerprint)) is not None and len(known) == len(images):
-        return known.to(images.device)
+    if (saved := run.teacher_logits(name, fingerprint)) is not None and len(saved) == len(images):
+        return saved.to(images.device)
     teacher = load()
-    message = f"{name} looks at the training images"
+    message = f"computing the logits of {name} on the training images"
     yield Preparation(message, 0, len(images))
-    parts, pace = list[Tensor](), Pace(message, len(images))
+    parts, progress = list[Tensor](), ProgressCounter(message, len(images))
     for batch in images.split(BATCH_SIZES[images.device.type]):
         pixels = batch.permute(0, 3, 1, 2)
         with torch.inference_mode():
             parts.append((teacher(pixels) + teacher(pixels.flip(3))) / 2)
-        if report := pace.advance(len(batch)):
+        if report := progress.advance(len(batch)):
             yield report
     logits = torch.cat(parts)
     run.save_teacher_logits(logits.cpu(), name, fingerprint)
     return logits
 
 
-def loss(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
+def compute_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Compute the distillation loss between softened student and teacher predictions (Hinton et al. 2015).
 
     Args:
         logits: Logits of the student, float [B, classes].
-        taught: Logits of the teacher, float [B, classes].
+        teacher_logits: Logits of the teacher, float [B, classes].
         temperature: Divisor of both logits.
 
     Returns:
         The Kullback-Leibler divergence, mean over the batch. It is multiplied by the square of the temperature, so that
         its gradients have the scale of a loss against labels.
     """
-    student, teacher = ((each.float() / temperature).log_softmax(1) for each in (logits, taught))
+    student, teacher = ((each.float() / temperature).log_softmax(1) for each in (logits, teacher_logits))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2

@@ -43,15 +43,15 @@ def evaluate(logits: Tensor, labels: Tensor) -> Evaluation:
     classes = logits.shape[1]
     ranked = logits.topk(min(5, classes)).indices
     correct = ranked == labels[:, None]
-    hits = torch.bincount(labels[correct[:, 0]], minlength=classes)
-    totals = torch.bincount(labels, minlength=classes)
+    correct_per_class = torch.bincount(labels[correct[:, 0]], minlength=classes)
+    images_per_class = torch.bincount(labels, minlength=classes)
     return Evaluation(
         images=len(labels),
         top1=correct[:, 0].double().mean().item(),
         top5=correct.any(1).double().mean().item(),
         loss=F.cross_entropy(logits.double(), labels).item(),
         ece=expected_calibration_error(logits, labels),
-        per_class=(hits / totals.clamp(min=1)).tolist(),
+        per_class=(correct_per_class / images_per_class.clamp(min=1)).tolist(),
     )
 
 
@@ -70,7 +70,7 @@ class CalibrationBins:
     accuracy: Tensor
 
 
-def calibration_bins(logits: Tensor, labels: Tensor) -> CalibrationBins:
+def compute_calibration_bins(logits: Tensor, labels: Tensor) -> CalibrationBins:
     """Sort predictions into `CALIBRATION_BINS` bins of confidence.
 
     Args:
@@ -80,12 +80,13 @@ def calibration_bins(logits: Tensor, labels: Tensor) -> CalibrationBins:
     confidence, predicted = logits.double().softmax(1).max(1)
     bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
 
-    def total(values: Tensor) -> Tensor:
+    def sum_per_bin(values: Tensor) -> Tensor:
         return torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins, values)
 
-    images = total(torch.ones_like(confidence))
-    filled = images.clamp(min=1)
-    return CalibrationBins(images, total(confidence) / filled, total((predicted == labels).double()) / filled)
+    images = sum_per_bin(torch.ones_like(confidence))
+    divisor = images.clamp(min=1)  # leaves empty bins at zero
+    correct = (predicted == labels).double()
+    return CalibrationBins(images, sum_per_bin(confidence) / divisor, sum_per_bin(correct) / divisor)
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
@@ -93,7 +94,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
 
     It is the mean gap between confidence and accuracy over bins of equal width in confidence, weighted by bin size.
     """
-    bins = calibration_bins(logits, labels)
+    bins = compute_calibration_bins(logits, labels)
     return (bins.images * (bins.accuracy - bins.confidence).abs()).sum().item() / len(labels)
 
 

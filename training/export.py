@@ -14,21 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training import openvino_ir, torchscript
-from training.data import Dataset, Split, hold_out
+from training.dataset import Dataset, Split, hold_out
 from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
-from training.loop import splits, to_device
+from training.loop import make_splits, to_device
 from training.networks import Classifier, build
-from training.provenance import provenance
+from training.provenance import collect_provenance
 from training.recipes import Recipe
 from training.run import Publication, Run, State
-from training.store import MODEL, EpochSummary, ModelCard, Promotion, Quantised, Store, sha256
+from training.runtimes import openvino, selection, torchscript
+from training.runtimes.openvino import OpenVinoEngine
+from training.store import MODEL, EpochSummary, ModelCard, Promotion, QuantizationReport, Store, sha256
 
 STATISTICS_IMAGES = 5120
 STATISTICS_BATCH = 128
 CALIBRATION_IMAGES = 300
-JUDGED_IMAGES = 1000  # used if the recipe holds no images out
-MOST_LOST = 0.003
+COMPARISON_IMAGES = 1000  # used if the recipe holds no images out
+MAX_ACCURACY_DROP = 0.003
 CPU = torch.device("cpu")
 
 
@@ -49,25 +50,17 @@ def publish(
         ExportError: The logits of the exported file differ from those of the network.
     """
     recipe = run.recipe()
-    begun = run.announced_publication()
-    if begun and (card := store.find(recipe.model, begun)):  # the last attempt crashed just after publishing
-        return _conclude(run, store, card, promotion)
+    announced = run.announced_publication()
+    if announced and (card := store.find_by_checksum(recipe.model, announced)):
+        # The last attempt crashed just after publishing.
+        return _promote_and_record(run, store, card, promotion)
     classifier, state = restore(run, recipe, dataset)
-    torchscript.round_weights(classifier)
-    training, _, validation = splits(recipe, dataset)
-    # Weights that trained in evaluation mode already fit the frozen statistics.
-    if not recipe.trains_in_evaluation_mode(state["epoch"]):
-        renew_statistics(classifier, sample(training, STATISTICS_IMAGES))
-    if recipe.validation_images:
-        images, labels = to_device(validation, CPU)
-        classifier.temperature.fill_(fit_temperature(predict(classifier, images), labels))
-    temperature = classifier.temperature.item()
-
+    temperature = _round_and_calibrate(classifier, recipe, dataset, state["epoch"])
     with store.draft(recipe.model) as draft:
         torchscript.save(classifier, draft / MODEL)
         images, labels = to_device(dataset.test, CPU)
-        logits = predict(torchscript.load(draft / MODEL), images)
-        int8 = quantise(draft / MODEL, recipe, dataset) if recipe.int8 else None
+        logits = predict(selection.load(draft / MODEL, "cpu", purpose="evaluation").compute_logits, images)
+        int8 = quantize(draft / MODEL, recipe, dataset) if recipe.int8 else None
         curve = [EpochSummary.model_validate(metrics) for metrics in run.epochs() if metrics["epoch"] <= state["epoch"]]
         card = ModelCard(
             name=recipe.model,
@@ -86,17 +79,29 @@ def publish(
             int8=int8,
             curve=curve,
             training_seconds=sum(point.seconds for point in curve),
-            **(state.get("provenance") or provenance()),  # runs of earlier releases lack it
+            **(state.get("provenance") or collect_provenance()),  # runs of earlier releases lack it
             notes=notes,
             files={},
         )
         run.save_test_logits(logits, temperature)
         run.announce_publication(sha256(draft / MODEL))
         card = store.publish(draft, card)
-    return _conclude(run, store, card, promotion)
+    return _promote_and_record(run, store, card, promotion)
 
 
-def _conclude(run: Run, store: Store, card: ModelCard, promotion: Promotion) -> Publication:
+def _round_and_calibrate(classifier: Classifier, recipe: Recipe, dataset: Dataset, epoch: int) -> float:
+    """Round the weights, recompute the batch-normalization statistics, and set the temperature, which is returned."""
+    torchscript.round_weights(classifier)
+    training, _, validation = make_splits(recipe, dataset)
+    if not recipe.trains_in_evaluation_mode(epoch):  # weights of that mode fit the frozen statistics already
+        recompute_batch_norm(classifier, sample(training, STATISTICS_IMAGES))
+    if recipe.validation_images:
+        images, labels = to_device(validation, CPU)
+        classifier.temperature.fill_(fit_temperature(predict(classifier, images), labels))
+    return classifier.temperature.item()
+
+
+def _promote_and_record(run: Run, store: Store, card: ModelCard, promotion: Promotion) -> Publication:
     live = store.promote_if(card, promotion)
     epoch = card.curve[-1].epoch if card.curve else None
     published = Publication(model=card.name, version=card.version, live=live, test=card.test, epoch=epoch)
@@ -104,42 +109,43 @@ def _conclude(run: Run, store: Store, card: ModelCard, promotion: Promotion) -> 
     return published
 
 
-def quantise(model: Path, recipe: Recipe, dataset: Dataset) -> Quantised:
-    """Write an int8 model beside an exported file, unless it loses more than `MOST_LOST` accuracy on held-out images.
+def quantize(model: Path, recipe: Recipe, dataset: Dataset) -> QuantizationReport:
+    """Write an int8 model beside an exported file, if its accuracy drops by at most `MAX_ACCURACY_DROP`.
 
-    Accuracy is the mean over four views of each image, mirrored and shifted, because a drop of a few tenths of a point
-    is within the noise of a single view. If int8 in all layers loses too much, the first layer stays in floating point.
-    The reason is that upsampled images have little energy in high frequencies, so that high-frequency filters mostly
-    see the rounding error of the pixels.
+    Accuracy is the mean over four views of each held-out image, mirrored and shifted, because a drop of a few tenths of
+    a point is within the noise of a single view. If int8 in all layers loses too much, the first layer stays in
+    floating point. The reason is that upsampled images have little energy in high frequencies, so that high-frequency
+    filters mostly see the rounding error of the pixels.
     """
-    samples, judged = quantisation_images(recipe, dataset)
-    images, labels = to_device(judged, CPU)
-    before = _top1_in_views(openvino_ir.Compiled(model), images, labels)
+    samples, comparison = quantization_images(recipe, dataset)
+    images, labels = to_device(comparison, CPU)
+    before = _measure_top1_in_views(OpenVinoEngine(model), images, labels)
     for float_first_layer in (False, True):
-        file = openvino_ir.quantise(model, samples, in_float=[0] if float_first_layer else [])
-        int8 = openvino_ir.Compiled(file)
-        lost = before - _top1_in_views(int8, images, labels)
-        if accepted := lost <= MOST_LOST:
+        file = openvino.quantize(model, samples, float_layers=[0] if float_first_layer else [])
+        int8 = OpenVinoEngine(file)
+        drop = before - _measure_top1_in_views(int8, images, labels)
+        if accepted := drop <= MAX_ACCURACY_DROP:
             break
     test = None
     if accepted:
         images, labels = to_device(dataset.test, CPU)
-        test = evaluate(predict(int8.on_tensors, images), labels)
+        test = evaluate(predict(int8.compute_logits, images), labels)
     else:
-        openvino_ir.remove(file)
-    return Quantised(
-        accepted=accepted, images=len(judged), lost_top1=lost, float_first_layer=float_first_layer, test=test
+        openvino.delete_quantized(file)
+    return QuantizationReport(
+        accepted=accepted, images=len(comparison), lost_top1=drop, float_first_layer=float_first_layer, test=test
     )
 
 
-def quantisation_images(recipe: Recipe, dataset: Dataset) -> tuple[Tensor, Split]:
-    """Return the images for calibrating and for judging a quantized model, both from the training split.
+def quantization_images(recipe: Recipe, dataset: Dataset) -> tuple[Tensor, Split]:
+    """Return the images for calibrating a quantized model and for comparing its accuracy, both from the training split.
 
-    Calibration images are uint8 [CALIBRATION_IMAGES, 32, 32, 3]. The judged images are the recipe's validation split.
-    If the recipe holds no images out, they are at most `JUDGED_IMAGES` training images other than these.
+    Calibration images are uint8 [CALIBRATION_IMAGES, 32, 32, 3]. Comparison images are the recipe's validation split.
+    If the recipe holds no images out, they are at most `COMPARISON_IMAGES` training images other than these.
     """
-    training, judged = hold_out(dataset.train, recipe.validation_images or min(JUDGED_IMAGES, len(dataset.train) // 2))
-    return sample(training, CALIBRATION_IMAGES), judged
+    count = recipe.validation_images or min(COMPARISON_IMAGES, len(dataset.train) // 2)
+    training, comparison = hold_out(dataset.train, count)
+    return sample(training, CALIBRATION_IMAGES), comparison
 
 
 def sample(split: Split, count: int) -> Tensor:
@@ -148,7 +154,7 @@ def sample(split: Split, count: int) -> Tensor:
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
 
 
-def renew_statistics(classifier: Classifier, images: Tensor) -> None:
+def recompute_batch_norm(classifier: Classifier, images: Tensor) -> None:
     """Recompute batch-normalization statistics over many batches of unaugmented images, with the final weights.
 
     This is the precise BatchNorm of Wu & Johnson 2021, arXiv:2105.07576, section 3. The running mean from training
@@ -160,28 +166,28 @@ def renew_statistics(classifier: Classifier, images: Tensor) -> None:
     """
     batches = [batch for batch in images.split(STATISTICS_BATCH) if len(batch) == STATISTICS_BATCH] or [images]
     classifier.train()
-    trained: list[Any] = [each for each in classifier.modules() if hasattr(each, "running_mean") and each.training]
+    layers: list[Any] = [each for each in classifier.modules() if hasattr(each, "running_mean") and each.training]
     classifier.eval()
-    for module in trained:
-        module.train()
+    for layer in layers:
+        layer.train()
     with torch.no_grad():
         for number, batch in enumerate(batches, start=1):
-            for module in trained:
-                module.momentum = 1 / number  # makes the running mean the mean over all batches so far
+            for layer in layers:
+                layer.momentum = 1 / number  # makes the running mean the mean over all batches so far
             classifier(batch.permute(0, 3, 1, 2))
     classifier.eval()
 
 
-def _top1_in_views(network: openvino_ir.Compiled, images: Tensor, labels: Tensor) -> float:
+def _measure_top1_in_views(engine: OpenVinoEngine, images: Tensor, labels: Tensor) -> float:
     views = [view.roll(shift, (1, 2)) for view in (images, images.flip(2)) for shift in ((0, 0), (2, 2))]
-    hits = [(predict(network.on_tensors, view).argmax(1) == labels).double().mean() for view in views]
-    return torch.stack(hits).mean().item()
+    accuracies = [(predict(engine.compute_logits, view).argmax(1) == labels).double().mean() for view in views]
+    return torch.stack(accuracies).mean().item()
 
 
 def restore(run: Run, recipe: Recipe, dataset: Dataset) -> tuple[Classifier, State]:
     """Return the classifier of a run's last checkpoint, on the CPU in evaluation mode, and the whole checkpoint."""
     state = run.load(dataset.fingerprint)
     stages = recipe.trainable_in(state["epoch"])
-    classifier = build(recipe.blank.model_copy(update={"trainable": stages}), len(dataset.classes))
+    classifier = build(recipe.from_scratch.model_copy(update={"trainable": stages}), len(dataset.classes))
     classifier.load_state_dict(state["classifier"])
     return classifier.eval(), state

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.augment import draw
+from training.augment import sample_augmentation
 from training.evaluate import BATCH_SIZES
 from training.networks import Classifier, TransferResNet18
-from training.preparation import Pace, Preparation
+from training.preparation import Preparation, ProgressCounter
 from training.recipes import Recipe
 from training.resources import SPARE_BYTES, features_folder
 
@@ -54,13 +54,14 @@ class Features:
         """Iterate over one epoch of batches, in the same order as `augment.batches`.
 
         Yields:
-            float16 features [B, C, H, W] in channels-last memory format, and the row numbers int64 [B] of their images.
+            float16 features [B, C, H, W] in channels-last memory format, and the indices int64 [B] of their images.
         """
-        drawn = draw(self._count, recipe, generator, epoch).to(self._train.device)
-        rows = drawn.order + self._count * drawn.mirrored
-        for picked, row in zip(drawn.order.split(recipe.batch_size), rows.split(recipe.batch_size), strict=True):
-            batch = self._train.index_select(0, row)
-            yield batch.permute(0, 3, 1, 2), picked
+        augmentation = sample_augmentation(self._count, recipe, generator, epoch).to(self._train.device)
+        rows = augmentation.order + self._count * augmentation.mirrored
+        size = recipe.batch_size
+        for indices, batch_rows in zip(augmentation.order.split(size), rows.split(size), strict=True):
+            batch = self._train.index_select(0, batch_rows)
+            yield batch.permute(0, 3, 1, 2), indices
 
 
 def prepare(
@@ -81,7 +82,7 @@ def prepare(
         cache_features is false), or if the disk has no room for them.
     """
     network = classifier.network
-    if not isinstance(network, TransferResNet18) or not network.frozen:
+    if not isinstance(network, TransferResNet18) or not network.frozen_stages:
         return None
     if recipe.crop_padding or not recipe.cache_features:
         return None
@@ -93,7 +94,8 @@ def prepare(
     def compute(batch: Tensor, mirrored: bool) -> Tensor:
         pixels = batch.flip(2) if mirrored else batch
         with torch.inference_mode(), torch.autocast(images.device.type, dtype, enabled=dtype is not torch.float32):
-            return network.features(classifier.preprocess(pixels.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).half()
+            features = network.forward_features(classifier.preprocess(pixels.permute(0, 3, 1, 2)))
+            return features.permute(0, 2, 3, 1).half()
 
     def compute_all() -> Iterator[Tensor]:
         for part, mirrored in parts:
@@ -102,30 +104,32 @@ def prepare(
 
     shape = (total, *compute(images[:1], False).shape[1:])
     size = 2 * prod(shape)
-    what = f"{size / 1e9:.1f} GB of features of the frozen stages"
+    description = f"{size / 1e9:.1f} GB of features of the frozen stages"
     values: Tensor | None
     if images.is_cuda and 2 * size < torch.cuda.mem_get_info(images.device)[0]:
-        values = yield from _in_memory(what, compute_all(), images.new_empty(shape, dtype=torch.float16))
+        values = yield from _compute_in_memory(description, compute_all(), images.new_empty(shape, dtype=torch.float16))
     else:
-        file = features_folder() / f"{_key(recipe, classifier, network, parts, dtype)}.float16"
-        values = yield from _in_file(what, compute_all(), shape, file)
+        file = features_folder() / f"{_make_cache_key(recipe, classifier, network, parts, dtype)}.float16"
+        values = yield from _load_or_compute_file(description, compute_all(), shape, file)
     return None if values is None else Features(values, len(images), views)
 
 
-def _in_memory(what: str, computed: Iterator[Tensor], values: Tensor) -> Generator[Preparation, None, Tensor]:
+def _compute_in_memory(
+    description: str, computed: Iterator[Tensor], values: Tensor
+) -> Generator[Preparation, None, Tensor]:
     """Fill a GPU tensor with features and yield progress."""
-    message = f"{what} stay in the memory of the GPU"
+    message = f"computing {description}, which stay in GPU memory"
     yield Preparation(message, 0, len(values))
-    pace = Pace(message, len(values))
+    progress = ProgressCounter(message, len(values))
     for features in computed:
-        values[pace.done : pace.done + len(features)] = features
-        if report := pace.advance(len(features)):
+        values[progress.done : progress.done + len(features)] = features
+        if report := progress.advance(len(features)):
             yield report
     return values
 
 
-def _in_file(
-    what: str, computed: Iterator[Tensor], shape: tuple[int, ...], file: Path
+def _load_or_compute_file(
+    description: str, computed: Iterator[Tensor], shape: tuple[int, ...], file: Path
 ) -> Generator[Preparation, None, Tensor | None]:
     """Memory-map the file of features and yield progress. If the file does not exist, compute and write it first.
 
@@ -133,34 +137,35 @@ def _in_file(
         The mapped features, float16 of the given shape, or None if the disk is full or the file cannot be written.
     """
     total, folder = shape[0], file.parent
-    with suppress(OSError), file.open("rb") as known:
-        values = _map(known, shape)
-        yield Preparation(f"{what} are in {file}", total, total)
+    with suppress(OSError), file.open("rb") as cached:
+        values = _memory_map(cached, shape)
+        yield Preparation(f"loading {description} from {file}", total, total)
         return values
 
     partial: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _make_room(folder)
+        _delete_other_files(folder)
         if 2 * prod(shape) + SPARE_BYTES > shutil.disk_usage(folder).free:
-            yield Preparation(f"no room for {what} in {folder}: they are computed in every epoch", 0, 0)
+            yield Preparation(f"{folder} has no room for {description}; computing them in every epoch instead", 0, 0)
             return None
-        message = f"{what} go to {file}"
+        message = f"computing {description} into {file}"
         yield Preparation(message, 0, total)
-        pace = Pace(message, total)
+        progress = ProgressCounter(message, total)
         with tempfile.NamedTemporaryFile("w+b", dir=folder, suffix=".partial", delete=False) as output:
             partial = Path(output.name)
             fcntl.flock(output, fcntl.LOCK_EX)
             for features in computed:
                 output.write(features.cpu().contiguous().numpy().data)
-                if report := pace.advance(len(features)):
+                if report := progress.advance(len(features)):
                     yield report
             output.flush()
             os.fsync(output.fileno())
-            values = _map(output, shape)
+            values = _memory_map(output, shape)
             partial.replace(file)
     except OSError as error:
-        yield Preparation(f"{partial or folder}: {error.strerror}: the features are computed in every epoch", 0, 0)
+        reason = f"{partial or folder} cannot be written ({error.strerror})"
+        yield Preparation(f"{reason}; computing the features in every epoch instead", 0, 0)
         return None
     finally:
         if partial:
@@ -168,30 +173,30 @@ def _in_file(
     return values
 
 
-def _map(file: IO[bytes], shape: tuple[int, ...]) -> Tensor:
+def _memory_map(file: IO[bytes], shape: tuple[int, ...]) -> Tensor:
     """Memory-map an open file of float16 values. The mapping stays valid if the file is deleted.
 
     Raises:
         OSError: The file size does not match the shape.
     """
     if os.fstat(file.fileno()).st_size != 2 * prod(shape):
-        raise OSError(errno.EIO, "the file is not whole", file.name)
+        raise OSError(errno.EIO, "the file is incomplete", file.name)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # read-only is fine
         return torch.from_numpy(np.memmap(file, np.float16, "r", shape=shape))
 
 
-def _make_room(folder: Path) -> None:
+def _delete_other_files(folder: Path) -> None:
     """Delete the feature files of other runs, because one file of this size is enough."""
     for file in folder.glob("*.float16"):
         file.unlink(missing_ok=True)
     for partial in folder.glob("*.partial"):
-        with suppress(OSError), partial.open("rb") as left:  # a running writer holds the lock
-            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError), partial.open("rb") as unfinished:  # a running writer holds the lock
+            fcntl.flock(unfinished, fcntl.LOCK_EX | fcntl.LOCK_NB)
             partial.unlink()
 
 
-def _key(
+def _make_cache_key(
     recipe: Recipe,
     classifier: Classifier,
     network: TransferResNet18,
@@ -199,9 +204,12 @@ def _key(
     dtype: torch.dtype,
 ) -> str:
     """Hash everything that the features depend on into a cache key of 16 hexadecimal digits."""
-    digest = hashlib.sha256(f"{recipe.image_size} {dtype} {network.frozen}".encode())
+    digest = hashlib.sha256(f"{recipe.image_size} {dtype} {network.frozen_stages}".encode())
     weights = [
-        value for stage in network.frozen for layer in network.layers(stage) for value in layer.state_dict().values()
+        value
+        for stage in network.frozen_stages
+        for layer in network.get_layers(stage)
+        for value in layer.state_dict().values()
     ]
     for tensor in (classifier.mean, classifier.std, *weights, *(part for part, _ in parts)):
         digest.update(tensor.cpu().contiguous().numpy().data)

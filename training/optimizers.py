@@ -19,7 +19,7 @@ from training.recipes import Recipe
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 3
 # Parameters other than filters train by SGD, at this multiple of the recipe's learning rate.
-_OTHERS_RATE = 5.0
+_OTHERS_RATE_SCALE = 5.0
 _OTHERS_WEIGHT_DECAY = 5e-4
 
 
@@ -28,7 +28,7 @@ def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
 
     Parameters of frozen stages get no gradient, so the optimizer does not change them. Every parameter group has a
     `rate_scale` that multiplies the schedule's learning rate. On a GPU the learning rate is a tensor in GPU memory, so
-    that a recorded step (`cuda_graph`) reads the value from `set_learning_rate`.
+    that a recorded step (`TrainStep`) reads the value from `set_learning_rate`.
     """
     parameters = list(module.parameters())
     on_gpu = parameters[0].is_cuda
@@ -58,7 +58,7 @@ def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
         group.setdefault("rate_scale", 1.0)
         if on_gpu:
             group["lr"] = torch.tensor(group["lr"], device=parameters[0].device)
-    _begin_momenta(optimizer)
+    _initialize_momenta(optimizer)
     return optimizer
 
 
@@ -71,13 +71,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate * group["rate_scale"]
 
 
-def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Load the saved state of an optimizer from any device, but keep the parameter-group settings of this device."""
     optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
-    _begin_momenta(optimizer)
+    _initialize_momenta(optimizer)
 
 
-def _begin_momenta(optimizer: torch.optim.Optimizer) -> None:
+def _initialize_momenta(optimizer: torch.optim.Optimizer) -> None:
     """Initialize the momentum buffers of fused SGD for all parameters.
 
     Fused SGD fails if some stages get their first gradient later than others.
@@ -97,7 +97,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         filters: Convolution weights [O, I, H, W], treated as matrices [O, I*H*W].
         others: All other parameters (first convolution, normalization, biases, classifier), trained by SGD.
-        lr: Learning rate of the filters. The other parameters use `_OTHERS_RATE` times this rate.
+        lr: Learning rate of the filters. The other parameters use `_OTHERS_RATE_SCALE` times this rate.
         momentum: Momentum coefficient of all parameters.
         weight_decay: Decoupled weight decay of the filters.
     """
@@ -111,13 +111,14 @@ class Muon(torch.optim.Optimizer):
                 "params": others,
                 "orthogonal": False,
                 "weight_decay": _OTHERS_WEIGHT_DECAY,
-                "rate_scale": _OTHERS_RATE,
+                "rate_scale": _OTHERS_RATE_SCALE,
             },
         ]
         super().__init__(groups, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters that have a gradient, and return the loss of `closure`, if given."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -125,16 +126,16 @@ class Muon(torch.optim.Optimizer):
                 continue
             gradients = [parameter.grad for parameter in parameters]
             if group["orthogonal"]:
-                steps = _orthogonal_steps(self._nesterov(parameters, gradients, group))
+                steps = _compute_orthogonal_steps(self._update_momenta(parameters, gradients, group))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             else:
                 decayed = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
-                steps = self._nesterov(parameters, decayed, group)
+                steps = self._update_momenta(parameters, decayed, group)
             torch._foreach_mul_(steps, group["lr"])
             torch._foreach_sub_(parameters, steps)
         return loss
 
-    def _nesterov(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    def _update_momenta(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Update the momenta and return the Nesterov steps: gradient plus `momentum` times the updated momentum."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
@@ -145,7 +146,7 @@ class Muon(torch.optim.Optimizer):
         return list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
 
 
-def _orthogonal_steps(updates: list[Tensor]) -> list[Tensor]:
+def _compute_orthogonal_steps(updates: list[Tensor]) -> list[Tensor]:
     """Orthogonalize updates of filters [O, I, H, W] as matrices [O, H*W*I], in one batch per shape.
 
     A step is scaled by the square root of O / (H*W*I) if that is greater than 1. Input channels are the last factor of
@@ -158,13 +159,13 @@ def _orthogonal_steps(updates: list[Tensor]) -> list[Tensor]:
     for (rows, *columns), numbers in by_shape.items():
         filters = torch.stack([updates[number].movedim(1, 3) for number in numbers])
         scale = max(1, rows / math.prod(columns)) ** 0.5
-        orthogonals = orthogonal(filters.flatten(2)).mul(scale).contiguous().view(filters.shape).movedim(4, 2)
-        for number, step in zip(numbers, orthogonals, strict=True):
+        orthogonal = orthogonalize(filters.flatten(2)).mul(scale).contiguous().view(filters.shape).movedim(4, 2)
+        for number, step in zip(numbers, orthogonal, strict=True):
             steps[number] = step
     return steps
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Orthogonalize matrices [N, R, C]: keep the singular vectors and bring the singular values to the order of 1.
 
     The smallest singular values remain smaller. Each iteration multiplies X by Q = aI + bG + cG^2, where G = XX^T.
@@ -177,15 +178,15 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     gram = x @ x.mT
 
-    def polynomial(gram: Tensor) -> Tensor:
+    def evaluate_polynomial(gram: Tensor) -> Tensor:
         q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         q.diagonal(dim1=1, dim2=2).add_(a)
         return q
 
-    product = q = polynomial(gram)
+    product = q = evaluate_polynomial(gram)
     for _ in range(_ITERATIONS - 1):
         gram = q @ gram @ q
-        q = polynomial(gram)
+        q = evaluate_polynomial(gram)
         product = q @ product
     result: Tensor = (product @ x).to(matrices.dtype)
     return result if wide is matrices else result.mT

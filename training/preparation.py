@@ -1,9 +1,13 @@
 """This module reports the progress of computations that a run does once, before its first epoch."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
-from training.run import TICK_S
+from training.run import TICK_S, Run
+
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Preparation:
     event: str = "preparation"
 
 
-class Pace:
+class ProgressCounter:
     """A progress counter that reports every `TICK_S` seconds and at the end.
 
     Args:
@@ -47,3 +51,17 @@ class Pace:
         self._ticked = now
         seconds = (now - self._started) / self.done
         return Preparation(self.message, self.done, self.images, 1 / seconds, seconds * (self.images - self.done))
+
+
+def record_reports(
+    preparation: Generator[Preparation, None, Prepared], run: Run
+) -> Generator[Preparation, None, Prepared]:
+    """Pass the reports and the result of a preparation on, and record each report in the run's metrics."""
+    while True:
+        try:
+            report = next(preparation)
+        except StopIteration as stop:
+            prepared: Prepared = stop.value
+            return prepared
+        run.record(asdict(report))
+        yield report

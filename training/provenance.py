@@ -12,17 +12,17 @@ import torch
 LIBRARIES = ("torch", "torchvision", "numpy", "openvino", "nncf")
 
 
-def provenance() -> dict[str, Any]:
+def collect_provenance() -> dict[str, Any]:
     """Return the fields device, libraries and commit of `store.ModelCard` for this process."""
-    libraries = {library: _version(library) for library in LIBRARIES}
+    libraries = {library: _find_version(library) for library in LIBRARIES}
     return {
-        "device": device_name(),
+        "device": describe_device(),
         "libraries": {library: version for library, version in libraries.items() if version},
-        "commit": commit(),
+        "commit": find_commit(),
     }
 
 
-def _version(library: str) -> str | None:
+def _find_version(library: str) -> str | None:
     """Return the version of a library, or None if it is not installed.
 
     OpenVINO may be missing, because it runs on CPUs only and training works without it.
@@ -32,14 +32,15 @@ def _version(library: str) -> str | None:
     return None
 
 
-def device_name() -> str:
+def describe_device() -> str:
+    """Return the name of the GPU, or else of the processor with its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
     return f"{cpu}, {torch.get_num_threads()} threads"
 
 
-def commit() -> str | None:
+def find_commit() -> str | None:
     """Return the checked-out commit, with "-dirty" if files differ from it, or None outside a git checkout."""
     file = Path(__file__)
     try:
@@ -48,7 +49,7 @@ def commit() -> str | None:
             ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"],
         ):
             git = ["git", "-C", str(file.parent), *command]
-            told = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+            output = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return told
+    return output

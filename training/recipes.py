@@ -44,7 +44,7 @@ class Recipe(BaseModel):
     weights. resnet18 is torchvision's ResNet-18."""
 
     epochs: int = Field(ge=1, le=10_000)
-    """Passes over the training images, without those of the second stage (finetune_epochs)."""
+    """Passes over the training images, without those of the fine-tuning phase (finetune_epochs)."""
     batch_size: int = Field(ge=2, le=8192)
     """Images per training step."""
     optimizer: Literal["adam", "sgd", "muon"] = "sgd"
@@ -121,16 +121,16 @@ class Recipe(BaseModel):
     path of a state-dict file."""
     trainable: Stages = ALL_STAGES
     """Stages that train; the others are frozen (resnet18)."""
-    reinitialise: Stages = ()
+    reinitialize: Stages = ()
     """Stages that start from random weights instead of the pretrained ones (resnet18)."""
     cache_features: bool = True
     """Compute the features of the frozen stages once instead of in every epoch (resnet18)."""
     finetune_epochs: int = Field(default=0, ge=0, le=10_000)
-    """Epochs of a second training stage, in which all stages of the network train (resnet18)."""
+    """Epochs of a second phase of training, fine-tuning, in which all stages of the network train (resnet18)."""
     finetune_learning_rate: float = Field(default=1e-4, gt=0, le=100)
-    """Peak learning rate of the second training stage (resnet18)."""
+    """Peak learning rate of the fine-tuning phase (resnet18)."""
     finetune_crop_padding: int = Field(default=0, ge=0, le=16)
-    """Like crop_padding, for the second training stage, which uses no cached features (resnet18)."""
+    """Like crop_padding, for the fine-tuning phase, which uses no cached features (resnet18)."""
 
     validation_images: int = Field(default=0, ge=0, le=25_000)
     """Training images held out for validation and calibration."""
@@ -141,37 +141,44 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of all random generators."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_former_fields(cls, values: Any) -> Any:
+        return rename_former_fields(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         for field, networks in _APPLIES_TO.items():
-            if self.network not in networks and self._differs(field):
+            if self.network not in networks and self._is_changed(field):
                 raise ValueError(f"{field} applies to network={' or '.join(networks)}, not to {self.network}")
         if self.predecessor:
-            if self.reinitialise:
-                raise ValueError(f"reinitialise applies to ImageNet weights, not to those of {self.predecessor}")
+            if self.reinitialize:
+                raise ValueError(f"reinitialize applies to ImageNet weights, not to those of {self.predecessor}")
         elif self.network != "resnet18" and self.weights != "none":
             raise ValueError(
                 f"weights={shorten(self.weights, MAX_QUOTED)} applies to network=resnet18, not to {self.network}, "
                 "which takes a version such as resnet/3"
             )
         for field in ("teacher_weight", "teacher_temperature", "teacher_view"):
-            if not self.teachers and self._differs(field):
-                raise ValueError(f"{field} applies where there is a teacher")
+            if not self.teachers and self._is_changed(field):
+                raise ValueError(f"{field} applies only with a teacher; set teacher as well")
         if self.teacher_view == "augmented" and self.trainable != ALL_STAGES:
-            raise ValueError("teacher_view=augmented applies where every stage trains, as frozen ones see no such view")
-        if self.optimizer == "adam" and self._differs("momentum"):
+            raise ValueError(
+                "teacher_view=augmented applies only if every stage trains; frozen stages see no such view"
+            )
+        if self.optimizer == "adam" and self._is_changed("momentum"):
             raise ValueError("momentum applies to optimizer=sgd or muon, not to adam")
         if self.flip_alternates and not self.flip:
-            raise ValueError("flip_alternates applies with flip=true")
-        if not self.crop_padding and not self.finetune_crop_padding and self._differs("crop_fill"):
-            raise ValueError(f"crop_fill={self.crop_fill} applies where crop_padding shifts the images")
+            raise ValueError("flip_alternates applies only with flip=true")
+        if not self.crop_padding and not self.finetune_crop_padding and self._is_changed("crop_fill"):
+            raise ValueError(f"crop_fill={self.crop_fill} applies only if crop_padding shifts the images")
         if self.mixup and self.cutmix:
-            raise ValueError("mixup and cutmix exclude each other")
+            raise ValueError("mixup and cutmix exclude each other; set one of them to 0")
         if "fc" not in self.trainable:
             raise ValueError("trainable must contain fc, the classifier itself")
         return self
 
-    def _differs(self, field: str) -> bool:
+    def _is_changed(self, field: str) -> bool:
         """Return whether a field differs from its default."""
         return bool(getattr(self, field) != Recipe.model_fields[field].default)
 
@@ -181,9 +188,9 @@ class Recipe(BaseModel):
         return {"shared-resnet": "resnet-seed", "resnet": "resnet", "resnet18": "resnet18"}[self.network]
 
     @property
-    def blank(self) -> Self:
+    def from_scratch(self) -> Self:
         """A copy that starts from random weights, for networks whose weights a checkpoint overwrites."""
-        return self.model_copy(update={"weights": "none", "reinitialise": ()})
+        return self.model_copy(update={"weights": "none", "reinitialize": ()})
 
     @property
     def predecessor(self) -> str | None:
@@ -196,17 +203,17 @@ class Recipe(BaseModel):
         return () if self.teacher == "none" else tuple(self.teacher.split(","))
 
     @property
-    def sources(self) -> tuple[str, ...]:
+    def source_versions(self) -> tuple[str, ...]:
         """The published versions that training needs: the teachers and the predecessor."""
         return self.teachers + ((self.predecessor,) if self.predecessor else ())
 
     @property
-    def combines(self) -> bool:
+    def mixes_images(self) -> bool:
         """True if mixup or cutmix combines the images."""
         return self.mixup > 0 or self.cutmix > 0
 
     def trainable_in(self, epoch: int) -> tuple[Stage, ...]:
-        """Return the stages that train in an epoch (counted from 1); in the second training stage all train."""
+        """Return the stages that train in an epoch (counted from 1). In the fine-tuning phase all train."""
         return ALL_STAGES if epoch > self.epochs else self.trainable
 
     def trains_in_evaluation_mode(self, epoch: int) -> bool:
@@ -215,6 +222,7 @@ class Recipe(BaseModel):
 
     @property
     def total_epochs(self) -> int:
+        """The number of epochs in both phases of training."""
         return self.epochs + self.finetune_epochs
 
     def require_fit(self, predecessor: Mapping[str, Any]) -> None:
@@ -233,6 +241,22 @@ class Recipe(BaseModel):
                 raise RecipeError(f"{self.weights} has {field}={has}, which does not fit {field}={wanted}")
 
 
+# Cards, run folders and jobs of earlier releases have these names. Clients may still send them.
+_FORMER_NAMES = {"reinitialise": "reinitialize"}
+
+
+def rename_former_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values of recipe fields by their present names, given the names of this release or of earlier ones.
+
+    Raises:
+        RecipeError: A field occurs under both names.
+    """
+    for former, present in _FORMER_NAMES.items():
+        if former in values and present in values:
+            raise RecipeError(f"{former} is the former name of {present}; give {present} only")
+    return {_FORMER_NAMES.get(name, name): value for name, value in values.items()}
+
+
 _APPLIES_TO = {
     "width": ("shared-resnet", "resnet"),
     "normalization": ("shared-resnet", "resnet"),
@@ -241,7 +265,7 @@ _APPLIES_TO = {
     "shortcuts": ("shared-resnet",),
     "image_size": ("resnet18",),
     "trainable": ("resnet18",),
-    "reinitialise": ("resnet18",),
+    "reinitialize": ("resnet18",),
     "cache_features": ("resnet18",),
     "finetune_epochs": ("resnet18",),
     "finetune_learning_rate": ("resnet18",),
@@ -313,7 +337,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+def make_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Return the named recipe with some fields replaced; string values are parsed.
 
     Raises:
@@ -321,26 +345,27 @@ def recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """
     if name not in RECIPES:
         raise RecipeError(f"there is no recipe {quote(name)}; choose one of {', '.join(RECIPES)}")
-    return replace(RECIPES[name], overrides or {})
+    return override(RECIPES[name], overrides or {})
 
 
-def replace(base: Recipe, overrides: dict[str, Any]) -> Recipe:
-    """Return `base` with some fields replaced. Raises the errors of `recipe`."""
+def override(base: Recipe, overrides: dict[str, Any]) -> Recipe:
+    """Return `base` with some fields replaced. Raises the errors of `make_recipe`."""
+    overrides = rename_former_fields(overrides)
     known = [field for field in Recipe.model_fields if field != "name"]
     for field in overrides:
         if field not in known:
             near = get_close_matches(field[:MAX_QUOTED], known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
             raise RecipeError(f"a recipe has no field {quote(field)}; {hint}")
-    return from_dict(base.model_dump() | overrides)
+    return parse_recipe(base.model_dump() | overrides)
 
 
-def as_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Format a field's value in the syntax of the command line."""
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
-def from_dict(values: dict[str, Any]) -> Recipe:
+def parse_recipe(values: dict[str, Any]) -> Recipe:
     """Build a recipe from all its fields, given as by `model_dump` or as parsed JSON.
 
     Raises:

@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data import Dataset
-from training.evaluate import CALIBRATION_BINS, calibration_bins, evaluate, expected_calibration_error
+from training.dataset import Dataset
+from training.evaluate import CALIBRATION_BINS, compute_calibration_bins, evaluate, expected_calibration_error
 from training.loop import Epoch, Event
 from training.run import Run
 
 DPI = 110
-MISTAKES = (4, 8)  # rows and columns of the sheet
+MISTAKES_GRID = (4, 8)  # rows and columns of the sheet of mistakes
 
 
 def log_scalars(events: Iterable[Event], folder: Path) -> Iterator[Event]:
@@ -49,7 +49,7 @@ def log_scalars(events: Iterable[Event], folder: Path) -> Iterator[Event]:
         writer.close()
 
 
-def draw(run: Run, dataset: Dataset) -> list[Path]:
+def draw_figures(run: Run, dataset: Dataset) -> list[Path]:
     """Draw all figures of a published run.
 
     Returns:
@@ -61,11 +61,11 @@ def draw(run: Run, dataset: Dataset) -> list[Path]:
     logits, temperature = run.test_logits()
     labels = torch.from_numpy(dataset.test.labels)
     figures = {
-        "curves": curves(run),
-        "superclasses": superclass_confusion(logits, labels, dataset.superclasses),
-        "reliability": reliability(logits, labels, temperature),
-        "classes": class_accuracy(logits, labels, dataset),
-        "mistakes": mistakes(logits, labels, dataset),
+        "curves": plot_curves(run),
+        "superclasses": plot_superclass_confusion(logits, labels, dataset.superclasses),
+        "reliability": plot_reliability(logits, labels, temperature),
+        "classes": plot_class_accuracy(logits, labels, dataset),
+        "mistakes": plot_mistakes(logits, labels, dataset),
     }
     folder = run.path / "pictures"
     folder.mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ def draw(run: Run, dataset: Dataset) -> list[Path]:
     return files
 
 
-def curves(run: Run) -> Figure:
+def plot_curves(run: Run) -> Figure:
     """Plot loss and top-1 accuracy of every epoch, on the training split and on the evaluated split."""
     epochs = run.epochs()
     figure = Figure((9, 3.6), layout="constrained")
@@ -86,12 +86,12 @@ def curves(run: Run) -> Figure:
         scale = 1 if train == "train_loss" else 100
         for key, name in ((train, "train"), (evaluated, epochs[-1]["split"])):
             axes.plot(numbers, [scale * epoch[key] for epoch in epochs], marker=".", label=name)
-        _label(axes, title, "epoch", "")
+        _label_axes(axes, title, "epoch", "")
         axes.legend(frameon=False)
     return figure
 
 
-def superclass_confusion(logits: Tensor, labels: Tensor, superclasses: tuple[str, ...]) -> Figure:
+def plot_superclass_confusion(logits: Tensor, labels: Tensor, superclasses: tuple[str, ...]) -> Figure:
     """Plot the confusion matrix of the superclasses (rows: true, columns: predicted), in % of the row."""
     names = sorted(set(superclasses))
     group = torch.tensor([names.index(superclass) for superclass in superclasses])
@@ -109,44 +109,44 @@ def superclass_confusion(logits: Tensor, labels: Tensor, superclasses: tuple[str
         axes.text(
             column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 50 else "black"
         )
-    _label(axes, "superclasses: % of the images of a row taken for a column", "predicted", "true", grid=False)
+    _label_axes(axes, "superclasses: % of the images of a row taken for a column", "predicted", "true", grid=False)
     return figure
 
 
-def reliability(logits: Tensor, labels: Tensor, temperature: float) -> Figure:
+def plot_reliability(logits: Tensor, labels: Tensor, temperature: float) -> Figure:
     """Plot accuracy against confidence, before and after calibration (Guo et al. 2017, arXiv:1706.04599)."""
     figure = Figure((8, 3.9), layout="constrained")
     variants = (("uncalibrated", logits * temperature), (f"temperature {temperature:.2f}", logits))
     for axes, (title, values) in zip(figure.subplots(1, 2, sharey=True), variants, strict=True):
-        bins = calibration_bins(values, labels)
+        bins = compute_calibration_bins(values, labels)
         axes.bar(bins.confidence.numpy(), bins.accuracy.numpy(), width=0.9 / CALIBRATION_BINS, color="tab:blue")
         axes.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle="--")
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
-        _label(axes, f"{title}: ECE {expected_calibration_error(values, labels):.2%}", "confidence", "accuracy")
+        _label_axes(axes, f"{title}: ECE {expected_calibration_error(values, labels):.2%}", "confidence", "accuracy")
     return figure
 
 
-def class_accuracy(logits: Tensor, labels: Tensor, dataset: Dataset) -> Figure:
+def plot_class_accuracy(logits: Tensor, labels: Tensor, dataset: Dataset) -> Figure:
     """Plot the top-1 accuracy of every class, from the best to the worst."""
-    shares = np.array(evaluate(logits, labels).per_class)
-    order = np.argsort(-shares, kind="stable")
+    accuracy = np.array(evaluate(logits, labels).per_class)
+    order = np.argsort(-accuracy, kind="stable")
     figure = Figure((9, 9), layout="constrained")
     columns = np.array_split(order, 2)
     for axes, classes in zip(figure.subplots(1, 2, sharex=True), columns, strict=True):
-        axes.barh(range(len(classes)), 100 * shares[classes], color="tab:blue")
+        axes.barh(range(len(classes)), 100 * accuracy[classes], color="tab:blue")
         axes.set_yticks(range(len(classes)), [dataset.classes[each].replace("_", " ") for each in classes], fontsize=7)
         axes.set_ylim(len(classes) - 0.5, -0.5)
         axes.set_xlim(0, 100)
-        _label(axes, "", "top-1 accuracy, %", "")
+        _label_axes(axes, "", "top-1 accuracy, %", "")
     return figure
 
 
-def mistakes(logits: Tensor, labels: Tensor, dataset: Dataset) -> Figure:
+def plot_mistakes(logits: Tensor, labels: Tensor, dataset: Dataset) -> Figure:
     """Show the wrong predictions with the highest confidence, with their images."""
     confidence, predicted = logits.softmax(1).max(1)
     confidence[predicted == labels] = 0
-    rows, columns = MISTAKES
+    rows, columns = MISTAKES_GRID
     figure = Figure((1.5 * columns, 1.9 * rows), layout="constrained")
     wrong = int((predicted != labels).sum())
     worst = confidence.topk(min(rows * columns, wrong)).indices.tolist()
@@ -155,12 +155,12 @@ def mistakes(logits: Tensor, labels: Tensor, dataset: Dataset) -> Figure:
         axes.set_axis_off()
     for axes, image in zip(cells, worst, strict=False):
         axes.imshow(dataset.test.images[image])
-        said, true = (dataset.classes[int(each[image])].replace("_", " ") for each in (predicted, labels))
-        axes.set_title(f"{said} {confidence[image].item():.0%}\nis {true}", fontsize=7)
+        answer, truth = (dataset.classes[int(each[image])].replace("_", " ") for each in (predicted, labels))
+        axes.set_title(f"{answer} {confidence[image].item():.0%}\nis {truth}", fontsize=7)
     return figure
 
 
-def _label(axes: Axes, title: str, x: str, y: str, grid: bool = True) -> None:
+def _label_axes(axes: Axes, title: str, x: str, y: str, grid: bool = True) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

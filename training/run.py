@@ -22,13 +22,13 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from training.recipes import Recipe, from_dict
+from training.recipes import Recipe, parse_recipe
 from training.store import Evaluation, sync
 
 State = dict[str, Any]
 Parsed = TypeVar("Parsed")
 TICK_S = 5.0  # seconds between two lines of metrics within an epoch
-START_S = 60.0  # upper bound for a child with an inherited lock to load its libraries and write its pid
+START_TIMEOUT_S = 60.0  # upper bound for a child with an inherited lock to load its libraries and write its pid
 
 
 class Publication(BaseModel):
@@ -82,10 +82,10 @@ class Run:
             RunError: The folder does not exist, or the descriptor belongs to another file.
         """
         if not self.path.is_dir():
-            raise RunError(f"there is no run in {self.path}")
+            raise RunError(f"there is no run in {self.path}; give the folder of a run")
         with self.lock_file.open("a+") if inherited is None else self._inherited_lock(inherited) as file:
-            if not _acquire(file):
-                raise RunBusy(f"process {_read_pid(file) or '(unknown)'} is working in {self.path}")
+            if not _try_lock(file):
+                raise RunBusy(_describe_holder(file, self.path))
             write_pid(file, os.getpid())
             yield
 
@@ -103,8 +103,8 @@ class Run:
             RunBusy: Another process holds the lock.
         """
         with self.lock_file.open("a+") as file:
-            if not _acquire(file):
-                raise RunBusy(f"process {_read_pid(file) or '(unknown)'} is working in {self.path}")
+            if not _try_lock(file):
+                raise RunBusy(_describe_holder(file, self.path))
             file.truncate(0)  # an earlier holder's pid must not be mistaken for the child's
             yield file
 
@@ -119,22 +119,22 @@ class Run:
             raise RunError(f"the inherited descriptor {descriptor} is not that of {self.lock_file}")
         return file
 
-    def holder(self, wait_s: float = START_S) -> int | None:
+    def holder(self, wait_s: float = START_TIMEOUT_S) -> int | None:
         """Return the pid of the process that holds the lock, or None.
 
         Args:
             wait_s: Seconds to wait for a starting holder to write its pid. A holder without a pid counts as none.
         """
-        latest = time.monotonic() + wait_s
+        deadline = time.monotonic() + wait_s
         with suppress(FileNotFoundError), self.lock_file.open() as file:
             while _is_locked(file):
                 pid = _read_pid(file)
-                if pid or time.monotonic() > latest:
+                if pid or time.monotonic() > deadline:
                     return pid
                 time.sleep(0.05)
         return None
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Create the stop file, which makes a process that trains in the folder, now or later, end itself.
 
         This works without a supervisor that could send the process a signal.
@@ -149,7 +149,7 @@ class Run:
             RunError: The folder already holds a run.
         """
         if self.recipe_file.exists():
-            raise RunError(f"{self.path} holds a run already; give --resume to go on with it, or another folder")
+            raise RunError(f"{self.path} contains a run already; give --resume to continue it, or another folder")
         self.path.mkdir(parents=True, exist_ok=True)
         _write_durably(self.recipe_file, recipe.model_dump_json(indent=2).encode())
 
@@ -166,8 +166,8 @@ class Run:
             RecipeError: This release does not support the recipe.
         """
         if not self.recipe_file.exists():
-            raise RunError(f"there is no run in {self.path}")
-        return from_dict(_read(self.recipe_file, json.loads))
+            raise RunError(f"there is no run in {self.path}; give the folder of a run")
+        return parse_recipe(_read_file(self.recipe_file, json.loads))
 
     def extend(self, epochs: int) -> Recipe:
         """Raise the number of epochs of a run whose learning rates do not depend on that number.
@@ -179,8 +179,10 @@ class Run:
         if recipe.schedule not in {"constant", "step"} or recipe.finetune_epochs:
             raise RunError(f"the schedule {recipe.schedule} depends on epochs={recipe.epochs}; start a new run instead")
         if epochs < recipe.epochs:
-            raise RunError(f"the run was started for {recipe.epochs} epochs and cannot be shortened to {epochs}")
-        recipe = from_dict(recipe.model_dump() | {"epochs": epochs})
+            raise RunError(
+                f"the run was started for {recipe.epochs} epochs and cannot be shortened to {epochs}; start a new run"
+            )
+        recipe = parse_recipe(recipe.model_dump() | {"epochs": epochs})
         _write_durably(self.recipe_file, recipe.model_dump_json(indent=2).encode())
         return recipe
 
@@ -201,14 +203,15 @@ class Run:
         if self.metrics_file.exists():
             with self.metrics_file.open() as file:
                 for number, line in islice(enumerate(file, start=1), after, None):
-                    with suppress(json.JSONDecodeError):  # blanked by forget_after, or cut off by a crash or full disk
+                    # A line is blank after drop_metrics_after, or cut off after a crash or on a full disk.
+                    with suppress(json.JSONDecodeError):
                         yield number, json.loads(line)
 
     def epochs(self) -> list[dict[str, Any]]:
         """List the metrics of every finished epoch."""
         return [metrics for metrics in self.metrics() if metrics["event"] == "epoch"]
 
-    def forget_after(self, epoch: int) -> None:
+    def drop_metrics_after(self, epoch: int) -> None:
         """Blank the metrics of epochs after `epoch`, which a resumed run measures again. Line numbers do not change."""
         lines = dict[int, str]()
         for number, metrics in self.numbered_metrics():
@@ -223,7 +226,7 @@ class Run:
         """
         self.announcement_file.unlink(missing_ok=True)
         self.publication_file.unlink(missing_ok=True)
-        _write_durably(self.checkpoint_file, _serialised(state))
+        _write_durably(self.checkpoint_file, _serialize(state))
 
     def load(self, fingerprint: str | None = None) -> State:
         """Load the last checkpoint onto the CPU.
@@ -235,24 +238,24 @@ class Run:
             RunError: No epoch is finished, the checkpoint is damaged, or the run was trained on other data.
         """
         if not self.checkpoint_file.exists():
-            raise RunError(f"{self.path} has no checkpoint: no epoch has been finished yet")
-        state: State = _read(self.checkpoint_file, _deserialised)
+            raise RunError(f"{self.path} has no checkpoint because no epoch has been finished yet; train first")
+        state: State = _read_file(self.checkpoint_file, _deserialize)
         if fingerprint and state["data"] != fingerprint:
             raise RunError(
                 f"{self.path} was trained on other data (fingerprint {state['data'][:8]}, now {fingerprint[:8]}); "
-                "name the same data set, or start a new run"
+                "give the same data set, or start a new run"
             )
         return state
 
     def save_teacher_logits(self, logits: Tensor, teacher: str, fingerprint: str) -> None:
         """Save a teacher's logits on the training images of a data set, float [N, classes]."""
-        _write_durably(self.teacher_file, _serialised({"logits": logits, "teacher": teacher, "data": fingerprint}))
+        _write_durably(self.teacher_file, _serialize({"logits": logits, "teacher": teacher, "data": fingerprint}))
 
     def teacher_logits(self, teacher: str, fingerprint: str) -> Tensor | None:
         """Return the saved logits of this teacher for this data set, float [N, classes], or None."""
         if not self.teacher_file.exists():
             return None
-        saved = _read(self.teacher_file, _deserialised)
+        saved = _read_file(self.teacher_file, _deserialize)
         if not isinstance(saved, dict) or (saved["teacher"], saved["data"]) != (teacher, fingerprint):
             return None
         logits: Tensor = saved["logits"]
@@ -260,7 +263,7 @@ class Run:
 
     def save_test_logits(self, logits: Tensor, temperature: float) -> None:
         """Save the exported model's calibrated logits on the test set, float32 [N, classes]."""
-        _write_durably(self.logits_file, _serialised({"logits": logits, "temperature": temperature}))
+        _write_durably(self.logits_file, _serialize({"logits": logits, "temperature": temperature}))
 
     def test_logits(self) -> tuple[Tensor, float]:
         """Return the calibrated logits of the test set, float32 [N, classes], and the temperature that divided them.
@@ -270,7 +273,7 @@ class Run:
         """
         if not self.logits_file.exists():
             raise RunError(f"{self.path} has not been exported yet; python -m training export {self.path} does it")
-        saved = _read(self.logits_file, _deserialised)
+        saved = _read_file(self.logits_file, _deserialize)
         return saved["logits"], saved["temperature"]
 
     def announce_publication(self, sha256: str) -> None:
@@ -290,7 +293,7 @@ class Run:
         """Return the publication of the last checkpoint, or None before it was published."""
         if not self.publication_file.exists():
             return None
-        return _read(self.publication_file, Publication.model_validate_json)
+        return _read_file(self.publication_file, Publication.model_validate_json)
 
     def outcome(self) -> Publication | None:
         """Return the publication of the finished run, or None if epochs or the publication are missing."""
@@ -300,7 +303,7 @@ class Run:
         return None
 
 
-def _acquire(file: TextIO) -> bool:
+def _try_lock(file: TextIO) -> bool:
     """Try to lock a file.
 
     It tries five times, because `_is_locked` in another process holds the lock for a moment.
@@ -314,6 +317,10 @@ def _acquire(file: TextIO) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def _describe_holder(file: TextIO, folder: Path) -> str:
+    return f"process {_read_pid(file) or '(unknown)'} is working in {folder}; wait for its end or stop it"
 
 
 def _is_locked(file: TextIO) -> bool:
@@ -339,7 +346,7 @@ def _read_pid(file: TextIO) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _read(path: Path, parse: Callable[[bytes], Parsed]) -> Parsed:
+def _read_file(path: Path, parse: Callable[[bytes], Parsed]) -> Parsed:
     """Read and parse a file.
 
     Raises:
@@ -352,11 +359,11 @@ def _read(path: Path, parse: Callable[[bytes], Parsed]) -> Parsed:
         raise RunError(f"{path} is damaged: {error}") from error
 
 
-def _deserialised(content: bytes) -> Any:
+def _deserialize(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _serialised(value: Any) -> memoryview:
+def _serialize(value: Any) -> memoryview:
     """Serialize in memory, because PyTorch may abort the process if it cannot write to a file."""
     content = io.BytesIO()
     torch.save(value, content)

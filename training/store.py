@@ -32,7 +32,7 @@ LIVE = "live"
 Promotion = Literal["if-better", "always", "never"]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
-_ABANDONED_S = 24 * 3600
+_DRAFT_EXPIRY_S = 24 * 3600
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -54,7 +54,7 @@ class Evaluation(BaseModel):
     """Top-1 accuracy of each class; 0 for a class without images in the split."""
 
 
-class Quantised(BaseModel):
+class QuantizationReport(BaseModel):
     """The accuracy cost of quantization to int8."""
 
     accepted: bool
@@ -102,7 +102,7 @@ class ModelCard(BaseModel):
     test: Evaluation
     """Measures of the exported file on the full test set, with calibrated logits."""
     test_ece_uncalibrated: Rate
-    int8: Quantised | None = None
+    int8: QuantizationReport | None = None
     """The quantized model for OpenVINO; None if the version has none."""
     curve: list[EpochSummary]
     training_seconds: float
@@ -115,7 +115,7 @@ class ModelCard(BaseModel):
     """sha256 of every file beside the card, by file name."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         if not self.classes:
             raise ValueError("classes is empty")
         if len(set(self.classes)) < len(self.classes):
@@ -146,11 +146,11 @@ class Store:
         """List the models that have at least one version, in alphabetical order."""
         if not self.root.is_dir():
             return []
-        return sorted(path.name for path in self.root.iterdir() if _NAME.fullmatch(path.name) and _versions(path))
+        return sorted(path.name for path in self.root.iterdir() if _NAME.fullmatch(path.name) and _list_versions(path))
 
     def versions(self, name: str) -> list[int]:
         """List the versions of a model, oldest first. An unknown model has none."""
-        return _versions(self._model(name))
+        return _list_versions(self._model_folder(name))
 
     def live(self, name: str) -> int | None:
         """Return the version that is served, or None before the first promotion.
@@ -159,11 +159,13 @@ class Store:
             StoreError: The name is invalid, or the pointer file is damaged.
         """
         try:
-            return int((self._model(name) / LIVE).read_text())
+            return int((self._model_folder(name) / LIVE).read_text())
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise StoreError(f"{self._model(name) / LIVE} does not hold a version number") from error
+            raise StoreError(
+                f"{self._model_folder(name) / LIVE} is damaged: it must contain a version number"
+            ) from error
 
     def folder(self, name: str, version: int) -> Path:
         """Return the folder of a version.
@@ -171,7 +173,7 @@ class Store:
         Raises:
             StoreError: There is no such version.
         """
-        path = self._model(name) / str(version)
+        path = self._model_folder(name) / str(version)
         if not (path / CARD).is_file():
             raise StoreError(f"there is no version {version} of {name}")
         return path
@@ -189,7 +191,7 @@ class Store:
             )
         version = int(number) if slash else self.live(name)
         if version is None:
-            raise StoreError(f"{name} has no live version in {self.root}")
+            raise StoreError(f"{name} has no live version in {self.root}; give NAME/VERSION, or promote a version")
         return name, version
 
     def card(self, name: str, version: int) -> ModelCard:
@@ -220,17 +222,17 @@ class Store:
         for file, expected in card.files.items():
             path = folder / file
             if Path(file).name != file or not path.is_file():
-                raise StoreError(f"{path} is missing")
+                raise StoreError(f"{path} is missing; restore it, or publish the model again")
             if sha256(path) != expected:
-                raise StoreError(f"{path} is damaged: its sha256 is not the one in {CARD}")
+                raise StoreError(f"{path} is damaged: its sha256 differs from the one in {CARD}")
         for path in folder.iterdir():
             if path.name not in (CARD, *card.files) and not path.name.startswith("."):
-                raise StoreError(f"{path} does not belong to this version: it is not in {CARD}")
+                raise StoreError(f"{path} does not belong to this version: {CARD} does not list it; remove it")
         if MODEL not in card.files:
-            raise StoreError(f"{folder / CARD} names no {MODEL}")
+            raise StoreError(f"{folder / CARD} does not list {MODEL}; publish the model again")
         return folder
 
-    def learnable(self, version: str, classes: Sequence[str], data: str, validation_images: int) -> Path:
+    def verify_source(self, version: str, classes: Sequence[str], data: str, validation_images: int) -> Path:
         """Return the exported file of a version that a run uses as teacher or for its initial weights.
 
         A run inherits knowledge of the images that the version was trained on, so these must not include the run's
@@ -248,10 +250,10 @@ class Store:
         """
         card = self.card(*self.parse(version))
         if card.classes != list(classes):
-            raise StoreError(f"{version} was trained on other classes and cannot be learnt from")
+            raise StoreError(f"{version} was trained on other classes than this data set has; give another version")
         if card.data == data and validation_images > card.held_out:
             raise StoreError(
-                f"{version} was trained on all but {card.held_out} images and knows those that validation_images="
+                f"{version} was trained on all but {card.held_out} images, and on some that validation_images="
                 f"{validation_images} holds out; give at most {card.held_out}"
             )
         return self.verify(card) / MODEL
@@ -259,10 +261,10 @@ class Store:
     @contextmanager
     def draft(self, name: str) -> Iterator[Path]:
         """Create a folder inside the store to prepare a version in. It is removed afterwards unless published."""
-        model = self._model(name)
+        model = self._model_folder(name)
         model.mkdir(parents=True, exist_ok=True)
         for path in model.glob(".draft-*"):
-            if _abandoned(path):
+            if _is_abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=".draft-", dir=model))
         try:
@@ -280,10 +282,10 @@ class Store:
         Returns:
             The published card.
         """
-        model = self._model(card.name)
+        model = self._model_folder(card.name)
         files = {path.name: sha256(path) for path in sorted(draft.iterdir()) if path.name != CARD}
         while True:
-            version = max(_numbers(model), default=0) + 1
+            version = max(_list_numbers(model), default=0) + 1
             card = card.model_copy(update={"version": version, "files": files})
             (draft / CARD).write_text(card.model_dump_json(indent=1) + "\n")
             for path in draft.iterdir():
@@ -306,13 +308,13 @@ class Store:
             StoreError: There is no such version.
         """
         self.folder(name, version)
-        with locked(self._model(name)):
+        with lock_folder(self._model_folder(name)):
             self.folder(name, version)  # another process may have pruned it before the lock was free
-            self._point(name, version)
+            self._write_live_pointer(name, version)
 
-    def _point(self, name: str, version: int) -> None:
+    def _write_live_pointer(self, name: str, version: int) -> None:
         """Replace the pointer to the live version. The caller holds the lock of the model's folder."""
-        model = self._model(name)
+        model = self._model_folder(name)
         partial = model / f".{LIVE}"
         partial.write_text(f"{version}\n")
         sync(partial)
@@ -331,7 +333,8 @@ class Store:
         Returns:
             True if the version is now live.
         """
-        with locked(self._model(card.name)):  # two processes may each find their version better than the live one
+        # Without the lock, two processes could each find their version better than the live one.
+        with lock_folder(self._model_folder(card.name)):
             live = self.live(card.name)
             if promotion == "if-better" and live is not None:
                 current = self.card(card.name, live)
@@ -339,10 +342,10 @@ class Store:
             else:
                 better = promotion != "never"
             if better:
-                self._point(card.name, card.version)
+                self._write_live_pointer(card.name, card.version)
             return better
 
-    def find(self, name: str, file_sha256: str) -> ModelCard | None:
+    def find_by_checksum(self, name: str, file_sha256: str) -> ModelCard | None:
         """Return the card of the newest version that has a file with this checksum, or None."""
         for version in reversed(self.versions(name)):
             try:
@@ -353,12 +356,12 @@ class Store:
                 return card
         return None
 
-    def prune(self, name: str, keep: int, needed: Collection[int] = ()) -> list[int]:
+    def prune(self, name: str, keep: int, protected: Collection[int] = ()) -> list[int]:
         """Remove all versions except the newest `keep`. The live version always stays.
 
         Args:
             keep: Number of versions to keep. It is at least 1, so that no version number is assigned twice.
-            needed: Further versions to keep.
+            protected: Further versions to keep.
 
         Returns:
             The removed versions.
@@ -367,33 +370,35 @@ class Store:
             ValueError: `keep` is less than 1.
         """
         if keep < 1:
-            raise ValueError(f"keep={keep}: at least one version must stay")
-        model = self._model(name)
-        with locked(model):
-            gone = [each for each in self.versions(name)[:-keep] if each != self.live(name) and each not in needed]
+            raise ValueError(f"keep={keep} would remove every version; give at least 1")
+        model = self._model_folder(name)
+        with lock_folder(model):
+            removed = [
+                each for each in self.versions(name)[:-keep] if each != self.live(name) and each not in protected
+            ]
             with tempfile.TemporaryDirectory(prefix=".draft-", dir=model) as trash:
-                for version in gone:
+                for version in removed:
                     (model / str(version)).rename(Path(trash, str(version)))
-        return gone
+        return removed
 
-    def _model(self, name: str) -> Path:
+    def _model_folder(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
-            raise StoreError(f"{quote(name)} is not a model name: lower-case letters, digits, - and _ only")
+            raise StoreError(f"{quote(name)} is not a model name; give lower-case letters, digits, - and _ only")
         return self.root / name
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Hold an exclusive lock on a folder, against other processes and threads that call this function."""
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _abandoned(path: Path) -> bool:
+def _is_abandoned(path: Path) -> bool:
     """Return whether a draft belongs to a killed process: it has not changed for a day."""
     try:
-        return time.time() - path.stat().st_mtime > _ABANDONED_S
+        return time.time() - path.stat().st_mtime > _DRAFT_EXPIRY_S
     except FileNotFoundError:  # its owner has published or removed it
         return False
 
@@ -404,13 +409,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _versions(model: Path) -> list[int]:
+def _list_versions(model: Path) -> list[int]:
     if not model.is_dir():
         return []
-    return [number for number in _numbers(model) if (model / str(number) / CARD).is_file()]
+    return [number for number in _list_numbers(model) if (model / str(number) / CARD).is_file()]
 
 
-def _numbers(model: Path) -> list[int]:
+def _list_numbers(model: Path) -> list[int]:
     """List the version numbers in use, including folders without a card."""
     return sorted(int(path.name) for path in model.iterdir() if path.name.isdecimal())
 

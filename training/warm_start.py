@@ -4,10 +4,10 @@ Input: a version in the model store.
 Output: its weights in a classifier with the same network, or an error that gives the reason why it is impossible.
 """
 
-from training import torchscript
-from training.data import Dataset
+from training.dataset import Dataset
 from training.networks import Classifier
 from training.recipes import Recipe
+from training.runtimes.torchscript import load_weights
 from training.store import Store, StoreError
 
 
@@ -21,13 +21,13 @@ def load(classifier: Classifier, recipe: Recipe, store: Store, dataset: Dataset)
         dataset: Data set of the run.
 
     Raises:
-        StoreError: The version cannot be used (see `Store.learnable`), or it holds a graph without weights.
+        StoreError: The version cannot be used (see `Store.verify_source`), or it holds a graph without weights.
         RecipeError: The version has another network or normalization.
     """
     version = recipe.weights
     recipe.require_fit(store.card(*store.parse(version)).recipe)
-    file = store.learnable(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
-    weights = torchscript.load_weights(file)
+    file = store.verify_source(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
+    weights = load_weights(file)
     if not weights:
-        raise StoreError(f"{version} was exported as a graph only: it can teach, but not be trained on")
+        raise StoreError(f"{version} was exported as a graph without weights; use it as teacher, or give another one")
     classifier.load_state_dict(weights | {"temperature": classifier.temperature})

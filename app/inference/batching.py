@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from app.engines import Engine
 from app.exceptions import Unavailable
+from training.runtimes.engine import Engine
 
 log = logging.getLogger(__name__)
 

@@ -18,13 +18,13 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from app import engines
 from app.exceptions import NotFound, Unavailable
 from app.inference.batching import Batcher
 from app.machine import cpu_count
 from app.settings import Settings
 from app.threads import Threads
-from training import torchscript
+from training.runtimes import selection
+from training.runtimes.engine import Engine, example_images
 from training.store import CARD, MODEL, ModelCard, Store, StoreError
 from training.text import quote
 
@@ -185,7 +185,7 @@ class ModelPool:
     def _load(self, name: str, version: int) -> Model:
         card = self.store.card(name, version)
         folder = self.store.verify(card)
-        engine = engines.load(folder / MODEL, self._settings.device, self._settings.runtime)
+        engine = selection.load(folder / MODEL, self._settings.device, self._settings.runtime)
         _check_fit(card, engine)
         observe = partial(self._observe, name)
         batcher = Batcher(
@@ -228,13 +228,13 @@ class ModelPool:
         return NotFound(f"there is no live model {quote(name)}, live are: {live}; GET /models lists all")
 
 
-def _check_fit(card: ModelCard, engine: engines.Engine) -> None:
+def _check_fit(card: ModelCard, engine: Engine) -> None:
     """Check that a model computes one finite logit per image and class of its card.
 
     Raises:
         StoreError: The shape of the logits does not match the card's classes, or a logit is not finite.
     """
-    logits = engine(torchscript.example_images(_EXAMPLES).numpy())
+    logits = engine(example_images(_EXAMPLES).numpy())
     if logits.shape != (_EXAMPLES, len(card.classes)):
         raise StoreError(
             f"{card.name} version {card.version} computes logits of shape {list(logits.shape)} for {_EXAMPLES} images, "

@@ -19,7 +19,7 @@ from sqlalchemy.types import TypeDecorator
 
 from app.exceptions import Unavailable
 from app.threads import Threads
-from training.store import locked
+from training.store import lock_folder
 from training.text import shorten
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def connect(path: Path) -> Engine:
         connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
 
     # SQLite does not wait while another process switches a new database to WAL mode, so a file lock serializes them.
-    with locked(path.parent), Session(engine.execution_options(**WRITES)) as session, session.begin():
+    with lock_folder(path.parent), Session(engine.execution_options(**WRITES)) as session, session.begin():
         connection = session.connection()
         version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
         if version > SCHEMA_VERSION:

@@ -17,7 +17,7 @@ from app.inference import decoding, images
 from app.inference.decode_process import DecodeProcess
 from app.machine import MIB
 from app.settings import Settings
-from training import data
+from training.dataset import DataError, load_dataset
 from training.text import quote
 
 # Python decompresses data of other methods at once, with unbounded memory.
@@ -67,8 +67,8 @@ def read_split(
         BadRequest: The model was trained for other classes.
     """
     try:
-        dataset = data.load(settings.data)
-    except data.DataError as error:
+        dataset = load_dataset(settings.data)
+    except DataError as error:
         raise Unavailable(str(error)) from error
     if list(dataset.classes) != classes:
         raise BadRequest("the classes of the model differ from those of the data set")

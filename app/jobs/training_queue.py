@@ -15,8 +15,9 @@ from app.exceptions import BadRequest, Unavailable
 from app.jobs.database import TRAINING, WRITES, Database, JobRow
 from app.jobs.queue import UNFINISHED, WAITING, JobQueue, State, new_job_id
 from app.settings import Settings
-from training import data, resources
-from training.recipes import RECIPES, Recipe, RecipeError, from_dict, recipe
+from training import resources
+from training.dataset import split_sizes
+from training.recipes import RECIPES, Recipe, RecipeError, make_recipe, parse_recipe
 from training.run import Publication
 from training.store import ModelCard, Promotion, Store, StoreError
 from training.text import quote
@@ -173,7 +174,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
             if row is None:
                 return None
             try:
-                wanted = from_dict(row.recipe)
+                wanted = parse_recipe(row.recipe)
                 if wanted.name not in RECIPES:
                     raise RecipeError(f"there is no recipe {quote(wanted.name)}")
             except RecipeError as error:
@@ -194,7 +195,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
         needed = set()
         for each in recipes:
             with suppress(RecipeError):  # the recipe is of an earlier release; its job will fail
-                sources = (source.split("/") for source in from_dict(each).sources)
+                sources = (source.split("/") for source in parse_recipe(each).sources)
                 needed |= {int(version) for name, version in sources if name == model}
         return needed
 
@@ -207,7 +208,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
 
     def _validate(self, request: TrainingRequest) -> Recipe:
         try:
-            wanted = recipe(request.recipe, request.overrides)
+            wanted = make_recipe(request.recipe, request.overrides)
             for version in wanted.teachers:
                 self._card("teacher", version)
             if wanted.predecessor:
@@ -226,7 +227,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
 
     def _reason_not_fitting(self, wanted: Recipe) -> str | None:
         """Return the reason why this machine cannot train a recipe, or None."""
-        train, test = data.sizes(self._settings.data)
+        train, test = split_sizes(self._settings.data)
         train, evaluation = max(1, train - wanted.validation_images), wanted.validation_images or test
         try:
             resources.require(wanted, resources.default_device(), train, evaluation, self._held_by_training())
@@ -248,7 +249,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
             raise BadRequest(f"{field}: {error}") from None
 
     def _before_cancel(self, job_id: str) -> None:
-        self.run_folder(job_id).ask_to_stop()  # stops the process even if this server crashes first
+        self.run_folder(job_id).request_stop()  # stops the process even if this server crashes first
 
     def _view(self, row: JobRow) -> TrainingJob:
         metrics = list(self.run_folder(row.id).metrics())

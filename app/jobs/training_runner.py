@@ -25,7 +25,7 @@ from app.machine import cpu_count, set_niceness
 from app.server.workers import service_cpus
 from app.settings import Settings
 from app.threads import Threads
-from training.recipes import RECIPES, Recipe, as_text
+from training.recipes import RECIPES, Recipe, format_value
 from training.run import Run, RunBusy, RunError, write_pid
 from training.store import Store
 
@@ -193,7 +193,7 @@ class TrainingRunner:
         else:
             original = RECIPES[recipe.name]
             changed = [field for field in Recipe.model_fields if getattr(recipe, field) != getattr(original, field)]
-            command += [f"{field}={as_text(getattr(recipe, field))}" for field in changed]
+            command += [f"{field}={format_value(getattr(recipe, field))}" for field in changed]
         command += ["--run", str(run.path), "--models", str(self._settings.models), "--promote", job.request.promote]
         return command
 

@@ -40,7 +40,7 @@ from app.machine import MIB, cpu_affinity, cpu_count, memory_bytes
 from app.server.signals import exit_status, handle_stop_signals
 from app.server.startup import StartupError
 from app.settings import Settings
-from training.store import locked
+from training.store import lock_folder
 
 log = logging.getLogger(__name__)
 
@@ -369,7 +369,7 @@ def _metrics_folder(runs: Path) -> Iterator[tuple[Path, int]]:
     try:
         root = runs.absolute() / "metrics"
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root):
+        with lock_folder(root):
             for left in root.glob("*/"):
                 with suppress(OSError), (left / _LOCK).open("w") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -104,7 +104,7 @@ def _torchscript(path: Path, threads: int) -> Callable[[Images], NDArray[np.floa
 
 
 def _openvino(path: Path, threads: int) -> Callable[[Images], NDArray[np.float32]]:
-    """Compile a model with the same conversion and hints as `training/openvino_ir.py`."""
+    """Compile a model with the same conversion and hints as `training/runtimes/openvino.py`."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # disables telemetry
     import openvino
 

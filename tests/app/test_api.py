@@ -23,7 +23,6 @@ from local import local
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from app import engines
 from app.exceptions import Unavailable
 from app.inference import images
 from app.inference.batching import BatchOutput, Scores
@@ -33,9 +32,10 @@ from app.main import create_app
 from app.routes import predict as predict_route
 from app.routes.predict import PredictedClass, top_classes
 from app.settings import Settings
-from training import torchscript
-from training.data import Dataset
+from training.dataset import Dataset
 from training.evaluate import evaluate, predict
+from training.runtimes import selection, torchscript
+from training.runtimes.engine import Engine, EngineError
 from training.store import Store
 
 
@@ -193,7 +193,7 @@ def test_a_version_that_is_removed_while_it_is_loaded_is_404(
         shutil.rmtree(model.parent)
         raise OSError("no such file")
 
-    monkeypatch.setattr("app.engines.load", pruned)
+    monkeypatch.setattr("training.runtimes.selection.load", pruned)
     assert_problem(client.put("/models/resnet/live", json={"version": 2}), 404, "no version 2 of resnet")
 
 
@@ -203,14 +203,14 @@ def test_versions_that_are_not_live_are_loaded_one_at_a_time(
     client: TestClient, models: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     second_version(models)
-    right, begun, gate = engines.load, threading.Event(), threading.Event()
+    right, begun, gate = selection.load, threading.Event(), threading.Event()
 
-    def slow(*given: Any) -> engines.Engine:
+    def slow(*given: Any) -> Engine:
         begun.set()
         assert gate.wait(10)
         return right(*given)
 
-    monkeypatch.setattr("app.engines.load", slow)
+    monkeypatch.setattr("training.runtimes.selection.load", slow)
     wanted: dict[str, Any] = {"files": {"file": image}, "params": {"model": "resnet", "version": 2}}
     with ThreadPoolExecutor(2) as clients:
         first = clients.submit(client.post, "/predict", **wanted)
@@ -229,9 +229,9 @@ def test_a_live_version_that_cannot_be_loaded_is_not_tried_all_the_time(
 
     def failing(model: Path, *_: object) -> None:
         tried.append(model)
-        raise engines.EngineError("no such instructions")
+        raise EngineError("no such instructions")
 
-    monkeypatch.setattr("app.engines.load", failing)
+    monkeypatch.setattr("training.runtimes.selection.load", failing)
     with local(create_app(Settings(models=models, runs=tmp_path / "runs", store_poll_s=0.01))) as client:
         before = len(tried)
         time.sleep(0.3)

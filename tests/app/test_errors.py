@@ -22,7 +22,7 @@ from PIL import Image
 from app.dependencies import Services
 from app.main import create_app
 from app.settings import Settings
-from training.data import Dataset
+from training.dataset import Dataset
 
 LACKS = [
     (OSError(errno.ENOSPC, "No space left on device"), "a disk is full"),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from service import processes_of
 
-from training.data import Dataset
+from training.dataset import Dataset
 
 
 @pytest.fixture(autouse=True)

@@ -140,7 +140,7 @@ def test_a_job_whose_server_dies_while_cancelling_it_ends_all_the_same(tmp_path:
         assert processes_of(runs)
         server.kill()
         server.wait()
-    Run(runs / job_id).ask_to_stop()  # the first step of a cancellation
+    Run(runs / job_id).request_stop()  # the first step of a cancellation
     wait_for(lambda: not processes_of(runs), 60, log)
     with service(models, runs, tmp_path / "log2") as (client, _):
         wait_for(lambda: client.get(f"/train/{job_id}").json()["state"] == "cancelled", 10, tmp_path / "log2")

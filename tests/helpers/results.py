@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from app.machine import cpu_count
-from training.provenance import commit
+from training.provenance import find_commit
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def table(checks: Iterable[Check]) -> list[str]:
 
 def occasion() -> str:
     """Return the date, the commit and the machine of a measurement."""
-    sha, dash, dirty = (commit() or "").partition("-")
+    sha, dash, dirty = (find_commit() or "").partition("-")
     of = f", commit {sha[:7]}{dash}{dirty}" if sha else ""
     return f"{datetime.now(UTC):%Y-%m-%d}{of}, {machine()}"
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from server import DATA
 
-from training import data
+from training.dataset import load_dataset
 from training.export import publish
 from training.loop import train
-from training.recipes import recipe
+from training.recipes import make_recipe
 from training.run import Run
 from training.store import Store
 
@@ -24,10 +24,10 @@ def store(folder: Path, versions: int = 1) -> Store:
         folder: Empty folder for the store and the runs.
     """
     torch.set_num_threads(1)
-    dataset, made = data.load(DATA), Store(folder / "models")
+    dataset, made = load_dataset(DATA), Store(folder / "models")
     for seed in range(versions):
         run = Run(folder / "first-runs" / str(seed))
-        run.create(recipe(NAME, TINY | {"seed": seed}))
+        run.create(make_recipe(NAME, TINY | {"seed": seed}))
         list(train(run.recipe(), dataset, run, torch.device("cpu")))
         publish(run, dataset, made, "always")
     return made

@@ -39,8 +39,9 @@ from tiny_models import NAME, TINY
 
 from app.jobs.database import DATABASE
 from app.jobs.queue import State
-from training import torchscript
 from training.run import Run
+from training.runtimes import torchscript
+from training.runtimes.engine import example_images
 from training.store import MODEL, Store, StoreError
 
 EPOCHS = 3
@@ -223,7 +224,7 @@ def _faults(store: Store, runs: Path, jobs: set[str]) -> list[str]:
             return [*faults, f"version {live} is live, there are {store.versions(NAME)}"]
         for version in store.versions(NAME):
             store.verify(store.card(NAME, version))
-        torchscript.load(store.folder(NAME, live) / MODEL)(torchscript.example_images(1))
+        torchscript.load(store.folder(NAME, live) / MODEL)(example_images(1))
     except (StoreError, RuntimeError, OSError) as error:
         faults.append(f"the store: {error}")
     try:

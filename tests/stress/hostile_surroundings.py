@@ -34,7 +34,7 @@ from results import Check, conclude
 from server import DATA, Server, wait_for
 from tiny_models import NAME, TINY
 
-from training import data
+from training.dataset import ARCHIVE, CLASSES, load_dataset
 from training.store import MODEL, Store, StoreError
 
 DISK_MIB = 24
@@ -182,15 +182,15 @@ def data_set_missing(scene: Scene) -> None:
         scene.expect_service(http, 2)
         scene.expect_problem(http.post("/evaluate", params={"limit": 10}), (503,), "cifar100.npz")
         scene.expect_failure(http, "cifar100.npz")
-        made = data.load(DATA)
+        made = load_dataset(DATA)
         folder.mkdir(exist_ok=True)
         np.savez(
-            folder / data.ARCHIVE,
+            folder / ARCHIVE,
             x_train=made.train.images,
             y_train=made.train.labels,
             x_test=made.test.images,
             y_test=made.test.labels,
-            classes=np.array(data.CLASSES),
+            classes=np.array(CLASSES),
         )
         scene.expect_success(http)
         # The earlier versions have other classes.

@@ -34,11 +34,11 @@ from results import Check, conclude
 from server import Server
 from tiny_models import NAME
 
-from app import engines
 from app.inference.batching import BatchOutput, Scores
 from app.inference.images import decode
 from app.routes.predict import top_classes
 from app.settings import Settings
+from training.runtimes import selection
 from training.store import MODEL, Store
 
 CONNECTIONS = 32
@@ -129,7 +129,7 @@ def expected(store: Store) -> dict[tuple[int, str], dict[int, float]]:
     settings, files, found = Settings(), samples(), {}
     for version in store.versions(NAME):
         card = store.card(NAME, version)
-        engine = engines.load(store.folder(NAME, version) / MODEL, settings.device, settings.runtime)
+        engine = selection.load(store.folder(NAME, version) / MODEL, settings.device, settings.runtime)
         for name in PICTURES:
             pixels = decode(files[name], settings.max_image_bytes, settings.max_image_pixels)
             (classes,) = top_classes(Scores(BatchOutput(engine(pixels[None]))), card, TOP_K)

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.augment import batches, combine
-from training.recipes import Recipe, recipe
+from training.recipes import Recipe, make_recipe
 
 PLAIN = {"flip": False, "crop_padding": 0, "batch_size": 64}
 
 
 def chosen(**fields: Any) -> Recipe:
-    return recipe("resnet", PLAIN | fields)
+    return make_recipe("resnet", PLAIN | fields)
 
 
 def noise(count: int) -> Tensor:

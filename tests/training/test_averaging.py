@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from training.averaging import WeightAverage
-from training.data import Dataset
+from training.dataset import Dataset
 from training.export import restore
 from training.loop import Epoch, train
-from training.recipes import recipe
+from training.recipes import make_recipe
 from training.run import Run
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ FIELDS = {"width": 8, "epochs": 2, "batch_size": 64, "validation_images": 100}
 
 def started(path: Path, **fields: float) -> Run:
     run = Run(path)
-    run.create(recipe("resnet", FIELDS | fields))
+    run.create(make_recipe("resnet", FIELDS | fields))
     return run
 
 
@@ -33,7 +33,7 @@ def test_the_mean_begins_with_the_weights_and_follows_them_by_the_decay() -> Non
         network.weight.copy_(torch.tensor([5.0, 1.0]))
         network.running_mean.fill_(4.0)  # type: ignore[union-attr]
     average.update()
-    with average.applied():
+    with average.apply():
         assert network.weight.tolist() == [2.0, 1.0]
         assert network.running_mean.tolist() == [1.0, 1.0]  # type: ignore[union-attr]
     assert network.weight.tolist() == [5.0, 1.0]

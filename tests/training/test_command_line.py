@@ -9,13 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from training import torchscript
 from training.__main__ import cli
-from training.data import Dataset
+from training.dataset import Dataset
 from training.evaluate import evaluate, predict
-from training.loop import splits
-from training.recipes import RECIPES, Recipe, recipe
+from training.loop import make_splits
+from training.recipes import RECIPES, Recipe, make_recipe
 from training.run import Run
+from training.runtimes import torchscript
 from training.store import Store
 
 pytestmark = pytest.mark.slow
@@ -82,7 +82,7 @@ def test_evaluate_refuses_a_damaged_file(models: Path) -> None:
         (("resnet", "epochs=0"), "epochs: Input should be greater than or equal to 1"),
         (("resnet", "epochs"), "'epochs' is not of the form FIELD=VALUE"),
         (("resnet50",), "there is no recipe 'resnet50'"),
-        (("resnet", "validation_images=100"), "validation_images=100 leaves nothing of 100 images"),
+        (("resnet", "validation_images=100"), "validation_images=100 leaves none of 100 images for training"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_before_anything_is_created(
@@ -98,7 +98,7 @@ def test_a_recipe_that_cannot_be_is_refused_before_anything_is_created(
 @pytest.mark.parametrize(
     ("words", "fault", "exit_code"),
     [
-        (("resnet-seed",), "holds a run of resnet, not of resnet-seed", 2),
+        (("resnet-seed",), "contains a run of resnet, not of resnet-seed", 2),
         (("resnet", "width=16"), "was started with width=8; a resumed run cannot change it to 16", 2),
         (("resnet", "epochs=5"), "the schedule one-cycle depends on epochs=1; start a new run instead", 1),
     ],
@@ -114,7 +114,16 @@ def test_a_run_is_not_resumed_as_another(words: tuple[str, ...], fault: str, exi
 def test_a_new_run_does_not_overwrite_an_old_one(finished_run: Run) -> None:
     result = typed("train", "resnet", "validation_images=0", "--run", str(finished_run.path), "--data", "synthetic:4")
     assert result.exit_code == 1
-    assert "holds a run already; give --resume" in said(result)
+    assert "contains a run already; give --resume" in said(result)
+
+
+def test_a_field_under_its_former_name_is_compared_with_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.create(make_recipe("resnet18", {"reinitialize": "layer4"}))
+    words = ("train", "resnet18", "reinitialise=layer3", "--resume", "--run", str(run.path), "--data", "synthetic:20")
+    result = typed(*words)
+    assert result.exit_code == 2
+    assert "was started with reinitialize=('layer4',)" in said(result)
 
 
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
@@ -167,19 +176,19 @@ def test_too_little_memory_is_an_error_of_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("training.__main__.training_events", fail)
+    monkeypatch.setattr("training.loop.train", fail)
     result = typed("train", "resnet", "validation_images=0", "--run", str(tmp_path), "--data", "synthetic:1")
     assert result.exit_code == 1
     last = result.output.strip().splitlines()[-1]
     assert last.startswith("error: out of memory: ")
-    assert last.endswith("a smaller batch_size or image_size needs less")
+    assert last.endswith("; lower batch_size or image_size")
 
 
 def test_evaluate_measures_on_the_images_held_out_if_there_are_any(
     models: Path, finished_run: Run, dataset: Dataset
 ) -> None:
     words = ("evaluate", "resnet", "--split", "validation", "--models", str(models))
-    _, _, held_out = splits(finished_run.recipe(), dataset)
+    _, _, held_out = make_splits(finished_run.recipe(), dataset)
     logits = predict(torchscript.load(models / "resnet" / "1" / "model.pt"), torch.from_numpy(held_out.images))
     expected = evaluate(logits, torch.from_numpy(held_out.labels))
     measured = typed(*words, "--data", "synthetic:4")
@@ -202,7 +211,7 @@ def test_evaluate_may_average_mirror_images_and_refuses_other_classes(models: Pa
 
 def test_a_run_that_cannot_be_resumed_now_can_be_later(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
-    run.create(recipe("resnet18", {"weights": str(tmp_path / "not yet.pth")}))
+    run.create(make_recipe("resnet18", {"weights": str(tmp_path / "not yet.pth")}))
     result = typed("train", "resnet18", "--run", str(run.path), "--data", "synthetic:20", "--resume")
     assert (result.exit_code, "does not exist" in said(result)) == (1, True)
     assert run.recipe_file.exists()
@@ -221,7 +230,7 @@ def test_export_publishes_a_run_again_and_the_live_version_stays_if_told_to(fini
     finished_run.publication_file.write_bytes(publication)
     assert result.exit_code == 0, result.output
     assert "published resnet/2" in said(result)
-    assert "the live version stays" in said(result)
+    assert "the live version did not change" in said(result)
     assert (Store(models).versions("resnet"), Store(models).live("resnet")) == ([1, 2], 1)
 
 

@@ -10,15 +10,17 @@ import torch
 from preparing import collect_events
 from torch import Tensor
 
-from training import distillation, openvino_ir
-from training.data import Dataset
+from training import distillation
+from training.dataset import Dataset
 from training.evaluate import predict
 from training.export import restore
 from training.loop import Epoch, train
 from training.networks import Classifier
 from training.preparation import Preparation
-from training.recipes import RecipeError, recipe
+from training.recipes import RecipeError, make_recipe
 from training.run import Run
+from training.runtimes import selection
+from training.runtimes.openvino import INT8
 from training.store import Store, StoreError
 
 pytestmark = pytest.mark.slow
@@ -29,14 +31,14 @@ TINY = {"width": 8, "epochs": 2, "batch_size": 64, "validation_images": 100}
 
 def started(path: Path, **fields: Any) -> Run:
     run = Run(path)
-    run.create(recipe("resnet", TINY | fields))
+    run.create(make_recipe("resnet", TINY | fields))
     return run
 
 
-def taught(
+def compute_logits(
     run: Run, teacher: distillation.Teacher, images: Tensor, name: str = "resnet/1", data: str = "d"
 ) -> tuple[Tensor, list[Preparation]]:
-    return collect_events(distillation.teach(name, lambda: teacher, images, data, run))
+    return collect_events(distillation.compute_teacher_logits(name, lambda: teacher, images, data, run))
 
 
 def test_the_gradient_is_the_difference_of_softened_answers_times_the_temperature() -> None:
@@ -44,7 +46,7 @@ def test_the_gradient_is_the_difference_of_softened_answers_times_the_temperatur
     random = torch.Generator().manual_seed(0)
     student = torch.randn(5, 7, generator=random, requires_grad=True)
     teacher = 3 * torch.randn(5, 7, generator=random)
-    distillation.loss(student, teacher, 4.0).backward()
+    distillation.compute_loss(student, teacher, 4.0).backward()
     expected = 4.0 * ((student / 4).softmax(1) - (teacher / 4).softmax(1)) / 5
     torch.testing.assert_close(student.grad, expected)
 
@@ -56,7 +58,7 @@ def test_a_teacher_is_asked_once_about_every_image_and_its_mirror_image(tmp_path
     def left_column(pixels: Tensor) -> Tensor:
         return pixels[:, :, :, 0].flatten(1).float()
 
-    logits, events = taught(run, left_column, images)
+    logits, events = compute_logits(run, left_column, images)
     both = (images[:, :, 0].float() + images[:, :, -1].float()) / 2
     torch.testing.assert_close(logits, both.permute(0, 2, 1).flatten(1))
     assert (events[0].done, events[-1].done, events[-1].images) == (0, 230, 230)
@@ -64,14 +66,14 @@ def test_a_teacher_is_asked_once_about_every_image_and_its_mirror_image(tmp_path
     def forgetful(_: Tensor) -> Tensor:
         raise AssertionError("asked again")
 
-    again, events = taught(run, forgetful, images)
+    again, events = compute_logits(run, forgetful, images)
     assert torch.equal(again, logits)
     assert events == []
     with pytest.raises(AssertionError, match="asked again"):
-        taught(run, forgetful, images, name="resnet/2")
+        compute_logits(run, forgetful, images, name="resnet/2")
     with pytest.raises(AssertionError, match="asked again"):
-        taught(run, forgetful, images, data="other images")
-    assert len(taught(run, left_column, images[:100])[0]) == 100  # the stored logits belong to other images
+        compute_logits(run, forgetful, images, data="other images")
+    assert len(compute_logits(run, left_column, images[:100])[0]) == 100  # the stored logits belong to other images
 
 
 class _Confused:
@@ -121,7 +123,7 @@ def test_a_run_with_a_teacher_goes_on_without_asking_it_again(dataset: Dataset, 
 
 def test_a_teacher_that_cannot_be_used_is_an_error(dataset: Dataset, models: Path, tmp_path: Path) -> None:
     def load(dataset: Dataset, **fields: Any) -> None:
-        distillation.load_teacher(recipe("resnet", TINY | fields), Store(models), dataset, CPU)
+        distillation.load_teacher(make_recipe("resnet", TINY | fields), Store(models), dataset, CPU)
 
     with pytest.raises(StoreError, match="there is no version 7 of resnet"):
         load(dataset, teacher="resnet/7")
@@ -130,7 +132,7 @@ def test_a_teacher_that_cannot_be_used_is_an_error(dataset: Dataset, models: Pat
     with pytest.raises(StoreError, match="resnet/1 was trained on all but 100 images"):
         load(dataset, teacher="resnet/1", validation_images=101)
     run = started(tmp_path / "run", teacher="resnet/1")
-    with pytest.raises(ValueError, match="without a store there is no resnet/1"):
+    with pytest.raises(ValueError, match="the recipe needs resnet/1 from a model store"):
         list(train(run.recipe(), dataset, run, CPU))
 
 
@@ -184,18 +186,14 @@ def test_a_teacher_that_is_asked_in_every_step_answers_in_its_quantized_form(
 ) -> None:
     loaded = list[str]()
 
-    def compiled(file: Path) -> SimpleNamespace:
-        loaded.append(file.name)
-        return SimpleNamespace(on_tensors=None)
-
-    monkeypatch.setattr(openvino_ir, "Compiled", compiled)
+    monkeypatch.setattr(selection, "OpenVinoEngine", lambda file, _=None: loaded.append(file.name))
     fields = {"teacher": "resnet/1", "validation_images": 100}
     for quantized in (False, True):
         if quantized:
             monkeypatch.setattr(Store, "verify", lambda self, card: self.root / card.name / str(card.version))
-            (models / "resnet" / "1" / openvino_ir.INT8).touch()
+            (models / "resnet" / "1" / INT8).touch()
         for view in ("original", "augmented"):
-            chosen = recipe("resnet", fields | {"teacher_view": view})
+            chosen = make_recipe("resnet", fields | {"teacher_view": view})
             distillation.load_teacher(chosen, Store(models), dataset, CPU)
     assert loaded == ["model.pt", "model.pt", "model.pt", "int8.xml"]
 
@@ -205,20 +203,20 @@ def test_several_versions_teach_the_mean_of_their_logits(
 ) -> None:
     answers = iter(([[1.0, 2.0]], [[3.0, 6.0]]))
 
-    def compiled(_: Path) -> SimpleNamespace:
+    def compiled(*_: object) -> SimpleNamespace:
         logits = torch.tensor(next(answers))
-        return SimpleNamespace(on_tensors=lambda _: logits)
+        return SimpleNamespace(compute_logits=lambda _: logits)
 
-    monkeypatch.setattr(openvino_ir, "Compiled", compiled)
-    chosen = recipe("resnet", {"teacher": "resnet/1,resnet/1", "validation_images": 100})
+    monkeypatch.setattr(selection, "OpenVinoEngine", compiled)
+    chosen = make_recipe("resnet", {"teacher": "resnet/1,resnet/1", "validation_images": 100})
     teacher = distillation.load_teacher(chosen, Store(models), dataset, CPU)
     assert torch.equal(teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), torch.tensor([[2.0, 4.0]]))
 
 
 def test_teachers_are_named_by_their_versions() -> None:
-    assert recipe("resnet", {"teacher": "resnet18/12"}).teachers == ("resnet18/12",)
-    assert recipe("resnet", {"teacher": "resnet18/1,resnet/3"}).teachers == ("resnet18/1", "resnet/3")
-    assert recipe("resnet", {"teacher": "none"}).teachers == ()
+    assert make_recipe("resnet", {"teacher": "resnet18/12"}).teachers == ("resnet18/12",)
+    assert make_recipe("resnet", {"teacher": "resnet18/1,resnet/3"}).teachers == ("resnet18/1", "resnet/3")
+    assert make_recipe("resnet", {"teacher": "none"}).teachers == ()
     for wrong in ("resnet18", "../resnet/1", "resnet/0", "resnet/1\n", "resnet/1,", "none,resnet/1"):
         with pytest.raises(RecipeError, match=r"^teacher: "):
-            recipe("resnet", {"teacher": wrong})
+            make_recipe("resnet", {"teacher": wrong})

@@ -12,24 +12,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training import export, openvino_ir, torchscript
-from training.data import Dataset
+from training import export
+from training.dataset import Dataset
 from training.evaluate import evaluate, expected_calibration_error, predict
-from training.export import publish, renew_statistics, restore, sample
-from training.loop import splits, train
+from training.export import publish, recompute_batch_norm, restore, sample
+from training.loop import make_splits, train
 from training.networks import Classifier, build
-from training.provenance import device_name
-from training.recipes import from_dict, recipe
+from training.provenance import describe_device
+from training.recipes import make_recipe, parse_recipe
 from training.run import Publication, Run, RunError
+from training.runtimes import torchscript
+from training.runtimes.openvino import OpenVinoEngine
+from training.runtimes.torchscript import ExportError
 from training.store import Store
-from training.torchscript import ExportError
 
 pytestmark = pytest.mark.slow
 
 
 def random_classifier(name: str, **overrides: Any) -> Classifier:
     torch.manual_seed(0)
-    classifier = build(recipe(name, overrides))
+    classifier = build(make_recipe(name, overrides))
     for key, value in classifier.network.state_dict().items():
         if key.endswith("running_mean"):
             value.normal_(0, 0.1)
@@ -83,7 +85,9 @@ class Inconstant(nn.Module):
 
 
 def test_a_file_that_disagrees_with_the_network_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"model\.pt: logits differ from eager mode by up to"):
+    with pytest.raises(
+        ExportError, match=r"model\.pt: the logits of the exported file differ from those of eager mode by"
+    ):
         torchscript.save(Inconstant().eval(), tmp_path / "model.pt")
 
 
@@ -112,7 +116,7 @@ def test_the_warnings_of_torch_jit_are_silenced_within_export_only(published_sto
         torch.jit.load(str(published_store / "resnet" / "1" / "model.pt"))
 
 
-def test_the_published_file_computes_what_the_run_has_learnt(
+def test_the_published_file_computes_what_the_run_has_learned(
     published_store: Path, finished_run: Run, dataset: Dataset
 ) -> None:
     classifier, state = restore(finished_run, finished_run.recipe(), dataset)
@@ -121,8 +125,8 @@ def test_the_published_file_computes_what_the_run_has_learnt(
     assert temperature != 1
     classifier.temperature.fill_(temperature)
     torchscript.round_weights(classifier)
-    training, _, _ = splits(finished_run.recipe(), dataset)
-    renew_statistics(classifier, sample(training, 5120))
+    training, _, _ = make_splits(finished_run.recipe(), dataset)
+    recompute_batch_norm(classifier, sample(training, 5120))
     assert_close_to(classifier, torchscript.load(published_store / "resnet" / "1" / "model.pt"))
 
 
@@ -134,7 +138,7 @@ def test_statistics_are_renewed_by_the_mean_over_batches_where_a_stage_has_train
     seen: list[Tensor] = []
     first = classifier.network.get_submodule("backbone.layer3.0.conv1")
     first.register_forward_hook(lambda *given: seen.append(given[2].transpose(0, 1).flatten(1)))
-    renew_statistics(classifier, images)
+    recompute_batch_norm(classifier, images)
     after = classifier.state_dict()
     key = "network.backbone.layer3.0.bn1.running_"
     assert len(seen) == 2
@@ -152,13 +156,15 @@ def test_stages_that_a_second_stage_of_training_has_trained_are_renewed_as_well(
 ) -> None:
     run = Run(tmp_path)
     changes = {"weights": "none", "image_size": 32, "epochs": 1, "finetune_epochs": 1, "validation_images": 100}
-    run.create(chosen := recipe("resnet18", changes | {"trainable": "fc", "cache_features": False, "batch_size": 100}))
+    run.create(
+        chosen := make_recipe("resnet18", changes | {"trainable": "fc", "cache_features": False, "batch_size": 100})
+    )
     for event in train(chosen, dataset, run, torch.device("cpu")):
         if event.event == "epoch":
             classifier, state = restore(run, chosen, dataset)
-            renewed = build(chosen.blank)
+            renewed = build(chosen.from_scratch)
             renewed.load_state_dict(state["classifier"])
-            renew_statistics(classifier, sample(dataset.train, 100))
+            recompute_batch_norm(classifier, sample(dataset.train, 100))
             key = "network.backbone.layer1.0.bn1.running_mean"
             same = torch.equal(classifier.state_dict()[key], renewed.state_dict()[key])
             assert same == (state["epoch"] == 1)
@@ -171,13 +177,13 @@ def test_the_card_says_how_the_model_was_made_and_how_good_it_is(
     card = store.card("resnet", 1)
     content = (published_store / "resnet" / "1" / "model.pt").read_bytes()
     assert card.files == {"model.pt": hashlib.sha256(content).hexdigest()}
-    assert from_dict(card.recipe) == finished_run.recipe()
+    assert parse_recipe(card.recipe) == finished_run.recipe()
     assert card.classes == list(dataset.classes)
     assert card.superclasses == list(dataset.superclasses)
     assert card.data == dataset.fingerprint
     assert card.parameters == sum(each.numel() for each in build(finished_run.recipe()).parameters())
     assert card.libraries["torch"] == importlib.metadata.version("torch")
-    assert card.device == device_name()
+    assert card.device == describe_device()
 
     exported = torchscript.load(published_store / "resnet" / "1" / "model.pt")
     logits = predict(exported, torch.from_numpy(dataset.test.images))
@@ -197,7 +203,7 @@ def test_the_card_says_how_the_model_was_made_and_how_good_it_is(
     [(1.0, None, True, False), (0.003, (0.5, 0.49, 0.498), True, True), (-1.0, None, False, True)],
     ids=["throughout", "but for the first layer", "refused"],
 )
-def test_a_quantised_form_is_published_if_it_is_as_accurate(
+def test_a_quantized_form_is_published_if_it_is_as_accurate(
     finished_run: Run,
     dataset: Dataset,
     tmp_path: Path,
@@ -209,8 +215,8 @@ def test_a_quantised_form_is_published_if_it_is_as_accurate(
 ) -> None:
     if top1:  # replaces the measured top-1: first of the floating-point form, then of each int8 form that is tried
         measured = iter(top1)
-        monkeypatch.setattr(export, "_top1_in_views", lambda *_: next(measured))
-    monkeypatch.setattr(export, "MOST_LOST", most_lost)
+        monkeypatch.setattr(export, "_measure_top1_in_views", lambda *_: next(measured))
+    monkeypatch.setattr(export, "MAX_ACCURACY_DROP", most_lost)
     monkeypatch.setattr(export, "CALIBRATION_IMAGES", 8)
     run = Run(shutil.copytree(finished_run.path, tmp_path / "run"))
     run.recipe_file.write_text(run.recipe().model_copy(update={"int8": True}).model_dump_json())
@@ -224,9 +230,9 @@ def test_a_quantised_form_is_published_if_it_is_as_accurate(
     assert card.int8.images == 100
     assert {path.name for path in folder.iterdir()} - {"card.json"} == card.files.keys()
     if accepted:
-        compiled = openvino_ir.Compiled(folder / "int8.xml")
+        engine = OpenVinoEngine(folder / "int8.xml")
         images, labels = torch.from_numpy(dataset.test.images), torch.from_numpy(dataset.test.labels)
-        assert card.int8.test == evaluate(predict(compiled.on_tensors, images), labels)
+        assert card.int8.test == evaluate(predict(engine.compute_logits, images), labels)
         assert card.files.keys() == {"model.pt", "int8.xml", "int8.bin"}
         assert _first_convolution_reads_int8(folder / "int8.xml") != float_first_layer
     else:
@@ -247,7 +253,7 @@ def test_statistics_are_renewed_unless_the_weights_were_fitted_to_them(
     """The checkpoint comes from the first epoch or, for eval_mode_after=2, from the third."""
     fields = {"width": 8, "epochs": 3, "int8": False, "eval_mode_after": eval_mode_after}
     run = Run(tmp_path / "run")
-    run.create(recipe("resnet-seed", fields))
+    run.create(make_recipe("resnet-seed", fields))
     trained = build(run.recipe()).state_dict()
     run.save({"epoch": 1 if renewed else 3, "data": dataset.fingerprint, "classifier": trained})
     publish(run, dataset, Store(tmp_path / "models"))
@@ -284,14 +290,14 @@ def test_a_crash_after_publishing_does_not_publish_the_run_twice(
 
 def test_a_run_without_a_finished_epoch_is_not_published(dataset: Dataset, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
-    run.create(recipe("resnet"))
+    run.create(make_recipe("resnet"))
     with pytest.raises(RunError, match="no epoch has been finished"):
         publish(run, dataset, Store(tmp_path / "models"))
     assert not (tmp_path / "models").exists()
 
 
 def test_a_failed_export_leaves_nothing_in_the_store(dataset: Dataset, tmp_path: Path) -> None:
-    chosen = recipe("resnet", {"width": 8, "validation_images": 0})
+    chosen = make_recipe("resnet", {"width": 8, "validation_images": 0})
     run = Run(tmp_path / "run")
     run.create(chosen)
     classifier = build(chosen)
@@ -310,9 +316,9 @@ def test_a_full_disk_is_an_error_and_not_the_end_of_the_process() -> None:
 
 
 def test_a_finished_run_needs_its_pretrained_weights_no_more(dataset: Dataset, tmp_path: Path) -> None:
-    trained = build(recipe("resnet18", {"weights": "none"}))
+    trained = build(make_recipe("resnet18", {"weights": "none"}))
     run = Run(tmp_path)
-    run.create(recipe("resnet18", {"weights": "/gone/resnet18.pth", "reinitialise": "layer4"}))
+    run.create(make_recipe("resnet18", {"weights": "/gone/resnet18.pth", "reinitialize": "layer4"}))
     run.save({"epoch": 4, "data": dataset.fingerprint, "classifier": trained.state_dict()})
     classifier, state = restore(run, run.recipe(), dataset)
     assert state["epoch"] == 4
@@ -322,7 +328,7 @@ def test_a_finished_run_needs_its_pretrained_weights_no_more(dataset: Dataset, t
 def test_the_card_tells_of_the_training_and_names_the_weights_file_but_not_where_it_lay(
     dataset: Dataset, tmp_path: Path
 ) -> None:
-    chosen = recipe("resnet18", {"weights": "/home/somebody/resnet18.pth", "image_size": 32, "int8": False})
+    chosen = make_recipe("resnet18", {"weights": "/home/somebody/resnet18.pth", "image_size": 32, "int8": False})
     run = Run(tmp_path / "run")
     run.create(chosen)
     trained = build(chosen.model_copy(update={"weights": "none"}))

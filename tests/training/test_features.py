@@ -13,13 +13,13 @@ import torch
 from preparing import collect_events
 from torch import Tensor
 
-from training import augment, data
-from training.data import Dataset
+from training import augment
+from training.dataset import Dataset, load_dataset
 from training.features import Features, prepare
 from training.loop import Epoch, to_device, train
 from training.networks import Classifier, TransferResNet18, build
 from training.preparation import Preparation
-from training.recipes import Recipe, recipe
+from training.recipes import Recipe, make_recipe
 from training.run import Run
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ SMALL |= {"finetune_epochs": 0}
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    return data.load("synthetic:1")
+    return load_dataset("synthetic:1")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def chosen(**fields: Any) -> Recipe:
-    return recipe("resnet18", SMALL | fields)
+    return make_recipe("resnet18", SMALL | fields)
 
 
 def built(recipe: Recipe, seed: int = 0) -> Classifier:
@@ -64,7 +64,7 @@ def test_batches_are_features_of_the_very_images_that_would_be_drawn(flips: dict
     def made_of(images: Tensor) -> Tensor:
         assert isinstance(classifier.network, TransferResNet18)
         with torch.inference_mode():
-            return classifier.network.features(classifier.preprocess(images))
+            return classifier.network.forward_features(classifier.preprocess(images))
 
     images, _ = to_device(dataset.train, CPU)
     pairs = zip(
@@ -147,7 +147,9 @@ def test_without_room_for_the_file_nothing_is_written(
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**12, 10**12, 10**9))
     features, (event,) = prepared(chosen(), built(chosen()), dataset)
     assert features is None
-    assert event.message.startswith("no room for 0.0 GB of features")
+    assert event.message.endswith(
+        "has no room for 0.0 GB of features of the frozen stages; computing them in every epoch instead"
+    )
     assert list(folder.iterdir()) == []
 
 
@@ -180,7 +182,7 @@ def test_a_folder_that_cannot_be_written_does_not_end_training(dataset: Dataset,
     folder.write_text("a file, not a folder")
     features, (event,) = prepared(chosen(), built(chosen()), dataset)
     assert features is None
-    assert "computed in every epoch" in event.message
+    assert "computing the features in every epoch instead" in event.message
 
 
 @contextmanager
@@ -198,5 +200,5 @@ def test_a_file_that_cannot_be_written_to_its_end_is_dropped_and_training_goes_o
     with largest_file(100_000):
         features, events = prepared(recipe, built(recipe), dataset)
     assert features is None
-    assert "computed in every epoch" in events[-1].message
+    assert "computing the features in every epoch instead" in events[-1].message
     assert list(folder.iterdir()) == []

@@ -17,13 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from training import data, loop
-from training.data import Dataset
-from training.loop import Epoch, TrainingError, learning_rate, splits, train
+from training import loop
+from training.dataset import Dataset, load_dataset
+from training.loop import Epoch, TrainingError, make_splits, train
 from training.networks import build
 from training.optimizers import make_optimizer
-from training.recipes import Recipe, recipe
+from training.recipes import Recipe, make_recipe
 from training.run import Run, RunError
+from training.schedule import learning_rate
 
 pytestmark = pytest.mark.slow
 
@@ -45,12 +46,12 @@ INTERRUPTED = {
 
 @pytest.fixture(scope="module")
 def tiny() -> Dataset:
-    return data.load("synthetic:1")
+    return load_dataset("synthetic:1")
 
 
 @pytest.fixture(scope="module")
 def small() -> Dataset:
-    return data.load("synthetic:2")
+    return load_dataset("synthetic:2")
 
 
 def started(path: Path, chosen: Recipe) -> Run:
@@ -88,8 +89,8 @@ def test_a_small_network_learns_the_synthetic_classes_within_four_epochs(tmp_pat
     """The measured accuracy is 46.6 % (20 s on half a busy core); chance is 1 %."""
     overrides = {"width": 8, "epochs": 4, "batch_size": 32, "optimizer": "adam", "learning_rate": 0.005}
     plain = {"validation_images": 0, "flip": False, "crop_padding": 0, "label_smoothing": 0, "weight_decay": 0}
-    run = started(tmp_path / "run", recipe("resnet", overrides | plain))
-    epochs = finish(run, data.load("synthetic:20"))
+    run = started(tmp_path / "run", make_recipe("resnet", overrides | plain))
+    epochs = finish(run, load_dataset("synthetic:20"))
     assert epochs[-1].top1 > 0.15
     assert epochs[-1].top5 > 0.4
     assert epochs[-1].train_loss < epochs[0].train_loss - 1
@@ -129,7 +130,7 @@ def second_epoch(tmp_path: Path) -> Iterator[tuple[Run, "subprocess.Popen[str]"]
 
 @pytest.fixture(scope="module")
 def uninterrupted(small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = started(tmp_path_factory.mktemp("uninterrupted"), recipe("resnet", INTERRUPTED))
+    run = started(tmp_path_factory.mktemp("uninterrupted"), make_recipe("resnet", INTERRUPTED))
     finish(run, small)
     return run
 
@@ -183,7 +184,7 @@ class CrashingBeforeRecord(Run):
 def test_the_metrics_of_a_resumed_run_have_every_epoch_once_wherever_it_crashed(
     crashing: type[Run], tiny: Dataset, tmp_path: Path
 ) -> None:
-    run = started(tmp_path, recipe("resnet", {"width": 8, "epochs": 2, "validation_images": 0}))
+    run = started(tmp_path, make_recipe("resnet", {"width": 8, "epochs": 2, "validation_images": 0}))
     with pytest.raises(Crash):
         finish(crashing(tmp_path), tiny)
     finish(run, tiny)
@@ -196,24 +197,24 @@ def test_the_metrics_of_a_resumed_run_have_every_epoch_once_wherever_it_crashed(
 def test_a_run_can_be_resumed_where_another_precision_is_faster(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = started(tmp_path, recipe("resnet", {"width": 8, "epochs": 2, "validation_images": 0}))
+    run = started(tmp_path, make_recipe("resnet", {"width": 8, "epochs": 2, "validation_images": 0}))
     stopped = train(run.recipe(), tiny, run, CPU)
     assert next(event for event in stopped if isinstance(event, Epoch)).epoch == 1
     stopped.close()
     assert run.load()["scaler"] == {}
-    monkeypatch.setattr(loop, "precision", lambda *_: torch.float16)
+    monkeypatch.setattr(loop, "choose_dtype", lambda *_: torch.float16)
     finish(run, tiny)
     assert run.load()["epoch"] == 2
     assert run.load()["scaler"]["scale"] > 0
 
 
 def test_a_line_of_metrics_that_was_cut_off_is_ignored_and_dropped(tmp_path: Path) -> None:
-    run = started(tmp_path, recipe("resnet"))
+    run = started(tmp_path, make_recipe("resnet"))
     run.record({"event": "epoch", "epoch": 1})
     with run.metrics_file.open("a") as file:
         file.write('{"event": "epo')
     assert run.epochs() == [{"event": "epoch", "epoch": 1}]
-    run.forget_after(1)
+    run.drop_metrics_after(1)
     run.record({"event": "epoch", "epoch": 2})
     assert [json.loads(line)["epoch"] for line in run.metrics_file.read_text().splitlines()] == [1, 2]
 
@@ -221,7 +222,7 @@ def test_a_line_of_metrics_that_was_cut_off_is_ignored_and_dropped(tmp_path: Pat
 def test_a_run_of_constant_learning_rate_extended_by_an_epoch_equals_a_longer_run(
     tiny: Dataset, tmp_path: Path
 ) -> None:
-    chosen = recipe("resnet-seed", {"width": 8, "epochs": 1})
+    chosen = make_recipe("resnet-seed", {"width": 8, "epochs": 1})
     extended = started(tmp_path / "extended", chosen)
     finish(extended, tiny)
     extended.extend(2)
@@ -233,7 +234,7 @@ def test_a_run_of_constant_learning_rate_extended_by_an_epoch_equals_a_longer_ru
 
 
 def test_a_run_does_not_go_on_with_other_data(tiny: Dataset, small: Dataset, tmp_path: Path) -> None:
-    run = started(tmp_path, recipe("resnet-seed", {"width": 8, "epochs": 1}))
+    run = started(tmp_path, make_recipe("resnet-seed", {"width": 8, "epochs": 1}))
     finish(run, tiny)
     run.extend(2)
     with pytest.raises(RunError, match="trained on other data"):
@@ -242,19 +243,19 @@ def test_a_run_does_not_go_on_with_other_data(tiny: Dataset, small: Dataset, tmp
 
 
 def test_a_run_of_a_step_schedule_can_be_extended(tmp_path: Path) -> None:
-    run = started(tmp_path, recipe("resnet-seed", {"schedule": "step", "epochs": 1}))
+    run = started(tmp_path, make_recipe("resnet-seed", {"schedule": "step", "epochs": 1}))
     assert run.extend(2).epochs == 2
 
 
 def test_a_run_whose_schedule_depends_on_its_length_cannot_be_extended(tmp_path: Path) -> None:
-    run = started(tmp_path, recipe("resnet", {"epochs": 2}))
+    run = started(tmp_path, make_recipe("resnet", {"epochs": 2}))
     with pytest.raises(RunError, match="schedule one-cycle depends on epochs=2"):
         run.extend(3)
     assert run.recipe().epochs == 2
 
 
 def test_a_run_cannot_be_shortened(tmp_path: Path) -> None:
-    run = started(tmp_path, recipe("resnet-seed", {"epochs": 4}))
+    run = started(tmp_path, make_recipe("resnet-seed", {"epochs": 4}))
     with pytest.raises(RunError, match="started for 4 epochs and cannot be shortened to 3"):
         run.extend(3)
 
@@ -262,7 +263,9 @@ def test_a_run_cannot_be_shortened(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_longer_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
     tiny: Dataset, tmp_path: Path
 ) -> None:
-    run = started(tmp_path, recipe("resnet", {"width": 8, "epochs": 1, "schedule": "constant", "validation_images": 0}))
+    run = started(
+        tmp_path, make_recipe("resnet", {"width": 8, "epochs": 1, "schedule": "constant", "validation_images": 0})
+    )
     finish(run, tiny)
     good = run.load()
     # Each step multiplies the weights by 1 - 100 * 0.9, so they diverge.
@@ -282,28 +285,28 @@ def rates(chosen: Recipe, *progress: float) -> list[float]:
 
 
 def test_a_constant_schedule_is_constant() -> None:
-    assert rates(recipe("resnet-seed", {"epochs": 8}), 0, 3.3, 7.99) == [1e-3] * 3
+    assert rates(make_recipe("resnet-seed", {"epochs": 8}), 0, 3.3, 7.99) == [1e-3] * 3
 
 
 def test_a_step_schedule_divides_the_rate_after_10_15_and_25_epochs() -> None:
-    chosen = recipe("resnet-seed", {"schedule": "step", "epochs": 30})
+    chosen = make_recipe("resnet-seed", {"schedule": "step", "epochs": 30})
     expected = [1e-3, 1e-3, 1e-4, 1e-4, 5e-5, 5e-5, 2e-5, 2e-5]
     assert rates(chosen, 0, 9.99, 10, 14.99, 15, 24.99, 25, 29.99) == pytest.approx(expected)
 
 
 def test_a_cosine_schedule_falls_from_the_peak_through_its_half_to_zero() -> None:
-    chosen = recipe("resnet", {"schedule": "cosine", "epochs": 8, "learning_rate": 0.4})
+    chosen = make_recipe("resnet", {"schedule": "cosine", "epochs": 8, "learning_rate": 0.4})
     expected = [0.4, 0.2 * (1 + math.sqrt(0.5)), 0.2, 0.2 * (1 - math.sqrt(0.5)), 0.0]
     assert rates(chosen, 0, 2, 4, 6, 8 - 1e-9) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_one_cycle_schedule_rises_for_a_quarter_and_falls_for_the_rest() -> None:
-    chosen = recipe("resnet", {"epochs": 8, "learning_rate": 0.4})
+    chosen = make_recipe("resnet", {"epochs": 8, "learning_rate": 0.4})
     assert rates(chosen, 0, 1, 2, 5, 8 - 1e-9) == pytest.approx([0, 0.2, 0.4, 0.2, 0], abs=1e-9)
 
 
 def test_the_finetune_stage_runs_through_the_schedule_anew_with_its_own_peak() -> None:
-    chosen = recipe("resnet18", {"epochs": 8, "finetune_epochs": 4, "finetune_learning_rate": 1e-4})
+    chosen = make_recipe("resnet18", {"epochs": 8, "finetune_epochs": 4, "finetune_learning_rate": 1e-4})
     assert rates(chosen, 2, 8, 9, 10.5, 12 - 1e-9) == pytest.approx([1e-3, 0, 1e-4, 5e-5, 0], abs=1e-9)
 
 
@@ -319,7 +322,7 @@ def transfer(tiny: Dataset, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     """Copies of a resnet18 run folder: before the first epoch and after each of 1 + 2 epochs."""
     fields = {"weights": "none", "image_size": 32, "epochs": 1, "finetune_epochs": 2, "finetune_learning_rate": 0.01}
     fields |= {"validation_images": 0, "finetune_crop_padding": 0}
-    chosen = recipe("resnet18", fields | {"optimizer": "sgd", "momentum": 0, "schedule": "constant"})
+    chosen = make_recipe("resnet18", fields | {"optimizer": "sgd", "momentum": 0, "schedule": "constant"})
     root = tmp_path_factory.mktemp("transfer")
     run = started(root / "run", chosen)
     folders = [shutil.copytree(run.path, root / "0")]
@@ -358,7 +361,7 @@ def test_a_run_resumed_within_the_finetune_stage_goes_on_as_if_uninterrupted(
 
 def test_frozen_weights_get_no_weight_decay_either(tiny: Dataset, tmp_path: Path) -> None:
     fields = {"weights": "none", "image_size": 32, "trainable": "fc", "optimizer": "sgd", "weight_decay": 0.1}
-    chosen = recipe("resnet18", fields)
+    chosen = make_recipe("resnet18", fields)
     classifier = build(chosen)
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     optimizer = make_optimizer(chosen, classifier)
@@ -372,7 +375,7 @@ def test_frozen_weights_get_no_weight_decay_either(tiny: Dataset, tmp_path: Path
 def switched(tiny: Dataset, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Copies of a run folder after each of two epochs. The second epoch trains in evaluation mode."""
     root = tmp_path_factory.mktemp("switched")
-    run = started(root / "run", recipe("resnet-seed", {"width": 8, "epochs": 2, "eval_mode_after": 1}))
+    run = started(root / "run", make_recipe("resnet-seed", {"width": 8, "epochs": 2, "eval_mode_after": 1}))
     finished = (event for event in train(run.recipe(), tiny, run, CPU) if isinstance(event, Epoch))
     return [shutil.copytree(run.path, root / str(event.epoch)) for event in finished]
 
@@ -399,7 +402,7 @@ def test_what_is_evaluated_is_the_held_out_split_where_there_is_one(finished_run
 
 def test_an_image_that_would_be_alone_in_the_last_batch_is_left_out(tiny: Dataset) -> None:
     for batch_size, trained in ((99, 99), (50, 100), (33, 99)):
-        split, _, _ = splits(recipe("resnet", {"validation_images": 0, "batch_size": batch_size}), tiny)
+        split, _, _ = make_splits(make_recipe("resnet", {"validation_images": 0, "batch_size": batch_size}), tiny)
         assert len(split) == trained
 
 
@@ -407,7 +410,7 @@ def test_runs_of_other_seeds_differ(tiny: Dataset, tmp_path: Path) -> None:
     losses = set()
     for seed in (0, 1):
         run = started(
-            tmp_path / str(seed), recipe("resnet", {"width": 8, "epochs": 1, "validation_images": 0, "seed": seed})
+            tmp_path / str(seed), make_recipe("resnet", {"width": 8, "epochs": 1, "validation_images": 0, "seed": seed})
         )
         losses.add(finish(run, tiny)[0].train_loss)
     assert len(losses) == 2

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from training.networks import build
-from training.optimizers import Muon, make_optimizer, orthogonal, set_learning_rate
-from training.recipes import recipe
+from training.optimizers import Muon, make_optimizer, orthogonalize, set_learning_rate
+from training.recipes import make_recipe
 
 
 def noise(*shape: int) -> Tensor:
@@ -16,7 +16,7 @@ def noise(*shape: int) -> Tensor:
 @pytest.mark.parametrize("shape", [(3, 32, 288), (2, 288, 32), (1, 64, 64)])
 def test_orthogonal_keeps_the_singular_vectors_and_evens_out_the_values(shape: tuple[int, ...]) -> None:
     matrices = noise(*shape) * torch.tensor([1e-4, 1.0, 1e3])[: shape[0], None, None]
-    result = orthogonal(matrices)
+    result = orthogonalize(matrices)
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     values = u.mT @ result @ v.mT  # diagonal if the singular vectors are unchanged
     diagonal = values.diagonal(dim1=1, dim2=2)
@@ -28,9 +28,9 @@ def test_orthogonal_keeps_the_singular_vectors_and_evens_out_the_values(shape: t
 def test_half_precision_finds_the_same_directions() -> None:
     u, _, v = torch.linalg.svd(noise(2, 32, 288), full_matrices=False)
     matrices = u * torch.logspace(0, -4, 32) @ v  # singular values from 1 to 1e-4, as in momentum
-    exact = orthogonal(matrices)
+    exact = orthogonalize(matrices)
     with torch.autocast("cpu", torch.bfloat16):
-        result = orthogonal(matrices)
+        result = orthogonalize(matrices)
     assert result.dtype is torch.float32
     assert not torch.equal(result, exact)
     assert nn.functional.cosine_similarity(result.flatten(1), exact.flatten(1)).min() > 0.99
@@ -47,7 +47,7 @@ def test_a_filter_moves_along_its_orthogonal_momentum() -> None:
         weight.grad = gradient.clone()
         optimizer.step()
         momentum = 0.9 * momentum + gradient
-        direction = orthogonal((gradient + 0.9 * momentum).reshape(1, 8, 36)).reshape(8, 4, 3, 3)
+        direction = orthogonalize((gradient + 0.9 * momentum).reshape(1, 8, 36)).reshape(8, 4, 3, 3)
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * direction
     torch.testing.assert_close(weight.data, expected)
 
@@ -76,8 +76,8 @@ def test_everything_else_trains_by_sgd() -> None:
 
 
 def test_all_convolutions_but_the_first_are_orthogonalised_and_all_parameters_are_trained() -> None:
-    classifier = build(recipe("resnet", {"width": 8}))
-    optimizer = make_optimizer(recipe("resnet", {"width": 8}), classifier)
+    classifier = build(make_recipe("resnet", {"width": 8}))
+    optimizer = make_optimizer(make_recipe("resnet", {"width": 8}), classifier)
     filters, others = ({id(each) for each in group["params"]} for group in optimizer.param_groups)
     named = dict(classifier.named_parameters())
     assert filters == {id(each) for name, each in named.items() if each.ndim == 4 and "stem" not in name}
@@ -94,7 +94,7 @@ def test_parameters_without_gradient_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("name", ["adam", "sgd", "muon"])
 def test_the_schedule_reaches_every_group_at_its_scale(name: str) -> None:
-    chosen = recipe("resnet", {"width": 8, "optimizer": name})
+    chosen = make_recipe("resnet", {"width": 8, "optimizer": name})
     optimizer = make_optimizer(chosen, build(chosen))
     set_learning_rate(optimizer, 0.01)
     expected = [0.01, 0.05] if name == "muon" else [0.01]

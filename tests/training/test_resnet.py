@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from training.networks import CIFAR100_MEAN, CIFAR100_STD, ResNet, SharedResNet, build
 from training.networks.resnet import SharedBatchNorm, SharedBlock, Statistics
-from training.recipes import recipe
+from training.recipes import make_recipe
 
 STRIDES = (1, 2, 2, 2)
 REPEATS = (2, 4, 4, 2)
@@ -19,7 +19,7 @@ REPEATS = (2, 4, 4, 2)
 Network = TypeVar("Network", SharedResNet, ResNet)
 
 
-def randomised(network: Network) -> Network:
+def randomized(network: Network) -> Network:
     """Set all parameters and statistics to random values in float64, so that exact comparison is possible."""
     random = torch.Generator().manual_seed(1)
     network.double()
@@ -103,9 +103,9 @@ def test_a_unit_with_an_identity_shortcut_starts_by_adding_to_what_it_gets() -> 
 
 def test_pixels_are_normalized_by_the_data_set_or_by_one_half() -> None:
     extremes = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 32, 32)
-    by_half = build(recipe("resnet", {"normalization": "half"})).preprocess(extremes)
+    by_half = build(make_recipe("resnet", {"normalization": "half"})).preprocess(extremes)
     torch.testing.assert_close(by_half, torch.tensor([-1.0, 1.0])[:, None, None, None].expand(2, 3, 32, 32))
-    by_data_set = build(recipe("resnet")).preprocess(extremes)[:, :, 0, 0]
+    by_data_set = build(make_recipe("resnet")).preprocess(extremes)[:, :, 0, 0]
     torch.testing.assert_close(by_data_set[0], -torch.tensor(CIFAR100_MEAN) / torch.tensor(CIFAR100_STD))
 
 
@@ -114,17 +114,17 @@ def parameters(network: nn.Module) -> int:
 
 
 def test_the_authors_network_has_the_authors_number_of_parameters() -> None:
-    assert parameters(build(recipe("resnet-seed"))) == 1_340_260
+    assert parameters(build(make_recipe("resnet-seed"))) == 1_340_260
 
 
 def test_the_network_with_own_weights_has_the_documented_number_of_parameters() -> None:
-    assert parameters(build(recipe("resnet"))) == 3_558_660
+    assert parameters(build(make_recipe("resnet"))) == 3_558_660
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("statistics", ["per-use", "shared"])
 def test_the_authors_network_is_its_description(statistics: Statistics, training: bool) -> None:
-    network = randomised(SharedResNet(width=8, dropout=0.0, statistics=statistics)).train(training)
+    network = randomized(SharedResNet(width=8, dropout=0.0, statistics=statistics)).train(training)
     state = {name: value.clone() for name, value in network.state_dict().items()}
     expected = authors_network(Layers(state, training), images(), statistics)
     torch.testing.assert_close(network(images()), expected, rtol=1e-9, atol=1e-9)
@@ -132,20 +132,20 @@ def test_the_authors_network_is_its_description(statistics: Statistics, training
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_network_with_own_weights_is_the_same_plan(training: bool) -> None:
-    network = randomised(ResNet(width=8)).train(training)
+    network = randomized(ResNet(width=8)).train(training)
     state = {name: value.clone() for name, value in network.state_dict().items()}
     torch.testing.assert_close(network(images()), residual_network(Layers(state, training), images()))
 
 
 def test_dropout_after_the_stem_acts_in_training_only() -> None:
-    network = randomised(SharedResNet(width=8, dropout=0.25))
+    network = randomized(SharedResNet(width=8, dropout=0.25))
     assert not torch.equal(network(images()), network(images()))
     network.eval()
     assert torch.equal(network(images()), network(images()))
 
 
 def test_both_kinds_of_statistics_are_the_same_function_in_training() -> None:
-    per_use = randomised(SharedResNet(width=8, dropout=0.0, statistics="per-use"))
+    per_use = randomized(SharedResNet(width=8, dropout=0.0, statistics="per-use"))
     shared = SharedResNet(width=8, dropout=0.0, statistics="shared").double()
     for mine, theirs in zip(shared.parameters(), per_use.parameters(), strict=True):
         mine.data.copy_(theirs)
@@ -157,7 +157,7 @@ def disagreement_of_evaluation_with_training(statistics: Statistics) -> float:
 
     Momentum 1 sets the running statistics to those of the same batch of 16 images.
     """
-    network = randomised(SharedResNet(width=8, dropout=0.0, statistics=statistics))
+    network = randomized(SharedResNet(width=8, dropout=0.0, statistics=statistics))
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d | SharedBatchNorm):
             layer.momentum = 1.0

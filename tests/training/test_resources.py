@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from training import data, resources
-from training.recipes import RecipeError, recipe
+from training import resources
+from training.dataset import load_dataset, split_sizes
+from training.recipes import RecipeError, make_recipe
 from training.resources import MIB, available_memory, feature_bytes, require, training_bytes
 
 pytestmark = pytest.mark.slow
@@ -21,16 +22,16 @@ PEAK = """
 import sys, tempfile
 from pathlib import Path
 import torch
-from training import data
+from training.dataset import load_dataset
 from training.loop import train
-from training.recipes import recipe
+from training.recipes import make_recipe
 from training.run import Run
 torch.set_num_threads(1)
 name, *changes = sys.argv[1:]
 with tempfile.TemporaryDirectory() as folder:
     run = Run(Path(folder))
-    run.create(recipe(name, dict(change.split("=") for change in changes)))
-    for _ in train(run.recipe(), data.load("synthetic:1"), run, torch.device("cpu")):
+    run.create(make_recipe(name, dict(change.split("=") for change in changes)))
+    for _ in train(run.recipe(), load_dataset("synthetic:1"), run, torch.device("cpu")):
         pass
 status = Path("/proc/self/status").read_text().splitlines()  # getrusage counts the parent's memory before exec
 print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
@@ -53,7 +54,7 @@ def test_estimate_is_above_the_peak_of_an_epoch_and_below_twice_that(
     changes = changes | {"epochs": 1, "validation_images": 0, "int8": False, "precision": precision}
     command = [sys.executable, "-c", PEAK, name, *(f"{field}={value}" for field, value in changes.items())]
     peak = 1024 * int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    estimate = training_bytes(recipe(name, changes), CPU, 100)
+    estimate = training_bytes(make_recipe(name, changes), CPU, 100)
     assert peak < estimate < 2 * peak, f"peak {peak / MIB:.0f} MiB, estimate {estimate / MIB:.0f} MiB"
 
 
@@ -74,31 +75,33 @@ def test_estimate_grows_with_all_that_takes_memory(name: str, greater: dict[str,
     common = {"precision": "bfloat16", "batch_size": 128} | {
         field: value for field, value in greater.items() if field == "batch_size" and len(greater) > 1
     }
-    smaller, larger = recipe(name, common), recipe(name, common | greater)
+    smaller, larger = make_recipe(name, common), make_recipe(name, common | greater)
     assert training_bytes(smaller, CPU, 50_000) < training_bytes(larger, CPU, 50_000)
 
 
 def test_batch_has_no_more_images_than_the_data_set() -> None:
-    chosen = recipe("resnet", {"batch_size": 8192})
+    chosen = make_recipe("resnet", {"batch_size": 8192})
     assert training_bytes(chosen, CPU, 100) < training_bytes(chosen, CPU, 50_000) / 10
 
 
 def test_every_recipe_fits_into_a_machine_of_eight_gigabytes() -> None:
     for name in ("resnet-seed", "resnet", "resnet18-seed", "resnet18"):
-        assert training_bytes(recipe(name, {"precision": "float32"}), CPU, 50_000) < 8e9, name
+        assert training_bytes(make_recipe(name, {"precision": "float32"}), CPU, 50_000) < 8e9, name
 
 
 def test_recipe_that_does_not_fit_is_refused_with_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "available_memory", lambda: 4_000_000_000)
-    large = recipe("resnet18", {"image_size": 512, "batch_size": 1024, "precision": "float32", "cache_features": False})
+    large = make_recipe(
+        "resnet18", {"image_size": 512, "batch_size": 1024, "precision": "float32", "cache_features": False}
+    )
     with pytest.raises(RecipeError, match=r"about 1\d\d\.\d GB of memory, and 4\.0 GB are available; lower") as refused:
         require(large, CPU, 50_000, 10_000)
     assert "batch_size=1024 or image_size=512" in str(refused.value)
-    wide = recipe("resnet", {"width": 128, "batch_size": 1024, "precision": "float32"})
+    wide = make_recipe("resnet", {"width": 128, "batch_size": 1024, "precision": "float32"})
     with pytest.raises(RecipeError, match="lower batch_size=1024 or width=128"):
         require(wide, CPU, 50_000, 10_000)
     require(wide, CPU, 50_000, 10_000, freed=20_000_000_000)
-    require(recipe("resnet"), CPU, 50_000, 10_000)
+    require(make_recipe("resnet"), CPU, 50_000, 10_000)
     monkeypatch.setattr(resources, "available_memory", lambda: None)  # available memory is unknown except on Linux
     require(wide, CPU, 50_000, 10_000)
 
@@ -107,8 +110,8 @@ def test_features_are_as_large_as_their_file(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("CIFAR100_FEATURES", str(tmp_path))
     changes = {"image_size": 48, "weights": "none", "epochs": 1, "finetune_epochs": 0, "validation_images": 0}
     for trainable in ("layer4,fc", "layer2,layer3,layer4,fc", "fc"):
-        chosen = recipe("resnet18", changes | {"trainable": trainable})
-        estimate = feature_bytes(chosen, *data.sizes("synthetic:1"))
+        chosen = make_recipe("resnet18", changes | {"trainable": trainable})
+        estimate = feature_bytes(chosen, *split_sizes("synthetic:1"))
         subprocess.run(
             [
                 sys.executable,
@@ -122,9 +125,9 @@ def test_features_are_as_large_as_their_file(tmp_path: Path, monkeypatch: pytest
         )
         (file,) = tmp_path.glob("*.float16")
         assert file.stat().st_size == estimate
-    assert feature_bytes(recipe("resnet18", {"cache_features": False}), 100, 100) == 0
-    assert feature_bytes(recipe("resnet18", {"crop_padding": 2}), 100, 100) == 0
-    assert feature_bytes(recipe("resnet"), 100, 100) == 0
+    assert feature_bytes(make_recipe("resnet18", {"cache_features": False}), 100, 100) == 0
+    assert feature_bytes(make_recipe("resnet18", {"crop_padding": 2}), 100, 100) == 0
+    assert feature_bytes(make_recipe("resnet"), 100, 100) == 0
 
 
 def test_features_for_which_the_disk_has_no_room_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +135,10 @@ def test_features_for_which_the_disk_has_no_room_are_refused(tmp_path: Path, mon
     monkeypatch.setenv("CIFAR100_FEATURES", str(tmp_path / "features"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3_000_000_000))
     monkeypatch.setattr(resources, "available_memory", lambda: None)
-    chosen = recipe("resnet18-seed")
+    chosen = make_recipe("resnet18-seed")
     with pytest.raises(RecipeError, match=r"would take 11\.0 GB, and 1\.9 GB are free in .*cache_features=false"):
         require(chosen, CPU, 50_000, 10_000)
-    require(recipe("resnet18-seed", {"cache_features": False}), CPU, 50_000, 10_000)
+    require(make_recipe("resnet18-seed", {"cache_features": False}), CPU, 50_000, 10_000)
     require(chosen, CPU, 400, 100)
     (tmp_path / "features").mkdir()
     with (tmp_path / "features" / "earlier.float16").open("wb") as earlier:
@@ -145,9 +148,9 @@ def test_features_for_which_the_disk_has_no_room_are_refused(tmp_path: Path, mon
 
 def test_sizes_are_those_of_the_data_set() -> None:
     for source in ("synthetic:1", "synthetic:9"):
-        loaded = data.load(source)
-        assert data.sizes(source) == (len(loaded.train), len(loaded.test))
-    assert data.sizes("/somewhere") == (50_000, 10_000)
+        loaded = load_dataset(source)
+        assert split_sizes(source) == (len(loaded.train), len(loaded.test))
+    assert split_sizes("/somewhere") == (50_000, 10_000)
 
 
 def test_available_memory_is_the_least_of_the_machine_and_every_control_group(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.recipes import recipe
+from training.recipes import make_recipe
 from training.run import Publication, Run, RunBusy, RunError, write_pid
 from training.store import Store
 
@@ -31,7 +31,7 @@ with Run(Path(sys.argv[1])).lock():
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     run = Run(tmp_path / "run")
-    run.create(recipe("resnet", {"validation_images": 0}))
+    run.create(make_recipe("resnet", {"validation_images": 0}))
     return run
 
 
@@ -99,17 +99,17 @@ def test_numbers_of_forgotten_metrics_are_not_given_again(tmp_path: Path) -> Non
     run = Run(tmp_path)
     for event, epoch in (("tick", 1), ("epoch", 1), ("tick", 2), ("tick", 2)):
         run.record({"event": event, "epoch": epoch})
-    run.forget_after(1)
+    run.drop_metrics_after(1)
     run.record({"event": "epoch", "epoch": 2})
     numbered = [(number, metrics["event"], metrics["epoch"]) for number, metrics in run.numbered_metrics(after=1)]
     assert numbered == [(2, "epoch", 1), (5, "epoch", 2)]
-    run.forget_after(0)
+    run.drop_metrics_after(0)
     assert list(run.metrics()) == []
 
 
 def test_what_an_earlier_epoch_has_become_is_not_the_outcome(published_store: Path, tmp_path: Path) -> None:
     run = Run(tmp_path)
-    run.create(recipe("resnet", {"epochs": 2}))
+    run.create(make_recipe("resnet", {"epochs": 2}))
     test = Store(published_store).card("resnet", 1).test
     run.record_publication(Publication(model="resnet", version=1, live=True, test=test, epoch=1))
     assert run.publication() is not None

@@ -218,7 +218,7 @@ def test_a_card_that_does_not_know_its_model_is_refused(store: Store) -> None:
     with pytest.raises(StoreError, match=r"model\.pt does not belong to this version"):
         store.verify(other)
     (store.root / "resnet" / "1" / "model.pt").unlink()
-    with pytest.raises(StoreError, match=r"card\.json names no model\.pt"):
+    with pytest.raises(StoreError, match=r"card\.json does not list model\.pt"):
         store.verify(other)
 
 
@@ -272,7 +272,7 @@ def test_the_card_of_another_model_is_refused(store: Store) -> None:
 def test_a_damaged_live_pointer_is_an_error_naming_it(store: Store) -> None:
     published(store)
     (store.root / "resnet" / "live").write_text("latest")
-    with pytest.raises(StoreError, match="resnet/live does not hold a version number"):
+    with pytest.raises(StoreError, match="resnet/live is damaged: it must contain a version number"):
         store.live("resnet")
 
 
@@ -316,7 +316,7 @@ def test_old_versions_are_removed_but_never_the_live_one(live: int, keep: int, l
 def test_a_version_that_is_needed_is_not_removed(store: Store) -> None:
     for _ in range(4):
         published(store)
-    assert store.prune("resnet", 1, needed={2}) == [1, 3]
+    assert store.prune("resnet", 1, protected={2}) == [1, 3]
     assert store.versions("resnet") == [2, 4]
 
 
@@ -348,9 +348,9 @@ def test_removing_and_promoting_at_once_never_leaves_a_live_version_that_is_gone
 def test_a_version_is_found_by_the_checksum_of_its_file(store: Store) -> None:
     first, second = published(store, "one"), published(store, "two")
     (store.root / "resnet" / "2" / "card.json").write_text("{")
-    assert store.find("resnet", first.files["model.pt"]) == first
-    assert store.find("resnet", second.files["model.pt"]) is None
-    assert store.find("resnet18", first.files["model.pt"]) is None
+    assert store.find_by_checksum("resnet", first.files["model.pt"]) == first
+    assert store.find_by_checksum("resnet", second.files["model.pt"]) is None
+    assert store.find_by_checksum("resnet18", first.files["model.pt"]) is None
 
 
 def test_the_draft_of_a_process_that_was_killed_is_removed_after_a_day(store: Store) -> None:

@@ -12,7 +12,7 @@ from torchvision.models import resnet18
 
 from training.networks import IMAGENET_MEAN, IMAGENET_STD, TransferResNet18, build
 from training.networks.transfer import STAGES, WeightsError
-from training.recipes import recipe
+from training.recipes import make_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -107,8 +107,8 @@ def test_weights_without_batch_counters_are_accepted_as_torch_itself_does(pretra
     assert torch.equal(backbone.bn1.running_mean, pretrained["bn1.running_mean"])
 
 
-def test_a_reinitialised_stage_differs_from_the_file_and_all_others_do_not(weights: str, pretrained: State) -> None:
-    backbone = TransferResNet18(100, weights, STAGES, reinitialise=("layer4",)).backbone.state_dict()
+def test_a_reinitialized_stage_differs_from_the_file_and_all_others_do_not(weights: str, pretrained: State) -> None:
+    backbone = TransferResNet18(100, weights, STAGES, reinitialize=("layer4",)).backbone.state_dict()
     kept = {name: value for name, value in pretrained.items() if not name.startswith("fc.")}
     assert changed_stages(kept, backbone) == {"layer4"}
     for name, value in kept.items():
@@ -177,7 +177,7 @@ def test_imagenet_weights_without_a_network_is_an_error_naming_the_other_way(
 
 
 def test_images_are_normalised_and_upsampled_on_the_way_in() -> None:
-    classifier = build(recipe("resnet18", {"weights": "none", "image_size": 64}))
+    classifier = build(make_recipe("resnet18", {"weights": "none", "image_size": 64}))
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     expected = F.interpolate((images / 255 - mean) / std, (64, 64), mode="bilinear", align_corners=False)

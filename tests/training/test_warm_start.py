@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from training import torchscript, warm_start
-from training.data import Dataset
+from training import warm_start
+from training.dataset import Dataset
 from training.export import publish
 from training.loop import Epoch, train
 from training.networks import Classifier, build
-from training.recipes import RecipeError, recipe
+from training.recipes import RecipeError, make_recipe
 from training.run import Run
+from training.runtimes import torchscript
+from training.runtimes.engine import example_images
 from training.store import MODEL, Store, StoreError
 
 pytestmark = pytest.mark.slow
@@ -25,14 +27,14 @@ FIELDS = {"width": 8, "epochs": 2, "validation_images": 100, "weights": "resnet/
 
 
 def warmed(models: Path, dataset: Dataset, **fields: Any) -> Classifier:
-    chosen = recipe("resnet", FIELDS | fields)
+    chosen = make_recipe("resnet", FIELDS | fields)
     classifier = build(chosen).eval()
     warm_start.load(classifier, chosen, Store(models), dataset)
     return classifier
 
 
 def test_the_classifier_computes_what_the_version_computes_before_calibration(models: Path, dataset: Dataset) -> None:
-    images = torchscript.example_images(8)
+    images = example_images(8)
     version = torchscript.load(models / "resnet" / "1" / MODEL)
     temperature = Store(models).card("resnet", 1).temperature
     assert abs(temperature - 1) > 0.01
@@ -44,9 +46,9 @@ def test_a_run_starts_there_goes_on_without_the_version_and_its_card_names_it(
     models: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     run = Run(tmp_path / "run")
-    run.create(recipe("resnet", FIELDS))
+    run.create(make_recipe("resnet", FIELDS))
     cold = Run(tmp_path / "cold")
-    cold.create(recipe("resnet", FIELDS | {"weights": "none"}))
+    cold.create(make_recipe("resnet", FIELDS | {"weights": "none"}))
     losses = []
     for each in (run, cold):
         events = train(each.recipe(), dataset, each, CPU, Store(models))
@@ -66,7 +68,7 @@ def test_a_version_that_saw_other_pixel_values_does_not_fit(models: Path, datase
 def test_the_card_of_an_earlier_release_lacks_newer_fields(models: Path) -> None:
     known = Store(models).card("resnet", 1).recipe
     del known["normalization"]
-    recipe("resnet", FIELDS).require_fit(known)
+    make_recipe("resnet", FIELDS).require_fit(known)
 
 
 def test_images_that_the_version_was_trained_on_cannot_be_held_out(models: Path, dataset: Dataset) -> None:
@@ -83,8 +85,8 @@ def test_a_version_that_does_not_fit_is_an_error(models: Path, dataset: Dataset,
     with pytest.raises(StoreError, match="there is no version 7 of resnet"):
         warmed(models, dataset, weights="resnet/7")
     run = Run(tmp_path / "run")
-    run.create(recipe("resnet", FIELDS))
-    with pytest.raises(ValueError, match="without a store there is no resnet/1"):
+    run.create(make_recipe("resnet", FIELDS))
+    with pytest.raises(ValueError, match="the recipe needs resnet/1 from a model store"):
         list(train(run.recipe(), dataset, run, CPU))
 
 
@@ -94,18 +96,18 @@ def test_a_file_that_holds_only_a_graph_cannot_be_trained_on(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.jit.save(torchscript.load(models / "resnet" / "1" / MODEL), tmp_path / MODEL)
-    monkeypatch.setattr(Store, "learnable", lambda *_: tmp_path / MODEL)
-    with pytest.raises(StoreError, match="resnet/1 was exported as a graph only"):
+    monkeypatch.setattr(Store, "verify_source", lambda *_: tmp_path / MODEL)
+    with pytest.raises(StoreError, match="resnet/1 was exported as a graph without weights"):
         warmed(models, dataset)
 
 
 @pytest.mark.parametrize("version", ["resnet18", "../resnet/1", "resnet/0", "resnet/x"])
 def test_only_a_version_is_a_predecessor(version: str) -> None:
-    assert recipe("resnet18", {"weights": version}).predecessor is None
+    assert make_recipe("resnet18", {"weights": version}).predecessor is None
     with pytest.raises(RecipeError, match=re.escape(f"weights={version} applies to network=resnet18")):
-        recipe("resnet", {"weights": version})
+        make_recipe("resnet", {"weights": version})
 
 
-def test_a_predecessors_stages_cannot_be_reinitialised() -> None:
-    with pytest.raises(RecipeError, match="reinitialise applies to ImageNet weights, not to those of resnet18/2"):
-        recipe("resnet18", {"weights": "resnet18/2", "reinitialise": "layer4"})
+def test_a_predecessors_stages_cannot_be_reinitialized() -> None:
+    with pytest.raises(RecipeError, match="reinitialize applies to ImageNet weights, not to those of resnet18/2"):
+        make_recipe("resnet18", {"weights": "resnet18/2", "reinitialize": "layer4"})

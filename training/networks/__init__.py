@@ -31,7 +31,7 @@ def build(recipe: Recipe, classes: int = 100) -> Classifier:
             return Classifier(own, *_NORMALIZATIONS[recipe.normalization])
         case "resnet18":
             weights = "none" if recipe.predecessor else recipe.weights
-            transfer = TransferResNet18(classes, weights, recipe.trainable, recipe.reinitialise)
+            transfer = TransferResNet18(classes, weights, recipe.trainable, recipe.reinitialize)
             return Classifier(transfer, IMAGENET_MEAN, IMAGENET_STD, recipe.image_size)
 
 

@@ -45,5 +45,6 @@ class Classifier(nn.Module):
         return x
 
     def forward(self, images: Tensor) -> Tensor:
+        """Compute calibrated logits [N, classes] of uint8 images [N, 3, 32, 32]."""
         logits: Tensor = self.network(self.preprocess(images)) / self.temperature
         return logits

@@ -104,6 +104,7 @@ class SharedBlock(nn.Module):
             nn.init.zeros_(cast(Tensor, self.shortcut.bias))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the block's output [N, channels, H / stride, W / stride] of `x` [N, in_channels, H, W]."""
         residual = F.relu(self.bn(self.conv_init(x), 0))
         residual = self.bn(self.conv(residual), 1)
         x = F.relu(residual + (self.shortcut_init(x) if self.projects else x))
@@ -147,6 +148,7 @@ class SharedResNet(nn.Module):
         self.fc = nn.Linear(channels[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute logits [N, classes] of normalized images [N, 3, 32, 32]."""
         x = F.max_pool2d(self.blocks(self.stem(x)), 4)
         logits: Tensor = self.fc(x.flatten(1))
         return logits
@@ -157,7 +159,7 @@ def _channels(width: int) -> tuple[int, ...]:
     return (width, width, 2 * width, 4 * width, 8 * width)
 
 
-class Unit(nn.Module):
+class ResidualUnit(nn.Module):
     """A residual unit with its own weights: the basic block of He et al. 2015, with an unnormalized projection."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
@@ -172,6 +174,7 @@ class Unit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the unit's output [N, channels, H / stride, W / stride] of `x` [N, in_channels, H, W]."""
         residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
         residual = self.bn2(self.conv2(residual))
         return F.relu(residual.add_(self.shortcut(x)), inplace=True)
@@ -197,7 +200,7 @@ class ResNet(nn.Module):
         )
         self.blocks = nn.Sequential(
             *(
-                Unit(inputs if first else outputs, outputs, stride if first else 1)
+                ResidualUnit(inputs if first else outputs, outputs, stride if first else 1)
                 for (inputs, outputs), stride, units in zip(pairwise(channels), STRIDES, UNITS, strict=True)
                 for first in (unit == 0 for unit in range(units))
             )
@@ -205,6 +208,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(channels[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute logits [N, classes] of normalized images [N, 3, 32, 32]."""
         x = F.max_pool2d(self.blocks(self.stem(x)), 4)
         logits: Tensor = self.fc(x.flatten(1))
         return logits

@@ -27,21 +27,21 @@ class TransferResNet18(nn.Module):
         classes: Number of logits. The fc layer is always new.
         weights: "none", "imagenet" (torchvision's IMAGENET1K_V1, downloaded) or the path of a state-dict file.
         trainable: Stages that train, a subset of `STAGES`.
-        reinitialise: Stages that start from random weights instead of the pretrained ones.
+        reinitialize: Stages that start from random weights instead of the pretrained ones.
 
     Raises:
         WeightsError: The pretrained weights cannot be used, see `load_weights`.
     """
 
-    def __init__(self, classes: int, weights: str, trainable: Sequence[str], reinitialise: Sequence[str] = ()):
+    def __init__(self, classes: int, weights: str, trainable: Sequence[str], reinitialize: Sequence[str] = ()):
         super().__init__()
         from torchvision.models import resnet18  # takes seconds to import, and only this network needs it
 
         self.backbone = resnet18()
-        fresh = {stage: [_copy(layer) for layer in self.layers(stage)] for stage in reinitialise}
+        random_states = {stage: [_copy_state(layer) for layer in self.get_layers(stage)] for stage in reinitialize}
         load_weights(self.backbone, weights)
-        for stage, states in fresh.items():
-            for layer, state in zip(self.layers(stage), states, strict=True):
+        for stage, states in random_states.items():
+            for layer, state in zip(self.get_layers(stage), states, strict=True):
                 layer.load_state_dict(state)
         self.backbone.fc = nn.Linear(self.backbone.fc.in_features, classes)
         self.set_trainable(trainable)
@@ -50,39 +50,41 @@ class TransferResNet18(nn.Module):
         """Make exactly these stages trainable and freeze the others."""
         self.trainable = tuple(stages)
         for stage in STAGES:
-            for layer in self.layers(stage):
+            for layer in self.get_layers(stage):
                 layer.requires_grad_(stage in stages)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
+        """Set the mode of the trainable stages. Frozen stages stay in evaluation mode."""
         super().train(mode)
         for stage in STAGES:
-            for layer in self.layers(stage):
+            for layer in self.get_layers(stage):
                 layer.train(mode and stage in self.trainable)
         return self
 
     @property
-    def frozen(self) -> tuple[str, ...]:
+    def frozen_stages(self) -> tuple[str, ...]:
         """The stages before the first trainable one. Their features of an image never change."""
         return tuple(takewhile(lambda stage: stage not in self.trainable, STAGES))
 
-    def features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Compute the features of the frozen stages: normalized images [N, 3, S, S] to float [N, C, H, W]."""
-        for stage in self.frozen:
-            x = self._compute(stage, x)
+        for stage in self.frozen_stages:
+            x = self._forward_stage(stage, x)
         return x
 
-    def head(self, features: Tensor) -> Tensor:
-        """Compute logits [N, classes] from the output of `features`."""
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Compute logits [N, classes] from the output of `forward_features`."""
         x = features
-        for stage in STAGES[len(self.frozen) :]:
-            x = self._compute(stage, x)
+        for stage in STAGES[len(self.frozen_stages) :]:
+            x = self._forward_stage(stage, x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
+        """Compute logits [N, classes] of normalized images [N, 3, S, S]."""
+        return self.forward_head(self.forward_features(x))
 
-    def _compute(self, stage: str, x: Tensor) -> Tensor:
+    def _forward_stage(self, stage: str, x: Tensor) -> Tensor:
         net = self.backbone
         match stage:
             case "stem":
@@ -93,7 +95,8 @@ class TransferResNet18(nn.Module):
                 x = net.get_submodule(layer)(x)
         return x
 
-    def layers(self, stage: str) -> list[nn.Module]:
+    def get_layers(self, stage: str) -> list[nn.Module]:
+        """Return the modules of a stage."""
         return [self.backbone.get_submodule(name) for name in _STAGE_LAYERS.get(stage, (stage,))]
 
 
@@ -138,15 +141,15 @@ def load_weights(backbone: nn.Module, weights: str) -> None:
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise WeightsError(f"the weights file {path} does not exist")
+        raise WeightsError(f"the weights file {path} does not exist; give the path of a ResNet-18 state-dict file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many unrelated types for a damaged file
         raise WeightsError(f"{path} cannot be read as a state dict: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path} does not hold a state dict (a mapping from names to tensors)")
+        raise WeightsError(f"{path} does not contain a state dict (a mapping from names to tensors)")
     return state
 
 
-def _copy(layer: nn.Module) -> dict[str, Tensor]:
+def _copy_state(layer: nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in layer.state_dict().items()}

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from app.engines import Engine
 from app.exceptions import DamagedImage, Unavailable
 from app.inference import batching
 from app.inference.batching import Batcher, BatchOutput, Scores
+from training.runtimes.engine import Engine
 
 
 class SlowEngine(Engine):

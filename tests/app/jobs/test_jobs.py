@@ -28,7 +28,7 @@ from app.main import create_app
 from app.routes.responses import EventStream
 from app.settings import Settings
 from app.threads import Threads
-from training.recipes import recipe
+from training.recipes import make_recipe
 from training.run import Publication
 from training.store import Store
 
@@ -121,7 +121,7 @@ def test_a_job_keeps_its_recipe_whatever_the_defaults_become(
     found = jobs.claim()
     assert found is not None
     monkeypatch.undo()
-    assert found[1] == recipe("resnet", {"epochs": 2})
+    assert found[1] == make_recipe("resnet", {"epochs": 2})
 
 
 def test_a_job_whose_recipe_this_release_does_not_know_fails(

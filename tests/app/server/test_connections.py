@@ -24,7 +24,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.clients import FairShares
 from app.dependencies import Services
-from app.engines import Engine
 from app.inference.batching import Batcher
 from app.main import create_app
 from app.middleware import body_limit
@@ -32,6 +31,7 @@ from app.middleware.body_limit import BodyLimitMiddleware
 from app.server import connections, protocol
 from app.server.connections import ConnectionTable
 from app.settings import Settings
+from training.runtimes.engine import Engine
 
 pytestmark = pytest.mark.slow
 

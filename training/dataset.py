@@ -51,7 +51,7 @@ _SPLIT_SEED = 0
 
 
 # numpy and zipfile raise these errors for damaged files. TokenError comes from the parser of an array's header.
-_UNREADABLE = (
+_READ_ERRORS = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, NotImplementedError, RuntimeError, SyntaxError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
 )
@@ -97,7 +97,7 @@ class Dataset:
     fingerprint: str
 
 
-def load(source: str | None = None) -> Dataset:
+def load_dataset(source: str | None = None) -> Dataset:
     """Load CIFAR-100 from `source`/cifar100.npz, or make a synthetic data set.
 
     Args:
@@ -112,18 +112,18 @@ def load(source: str | None = None) -> Dataset:
     name, _, count = source.partition(":")
     if name == "synthetic":
         if count and not (count.isdecimal() and int(count) > 0):
-            raise DataError(f"synthetic:{count} must name a positive number of images per class, as in synthetic:20")
-        return synthetic(int(count or 20))
+            raise DataError(f"synthetic:{count} is not a positive number of images per class; give synthetic:20 for 20")
+        return make_synthetic(int(count or 20))
     folder = Path(source).expanduser()
     if folder.is_file():
-        raise DataError(f"{source} is a file; name the folder that holds {ARCHIVE}")
+        raise DataError(f"{source} is a file; give the folder that contains {ARCHIVE}")
     archive = folder / ARCHIVE
     if not archive.exists():
-        _download(archive)
-    return _read(archive)
+        _download_archive(archive)
+    return _read_archive(archive)
 
 
-def sizes(source: str | None = None) -> tuple[int, int]:
+def split_sizes(source: str | None = None) -> tuple[int, int]:
     """Return the number of training and test images of `source` without loading it.
 
     Every source other than "synthetic" is taken as CIFAR-100: 50,000 and 10,000 images.
@@ -150,12 +150,12 @@ def hold_out(split: Split, images: int) -> tuple[Split, Split]:
     by_class = order[np.argsort(split.labels[order], kind="stable")]
     starts = np.searchsorted(split.labels[by_class], split.labels[by_class])
     rank = np.arange(len(split)) - starts
-    chosen = np.zeros(len(split), bool)
-    chosen[by_class[np.argsort(rank, kind="stable")][:images]] = True
-    return split[np.flatnonzero(~chosen)], split[np.flatnonzero(chosen)]
+    held_out = np.zeros(len(split), bool)
+    held_out[by_class[np.argsort(rank, kind="stable")][:images]] = True
+    return split[np.flatnonzero(~held_out)], split[np.flatnonzero(held_out)]
 
 
-def _read(archive: Path) -> Dataset:
+def _read_archive(archive: Path) -> Dataset:
     arrays: dict[str, NDArray[np.generic]] = {}
     try:
         # numpy stops reading at the end of an array, so it misses some checksum errors.
@@ -165,18 +165,19 @@ def _read(archive: Path) -> Dataset:
         with archive.open("rb") as raw, NpzFile(raw, allow_pickle=False) as file:
             for key in ("x_train", "y_train", "x_test", "y_test", "classes"):
                 if key not in file:
-                    raise DataError(f"{archive} has no array {key!r}; delete the file to have it made again")
+                    raise DataError(f"{archive} has no array {key!r}; delete it, and the next run creates it again")
                 arrays[key] = file[key]
     except DataError:
         raise
-    except _UNREADABLE as error:
+    except _READ_ERRORS as error:
         raise DataError(
-            f"{archive} is not a readable npz without pickled objects ({error}); delete the file to have it made again"
+            f"{archive} is not a readable npz file without pickled objects ({error}); delete it, and the next "
+            "run creates it again"
         ) from error
 
     classes = tuple(str(label) for label in arrays["classes"].ravel())
     if classes != CLASSES:
-        raise DataError(f"{archive}: 'classes' is not the list of the 100 CIFAR-100 labels in alphabetical order")
+        raise DataError(f"{archive}: 'classes' must be the 100 CIFAR-100 class names in alphabetical order")
     splits: list[Split] = []
     for part in ("train", "test"):
         images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
@@ -189,13 +190,13 @@ def _read(archive: Path) -> Dataset:
                 f"{archive}: 'y_{part}' is {labels.dtype} {list(labels.shape)}, expected integers [{len(images)}]"
             )
         if labels.min() < 0 or labels.max() >= len(CLASSES):
-            raise DataError(f"{archive}: 'y_{part}' holds class ids outside 0-{len(CLASSES) - 1}")
+            raise DataError(f"{archive}: 'y_{part}' contains class ids outside 0-{len(CLASSES) - 1}")
         splits.append(Split(images.astype(np.uint8, copy=False), labels.astype(np.int64)))
     train, test = splits
-    return _dataset(train, test, classes, tuple(_SUPERCLASS_OF[label] for label in classes))
+    return _make_dataset(train, test, classes, tuple(_SUPERCLASS_OF[label] for label in classes))
 
 
-def _dataset(train: Split, test: Split, classes: tuple[str, ...], superclasses: tuple[str, ...]) -> Dataset:
+def _make_dataset(train: Split, test: Split, classes: tuple[str, ...], superclasses: tuple[str, ...]) -> Dataset:
     digest = hashlib.sha256("\n".join(classes).encode())
     for split in (train, test):
         digest.update(np.ascontiguousarray(split.images).data)
@@ -203,7 +204,7 @@ def _dataset(train: Split, test: Split, classes: tuple[str, ...], superclasses: 
     return Dataset(train, test, classes, superclasses, digest.hexdigest())
 
 
-def _download(archive: Path) -> None:
+def _download_archive(archive: Path) -> None:
     # torchvision takes a second to import, and only the download needs it.
     from torchvision.datasets import CIFAR100
 
@@ -223,16 +224,16 @@ def _download(archive: Path) -> None:
         partial.replace(archive)
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise DataError(
-            f"CIFAR-100 is not in {folder} and could not be put there ({error}). Either run once with a network, or "
-            f"put {ARCHIVE} there (numpy arrays x_train, y_train, x_test, y_test, classes; uint8 NHWC) and name the "
-            "folder in CIFAR100_DATA."
+            f"{folder} has no {ARCHIVE}, and CIFAR-100 could not be downloaded there ({error}). Either run once with "
+            f"network access, or put {ARCHIVE} into a folder (numpy arrays x_train, y_train, x_test, y_test, classes; "
+            "images in uint8 NHWC) and set CIFAR100_DATA to that folder."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 SHAPES = ("disc", "square", "diamond", "ring", "plus", "cross", "triangle", "bar", "pillar", "crescent")
-COLOURS = {
+COLORS = {
     "red": (210, 40, 40),
     "orange": (240, 140, 30),
     "yellow": (235, 225, 60),
@@ -246,8 +247,8 @@ COLOURS = {
 }
 
 
-def synthetic(images_per_class: int, seed: int = 0) -> Dataset:
-    """Make a learnable substitute for CIFAR-100: ten shapes in ten colors on cluttered gray backgrounds.
+def make_synthetic(images_per_class: int, seed: int = 0) -> Dataset:
+    """Make a verify_source substitute for CIFAR-100: ten shapes in ten colors on cluttered gray backgrounds.
 
     Position, size, shade and background vary from image to image. The test split has a quarter as many images.
 
@@ -255,36 +256,36 @@ def synthetic(images_per_class: int, seed: int = 0) -> Dataset:
         images_per_class: Images per class in the training split.
     """
     random = np.random.default_rng(seed)
-    classes = tuple(f"{colour}_{shape}" for shape in SHAPES for colour in COLOURS)
-    superclasses = tuple(shape for shape in SHAPES for _ in COLOURS)
-    train = _draw(images_per_class, random)
-    test = _draw(max(1, images_per_class // 4), random)
-    return _dataset(train, test, classes, superclasses)
+    classes = tuple(f"{color}_{shape}" for shape in SHAPES for color in COLORS)
+    superclasses = tuple(shape for shape in SHAPES for _ in COLORS)
+    train = _draw_split(images_per_class, random)
+    test = _draw_split(max(1, images_per_class // 4), random)
+    return _make_dataset(train, test, classes, superclasses)
 
 
-def _draw(images_per_class: int, random: np.random.Generator) -> Split:
-    labels = np.tile(np.arange(len(SHAPES) * len(COLOURS)), images_per_class)
+def _draw_split(images_per_class: int, random: np.random.Generator) -> Split:
+    labels = np.tile(np.arange(len(SHAPES) * len(COLORS)), images_per_class)
     n = len(labels)
     # The background is coarse gray clutter, enlarged without interpolation, plus a gradient.
     clutter = random.uniform(60, 190, (n, 4, 4, 1)).repeat(8, axis=1).repeat(8, axis=2)
     gradient = random.uniform(-40, 40, (n, 1, 1, 1)) * np.linspace(-1, 1, 32)[None, :, None, None]
     pixels = np.broadcast_to(clutter + gradient, (n, 32, 32, 3)).copy()
 
-    centre = random.uniform(11, 20, (2, n, 1, 1))
+    center = random.uniform(11, 20, (2, n, 1, 1))
     radius = random.uniform(6, 11, (n, 1, 1))
     axis = np.arange(32)
-    v = (axis[None, :, None] - centre[0]) / radius
-    u = (axis[None, None, :] - centre[1]) / radius
-    colour = np.array(list(COLOURS.values()))[labels % len(COLOURS)] * random.uniform(0.8, 1.1, (n, 1))
+    v = (axis[None, :, None] - center[0]) / radius
+    u = (axis[None, None, :] - center[1]) / radius
+    color = np.array(list(COLORS.values()))[labels % len(COLORS)] * random.uniform(0.8, 1.1, (n, 1))
     for shape, name in enumerate(SHAPES):
-        rows = labels // len(COLOURS) == shape
-        inside = _inside(name, u[rows], v[rows])[..., None]
-        pixels[rows] = np.where(inside, colour[rows, None, None, :], pixels[rows])
+        rows = labels // len(COLORS) == shape
+        inside = _shape_mask(name, u[rows], v[rows])[..., None]
+        pixels[rows] = np.where(inside, color[rows, None, None, :], pixels[rows])
     pixels += random.normal(0, 12, pixels.shape)
     return Split(pixels.clip(0, 255).astype(np.uint8), labels.astype(np.int64))
 
 
-def _inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _shape_mask(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return a mask of the points that a shape covers.
 
     u points right and v points down, both in radii from the center.

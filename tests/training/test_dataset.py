@@ -18,8 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from torchvision.datasets import CIFAR100
 
-from training import data
-from training.data import CLASSES, SUPERCLASSES, DataError, Split, hold_out, load
+from training.dataset import CLASSES, SUPERCLASSES, DataError, Dataset, Split, hold_out, load_dataset
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -51,7 +50,7 @@ def written(folder: Path, content: Arrays) -> Path:
     return folder / "cifar100.npz"
 
 
-def assert_same(dataset: data.Dataset, content: Arrays) -> None:
+def assert_same(dataset: Dataset, content: Arrays) -> None:
     for part, split in (("train", dataset.train), ("test", dataset.test)):
         np.testing.assert_array_equal(split.images, content[f"x_{part}"])
         np.testing.assert_array_equal(split.labels, content[f"y_{part}"])
@@ -62,7 +61,7 @@ def assert_same(dataset: data.Dataset, content: Arrays) -> None:
 
 def test_an_npz_is_loaded_as_it_is(tmp_path: Path) -> None:
     written(tmp_path, arrays())
-    dataset = load(str(tmp_path))
+    dataset = load_dataset(str(tmp_path))
     assert_same(dataset, arrays())
     assert dataset.superclasses[0] == "fruit_and_vegetables"
     assert dataset.superclasses[99] == "non-insect_invertebrates"
@@ -71,13 +70,13 @@ def test_an_npz_is_loaded_as_it_is(tmp_path: Path) -> None:
 def test_the_folder_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path, arrays())
     monkeypatch.setenv("CIFAR100_DATA", str(tmp_path))
-    assert_same(load(), arrays())
+    assert_same(load_dataset(), arrays())
 
 
 def test_a_file_is_not_taken_for_the_folder(tmp_path: Path) -> None:
     written(tmp_path, arrays())
-    with pytest.raises(DataError, match=r"cifar100\.npz is a file; name the folder that holds cifar100\.npz"):
-        load(str(tmp_path / "cifar100.npz"))
+    with pytest.raises(DataError, match=r"cifar100\.npz is a file; give the folder that contains cifar100\.npz"):
+        load_dataset(str(tmp_path / "cifar100.npz"))
 
 
 def test_the_fingerprint_changes_with_one_pixel_and_with_one_label(tmp_path: Path) -> None:
@@ -85,7 +84,7 @@ def test_the_fingerprint_changes_with_one_pixel_and_with_one_label(tmp_path: Pat
     fingerprints = []
     for part, place in (("x_train", (0, 0, 0, 0)), ("y_test", (2,)), ("y_test", (2,))):
         written(tmp_path, content)
-        fingerprints.append(load(str(tmp_path)).fingerprint)
+        fingerprints.append(load_dataset(str(tmp_path)).fingerprint)
         content[part][place] ^= 1
     assert len(set(fingerprints)) == 3
 
@@ -98,12 +97,12 @@ def test_the_fingerprint_changes_with_one_pixel_and_with_one_label(tmp_path: Pat
         ("x_train", np.zeros((6, 32, 32, 3), np.float32), "'x_train' is float32"),
         ("y_train", np.zeros(5, np.uint8), r"'y_train' is uint8 \[5\], expected integers \[6\]"),
         ("y_test", np.zeros(3, np.float64), "'y_test' is float64"),
-        ("y_train", np.array([0, 1, 2, 3, 4, 100]), "'y_train' holds class ids outside 0-99"),
-        ("y_train", np.array([0, 1, 2, 3, 4, -1]), "'y_train' holds class ids outside 0-99"),
-        ("classes", np.array(CLASSES[::-1]), "'classes' is not the list"),
-        ("classes", np.array(CLASSES, object), "not a readable npz without pickled objects"),
-        ("y_train", np.array([{}] * 6), "not a readable npz without pickled objects"),
-        ("classes", np.array("apple"), "'classes' is not the list"),
+        ("y_train", np.array([0, 1, 2, 3, 4, 100]), "'y_train' contains class ids outside 0-99"),
+        ("y_train", np.array([0, 1, 2, 3, 4, -1]), "'y_train' contains class ids outside 0-99"),
+        ("classes", np.array(CLASSES[::-1]), "'classes' must be the 100 CIFAR-100 class names"),
+        ("classes", np.array(CLASSES, object), "not a readable npz file without pickled objects"),
+        ("y_train", np.array([{}] * 6), "not a readable npz file without pickled objects"),
+        ("classes", np.array("apple"), "'classes' must be the 100 CIFAR-100 class names"),
     ],
 )
 def test_an_array_that_does_not_fit_is_an_error_naming_file_and_fault(
@@ -111,7 +110,7 @@ def test_an_array_that_does_not_fit_is_an_error_naming_file_and_fault(
 ) -> None:
     path = written(tmp_path, arrays() | {key: value})
     with pytest.raises(DataError, match=f"{path}.*{fault}"):
-        load(str(tmp_path))
+        load_dataset(str(tmp_path))
 
 
 def test_a_missing_array_is_an_error_naming_file_and_array(tmp_path: Path) -> None:
@@ -119,7 +118,7 @@ def test_a_missing_array_is_an_error_naming_file_and_array(tmp_path: Path) -> No
     del content["y_test"]
     path = written(tmp_path, content)
     with pytest.raises(DataError, match=f"{path} has no array 'y_test'"):
-        load(str(tmp_path))
+        load_dataset(str(tmp_path))
 
 
 def as_npy(path: Path) -> None:
@@ -142,8 +141,8 @@ def as_npy(path: Path) -> None:
 def test_a_file_that_is_no_whole_npz_is_an_error_naming_it(damage: Callable[[Path], Any], tmp_path: Path) -> None:
     path = written(tmp_path, arrays())
     damage(path)
-    with pytest.raises(DataError, match=f"{path} is not a readable npz.*delete the file"):
-        load(str(tmp_path))
+    with pytest.raises(DataError, match=f"{path} is not a readable npz file.*delete the file"):
+        load_dataset(str(tmp_path))
 
 
 def test_any_flipped_bit_is_either_harmless_or_a_data_error(tmp_path: Path) -> None:
@@ -153,7 +152,7 @@ def test_any_flipped_bit_is_either_harmless_or_a_data_error(tmp_path: Path) -> N
     for place in range(0, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         try:
-            damaged = load(str(tmp_path))
+            damaged = load_dataset(str(tmp_path))
         except DataError:
             continue
         assert_same(damaged, small)
@@ -168,15 +167,15 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_data_and_network_the_error_names_both_ways(offline: None, tmp_path: Path) -> None:
     folder = tmp_path / "new"
-    with pytest.raises(DataError, match=rf"not in {folder}.*once with a network.*put cifar100\.npz.*CIFAR100_DATA"):
-        load(str(folder))
+    with pytest.raises(DataError, match=rf"{folder} has no cifar100\.npz.*run once with.*or put .*CIFAR100_DATA"):
+        load_dataset(str(folder))
     assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("source", ["synthetic:0", "synthetic:-1", "synthetic:many"])
 def test_an_impossible_synthetic_size_is_an_error(source: str) -> None:
     with pytest.raises(DataError, match="positive number"):
-        load(source)
+        load_dataset(source)
 
 
 class Archive(http.server.SimpleHTTPRequestHandler):
@@ -227,9 +226,9 @@ def official_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
 @pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
 def test_the_official_archive_is_downloaded_and_converted_once(official_site: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    assert_same(load(str(folder)), arrays())
+    assert_same(load_dataset(str(folder)), arrays())
     (official_site / CIFAR100.filename).unlink()
-    assert_same(load(str(folder)), arrays())
+    assert_same(load_dataset(str(folder)), arrays())
     with np.load(folder / "cifar100.npz", allow_pickle=False) as file:
         for key, value in arrays().items():
             np.testing.assert_array_equal(file[key], value)
@@ -241,8 +240,8 @@ def test_an_archive_with_another_checksum_is_an_error_and_nothing_is_converted(
 ) -> None:
     with (official_site / CIFAR100.filename).open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(DataError, match="could not be put there"):
-        load(str(tmp_path / "data"))
+    with pytest.raises(DataError, match="could not be downloaded there"):
+        load_dataset(str(tmp_path / "data"))
     assert not list((tmp_path / "data").glob("*.npz"))
 
 
@@ -257,7 +256,7 @@ def test_a_disk_that_is_full_is_an_error_and_no_partial_file_stays(
 
     monkeypatch.setattr(np, "savez", half_written)
     with pytest.raises(DataError, match="No space left on device"):
-        load(str(tmp_path / "data"))
+        load_dataset(str(tmp_path / "data"))
     assert not list((tmp_path / "data").glob("*.npz"))
 
 
@@ -293,10 +292,11 @@ def test_the_validation_split_is_the_same_on_every_call_and_no_mere_beginning() 
 
 
 def test_the_synthetic_set_is_the_same_on_every_call() -> None:
-    assert load("synthetic:2").fingerprint == load("synthetic:2").fingerprint != load("synthetic:3").fingerprint
+    first, again, larger = (load_dataset(f"synthetic:{count}").fingerprint for count in (2, 2, 3))
+    assert first == again != larger
 
 
-def test_the_synthetic_set_has_100_classes_in_the_form_of_cifar100(dataset: data.Dataset) -> None:
+def test_the_synthetic_set_has_100_classes_in_the_form_of_cifar100(dataset: Dataset) -> None:
     assert len(set(dataset.classes)) == len(dataset.superclasses) == 100
     for split, per_class in ((dataset.train, 4), (dataset.test, 1)):
         assert split.images.dtype == np.uint8

@@ -1,4 +1,4 @@
-"""`Recorded` captures a function of GPU tensors as a CUDA graph and replays it.
+"""`GraphedFunction` captures a function of GPU tensors as a CUDA graph and replays it.
 
 A small network runs hundreds of short kernels. The CPU needs more time to launch them than the GPU needs to compute
 them. A CUDA graph launches all of them at once.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 WARMUP_CALLS = 3  # libraries select algorithms and allocate memory; TorchScript optimizes its graph
-_recording = threading.Lock()  # one thread at a time uses the side stream, for warm-up calls too
+_side_stream_lock = threading.Lock()  # one thread at a time uses the side stream, for warm-up calls too
 
 
 @cache
@@ -27,7 +27,7 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-class Recorded(Generic[Result]):
+class GraphedFunction(Generic[Result]):
     """A function that runs eagerly for the first `WARMUP_CALLS` calls and as a replayed CUDA graph afterwards.
 
     A call whose arguments have other shapes than in the first call runs eagerly.
@@ -52,26 +52,29 @@ class Recorded(Generic[Result]):
         shapes = [argument.shape for argument in arguments]
         self._shapes = self._shapes or shapes
         if shapes != self._shapes:
-            return self._call(*arguments)
+            return self._call_eagerly(*arguments)
         if self._calls < WARMUP_CALLS:
             self._calls += 1
-            return self._call(*arguments)
+            return self._call_eagerly(*arguments)
         if self._graph is None:
-            self._arguments = tuple(argument.clone() for argument in arguments)
-            graph = torch.cuda.CUDAGraph()
-            with _recording, torch.cuda.graph(graph, self._pool, _side_stream(), "thread_local"):
-                self._result = self._function(*self._arguments)
-            self._graph = graph
-        for kept, argument in zip(self._arguments, arguments, strict=True):
-            kept.copy_(argument, non_blocking=True)
+            self._graph = self._capture(*arguments)
+        for captured, argument in zip(self._arguments, arguments, strict=True):
+            captured.copy_(argument, non_blocking=True)
         self._graph.replay()
         return self._result
 
-    def _call(self, *arguments: Tensor) -> Result:
-        before, side = torch.cuda.current_stream(), _side_stream()
-        with _recording:
-            side.wait_stream(before)
+    def _capture(self, *arguments: Tensor) -> torch.cuda.CUDAGraph:
+        self._arguments = tuple(argument.clone() for argument in arguments)
+        graph = torch.cuda.CUDAGraph()
+        with _side_stream_lock, torch.cuda.graph(graph, self._pool, _side_stream(), "thread_local"):
+            self._result = self._function(*self._arguments)
+        return graph
+
+    def _call_eagerly(self, *arguments: Tensor) -> Result:
+        caller, side = torch.cuda.current_stream(), _side_stream()
+        with _side_stream_lock:
+            side.wait_stream(caller)
             with torch.cuda.stream(side):
                 result = self._function(*arguments)
-            before.wait_stream(side)
+            caller.wait_stream(side)
         return result
