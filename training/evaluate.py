@@ -102,7 +102,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Fit the temperature at which the mean confidence of the predictions equals their accuracy.
 
     The method is that of Clarté et al. 2023, arXiv:2303.02644. On held-out images it calibrates at least as well as the
-    temperature that minimizes cross-entropy (Guo et al. 2017); benchmarks/calibration.py measures both.
+    temperature that minimizes cross-entropy (Guo et al. 2017); research/calibration.py measures both.
 
     Args:
         logits: float [N, classes], uncalibrated logits of validation images.

@@ -2,8 +2,8 @@
 
 In: an image that Pillow has opened but not decoded, and the bytes of its file.  Out: a `DecodeCost`.
 
-The constants are rounded up. In `benchmarks/results/decode_cost.md`, decoding took less CPU time than estimated for 93
-of 95 files. A wrong estimate reduces fairness, not safety: the kernel kills a process of
+The constants are rounded up. In `tests/stress/results/decode_cost.md`, decoding took less CPU time than estimated for
+93 of 95 files. A wrong estimate reduces fairness, not safety: the kernel kills a process of
 `app.inference.decode_process` that exceeds its CPU time.
 """
 

@@ -189,15 +189,13 @@ class TrainingQueue(JobQueue[TrainingJob]):
     def required_versions(self, model: str) -> set[int]:
         """Return the versions of a model that waiting jobs use as teachers or initial weights."""
         with self._transaction() as session:
-            recipes = session.scalars(
-                select(JobRow.recipe).where(JobRow.kind == self.kind, JobRow.state.in_(WAITING))
-            ).all()
-        needed = set()
-        for each in recipes:
+            rows = session.scalars(self._select().where(JobRow.state.in_(WAITING))).all()
+        required = set()
+        for row in rows:
             with suppress(RecipeError):  # the recipe is of an earlier release; its job will fail
-                sources = (source.split("/") for source in parse_recipe(each).sources)
-                needed |= {int(version) for name, version in sources if name == model}
-        return needed
+                sources = (source.split("/") for source in parse_recipe(row.recipe).source_versions)
+                required |= {int(version) for name, version in sources if name == model}
+        return required
 
     def succeed(self, job_id: str, published: Publication) -> None:
         """Record the published model. A job that was cancelled too late stays cancelled, but records its model."""
