@@ -147,7 +147,7 @@ def test_a_run_that_went_on_after_it_was_published_is_published_again(tmp_path: 
     words += ["--models", str(tmp_path / "models")]
     assert typed(*words, "epochs=1").exit_code == 0
     assert typed(*words, "epochs=2", "--resume", "--no-publish").exit_code == 0
-    assert "published resnet/2" in said(typed(*words, "--resume"))
+    assert "published resnet-seed/2" in said(typed(*words, "--resume"))
     assert len(Store(tmp_path / "models").card("resnet", 2).curve) == 2
 
 

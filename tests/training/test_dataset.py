@@ -141,7 +141,7 @@ def as_npy(path: Path) -> None:
 def test_a_file_that_is_no_whole_npz_is_an_error_naming_it(damage: Callable[[Path], Any], tmp_path: Path) -> None:
     path = written(tmp_path, arrays())
     damage(path)
-    with pytest.raises(DataError, match=f"{path} is not a readable npz file.*delete the file"):
+    with pytest.raises(DataError, match=f"{path} is not a readable npz file.*delete it"):
         load_dataset(str(tmp_path))
 
 

@@ -232,7 +232,10 @@ def test_a_quantized_form_is_published_if_it_is_as_accurate(
     if accepted:
         engine = OpenVinoEngine(folder / "int8.xml")
         images, labels = torch.from_numpy(dataset.test.images), torch.from_numpy(dataset.test.labels)
-        assert card.int8.test == evaluate(predict(engine.compute_logits, images), labels)
+        result = evaluate(predict(engine.compute_logits, images), labels)
+        assert card.int8.test
+        assert card.int8.test.top1 == result.top1
+        assert card.int8.test.loss == pytest.approx(result.loss, rel=0.01)  # int8 rounds by the CPUs in use
         assert card.files.keys() == {"model.pt", "int8.xml", "int8.bin"}
         assert _first_convolution_reads_int8(folder / "int8.xml") != float_first_layer
     else:
@@ -257,7 +260,7 @@ def test_statistics_are_renewed_unless_the_weights_were_fitted_to_them(
     trained = build(run.recipe()).state_dict()
     run.save({"epoch": 1 if renewed else 3, "data": dataset.fingerprint, "classifier": trained})
     publish(run, dataset, Store(tmp_path / "models"))
-    published = torchscript.load_weights(tmp_path / "models" / "resnet" / "1" / "model.pt")
+    published = torchscript.load_weights(tmp_path / "models" / "resnet-seed" / "1" / "model.pt")
     name = "network.blocks.3.bn.running_mean"
     assert torch.equal(published[name], trained[name]) != renewed
 

@@ -161,9 +161,9 @@ def test_a_recipe_does_not_change() -> None:
         make_recipe("resnet").epochs = 3
 
 
-def test_the_store_keeps_both_forms_of_part_1_under_one_name() -> None:
+def test_each_network_is_a_model_of_its_own_in_the_store() -> None:
     assert {name: each.model for name, each in RECIPES.items()} == {
-        "resnet-seed": "resnet",
+        "resnet-seed": "resnet-seed",
         "resnet": "resnet",
         "resnet18-seed": "resnet18",
         "resnet18": "resnet18",
