@@ -148,7 +148,7 @@ def test_a_run_that_went_on_after_it_was_published_is_published_again(tmp_path: 
     assert typed(*words, "epochs=1").exit_code == 0
     assert typed(*words, "epochs=2", "--resume", "--no-publish").exit_code == 0
     assert "published resnet-seed/2" in said(typed(*words, "--resume"))
-    assert len(Store(tmp_path / "models").card("resnet", 2).curve) == 2
+    assert len(Store(tmp_path / "models").card("resnet-seed", 2).curve) == 2
 
 
 def test_a_folder_in_which_nothing_could_be_trained_is_free_for_another_run(tmp_path: Path) -> None:
