@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = {
     "dataset",
     "evaluate",
+    "files",
     "recipes",
     "resources",
     "run",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from training.dataset import Dataset, Split, hold_out
 from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
+from training.files import sha256
 from training.loop import make_splits, to_device
 from training.networks import Classifier, build
 from training.provenance import collect_provenance
@@ -23,7 +24,7 @@ from training.recipes import Recipe
 from training.run import Publication, Run, State
 from training.runtimes import openvino, selection, torchscript
 from training.runtimes.openvino import OpenVinoEngine
-from training.store import MODEL, EpochSummary, ModelCard, Promotion, QuantizationReport, Store, sha256
+from training.store import MODEL, EpochSummary, ModelCard, Promotion, QuantizationReport, Store
 
 STATISTICS_IMAGES = 5120
 STATISTICS_BATCH = 128

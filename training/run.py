@@ -22,8 +22,9 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from training.files import write_durably
 from training.recipes import Recipe, parse_recipe
-from training.store import Evaluation, sync
+from training.store import Evaluation
 
 State = dict[str, Any]
 Parsed = TypeVar("Parsed")
@@ -151,7 +152,7 @@ class Run:
         if self.recipe_file.exists():
             raise RunError(f"{self.path} contains a run already; give --resume to continue it, or another folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_durably(self.recipe_file, recipe.model_dump_json(indent=2).encode())
+        write_durably(self.recipe_file, recipe.model_dump_json(indent=2).encode())
 
     def discard(self) -> None:
         """Delete the recipe so that the folder is free for another run, unless a checkpoint exists."""
@@ -183,7 +184,7 @@ class Run:
                 f"the run was started for {recipe.epochs} epochs and cannot be shortened to {epochs}; start a new run"
             )
         recipe = parse_recipe(recipe.model_dump() | {"epochs": epochs})
-        _write_durably(self.recipe_file, recipe.model_dump_json(indent=2).encode())
+        write_durably(self.recipe_file, recipe.model_dump_json(indent=2).encode())
         return recipe
 
     def record(self, metrics: dict[str, Any]) -> None:
@@ -217,7 +218,7 @@ class Run:
         for number, metrics in self.numbered_metrics():
             lines[number] = json.dumps(metrics) if metrics["epoch"] <= epoch else ""
         content = "".join(lines.get(number, "") + "\n" for number in range(1, max(lines, default=0) + 1))
-        _write_durably(self.metrics_file, content.encode())
+        write_durably(self.metrics_file, content.encode())
 
     def save(self, state: State) -> None:
         """Replace the checkpoint atomically: after a crash, either the previous or the new one is complete.
@@ -226,7 +227,7 @@ class Run:
         """
         self.announcement_file.unlink(missing_ok=True)
         self.publication_file.unlink(missing_ok=True)
-        _write_durably(self.checkpoint_file, _serialize(state))
+        write_durably(self.checkpoint_file, _serialize(state))
 
     def load(self, fingerprint: str | None = None) -> State:
         """Load the last checkpoint onto the CPU.
@@ -249,7 +250,7 @@ class Run:
 
     def save_teacher_logits(self, logits: Tensor, teacher: str, fingerprint: str) -> None:
         """Save a teacher's logits on the training images of a data set, float [N, classes]."""
-        _write_durably(self.teacher_file, _serialize({"logits": logits, "teacher": teacher, "data": fingerprint}))
+        write_durably(self.teacher_file, _serialize({"logits": logits, "teacher": teacher, "data": fingerprint}))
 
     def teacher_logits(self, teacher: str, fingerprint: str) -> Tensor | None:
         """Return the saved logits of this teacher for this data set, float [N, classes], or None."""
@@ -263,7 +264,7 @@ class Run:
 
     def save_test_logits(self, logits: Tensor, temperature: float) -> None:
         """Save the exported model's calibrated logits on the test set, float32 [N, classes]."""
-        _write_durably(self.logits_file, _serialize({"logits": logits, "temperature": temperature}))
+        write_durably(self.logits_file, _serialize({"logits": logits, "temperature": temperature}))
 
     def test_logits(self) -> tuple[Tensor, float]:
         """Return the calibrated logits of the test set, float32 [N, classes], and the temperature that divided them.
@@ -278,7 +279,7 @@ class Run:
 
     def announce_publication(self, sha256: str) -> None:
         """Record the checksum of the file to be published, so that it can be found in the store after a crash."""
-        _write_durably(self.announcement_file, sha256.encode())
+        write_durably(self.announcement_file, sha256.encode())
 
     def announced_publication(self) -> str | None:
         """Return the checksum of a file whose publication began but was not recorded, or None."""
@@ -286,7 +287,7 @@ class Run:
 
     def record_publication(self, publication: Publication) -> None:
         """Record the model and version under which the run was published."""
-        _write_durably(self.publication_file, publication.model_dump_json(indent=1).encode())
+        write_durably(self.publication_file, publication.model_dump_json(indent=1).encode())
         self.announcement_file.unlink(missing_ok=True)
 
     def publication(self) -> Publication | None:
@@ -368,18 +369,3 @@ def _serialize(value: Any) -> memoryview:
     content = io.BytesIO()
     torch.save(value, content)
     return content.getbuffer()
-
-
-def _write_durably(path: Path, content: bytes | memoryview) -> None:
-    """Write a file atomically and flush it to disk."""
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        partial.unlink(missing_ok=True)  # the error report needs space on a full disk
-        raise
-    partial.replace(path)
-    sync(path.parent)

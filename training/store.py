@@ -8,9 +8,6 @@
 changes by renaming a finished file. A crash at any point leaves a readable store with the old version live.
 """
 
-import fcntl
-import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -23,6 +20,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
+from training.files import lock_folder, sha256, sync, write_durably
 from training.text import quote, shorten
 
 CARD = "card.json"
@@ -314,12 +312,7 @@ class Store:
 
     def _write_live_pointer(self, name: str, version: int) -> None:
         """Replace the pointer to the live version. The caller holds the lock of the model's folder."""
-        model = self._model_folder(name)
-        partial = model / f".{LIVE}"
-        partial.write_text(f"{version}\n")
-        sync(partial)
-        partial.replace(model / LIVE)
-        sync(model)
+        write_durably(self._model_folder(name) / LIVE, f"{version}\n".encode())
 
     def promote_if(self, card: ModelCard, promotion: Promotion) -> bool:
         """Make a version live if the promotion rule allows it.
@@ -387,26 +380,12 @@ class Store:
         return self.root / name
 
 
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder, against other processes and threads that call this function."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _is_abandoned(path: Path) -> bool:
     """Return whether a draft belongs to a killed process: it has not changed for a day."""
     try:
         return time.time() - path.stat().st_mtime > _DRAFT_EXPIRY_S
     except FileNotFoundError:  # its owner has published or removed it
         return False
-
-
-def sha256(path: Path) -> str:
-    """Compute the sha256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _list_versions(model: Path) -> list[int]:
@@ -418,12 +397,3 @@ def _list_versions(model: Path) -> list[int]:
 def _list_numbers(model: Path) -> list[int]:
     """List the version numbers in use, including folders without a card."""
     return sorted(int(path.name) for path in model.iterdir() if path.name.isdecimal())
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to disk with fsync."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,7 @@ from sqlalchemy.types import TypeDecorator
 
 from app.exceptions import Unavailable
 from app.threads import Threads
-from training.store import lock_folder
+from training.files import lock_folder
 from training.text import shorten
 
 log = logging.getLogger(__name__)

@@ -40,7 +40,7 @@ from app.machine import MIB, cpu_affinity, cpu_count, memory_bytes
 from app.server.signals import exit_status, handle_stop_signals
 from app.server.startup import StartupError
 from app.settings import Settings
-from training.store import lock_folder
+from training.files import lock_folder
 
 log = logging.getLogger(__name__)
 

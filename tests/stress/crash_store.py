@@ -28,7 +28,8 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 import numpy as np
 from results import Check, conclude
 
-from training.store import LIVE, MODEL, Evaluation, ModelCard, Store, StoreError, sha256
+from training.files import sha256
+from training.store import LIVE, MODEL, Evaluation, ModelCard, Store, StoreError
 
 NAME = "resnet"
 WRITERS = 2
@@ -147,7 +148,7 @@ def _cleared(model: Path) -> Counter[str]:
     for path in model.glob(".draft-*"):
         found["draft"] += 1
         shutil.rmtree(path)
-    if (pointer := model / f".{LIVE}").exists():
+    if (pointer := model / f"{LIVE}.partial").exists():
         found["live"] += 1
         pointer.unlink()
     return found
