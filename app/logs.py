@@ -4,11 +4,15 @@ A log line is a JSON object with the id of its request, or plain text on a termi
 no query string and no API key.
 """
 
+import asyncio
 import logging
 import sys
+from contextlib import nullcontext
 from contextvars import ContextVar
+from typing import TextIO
 
 from pythonjsonlogger.json import JsonFormatter
+from typing_extensions import override
 
 from app.settings import LogStyle
 
@@ -23,7 +27,7 @@ def configure(style: LogStyle, level: str) -> None:
         style: Log format. "auto" is text on a terminal and JSON elsewhere.
         level: Lowest level to log.
     """
-    handler = logging.StreamHandler()
+    handler = _BatchHandler()
     if style == "json" or (style == "auto" and not sys.stderr.isatty()):
         handler.setFormatter(
             JsonFormatter(
@@ -38,6 +42,40 @@ def configure(style: LogStyle, level: str) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a bad form gets a response, not a log line
+
+
+class _BatchHandler(logging.StreamHandler[TextIO]):
+    """A handler that writes the lines of one iteration of the event loop in one call.
+
+    A write releases the global interpreter lock, which the event loop then waits for while other threads compute.
+    Warnings, and lines from other threads, are written at once. A killed process loses the lines of one iteration.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[str] = []
+        self._flushing_loop: asyncio.AbstractEventLoop | None = None
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.append(self.format(record) + self.terminator)
+            loop = asyncio._get_running_loop() if record.levelno < logging.WARNING else None
+            if loop is None:
+                self.flush()
+            elif loop is not self._flushing_loop:
+                self._flushing_loop = loop
+                loop.call_soon(self.flush)
+        except Exception:
+            self.handleError(record)
+
+    @override
+    def flush(self) -> None:
+        with self.lock or nullcontext():
+            lines, self._lines, self._flushing_loop = self._lines, [], None
+            if lines:
+                self.stream.write("".join(lines))
+            super().flush()
 
 
 def _add_request_id(record: logging.LogRecord) -> bool:

@@ -162,7 +162,7 @@ class Decoders:
         if self._waiting.exceeds_share(client, len(files)):
             raise Unavailable(f"{self.waiting} images are waiting to be decoded already; try again later")
         request = _Request(client, deadline, len(files), charge)
-        pixels = list[NDArray[np.uint8]]()
+        pixels: list[NDArray[np.uint8]] = []
         self._waiting.add(client, len(files))
         try:
             for name, file in files:
@@ -176,7 +176,7 @@ class Decoders:
                 self._waiting.remove(client, 1)
         finally:
             self._waiting.remove(client, request.left)
-        return np.stack(pixels)
+        return np.array(pixels)  # much faster than np.stack for one image
 
     async def _decode(self, request: _Request, file: BinaryIO) -> NDArray[np.uint8]:
         limits = self._settings.max_image_bytes, self._settings.max_image_pixels

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar, cast
 
 from app.inference.decode_cost import DecodeCost
@@ -82,9 +83,14 @@ class FairThreads:
 
     def __init__(self, count: int, memory_bytes: int, name: str, niceness: int = 0):
         self._queue = FairQueue[_Task](memory_bytes)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # A thread waits for a ticket, then takes the next turn. There is one ticket per added turn. SimpleQueue wakes a
+        # thread at a lower cost than threading.Condition: 0.34 instead of 0.38 ms of system time per photo.
+        self._tickets = SimpleQueue[None]()
         self._is_closed = False
+        self._unused_tickets = 0  # the next turn needed more memory than was free
         self._niceness = niceness if sys.platform == "linux" else 0
+        self._count = count
         for number in range(count):
             threading.Thread(target=self._serve, name=f"{name}_{number}", daemon=True).start()
 
@@ -105,9 +111,9 @@ class FairThreads:
             raise TimeoutError
         loop = asyncio.get_running_loop()
         task = _Task(work, loop.create_future())
-        with self._changed:
+        with self._lock:
             turn = self._queue.add(client, cost, task)
-            self._changed.notify()
+        self._tickets.put(None)
         timer = loop.call_later(timeout_s, self._expire, turn)
         try:
             return cast(Value, await task.result)
@@ -119,38 +125,43 @@ class FairThreads:
 
     def close(self) -> None:
         """Let the threads end. Waiting work is dropped; running work is finished."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
+        self._is_closed = True
+        for _ in range(self._count):
+            self._tickets.put(None)
 
     def _expire(self, turn: Turn[_Task]) -> None:
         if self._discard(turn) and not turn.work.result.done():
             turn.work.result.set_exception(TimeoutError())
 
     def _discard(self, turn: Turn[_Task]) -> bool:
-        with self._changed:
-            if self._queue.discard(turn):
-                self._changed.notify()  # the turn behind it may need less memory
-                return True
-            return False
+        with self._lock:
+            if not self._queue.discard(turn):
+                return False
+            self._reissue_tickets()  # the turn behind it may need less memory
+            return True
 
     def _serve(self) -> None:
         if self._niceness:
             os.nice(self._niceness)
-        turn = self._next()
-        while turn:
+        while True:
+            self._tickets.get()
+            if self._is_closed:
+                return
+            with self._lock:
+                turn = self._queue.next()
+                if turn is None:
+                    self._unused_tickets += 1
+                    continue
             spent_s = turn.work.run()
-            turn = self._next(turn, spent_s)
+            with self._lock:
+                self._queue.finish(turn, spent_s)
+                self._reissue_tickets()  # the finished turn has freed memory
 
-    def _next(self, finished: Turn[_Task] | None = None, spent_s: float = 0.0) -> Turn[_Task] | None:
-        """End a turn and wait for the next one. Returns None when the pool is closed."""
-        with self._changed:
-            if finished:
-                self._queue.finish(finished, spent_s)
-            while not self._is_closed:
-                if turn := self._queue.next():
-                    if finished and self._queue:
-                        self._changed.notify()  # the finished turn has freed memory
-                    return turn
-                self._changed.wait()
-            return None
+    def _reissue_tickets(self) -> None:
+        """Let threads look for a turn again. The caller holds the lock."""
+        if not self._queue:
+            self._unused_tickets = 0
+        count = min(self._unused_tickets, self._count)
+        self._unused_tickets -= count
+        for _ in range(count):
+            self._tickets.put(None)

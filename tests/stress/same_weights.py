@@ -52,7 +52,14 @@ def main(old: str, only: str) -> int:
         codes = [_check_out(commit, Path(scratch, name)) for name, commit in (("old", old), ("new", new))]
         store = Path(scratch, "models")
         try:
-            run(codes[0], "resnet epochs=1 validation_images=80", "--models", str(store), "--run", str(store.with_name("teacher")))
+            run(
+                codes[0],
+                "resnet epochs=1 validation_images=80",
+                "--models",
+                str(store),
+                "--run",
+                str(store.with_name("teacher")),
+            )
             for number, variant in enumerate(variants):
                 before, after = (
                     train(code, variant, store, store.with_name(f"{code.name}-{number}")) for code in codes
