@@ -35,6 +35,7 @@ from training.store import ModelCard
 from training.text import quote
 
 _UNKNOWN_TYPES = ("", URLENCODED)  # clients send these for bodies of any kind
+_BINARY_TYPES = ("application/octet-stream", "binary/octet-stream")
 _HOW_TO_SEND = "send multipart/form-data with a field 'file', or an image as the body with its image/* type"
 _EXAMPLE = "curl -F file=@photo.jpg"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -195,7 +196,7 @@ async def _read_images(request: Request, settings: Settings) -> AsyncIterator[tu
     if content_type == MULTIPART:
         async with read_form(request, min(settings.max_images, settings.max_batch), _EXAMPLE) as form:
             yield [(upload.filename, upload.file) for upload in form.files], form.fields
-    elif content_type.startswith("image/") or content_type in ("application/octet-stream", *_UNKNOWN_TYPES):
+    elif content_type.startswith("image/") or content_type in (*_BINARY_TYPES, *_UNKNOWN_TYPES):
         content = bytearray()
         async for chunk in request.stream():
             if len(content) <= settings.max_image_bytes:  # read the rest, so that the client gets the response

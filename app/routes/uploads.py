@@ -36,6 +36,7 @@ _PARSER_FAULTS = {
     "Boundary length": "its boundary is longer than 256 bytes",
     "Maximum header size": f"a header of a part is longer than {DEFAULT_MAX_HEADER_SIZE:,} bytes or lacks its CRLF",
     "Maximum header count": f"a part has more than {DEFAULT_MAX_HEADER_COUNT} headers",
+    '"name" must be provided': "the Content-Disposition of a part has no name",
     " header": "a header of a part is not a line 'Name: value' that ends with CRLF",
     "boundary": "it does not begin with the boundary {boundary} as a line that ends with CRLF",
 }
@@ -191,7 +192,8 @@ class _FormParser(MultiPartParser):
         except MultiPartException as error:
             raise MalformedBody(f"the form cannot be read: {self._describe(error)}") from error
         if not self._is_complete:
-            await form.close()
+            for file in self._files_to_close_on_error:  # the form lacks the file of a part that has not ended
+                file.close()
             raise MalformedBody(
                 f"the form ends before its closing boundary {self._quoted_boundary('--')}; send it again"
             )
