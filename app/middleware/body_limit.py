@@ -51,14 +51,14 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers = dict(scope["headers"])
         limit = self.limits.get(scope["path"], _OTHER_BYTES)
-        declared = headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > limit:
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > limit:
             await _too_large(limit)(scope, receive, send)
             return
-        is_empty = declared == "0" and "transfer-encoding" not in headers
-        codings = [] if is_empty else _codings(headers)
+        is_empty = declared == b"0" and b"transfer-encoding" not in headers
+        codings = _codings(scope) if b"content-encoding" in headers and not is_empty else []
         if codings not in ([], ["gzip"], ["x-gzip"]):
             await _unsupported(codings)(scope, receive, send)
             return
@@ -174,9 +174,9 @@ class _LimitedBody:
         self._pending.remove(self._client, self._pending_bytes)
 
 
-def _codings(headers: Headers) -> list[str]:
+def _codings(scope: Scope) -> list[str]:
     """Return the content codings of a body except `identity`, in the order in which they were applied."""
-    names = ",".join(headers.getlist("content-encoding")).lower().split(",")
+    names = ",".join(Headers(scope=scope).getlist("content-encoding")).lower().split(",")
     return [name.strip() for name in names if name.strip() not in ("", "identity")]
 
 

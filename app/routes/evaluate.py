@@ -88,12 +88,15 @@ async def evaluate(
     """
     content_type = media_type(request)
     if content_type == MULTIPART:
-        async with read_form(request, 1, _EXAMPLE) as form:
+        form = await read_form(request, 1, _EXAMPLE)
+        try:
             query = parse_parameters(EvaluateQuery, request.scope["query_string"], form.fields)
             if unused := query.model_fields_set & {"split", "limit"}:
                 raise BadRequest(f"{' and '.join(sorted(unused))} apply to the data set only; a zip is measured whole")
             model = await services.pool.get(query.model, query.version, patient=True)
             job = await services.evaluations.submit(model, "zip", None, form.files[0].file)
+        finally:
+            await form.close()
     elif content_type not in ("", URLENCODED) or await has_body(request):
         raise UnsupportedMediaType(
             f"the content type {quote(content_type or '(none)')} is not supported; send a zip as multipart/form-data: "

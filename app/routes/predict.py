@@ -194,8 +194,11 @@ async def _read_images(request: Request, settings: Settings) -> AsyncIterator[tu
     """
     content_type = media_type(request)
     if content_type == MULTIPART:
-        async with read_form(request, min(settings.max_images, settings.max_batch), _EXAMPLE) as form:
+        form = await read_form(request, min(settings.max_images, settings.max_batch), _EXAMPLE)
+        try:
             yield [(upload.filename, upload.file) for upload in form.files], form.fields
+        finally:
+            await form.close()
     elif content_type.startswith("image/") or content_type in (*_BINARY_TYPES, *_UNKNOWN_TYPES):
         content = bytearray()
         async for chunk in request.stream():

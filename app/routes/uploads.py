@@ -1,8 +1,7 @@
 """Read the media type and the multipart form of a request, as browsers and other HTTP clients send it."""
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from email.message import Message
 from email.utils import collapse_rfc2231_value
@@ -28,7 +27,8 @@ URLENCODED = "application/x-www-form-urlencoded"
 _FILE = "file"
 _MAX_FIELDS = 8
 _MAX_TEXT = 64  # first bytes of a file part without a file name that are looked at
-_PLAIN_ENCODINGS = ("", "7bit", "8bit", "binary")
+_ENCODING_HEADERS = (b"content-transfer-encoding", b"content-encoding")
+_PLAIN_ENCODINGS = (b"", b"7bit", b"8bit", b"binary", b"identity")
 
 # Parts of messages of the parsers, and the faults of the form that they stand for.
 _PARSER_FAULTS = {
@@ -48,6 +48,11 @@ class Form:
 
     files: list[UploadFile]
     fields: list[tuple[str, str]]
+
+    async def close(self) -> None:
+        """Close the files."""
+        for upload in self.files:
+            await upload.close()
 
 
 def media_type(request: Request) -> str:
@@ -75,9 +80,8 @@ def form_schema(file: dict[str, Any], parameters: type[BaseModel]) -> dict[str, 
     return {"type": "object", "required": [_FILE], "properties": properties}
 
 
-@asynccontextmanager
-async def read_form(request: Request, max_files: int, example: str) -> AsyncIterator[Form]:
-    """Parse a multipart form. Its files are closed at the end of the context.
+async def read_form(request: Request, max_files: int, example: str) -> Form:
+    """Parse a multipart form. The caller closes it.
 
     Files above Starlette's spool size are in the temporary folder.
 
@@ -94,9 +98,10 @@ async def read_form(request: Request, max_files: int, example: str) -> AsyncIter
     """
     form = await _parse(request, max_files)
     try:
-        yield _split(form, example)
-    finally:
+        return _split(form, example)
+    except BaseException:
         await form.close()
+        raise
 
 
 async def _parse(request: Request, max_files: int) -> FormData:
@@ -143,11 +148,11 @@ def _check_file(upload: UploadFile, example: str) -> None:
             raise BadRequest(
                 f"the form has the text {quote(text)} in the field 'file'; send the file itself: {example}"
             )
-    for header in ("content-transfer-encoding", "content-encoding"):
-        encoding = upload.headers.get(header, "").strip().lower()
-        if encoding not in (*_PLAIN_ENCODINGS, "identity"):
+    for header, value in upload.headers.raw:
+        if header in _ENCODING_HEADERS and (encoding := value.strip().lower()) not in _PLAIN_ENCODINGS:
+            name, coding = header.title().decode(), quote(encoding.decode("latin-1"))
             raise UnsupportedMediaType(
-                f"the {header.title()} {quote(encoding)} of a file in a form is not supported; send its bytes unchanged"
+                f"the {name} {coding} of a file in a form is not supported; send its bytes unchanged"
             )
 
 

@@ -27,8 +27,11 @@ def read(body: bytes, content_type: str = MULTIPART["Content-Type"], size: int =
 
     async def parse() -> list[Any]:
         request = Request({"type": "http", "headers": [(b"content-type", content_type.encode())]}, receive)
-        async with read_form(request, 3, "curl -F file=@a.png") as form:
+        form = await read_form(request, 3, "curl -F file=@a.png")
+        try:
             return [*((upload.filename, upload.file.read()) for upload in form.files), *form.fields]
+        finally:
+            await form.close()
 
     return asyncio.run(parse())
 
@@ -154,8 +157,8 @@ def test_encoded_part_is_named(header: bytes) -> None:
 def test_the_files_of_a_refused_form_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     files = list[SpooledTemporaryFile[bytes]]()
 
-    def note(**arguments: int) -> SpooledTemporaryFile[bytes]:
-        file = SpooledTemporaryFile(**arguments)  # noqa: SIM115
+    def note(max_size: int) -> SpooledTemporaryFile[bytes]:
+        file = SpooledTemporaryFile[bytes](max_size)
         files.append(file)
         return file
 
