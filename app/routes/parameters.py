@@ -1,4 +1,4 @@
-"""Parse parameters strictly: unknown names and conflicting values are errors that say what to change.
+"""Parse parameters strictly: unknown names and conflicting values are errors with a suggestion.
 
     query, form fields --parse_parameters--> model of the route
     query, JSON body   --StrictRoute-->      arguments of the endpoint
@@ -84,7 +84,7 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _explain(fault: dict[str, Any], fields: Collection[str]) -> dict[str, Any]:
-    """Add what to change to a fault of FastAPI."""
+    """Make the message of a fault more specific."""
     match fault:
         case {"type": "extra_forbidden", "loc": ("body", str(name))}:
             return {**fault, "msg": f"there is no such field; {suggest(name, fields)}"}

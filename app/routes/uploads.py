@@ -160,7 +160,7 @@ class _FormParser(MultiPartParser):
     """Starlette's parser with three additions.
 
     A part with `filename*` (RFC 5987) is a file, and so is every part named `file`. A form that ends before its closing
-    boundary is refused. The errors name what is wrong with the form.
+    boundary is refused. The errors name the fault of the form.
     """
 
     _is_complete = False

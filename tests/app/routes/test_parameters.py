@@ -1,4 +1,4 @@
-"""Test that parameters are never ignored: unknown names, and names with two values, are 422 and say what to change."""
+"""Test that parameters are never ignored: unknown names, and names with two values, are 422 with a suggestion."""
 
 import re
 from collections.abc import Iterator

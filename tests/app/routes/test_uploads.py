@@ -1,4 +1,4 @@
-"""Test which multipart forms are read, and that the errors of the others name what is wrong."""
+"""Test that multipart forms of all clients are read, and that the errors of malformed forms name the fault."""
 
 import asyncio
 from contextlib import suppress
