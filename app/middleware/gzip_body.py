@@ -9,7 +9,7 @@ from app.exceptions import MalformedBody, TooLarge
 from app.machine import MIB
 
 PIECE = 64 << 10
-"""Largest number of bytes that one call decodes. It takes about 0.1 ms."""
+"""Largest number of bytes that one call decodes, so that a call is short."""
 
 _INPUT = 16 << 10
 _MAX_MEMBERS = 100  # each takes a new decoder

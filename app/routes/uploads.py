@@ -77,7 +77,7 @@ def form_schema(file: dict[str, Any], parameters: type[BaseModel]) -> dict[str, 
         parameters: Parameters of the route, which may be text fields of the form.
     """
     properties = {_FILE: file, **parameters.model_json_schema()["properties"]}
-    return {"type": "object", "required": [_FILE], "properties": properties}
+    return {"type": "object", "required": [_FILE], "properties": properties, "additionalProperties": False}
 
 
 async def read_form(request: Request, max_files: int, example: str) -> Form:

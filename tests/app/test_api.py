@@ -49,6 +49,7 @@ def client(models: Path, tmp_path: Path) -> Iterator[TestClient]:
         max_image_bytes=20_000,
         max_image_pixels=10_000,
         max_archive_images=100,
+        deadline_s=600,  # a busy machine may load a version slowly
     )
     with local(create_app(settings)) as client:
         yield client
