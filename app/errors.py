@@ -94,7 +94,10 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
         case Problem():
             return problem_response(error.status, error.detail, error.headers)
         case HTTPException():
-            return problem_response(error.status_code, error.detail, dict(error.headers or {}))
+            headers, detail = dict(error.headers or {}), error.detail
+            if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and "Allow" in headers:
+                detail = f"{request.method} is not supported here; use {headers['Allow']}"
+            return problem_response(error.status_code, detail, headers)
         case RequestValidationError():
             found = error.errors()
             faults = [

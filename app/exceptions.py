@@ -2,6 +2,7 @@
 
 This module imports only the standard library, so that the process that decodes costly images starts quickly.
 
+body    --uploads-->          files    MalformedBody 400, UnsupportedMediaType 415
 image   --images.decode-->    pixels   UnsupportedImage 415, DamagedImage 422, TooLarge 413
 request --decoding, batching--> logits Unavailable 503
 name    --pool, store-->      model    NotFound 404, Unavailable 503
@@ -27,6 +28,12 @@ class Problem(Exception):
         super().__init__(detail)
         self.detail = detail
         self.headers = dict(self.default_headers)
+
+
+class MalformedBody(Problem):
+    """The body does not have the form that its Content-Type or Content-Encoding names."""
+
+    status = HTTPStatus.BAD_REQUEST
 
 
 class UnsupportedMediaType(Problem):

@@ -40,19 +40,36 @@ def evaluate(logits: Tensor, labels: Tensor) -> Evaluation:
         logits: float [N, classes].
         labels: int64 [N].
     """
-    classes = logits.shape[1]
-    ranked = logits.topk(min(5, classes)).indices
-    correct = ranked == labels[:, None]
-    correct_per_class = torch.bincount(labels[correct[:, 0]], minlength=classes)
-    images_per_class = torch.bincount(labels, minlength=classes)
+    correct = _top5(logits) == labels[:, None]
+    confusion = count_confusion(logits, labels).tolist()
     return Evaluation(
         images=len(labels),
         top1=correct[:, 0].double().mean().item(),
         top5=correct.any(1).double().mean().item(),
         loss=F.cross_entropy(logits.double(), labels).item(),
         ece=expected_calibration_error(logits, labels),
-        per_class=(correct_per_class / images_per_class.clamp(min=1)).tolist(),
+        per_class=[row[label] / images if (images := sum(row)) else None for label, row in enumerate(confusion)],
     )
+
+
+def count_confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """Count the images of each true and predicted class.
+
+    Args:
+        logits: float [N, classes].
+        labels: int64 [N].
+
+    Returns:
+        int64 [classes, classes]. Rows are true classes, columns are predicted classes.
+    """
+    classes = logits.shape[1]
+    pairs = labels * classes + _top5(logits)[:, 0]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def _top5(logits: Tensor) -> Tensor:
+    """Return the five most probable classes of each image, best first: int64 [N, 5], or [N, classes] if fewer."""
+    return logits.topk(min(5, logits.shape[1])).indices
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Tick:
     not with those of the partners."""
     images_per_s: float
     remaining_s: float
-    """Estimated seconds until the end of the run."""
+    """Estimated seconds until the end of the run, including the evaluations and the export. Above 0."""
     event: str = "tick"
 
 
@@ -77,7 +77,7 @@ class Epoch:
     seconds: float
     """Wall time of the epoch, including its evaluation."""
     remaining_s: float
-    """Estimated seconds until the end of the run."""
+    """Estimated seconds until the end of the run, including the export. Above 0."""
     event: str = "epoch"
 
 
@@ -130,8 +130,11 @@ def train(
             step.begin_phase((yield from record_reports(phase, run)))
         started = time.perf_counter()
         tick = yield from train_epoch(step, epoch, run)
+        trained = time.perf_counter()
         weights, measures = evaluate_epoch(step, tick, torch.from_numpy(evaluation.labels))
-        result = _summarize(tick, step.learning_rate, evaluated_split, measures, time.perf_counter() - started)
+        finished_at = time.perf_counter()
+        times = finished_at - started, finished_at - trained
+        result = _summarize(tick, step.learning_rate, evaluated_split, measures, *times)
         # Metrics are recorded before the checkpoint is saved. After a crash in between, the resumed run drops the line
         # and repeats the epoch.
         run.record(asdict(result))
@@ -179,12 +182,27 @@ def train_epoch(step: TrainStep, epoch: int, run: Run) -> Generator[Tick, None, 
             loss=loss,
             accuracy=step.correct.item() / seen,
             images_per_s=seen / seconds,
-            remaining_s=seconds / number * (steps * (recipe.total_epochs - epoch + 1) - number),
+            remaining_s=seconds / seen * _remaining_images(step, epoch, seen),
         )
         _require_finite(loss, tick, step.learning_rate)
         run.record(asdict(tick))
         yield tick
     return tick
+
+
+def _remaining_images(step: TrainStep, epoch: int, seen: int) -> float:
+    """Return the work until the end of a run, as a number of training images.
+
+    The evaluation of an image is a forward pass, which takes about a third of a training step. The export is counted as
+    one more evaluation.
+
+    Args:
+        step: Optimization step of the run.
+        epoch: Number of the epoch, counted from 1.
+        seen: Images trained on in this epoch.
+    """
+    epochs = step.recipe.total_epochs - epoch + 1
+    return epochs * len(step.labels) - seen + (epochs + 1) * len(step.phase.evaluation) / 3
 
 
 def evaluate_epoch(step: TrainStep, tick: Tick, labels: Tensor) -> tuple[dict[str, Tensor], Evaluation]:
@@ -260,7 +278,8 @@ def _require_finite(loss: float, tick: Tick, rate: float) -> None:
     )
 
 
-def _summarize(tick: Tick, rate: float, split: str, measures: Evaluation, seconds: float) -> Epoch:
+def _summarize(tick: Tick, rate: float, split: str, measures: Evaluation, seconds: float, evaluation_s: float) -> Epoch:
+    """Return the result of an epoch. The export after the last epoch is estimated to take as long as an evaluation."""
     return Epoch(
         epoch=tick.epoch,
         epochs=tick.epochs,
@@ -273,7 +292,7 @@ def _summarize(tick: Tick, rate: float, split: str, measures: Evaluation, second
         top5=measures.top5,
         images_per_s=tick.images_per_s,
         seconds=seconds,
-        remaining_s=seconds * (tick.epochs - tick.epoch),
+        remaining_s=seconds * (tick.epochs - tick.epoch) + evaluation_s,
     )
 
 

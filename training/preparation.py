@@ -21,8 +21,9 @@ class Preparation:
     images: int
     """Images to process in total."""
     images_per_s: float = 0.0
-    remaining_s: float = 0.0
-    """Estimated seconds until the end of the preparation, not of the run."""
+    remaining_s: float | None = None
+    """Estimated seconds until the end of the preparation, not of the run. None before the first image and after the
+    last one."""
     epoch: int = 0
     """Always 0: a preparation runs before the first epoch."""
     event: str = "preparation"
@@ -50,7 +51,8 @@ class ProgressCounter:
             return None
         self._ticked = now
         seconds = (now - self._started) / self.done
-        return Preparation(self.message, self.done, self.images, 1 / seconds, seconds * (self.images - self.done))
+        remaining_s = seconds * (self.images - self.done) or None
+        return Preparation(self.message, self.done, self.images, 1 / seconds, remaining_s)
 
 
 def record_reports(

@@ -46,7 +46,9 @@ def _format_line(event: Event) -> str:
 
 
 def _format_measures(event: Preparation | Tick) -> str:
-    pace = f"{event.images_per_s:.0f} images/s  {_format_remaining(event.remaining_s)}"
+    pace = f"{event.images_per_s:.0f} images/s"
+    if event.remaining_s is not None:
+        pace += f"  {_format_remaining(event.remaining_s)}"
     return pace if isinstance(event, Preparation) else f"loss {event.loss:.3f}  accuracy {event.accuracy:.2%}  {pace}"
 
 

@@ -6,12 +6,11 @@ Output: a `Recipe`, or a `RecipeError` that names the wrong field and its accept
 
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from training.text import MAX_QUOTED, quote, shorten
+from training.text import MAX_QUOTED, quote, shorten, suggest
 
 Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4", "fc"]
 ALL_STAGES: tuple[Stage, ...] = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
@@ -354,9 +353,7 @@ def override(base: Recipe, overrides: dict[str, Any]) -> Recipe:
     known = [field for field in Recipe.model_fields if field != "name"]
     for field in overrides:
         if field not in known:
-            near = get_close_matches(field[:MAX_QUOTED], known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
-            raise RecipeError(f"a recipe has no field {quote(field)}; {hint}")
+            raise RecipeError(f"a recipe has no field {quote(field)}; {suggest(field, known)}")
     return parse_recipe(base.model_dump() | overrides)
 
 

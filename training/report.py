@@ -129,7 +129,7 @@ def plot_reliability(logits: Tensor, labels: Tensor, temperature: float) -> Figu
 
 def plot_class_accuracy(logits: Tensor, labels: Tensor, dataset: Dataset) -> Figure:
     """Plot the top-1 accuracy of every class, from the best to the worst."""
-    accuracy = np.array(evaluate(logits, labels).per_class)
+    accuracy = np.array(evaluate(logits, labels).per_class, float)  # a class without images is NaN and has no bar
     order = np.argsort(-accuracy, kind="stable")
     figure = Figure((9, 9), layout="constrained")
     columns = np.array_split(order, 2)

@@ -48,8 +48,8 @@ class Evaluation(BaseModel):
     """Mean cross-entropy in nats."""
     ece: Rate
     """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, arXiv:1706.04599)."""
-    per_class: list[Rate]
-    """Top-1 accuracy of each class; 0 for a class without images in the split."""
+    per_class: list[Rate | None]
+    """Top-1 accuracy of each class; None for a class without images in the split."""
 
 
 class QuantizationReport(BaseModel):
@@ -207,6 +207,18 @@ class Store:
             raise StoreError(f"{path} is the card of {card.name} version {card.version}")
         return card
 
+    def locate(self, card: ModelCard) -> Path:
+        """Return the folder of a version that has all files of its card.
+
+        Raises:
+            StoreError: The folder or a file is missing.
+        """
+        folder = self.folder(card.name, card.version)
+        for file in card.files:
+            if Path(file).name != file or not (folder / file).is_file():
+                raise StoreError(f"{folder / file} is missing; restore it, or publish the model again")
+        return folder
+
     def verify(self, card: ModelCard) -> Path:
         """Check every file of a version against its card.
 
@@ -216,13 +228,10 @@ class Store:
         Raises:
             StoreError: A file is missing, its sha256 differs, or the folder has a file that the card does not list.
         """
-        folder = self.folder(card.name, card.version)
+        folder = self.locate(card)
         for file, expected in card.files.items():
-            path = folder / file
-            if Path(file).name != file or not path.is_file():
-                raise StoreError(f"{path} is missing; restore it, or publish the model again")
-            if sha256(path) != expected:
-                raise StoreError(f"{path} is damaged: its sha256 differs from the one in {CARD}")
+            if sha256(folder / file) != expected:
+                raise StoreError(f"{folder / file} is damaged: its sha256 differs from the one in {CARD}")
         for path in folder.iterdir():
             if path.name not in (CARD, *card.files) and not path.name.startswith("."):
                 raise StoreError(f"{path} does not belong to this version: {CARD} does not list it; remove it")

@@ -32,7 +32,8 @@ class LoadShedder:
         """Return True if a request is a prediction that must be refused.
 
         Call this in the event loop, once per request. Most accepted requests reach the queue in the next iteration of
-        the loop. Until then they count as queued.
+        the loop. Until then they count as queued. A form that names its model in a text field counts for the default
+        model, because its body is not known yet.
 
         Args:
             url: Path and query of the request.

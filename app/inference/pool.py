@@ -25,7 +25,7 @@ from app.settings import Settings
 from app.threads import Threads
 from training.runtimes import selection
 from training.runtimes.engine import Engine, example_images
-from training.store import CARD, MODEL, ModelCard, Store, StoreError
+from training.store import CARD, LIVE, MODEL, ModelCard, Store, StoreError
 from training.text import quote
 
 log = logging.getLogger(__name__)
@@ -131,11 +131,13 @@ class ModelPool:
         """Load every live version of the store that is not in memory yet."""
         async with self._refreshing:
             names = await self._threads.run(self.store.names)
-            for name in names:
+            for name in sorted({*names, *self._live}):
                 try:
                     version = await self._threads.run(self.store.live, name)
                     current = self._live.get(name)
                     if version is None or (current and current.card.version == version):
+                        if current:
+                            await self._threads.run(self._require_stored, current.card, version)
                         self.errors.pop(name, None)
                         continue
                     model = self._others.pop((name, version), None)  # an earlier request may have loaded it
@@ -155,6 +157,19 @@ class ModelPool:
                         self.errors[name] = str(error)
                         if name not in self._live:
                             await self._threads.run(self._fall_back, name)
+
+    def _require_stored(self, card: ModelCard, live: int | None) -> None:
+        """Check that the store still has a version that is served from memory.
+
+        Raises:
+            StoreError: The version's folder, one of its files or the live pointer is missing.
+        """
+        try:
+            self.store.locate(card)
+            if live is None:
+                raise StoreError(f"{self.store.root / card.name / LIVE} is missing; promote a version")
+        except StoreError as error:
+            raise StoreError(f"version {card.version} is served from memory until the next start: {error}") from None
 
     def _fall_back(self, name: str) -> None:
         """Serve the latest version that loads, because the live version does not."""

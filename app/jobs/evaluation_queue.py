@@ -22,6 +22,20 @@ MAX_UNFINISHED = 8
 _KEPT = 100  # finished evaluations that stay available
 
 
+class EvaluationResult(Evaluation):
+    """The measures of an evaluation job, with the figures of each class in the order of `classes`.
+
+    Results of earlier releases have only the fields of `Evaluation`, and 0 in `per_class` for a class without images.
+    """
+
+    classes: list[str] | None = None
+    """Names of the classes of the model."""
+    images_per_class: list[int] | None = None
+    """Number of images of each class."""
+    confusion: list[list[int]] | None = None
+    """Number of images by true class (row) and predicted class (column). Lists of jobs leave it out."""
+
+
 class EvaluationRequest(BaseModel):
     """A request to evaluate a model version."""
 
@@ -50,7 +64,7 @@ class EvaluationJob(BaseModel):
     finished: datetime | None = None
     done: int = 0
     """Number of images computed so far."""
-    result: Evaluation | None = None
+    result: EvaluationResult | None = None
     error: str | None = None
 
 
@@ -99,10 +113,14 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
             raise Unavailable(f"{count} evaluations are waiting or running; try again later")
 
     def newest(self, limit: int) -> list[EvaluationJob]:
-        """Return the latest `limit` jobs, newest first."""
+        """Return the latest `limit` jobs, newest first, without their confusion matrices."""
         with self._transaction() as session:
             rows = session.scalars(self._select().order_by(JobRow.sequence.desc()).limit(limit)).all()
-        return [self._view(row) for row in rows]
+        jobs = [self._view(row) for row in rows]
+        for job in jobs:
+            if job.result:
+                job.result.confusion = None
+        return jobs
 
     def unfinished(self) -> list[str]:
         """Return the ids of all jobs that wait or run, oldest first."""
@@ -128,7 +146,7 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
             row.started = row.started or datetime.now(UTC)
         return EvaluationRequest.model_validate(row.request)
 
-    def succeed(self, job_id: str, engine: str, result: Evaluation) -> None:
+    def succeed(self, job_id: str, engine: str, result: EvaluationResult) -> None:
         """Record the measures of a job and the engine that computed them."""
         with self._transaction(WRITES) as session:
             row = self._row(session, job_id)
@@ -151,7 +169,7 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
 
     def _view(self, row: JobRow) -> EvaluationJob:
         request = EvaluationRequest.model_validate(row.request)
-        result = Evaluation.model_validate(row.result) if row.result else None
+        result = EvaluationResult.model_validate(row.result) if row.result else None
         progress = list(self.run_folder(row.id).metrics())
         done = progress[-1]["done"] if progress else result.images if result else 0
         return EvaluationJob(

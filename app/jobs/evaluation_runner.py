@@ -19,18 +19,18 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from app.errors import describe_shortage
 from app.exceptions import Problem, Unavailable
 from app.inference.pool import Model, ModelPool
-from app.jobs.evaluation_queue import EvaluationJob, EvaluationQueue, EvaluationRequest
+from app.jobs.evaluation_queue import EvaluationJob, EvaluationQueue, EvaluationRequest, EvaluationResult
 from app.jobs.labeled_images import LabeledImages, read_split, read_zip
 from app.jobs.queue import State, new_job_id
 from app.settings import Settings
 from app.threads import Threads
-from training.evaluate import evaluate
+from training.evaluate import count_confusion, evaluate
 from training.run import Run, RunBusy
-from training.store import Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ class EvaluationRunner:
             _delete_zip(self._queue.run_folder(job_id))
             self._queue.prune()
 
-    async def _measure(self, job_id: str, request: EvaluationRequest, model: Model) -> Evaluation:
+    async def _measure(self, job_id: str, request: EvaluationRequest, model: Model) -> EvaluationResult:
         run, stop_event = self._queue.run_folder(job_id), threading.Event()
         read = self._reader(request, run.path / ZIP, model.card.classes)
         done = 0
@@ -255,8 +255,8 @@ class EvaluationRunner:
                 recording.cancel()
             with suppress(OSError):
                 await self._threads.run(run.record, {"event": "tick", "done": done, "images": done})
-            all_logits = torch.from_numpy(np.concatenate(logits))
-            return await self._threads.run(evaluate, all_logits, torch.from_numpy(labeled.labels))
+            all_logits, labels = torch.from_numpy(np.concatenate(logits)), torch.from_numpy(labeled.labels)
+            return await self._threads.run(_compute_result, all_logits, labels, model.card.classes)
         finally:
             stop_event.set()
 
@@ -280,6 +280,17 @@ async def _compute_logits(model: Model, images: NDArray[np.uint8]) -> NDArray[np
             return (await model.batcher.run(images)).logits
         except Unavailable:  # the queue is full; predictions have priority
             await asyncio.sleep(_BUSY_S)
+
+
+def _compute_result(logits: Tensor, labels: Tensor, classes: list[str]) -> EvaluationResult:
+    """Compute the measures from logits float32 [N, classes] and labels int64 [N]."""
+    confusion = count_confusion(logits, labels)
+    return EvaluationResult(
+        **evaluate(logits, labels).model_dump(),
+        classes=classes,
+        images_per_class=confusion.sum(1).tolist(),
+        confusion=confusion.tolist(),
+    )
 
 
 def _delete_zip(run: Run) -> None:

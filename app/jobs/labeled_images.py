@@ -38,6 +38,10 @@ _ENTRY_HEADER = struct.Struct("<26x2H")  # precedes an entry's data; ends with t
 _HEADER_SIGNATURE = b"PK\x03\x04"
 _ENTRY_SIGNATURE = b"PK\x01\x02"  # begins every entry of a zip's directory
 
+# In lower case. Names that begin with a dot, such as .DS_Store, are hidden files and are skipped as well.
+_SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
+_SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information"}
+
 
 class LabeledImages(BaseModel, arbitrary_types_allowed=True):
     """Labeled images: uint8 [N, 3, 32, 32], with class ids int64 [N]."""
@@ -107,7 +111,7 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], stop_event:
             for entry in entries:
                 if stop_event.is_set():
                     raise Unavailable("the evaluation was stopped")
-                folder = entry.filename.split("/")[-2] if "/" in entry.filename else ""
+                folder = ["", *_parts(entry)][-2]
                 if _folder_name(folder) not in ids:
                     raise BadRequest(
                         f"{quote(entry.filename)}: the folder {quote(folder)} is not a class; "
@@ -176,9 +180,16 @@ def _require_apart(file: BinaryIO, archive: zipfile.ZipFile) -> None:
         end, following = entry.header_offset, name
 
 
+def _parts(entry: zipfile.ZipInfo) -> list[str]:
+    """Return the folders and the name of an entry. Some programs for Windows separate them with backslashes."""
+    return entry.filename.replace("\\", "/").split("/")
+
+
 def _is_ignored(entry: zipfile.ZipInfo) -> bool:
-    """Return True for folders and for the metadata files of macOS."""
-    return entry.is_dir() or entry.filename.startswith("__MACOSX/") or entry.filename.endswith(".DS_Store")
+    """Return True for folders, for hidden files, and for files that operating systems and NAS devices add."""
+    *folders, name = [part.lower() for part in _parts(entry)]
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in (*folders, name))
+    return not name or hidden or name in _SYSTEM_FILES or not _SYSTEM_FOLDERS.isdisjoint(folders)
 
 
 def _folder_name(text: str) -> str:

@@ -251,9 +251,12 @@ class TrainingQueue(JobQueue[TrainingJob]):
 
     def _view(self, row: JobRow) -> TrainingJob:
         metrics = list(self.run_folder(row.id).metrics())
+        progress = metrics[-1] if metrics else None
+        if progress and State(row.state).finished:
+            progress |= {"remaining_s": 0.0}  # the latest metrics estimate the export
         return TrainingJob(
             **TrainingJobSummary.model_validate(row).model_dump(),
             epochs=row.recipe["epochs"] + row.recipe["finetune_epochs"],
-            progress=metrics[-1] if metrics else None,
+            progress=progress,
             history=[line for line in metrics if line["event"] == "epoch"],
         )

@@ -1,8 +1,12 @@
-"""Limits request bodies while they arrive: the size and pace of each body, and the total size of all bodies."""
+"""Limits request bodies while they arrive: the size and pace of each body, and the total size of all bodies.
+
+A gzip body (Content-Encoding) is decoded here, so that all limits of size hold for its decoded bytes as well.
+"""
 
 import asyncio
 import time
 from http import HTTPStatus
+from typing import NoReturn
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -11,10 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.clients import FairShares, client_network
 from app.errors import problem_response
+from app.exceptions import Problem
 from app.machine import MIB
+from app.middleware.gzip_body import GzipBody
 from app.server.connections import SLOWEST_BYTES_PER_S
 from app.server.protocol import BODY_RECEIVED
 from app.settings import Settings
+from training.text import quote
 
 _OTHER_BYTES = MIB
 _MULTIPART_OVERHEAD = 64 << 10
@@ -26,7 +33,8 @@ class BodyLimitMiddleware:
     """ASGI middleware that refuses bodies over the limit of their route (413), too slow (408) or too many (503).
 
     A body whose Content-Length is over the limit is refused before it is read. A chunked body is refused as soon as it
-    exceeds the limit.
+    exceeds the limit, and so is a gzip body as soon as its decoded bytes do. Other content codings are refused with 415
+    and the supported ones (RFC 9110, section 15.5.16).
     """
 
     def __init__(self, app: ASGIApp, settings: Settings):
@@ -43,14 +51,18 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers = dict(scope["headers"])
         limit = self.limits.get(scope["path"], _OTHER_BYTES)
-        declared = headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > limit:
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > limit:
             await _too_large(limit)(scope, receive, send)
             return
-        is_empty = declared == "0" and "transfer-encoding" not in headers
-        body = _LimitedBody(scope, receive, send, limit, self.pending, is_empty)
+        is_empty = declared == b"0" and b"transfer-encoding" not in headers
+        codings = _codings(scope) if b"content-encoding" in headers and not is_empty else []
+        if codings not in ([], ["gzip"], ["x-gzip"]):
+            await _unsupported(codings)(scope, receive, send)
+            return
+        body = _LimitedBody(scope, receive, send, limit, self.pending, is_empty, is_gzip=bool(codings))
         try:
             await self.app(scope, body.receive, body.send)
         except ClientDisconnect:
@@ -72,9 +84,19 @@ class _LimitedBody:
         limit: Largest size of the body in bytes.
         pending: Bytes of all bodies in progress.
         is_complete: True if the request has no body.
+        is_gzip: True if the body is encoded with gzip.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int, pending: FairShares, is_complete: bool):
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        limit: int,
+        pending: FairShares,
+        is_complete: bool,
+        is_gzip: bool,
+    ):
         self.refusal: JSONResponse | None = None
         """The response to send instead of the application's response."""
         self._scope = scope
@@ -84,7 +106,9 @@ class _LimitedBody:
         self._pending = pending
         self._client = client_network(scope["client"][0] if scope.get("client") else "")
         self._is_complete = is_complete
-        self._received = 0
+        self._receive_piece = GzipBody(self._receive_part).receive if is_gzip else self._receive_part
+        self._received = 0  # bytes on the wire
+        self._pending_bytes = 0  # bytes that the application has received
         self._budget_s = _BUDGET_S
 
     async def receive(self) -> Message:
@@ -95,20 +119,37 @@ class _LimitedBody:
         """
         if self._is_complete:
             return await self._receive()  # only the disconnect can follow, which has no time limit
+        try:
+            message = await self._receive_piece()
+        except Problem as problem:
+            self._refuse(_refusal(problem.status, problem.detail))
+        self._count(len(message.get("body", b"")))
+        self._is_complete = not message.get("more_body", False)
+        return message
+
+    async def _receive_part(self) -> Message:
+        """Return the next message of the server, and check the size of the body on the wire."""
         message = await self._receive() if BODY_RECEIVED in self._scope else await self._receive_in_time()
-        size = len(message.get("body", b""))
-        self._received += size
+        self._received += len(message.get("body", b""))
+        if self._received > self._limit:
+            self._refuse(_too_large(self._limit))
+        return message
+
+    def _count(self, size: int) -> None:
+        """Count bytes that the application may keep."""
         has_place = self._pending.allows(self._client, size, self._pending.total + size)
         self._pending.add(self._client, size)
-        self._is_complete = not message.get("more_body", False)
-        if self._received > self._limit:
-            self.refusal = _too_large(self._limit)
-        elif not has_place:
-            self.refusal = _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too much data is being sent; try again later")
-            self.refusal.headers["Retry-After"] = "1"
-        if self.refusal:
-            raise ClientDisconnect
-        return message
+        self._pending_bytes += size
+        if self._pending_bytes > self._limit:
+            self._refuse(_too_large(self._limit))
+        if not has_place:
+            refusal = _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too much data is being sent; try again later")
+            refusal.headers["Retry-After"] = "1"
+            self._refuse(refusal)
+
+    def _refuse(self, refusal: JSONResponse) -> NoReturn:
+        self.refusal = refusal
+        raise ClientDisconnect
 
     async def _receive_in_time(self) -> Message:
         started = time.monotonic()
@@ -116,8 +157,7 @@ class _LimitedBody:
             async with asyncio.timeout(self._budget_s):
                 message = await self._receive()
         except TimeoutError:
-            self.refusal = _refusal(HTTPStatus.REQUEST_TIMEOUT, "the request body arrives too slowly")
-            raise ClientDisconnect from None
+            self._refuse(_refusal(HTTPStatus.REQUEST_TIMEOUT, "the request body arrives too slowly"))
         gained_s = len(message.get("body", b"")) / SLOWEST_BYTES_PER_S
         self._budget_s = min(_BUDGET_S, self._budget_s + started - time.monotonic() + gained_s)
         return message
@@ -131,7 +171,20 @@ class _LimitedBody:
 
     def release(self) -> None:
         """Stop counting the bytes of this body."""
-        self._pending.remove(self._client, self._received)
+        self._pending.remove(self._client, self._pending_bytes)
+
+
+def _codings(scope: Scope) -> list[str]:
+    """Return the content codings of a body except `identity`, in the order in which they were applied."""
+    names = ",".join(Headers(scope=scope).getlist("content-encoding")).lower().split(",")
+    return [name.strip() for name in names if name.strip() not in ("", "identity")]
+
+
+def _unsupported(codings: list[str]) -> JSONResponse:
+    detail = f"the Content-Encoding {quote(', '.join(codings))} is not supported; send gzip, or no coding"
+    refusal = _refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, detail)
+    refusal.headers["Accept-Encoding"] = "gzip, identity"
+    return refusal
 
 
 def _too_large(limit: int) -> JSONResponse:

@@ -5,28 +5,38 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
-from starlette.datastructures import UploadFile
+from pydantic import BaseModel, Field
 
 from app.dependencies import ServicesDependency
 from app.exceptions import BadRequest, UnsupportedMediaType
 from app.inference.pool import Version
 from app.jobs.evaluation_queue import EvaluationJob
 from app.middleware.access import OperatorOnly
+from app.routes.parameters import StrictRoute, parse_parameters
 from app.routes.responses import EventStream, json_response
-from app.routes.uploads import media_type, read_form
+from app.routes.uploads import MULTIPART, URLENCODED, form_schema, has_body, media_type, read_form
 from training.store import Evaluation
 from training.text import quote
 
-router = APIRouter(prefix="/evaluate", tags=["evaluate"])
+router = APIRouter(prefix="/evaluate", tags=["evaluate"], route_class=StrictRoute)
+
+_EXAMPLE = "curl -F file=@photos.zip"
+
+
+class EvaluateQuery(BaseModel):
+    """The parameters of an evaluation, in the query or as text fields of the form."""
+
+    model: str | None = Field(default=None, description="Default: the same as for /predict.")
+    version: Version | None = Field(default=None, description="Default: the live version.")
+    split: Literal["test", "train"] = Field(default="test", description="Split of the data set; not for a zip.")
+    limit: int | None = Field(
+        default=None, ge=1, description="Number of images of the split to measure on; not for a zip. Default: all."
+    )
+
 
 _BODY: dict[str, Any] = {
     "requestBody": {
-        "content": {
-            "multipart/form-data": {
-                "schema": {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
-            }
-        }
+        "content": {MULTIPART: {"schema": form_schema({"type": "string", "format": "binary"}, EvaluateQuery)}}
     }
 }
 _LINKS = {"evaluation": {"operationId": "evaluation", "parameters": {"evaluation_id": "$response.body#/id"}}}
@@ -69,34 +79,32 @@ async def evaluate(
     request: Request,
     response: Response,
     services: ServicesDependency,
-    model: Annotated[str | None, Query(description="Default: the same as for /predict.")] = None,
-    version: Annotated[Version | None, Query(description="Default: the live version.")] = None,
-    split: Annotated[Literal["test", "train"], Query(description="Split of the data set; ignored for a zip.")] = "test",
-    limit: Annotated[int | None, Query(ge=1, description="Number of images to measure on. Default: all.")] = None,
+    query: Annotated[EvaluateQuery, Query()],
 ) -> EvaluationJob:
     """Measure a model on the data set, or on a zip of images that the multipart field `file` contains.
 
     The folders of the zip are named by class, such as `apple/1.png`. A measurement that takes longer than a few seconds
     continues in the background: the response has status 202 and the URL of the result in `Location`.
     """
-    chosen = await services.pool.get(model, version, patient=True)
     content_type = media_type(request)
-    if content_type == "multipart/form-data":
-        form = await read_form(request, max_files=1, max_fields=0)
+    if content_type == MULTIPART:
+        form = await read_form(request, 1, _EXAMPLE)
         try:
-            upload = form.get("file")
-            if not isinstance(upload, UploadFile):
-                raise BadRequest("the form has no field 'file' with a zip: curl -F file=@photos.zip")
-            job = await services.evaluations.submit(chosen, "zip", None, upload.file)
+            query = parse_parameters(EvaluateQuery, request.scope["query_string"], form.fields)
+            if unused := query.model_fields_set & {"split", "limit"}:
+                raise BadRequest(f"{' and '.join(sorted(unused))} apply to the data set only; a zip is measured whole")
+            model = await services.pool.get(query.model, query.version, patient=True)
+            job = await services.evaluations.submit(model, "zip", None, form.files[0].file)
         finally:
             await form.close()
-    elif content_type or request.headers.get("content-length", "0") != "0":
+    elif content_type not in ("", URLENCODED) or await has_body(request):
         raise UnsupportedMediaType(
             f"the content type {quote(content_type or '(none)')} is not supported; send a zip as multipart/form-data: "
-            "curl -F file=@photos.zip"
+            f"{_EXAMPLE}"
         )
     else:
-        job = await services.evaluations.submit(chosen, split, limit, None)
+        model = await services.pool.get(query.model, query.version, patient=True)
+        job = await services.evaluations.submit(model, query.split, query.limit, None)
     if not job.state.finished:
         response.status_code = HTTPStatus.ACCEPTED
         response.headers["Location"] = f"/evaluate/{job.id}"

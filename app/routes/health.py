@@ -1,4 +1,4 @@
-"""Serve /health and /metrics for load balancers, orchestrators, Prometheus and people."""
+"""Serve /health for load balancers, orchestrators and people."""
 
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -8,8 +8,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from app.dependencies import ServicesDependency
+from app.routes.parameters import StrictRoute
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], route_class=StrictRoute)
 
 
 class LiveModel(BaseModel):
@@ -80,9 +81,3 @@ async def ready(services: ServicesDependency, response: Response) -> Status:
         return Status(status="ready")
     response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
     return Status(status="not ready")
-
-
-@router.get("/metrics", response_class=Response, summary="Metrics for Prometheus")
-async def metrics(services: ServicesDependency) -> Response:
-    """Return the metrics of all workers."""
-    return Response(services.metrics.render(services.pool), media_type="text/plain; version=0.0.4; charset=utf-8")

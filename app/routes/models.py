@@ -7,11 +7,12 @@ from app.dependencies import Services, ServicesDependency
 from app.exceptions import NotFound, Unavailable
 from app.inference.pool import Version
 from app.middleware.access import OperatorOnly
+from app.routes.parameters import StrictRoute
 from app.routes.responses import json_response
 from training.store import ModelCard, StoreError
 from training.text import quote
 
-router = APIRouter(prefix="/models", tags=["models"])
+router = APIRouter(prefix="/models", tags=["models"], route_class=StrictRoute)
 
 
 class ModelSummary(BaseModel):
@@ -34,7 +35,7 @@ class ModelDetails(ModelSummary):
 _SUMMARY = set(ModelSummary.model_fields)
 
 
-class LiveVersion(BaseModel):
+class LiveVersion(BaseModel, extra="forbid"):
     """The version to serve."""
 
     version: Version
@@ -45,7 +46,7 @@ async def models(services: ServicesDependency) -> Response:
     """List the models with their versions and errors."""
 
     def read() -> Response:
-        details = [_details(services, name) for name in services.store.names()]
+        details = [_details(services, name) for name in _names(services)]
         return json_response([each.model_dump(include=_SUMMARY) for each in details])
 
     return await services.store_threads.read(read)
@@ -58,6 +59,23 @@ async def model(name: str, services: ServicesDependency) -> Response:
     def read() -> Response:
         _require(services, name)
         return json_response(_details(services, name))
+
+    return await services.store_threads.read(read)
+
+
+@router.get("/{name}/{version:int}", response_model=ModelCard, summary="The card of one version")
+async def card(name: str, version: Version, services: ServicesDependency) -> Response:
+    """Return the card of a version."""
+
+    def read() -> Response:
+        try:
+            services.store.folder(name, version)
+        except StoreError as error:
+            raise NotFound(f"{error}; GET /models lists all") from None
+        try:
+            return json_response(services.store.card(name, version))
+        except StoreError as error:
+            raise Unavailable(str(error)) from None
 
     return await services.store_threads.read(read)
 
@@ -81,8 +99,13 @@ async def promote(name: str, live: LiveVersion, services: ServicesDependency) ->
     return await services.store_threads.read(_details, services, name)
 
 
+def _names(services: Services) -> list[str]:
+    """List the models of the store, and those that are served although the store has lost them."""
+    return sorted({*services.store.names(), *services.pool.live()})
+
+
 def _require(services: Services, name: str) -> None:
-    names = services.store.names()
+    names = _names(services)
     if name not in names:
         raise NotFound(f"there is no model {quote(name)}; there are: {', '.join(names) or 'none'}")
 

@@ -14,53 +14,52 @@ from functools import lru_cache, partial
 from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from pydantic_core import to_json
-from starlette.datastructures import QueryParams, UploadFile
 from starlette.requests import ClientDisconnect
 from typing_extensions import override
 
 from app.dependencies import Services, services_of
-from app.exceptions import BadRequest, TooLarge, UnsupportedMediaType
+from app.exceptions import TooLarge, UnsupportedImage, UnsupportedMediaType
 from app.inference.batching import ImageSource, Scores
 from app.inference.decoding import File
 from app.inference.images import CostlyImage
 from app.inference.pool import Model, Version
 from app.middleware.access import access_of, authorize_prediction, client_of
-from app.routes.uploads import media_type, read_form
+from app.routes.parameters import parse_parameters
+from app.routes.uploads import MULTIPART, URLENCODED, form_schema, media_type, read_form
 from app.server.protocol import ON_DISCONNECT
 from app.settings import Settings
 from training.store import ModelCard
 from training.text import quote
 
+_UNKNOWN_TYPES = ("", URLENCODED)  # clients send these for bodies of any kind
+_BINARY_TYPES = ("application/octet-stream", "binary/octet-stream")
+_HOW_TO_SEND = "send multipart/form-data with a field 'file', or an image as the body with its image/* type"
+_EXAMPLE = "curl -F file=@photo.jpg"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+class PredictQuery(BaseModel, frozen=True):
+    """The parameters of a prediction, in the query or as text fields of the form."""
+
+    model: str | None = Field(default=None, description="Default: the configured model, or the most accurate live one.")
+    version: Version | None = Field(default=None, description="Default: the live version.")
+    top_k: int = Field(default=5, ge=1, le=100, description="Number of classes per image.")
+
+
 _DESCRIPTION: dict[str, Any] = {
     "security": [{}, {"HTTPBearer": []}],  # the API key is required if one is configured
     "requestBody": {
         "required": True,
         "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                }
-            },
+            MULTIPART: {"schema": form_schema({"type": "array", "items": _BINARY["schema"]}, PredictQuery)},
             "image/*": _BINARY,
             "application/octet-stream": _BINARY,
         },
     },
 }
-
-
-class PredictQuery(BaseModel, frozen=True):
-    """The query parameters of a prediction."""
-
-    model: str | None = Field(default=None, description="Default: the configured model, or the most accurate live one.")
-    version: Version | None = Field(default=None, description="Default: the live version.")
-    top_k: int = Field(default=5, ge=1, le=100, description="Number of classes per image.")
 
 
 @dataclass(slots=True)  # frozen dataclasses take three times as long to create
@@ -133,7 +132,9 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
     """Classify the images of the multipart fields `file`, or one image that is sent as the raw body."""
     authorize_prediction(request)
     services = services_of(request)
-    async with _files(request, services.settings) as files:
+    async with _read_images(request, services.settings) as (files, fields):
+        if fields:
+            query = parse_parameters(PredictQuery, request.scope["query_string"], fields)
         started = time.perf_counter()
         deadline = time.monotonic() + services.settings.deadline_s
         model, scores = await _compute_scores(request, services, query, files, deadline)
@@ -165,11 +166,7 @@ async def _compute_scores(
 
 @lru_cache(256)
 def _parse_query(query: bytes) -> PredictQuery:
-    try:
-        return PredictQuery.model_validate(dict(QueryParams(query)))
-    except ValidationError as error:
-        faults = [{**fault, "loc": ("query", *fault["loc"])} for fault in error.errors()]
-        raise RequestValidationError(faults) from None
+    return parse_parameters(PredictQuery, query)
 
 
 def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[PredictedClass]]:
@@ -185,33 +182,33 @@ def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[Predic
 
 
 @asynccontextmanager
-async def _files(request: Request, settings: Settings) -> AsyncIterator[list[File]]:
-    """Read the request body and yield the names and contents of its images.
+async def _read_images(request: Request, settings: Settings) -> AsyncIterator[tuple[list[File], list[tuple[str, str]]]]:
+    """Read the request body. Yield the names and contents of its images, and the text fields of its form.
 
-    The larger files of a form are on disk. They are closed at the end of the context.
+    A body without a Content-Type, or with the default type of several clients, is an image if its bytes are one. The
+    larger files of a form are on disk. They are closed at the end of the context.
 
     Raises:
-        BadRequest: The form has no file.
         UnsupportedMediaType: The content type is not supported.
+        Problem: The errors of `read_form`.
     """
     content_type = media_type(request)
-    if content_type == "multipart/form-data":
-        form = await read_form(request, min(settings.max_images, settings.max_batch), max_fields=8)
+    if content_type == MULTIPART:
+        form = await read_form(request, min(settings.max_images, settings.max_batch), _EXAMPLE)
         try:
-            uploads = [part for part in form.getlist("file") if isinstance(part, UploadFile)]
-            if not uploads:
-                raise BadRequest("the form has no field 'file' with an image: curl -F file=@photo.jpg")
-            yield [(upload.filename, upload.file) for upload in uploads]
+            yield [(upload.filename, upload.file) for upload in form.files], form.fields
         finally:
             await form.close()
-    elif content_type.startswith("image/") or content_type == "application/octet-stream":
+    elif content_type.startswith("image/") or content_type in (*_BINARY_TYPES, *_UNKNOWN_TYPES):
         content = bytearray()
         async for chunk in request.stream():
             if len(content) <= settings.max_image_bytes:  # read the rest, so that the client gets the response
                 content += chunk
-        yield [(None, io.BytesIO(content))]
+        try:
+            yield [(None, io.BytesIO(content))], []
+        except UnsupportedImage as error:
+            if content_type in _UNKNOWN_TYPES:
+                error.detail += f"; the content type is {quote(content_type or '(none)')}: {_HOW_TO_SEND}"
+            raise
     else:
-        raise UnsupportedMediaType(
-            f"the content type {quote(content_type or '(none)')} is not supported; send multipart/form-data with a "
-            "field 'file', or an image as the body with its image/* type"
-        )
+        raise UnsupportedMediaType(f"the content type {quote(content_type)} is not supported; {_HOW_TO_SEND}")

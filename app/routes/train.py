@@ -9,9 +9,10 @@ from fastapi.responses import StreamingResponse
 from app.dependencies import ServicesDependency
 from app.jobs.training_queue import TrainingJob, TrainingJobSummary, TrainingRequest
 from app.middleware.access import OperatorOnly
+from app.routes.parameters import StrictRoute
 from app.routes.responses import EventStream, json_response
 
-router = APIRouter(prefix="/train", tags=["train"])
+router = APIRouter(prefix="/train", tags=["train"], route_class=StrictRoute)
 
 _TO_JOB = {"parameters": {"job_id": "$response.body#/id"}}
 _LINKS = {operation: {"operationId": operation, **_TO_JOB} for operation in ("job", "events", "cancel")}

@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from api import assert_problem, png, zipped
 from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
 from local import local
@@ -46,6 +47,7 @@ def client(models: Path, tmp_path: Path) -> Iterator[TestClient]:
         max_image_bytes=20_000,
         max_image_pixels=10_000,
         max_archive_images=100,
+        deadline_s=600,  # a busy machine may load a version slowly
     )
     with local(create_app(settings)) as client:
         yield client
@@ -56,20 +58,6 @@ def image(dataset: Dataset) -> bytes:
     return png(dataset, 0)
 
 
-def png(dataset: Dataset, row: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(dataset.test.images[row]).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def zipped(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
 def second_version(models: Path) -> Store:
     """Publish version 2 as a copy of version 1 and return the store. Version 1 stays live."""
     store = Store(models)
@@ -77,15 +65,6 @@ def second_version(models: Path) -> Store:
         (draft / "model.pt").write_bytes((models / "resnet" / "1" / "model.pt").read_bytes())
         store.publish(draft, store.card("resnet", 1))
     return store
-
-
-def assert_problem(response: httpx.Response, status: int, words: str) -> None:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    body = response.json()
-    assert body["status"] == status
-    assert body["title"]
-    assert words in body["detail"]
 
 
 def test_predict_equals_offline_evaluation_bit_for_bit(client: TestClient, models: Path, dataset: Dataset) -> None:
@@ -121,8 +100,10 @@ def test_five_classes_by_default_and_top_k_on_request(client: TestClient, image:
 
 def test_a_raw_body_is_the_same_as_a_form(client: TestClient, image: bytes) -> None:
     form = client.post("/predict", files={"file": image}).json()["predictions"][0]["classes"]
-    for content_type in ("image/png", "application/octet-stream"):
-        raw = client.post("/predict", content=image, headers={"content-type": content_type}).json()
+    binary = "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded"
+    for content_type in ("image/png", "image/anything", *binary, None):
+        headers = {"content-type": content_type} if content_type else {}
+        raw = client.post("/predict", content=image, headers=headers).json()
         assert raw["predictions"][0]["classes"] == form
 
 
@@ -158,6 +139,9 @@ def test_a_bad_image_among_several_is_named(client: TestClient, image: bytes) ->
 
 def test_other_bodies_are_problems(client: TestClient, image: bytes) -> None:
     assert_problem(client.post("/predict", json={}), 415, "application/json")
+    assert_problem(client.post("/predict", content=b"hello"), 415, "the content type is '(none)'")
+    assert_problem(client.post("/predict", data={"top_k": "1"}), 415, "application/x-www-form-urlencoded")
+    assert_problem(client.post("/predict"), 422, "empty")
     assert_problem(client.post("/predict", files={"image": image}), 422, "no field 'file'")
     multipart = {"content-type": "multipart/form-data"}
     assert_problem(client.post("/predict", content=b"x", headers=multipart), 400, "boundary")
@@ -181,7 +165,7 @@ def test_unknown_models_and_versions_are_404(client: TestClient, image: bytes) -
     assert_problem(client.get("/models/vgg"), 404, "resnet")
     assert_problem(client.put("/models/resnet/live", json={"version": 9}), 404, "version 9")
     assert_problem(client.get("/nowhere"), 404, "")
-    assert_problem(client.delete("/predict"), 405, "")
+    assert_problem(client.delete("/predict"), 405, "DELETE is not supported here; use POST")
 
 
 def test_a_version_that_is_removed_while_it_is_loaded_is_404(
@@ -284,9 +268,19 @@ def test_evaluate_measures_a_zip_of_labelled_folders(client: TestClient, models:
     module = torchscript.load(models / "resnet" / "1" / "model.pt")
     logits = predict(module, torch.from_numpy(dataset.test.images[:20]))
     expected = evaluate(logits, torch.from_numpy(dataset.test.labels[:20]))
-    assert answer["result"]["images"] == 20
-    assert answer["result"]["top5"] == expected.top5
-    assert answer["result"]["loss"] == pytest.approx(expected.loss)
+    result = answer["result"]
+    assert result["images"] == 20
+    assert result["top5"] == expected.top5
+    assert result["loss"] == pytest.approx(expected.loss)
+    assert result["classes"] == list(dataset.classes)
+    assert result["images_per_class"] == np.bincount(dataset.test.labels[:20], minlength=100).tolist()
+    confusion = np.zeros((100, 100), int)
+    np.add.at(confusion, (dataset.test.labels[:20], logits.argmax(1).numpy()), 1)
+    assert result["confusion"] == confusion.tolist()
+    totals = confusion.sum(1)
+    assert result["per_class"] == [confusion[row, row] / totals[row] if totals[row] else None for row in range(100)]
+    (listed,) = client.get("/evaluate/jobs").json()
+    assert listed["result"] == result | {"confusion": None}  # a matrix of 100 by 100 numbers for each job
 
 
 def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:
@@ -427,6 +421,53 @@ def test_after_a_restart_with_a_damaged_live_version_the_last_good_one_is_served
         summary = restarted.get("/models").json()[0]
         assert (summary["live"], summary["versions"]) == (1, [1, 2])
         assert restarted.post("/predict", files={"file": image}).json()["version"] == 1
+
+
+LOSSES: dict[str, Callable[[Path], None]] = {
+    "store": shutil.rmtree,
+    "resnet": lambda models: shutil.rmtree(models / "resnet"),
+    "1": lambda models: shutil.rmtree(models / "resnet" / "1"),
+    "card.json": lambda models: (models / "resnet" / "1" / "card.json").unlink(),
+    "model.pt": lambda models: (models / "resnet" / "1" / "model.pt").unlink(),
+    "live": lambda models: (models / "resnet" / "live").unlink(),
+}
+
+
+@pytest.mark.parametrize("lost", LOSSES)
+def test_health_names_a_live_version_that_the_store_has_lost(
+    client: TestClient, models: Path, published_store: Path, image: bytes, lost: str
+) -> None:
+    LOSSES[lost](models)
+    refresh(client)
+    health = client.get("/health").json()
+    assert health["errors"]["resnet"].startswith("version 1 is served from memory until the next start: ")
+    assert client.get("/health/ready").status_code == 200
+    (summary,) = client.get("/models").json()
+    assert (summary["live"], summary["error"].startswith("version 1 is served from memory")) == (1, True)
+    assert client.get("/models/resnet").json()["live"] == 1
+    assert client.post("/predict", files={"file": image}).json()["version"] == 1
+    shutil.copytree(published_store, models, dirs_exist_ok=True)
+    refresh(client)
+    assert client.get("/health").json()["errors"] == {}
+
+
+def refresh(client: TestClient) -> None:
+    """Look for changes of the store, as the service does every second."""
+    cast(Any, client).portal.call(cast(FastAPI, client.app).state.services.pool.refresh)
+
+
+def test_card_of_one_version(client: TestClient, models: Path) -> None:
+    second_version(models)
+    (_, second) = client.get("/models/resnet").json()["cards"]
+    assert client.get("/models/resnet/2").json() == second
+    assert client.head("/models/resnet/2").status_code == 200
+    for path, words in (("resnet/9", "no version 9 of resnet"), ("vgg/1", "no version 1 of vgg"), ("A/1", "'A'")):
+        assert_problem(client.get(f"/models/{path}"), 404, words)
+    for version in ("0", "9" * 300):
+        assert_problem(client.get(f"/models/resnet/{version}"), 422, "path.version")
+    assert_problem(client.get("/models/resnet/live"), 405, "")
+    (models / "resnet" / "2" / "card.json").write_text("{")
+    assert_problem(client.get("/models/resnet/2"), 503, "damaged")
 
 
 def test_promotion_and_an_older_version_on_request(client: TestClient, models: Path, image: bytes) -> None:
@@ -589,6 +630,19 @@ def test_zip_behind_other_bytes_and_of_every_usual_form_is_measured(client: Test
         measured = client.post("/evaluate", files={"file": content})
         assert measured.status_code == 200, measured.text
         assert measured.json()["result"]["images"] == 2
+
+
+def test_files_that_systems_add_to_a_zip_are_skipped(client: TestClient, image: bytes) -> None:
+    added = ["Thumbs.db", "ehthumbs.db", "desktop.ini", "Desktop.ini", ".DS_Store", "._1.png", ".directory", "Icon\r"]
+    files = {f"{folder}{name}": b"x" for folder in ("", "photos/", "photos/red_disc/") for name in added}
+    folders = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", ".Trashes", "photos/__MACOSX")
+    files |= {f"{folder}/red_disc/1.png": b"x" for folder in folders}
+    files |= {"photos/red_disc/1.png": image, "./red_disc/2.png": image, "red_disc\\3.png": image, "red_disc\\": b""}
+    measured = client.post("/evaluate", files={"file": zipped(files)})
+    assert measured.status_code == 200, measured.text
+    assert measured.json()["result"]["images"] == 3
+    for name in ("red_disc/notes.txt", "red_disc/thumbs.png"):
+        assert_problem(client.post("/evaluate", files={"file": zipped({name: b"x"})}), 415, name)
 
 
 class Unseekable:

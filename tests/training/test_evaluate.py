@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
+from training.evaluate import count_confusion, evaluate, expected_calibration_error, fit_temperature, predict
 
 
 def logits_of(probabilities: list[list[float]]) -> Tensor:
@@ -28,12 +28,17 @@ def test_accuracy_loss_and_classes_of_four_images_computed_by_hand() -> None:
     assert result.top1 == 0.5
     assert result.top5 == 0.75
     assert result.loss == pytest.approx(-(math.log(0.4) + math.log(0.08) + math.log(0.05) + math.log(0.4)) / 4)
-    assert result.per_class == [1, 0, 0, 0, 0, 0, 1]
+    assert result.per_class == [1, 0, None, None, 0, None, 1]  # None: no image of the class
 
 
 def test_the_rate_of_a_class_is_over_its_own_images() -> None:
     logits = torch.eye(3)[[0, 0, 1, 2]]
-    assert evaluate(logits, torch.tensor([0, 0, 0, 2])).per_class == pytest.approx([2 / 3, 0, 1])
+    assert evaluate(logits, torch.tensor([0, 0, 0, 2])).per_class == [2 / 3, None, 1]
+
+
+def test_confusion_has_true_classes_as_rows() -> None:
+    logits = torch.eye(3)[[0, 0, 1, 2]]
+    assert count_confusion(logits, torch.tensor([0, 0, 0, 2])).tolist() == [[2, 1, 0], [0, 0, 0], [0, 0, 1]]
 
 
 def test_calibration_error_computed_by_hand() -> None:

@@ -80,6 +80,13 @@ def assert_identical(one: Any, other: Any) -> None:
         assert one == other
 
 
+def test_remaining_time_is_above_zero_until_the_run_is_exported(tiny: Dataset, tmp_path: Path) -> None:
+    run = started(tmp_path, make_recipe("resnet", INTERRUPTED | {"epochs": 2}))
+    remaining = [event.remaining_s for event in train(run.recipe(), tiny, run, CPU)]
+    assert len(remaining) == 4  # a tick at the end of each epoch, and the epoch
+    assert all(seconds is not None and seconds > 0 for seconds in remaining)
+
+
 def measures(run: Run) -> list[tuple[float, ...]]:
     """Return number, training loss, loss and top-1 accuracy of each epoch of a run, without times."""
     return [(epoch["epoch"], epoch["train_loss"], epoch["loss"], epoch["top1"]) for epoch in run.epochs()]

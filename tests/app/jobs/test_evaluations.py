@@ -21,7 +21,7 @@ from PIL import Image
 from app.exceptions import Unavailable
 from app.jobs import labeled_images
 from app.jobs.database import Database
-from app.jobs.evaluation_queue import MAX_UNFINISHED, EvaluationQueue, EvaluationRequest
+from app.jobs.evaluation_queue import MAX_UNFINISHED, EvaluationQueue, EvaluationRequest, EvaluationResult
 from app.jobs.evaluation_runner import ZIP
 from app.jobs.queue import State, new_job_id
 from app.jobs.training_queue import TrainingQueue
@@ -32,7 +32,7 @@ from training.store import Evaluation
 pytestmark = pytest.mark.slow
 
 REQUEST = EvaluationRequest(model="resnet", version=1, engine="torchscript-cpu", split="test")
-RESULT = Evaluation(images=2, top1=0.5, top5=1, loss=1, ece=0.1, per_class=[0.5] * 4)
+RESULT = EvaluationResult(images=2, top1=0.5, top5=1, loss=1, ece=0.1, per_class=[0.5] * 4)
 
 # The table of release 0.1.0 with one finished training job.
 SCHEMA_1 = """
@@ -249,7 +249,7 @@ def test_the_database_of_an_earlier_release_is_migrated(tmp_path: Path) -> None:
     folder.mkdir()
     saved = {"id": "0123456789ab", "state": "succeeded", "model": "resnet", "version": 1, "engine": "openvino-cpu"}
     saved |= {"split": "test", "created": "2026-11-01T10:00:00Z", "done": 2, "error": None}
-    done = saved | {"result": RESULT.model_dump()}
+    done = saved | {"result": RESULT.model_dump(include=set(Evaluation.model_fields))}
     running = saved | {"id": "ba9876543210", "state": "running", "split": None, "result": None}
     for each in (done, running):
         (folder / f"{each['id']}.json").write_text(json.dumps(each))

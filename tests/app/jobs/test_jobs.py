@@ -84,6 +84,17 @@ def test_jobs_run_in_the_order_they_came_and_an_interrupted_one_first(jobs: Trai
     assert [job.id for job in jobs.newest(1)] == [second.id]
 
 
+def test_only_a_finished_job_has_no_time_left(jobs: TrainingQueue, publication: Publication) -> None:
+    job_id = jobs.submit(REQUEST).id
+    claimed(jobs)
+    run = jobs.run_folder(job_id)
+    run.path.mkdir()
+    run.record({"event": "epoch", "epoch": 2, "remaining_s": 1.5})
+    assert jobs.get(job_id).progress == {"event": "epoch", "epoch": 2, "remaining_s": 1.5}
+    jobs.succeed(job_id, publication)
+    assert jobs.get(job_id).progress == {"event": "epoch", "epoch": 2, "remaining_s": 0}
+
+
 def test_cancelling_asks_the_process_of_a_running_job_to_stop(jobs: TrainingQueue) -> None:
     running, queued = jobs.submit(REQUEST), jobs.submit(REQUEST)
     claimed(jobs)

@@ -478,7 +478,7 @@ def test_every_line_of_the_log_names_its_request_and_no_secret(
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     lines = [line for line in lines if line["logger"] != "httpx"]  # drop the records of the test's own client
     answered = [line for line in lines if line["logger"] == "app.middleware.request_log"]
-    assert [line["message"] for line in answered] == ["DELETE /train/x 404", "GET /nowhere 404"]
+    assert [line["message"] for line in answered] == ["DELETE /train/x 422", "GET /nowhere 404"]
     assert [line["request_id"] for line in answered] == ["from-a-proxy.1", own.headers["x-request-id"]]
     assert all(line["milliseconds"] > 0 and line["client"] == "127.0.0.1" for line in answered)
     assert "untold" not in str(lines)
