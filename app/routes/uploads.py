@@ -5,6 +5,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from email.message import Message
 from email.utils import collapse_rfc2231_value
+from io import BytesIO
 from typing import Any
 
 from pydantic import BaseModel
@@ -16,6 +17,7 @@ from starlette.requests import Request
 from typing_extensions import override
 
 from app.exceptions import BadRequest, MalformedBody, Unavailable, UnsupportedMediaType
+from app.routes import plain_form
 from training.text import quote
 
 log = logging.getLogger(__name__)
@@ -96,12 +98,35 @@ async def read_form(request: Request, max_files: int, example: str) -> Form:
         UnsupportedMediaType: A file is encoded, such as with base64.
         Unavailable: The temporary folder cannot store a file.
     """
+    if plain := await _read_plain(request, max_files):
+        return plain
     form = await _parse(request, max_files)
     try:
         return _split(form, example)
     except BaseException:
         await form.close()
         raise
+
+
+async def _read_plain(request: Request, max_files: int) -> Form | None:
+    """Read a form of the ordinary shape and at most 1 MiB.
+
+    Returns:
+        None if the form is not ordinary or has a fault. Its body can still be read.
+    """
+    length = request.headers.get("content-length", "")
+    if not length.isdecimal() or int(length) > MultiPartParser.spool_max_size or "content-encoding" in request.headers:
+        return None
+    parts = plain_form.split(request.headers["content-type"], await request.body()) or []
+    files = [UploadFile(BytesIO(part.content), filename=part.filename) for part in parts if part.filename is not None]
+    texts = [part for part in parts if part.filename is None]
+    if not 0 < len(files) <= max_files or len(texts) > _MAX_FIELDS:
+        return None
+    if any((part.name == _FILE) is (part.filename is None) for part in parts):
+        return None
+    if not all(part.content.isascii() for part in texts):
+        return None
+    return Form(files, [(part.name, part.content.decode()) for part in texts])
 
 
 async def _parse(request: Request, max_files: int) -> FormData:

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import suppress
+from random import Random
 from tempfile import SpooledTemporaryFile
 from typing import Any
 
@@ -10,13 +11,19 @@ from api import BOUNDARY, MULTIPART, file_part, form
 from starlette.requests import Request
 
 from app.exceptions import BadRequest, MalformedBody, Problem, UnsupportedMediaType
+from app.routes import plain_form
 from app.routes.uploads import read_form
 
 CONTENT = b"\x89PNG\r\n\x1a\n--a-boundar\r\n\x00\xff"  # almost contains the boundary
 
 
-def read(body: bytes, content_type: str = MULTIPART["Content-Type"], size: int = 1 << 20) -> list[Any]:
+def read(
+    body: bytes, content_type: str = MULTIPART["Content-Type"], size: int = 1 << 20, is_chunked: bool = True
+) -> list[Any]:
     """Read a form that arrives in parts of `size` bytes. Return its files as (name, content), then its text fields."""
+    headers = [(b"content-type", content_type.encode())]
+    if not is_chunked:
+        headers.append((b"content-length", str(len(body)).encode()))
     messages = iter(
         [{"type": "http.request", "body": body[at : at + size], "more_body": True} for at in range(0, len(body), size)]
         + [{"type": "http.request"}]
@@ -26,7 +33,7 @@ def read(body: bytes, content_type: str = MULTIPART["Content-Type"], size: int =
         return next(messages)
 
     async def parse() -> list[Any]:
-        request = Request({"type": "http", "headers": [(b"content-type", content_type.encode())]}, receive)
+        request = Request({"type": "http", "headers": headers}, receive)
         form = await read_form(request, 3, "curl -F file=@a.png")
         try:
             return [*((upload.filename, upload.file.read()) for upload in form.files), *form.fields]
@@ -169,3 +176,52 @@ def test_the_files_of_a_refused_form_are_closed(monkeypatch: pytest.MonkeyPatch)
             read(body)
     assert len(files) == 4
     assert all(file.closed for file in files)
+
+
+ORDINARY = (
+    form(file_part(CONTENT)),
+    form(file_part(CONTENT), file_part(b""), (b'Content-Disposition: form-data; name="top_k"', b"3")),
+    form((b'Content-Disposition: form-data; name="file"; filename="a b.jpg"\r\nContent-Type: image/jpeg', CONTENT)),
+)
+
+
+@pytest.mark.parametrize("body", ORDINARY)
+def test_an_ordinary_form_is_split_in_memory(body: bytes) -> None:
+    parts = plain_form.split(MULTIPART["Content-Type"], body)
+    assert parts
+    assert read(body, is_chunked=False) == read(body)
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+def test_a_form_split_in_memory_equals_the_streamed_form(quoted: bool) -> None:
+    """Change ordinary forms at random. The forms and errors of both parsers must be equal."""
+    random = Random(1)  # noqa: S311
+    content_type = f'multipart/form-data; boundary="{BOUNDARY}"' if quoted else MULTIPART["Content-Type"]
+    pieces = (
+        b"\r\n",
+        b"\n",
+        b"--",
+        b'"',
+        b"\\",
+        b"%22",
+        b"\xc3\xa4",
+        b"file",
+        b"; filename=",
+        f"--{BOUNDARY}".encode(),
+        b"",
+    )
+    split = 0
+    for _ in range(3000):
+        body = bytearray(random.choice(ORDINARY))
+        for _ in range(random.randint(0, 2)):
+            at = random.randrange(len(body))
+            body[at : at + random.randint(0, 3)] = random.choice(pieces)
+        split += plain_form.split(content_type, bytes(body)) is not None
+        outcomes = []
+        for is_chunked in (True, False):
+            try:
+                outcomes.append(read(bytes(body), content_type, is_chunked=is_chunked))
+            except Problem as error:
+                outcomes.append([type(error), error.detail])
+        assert outcomes[0] == outcomes[1], bytes(body)
+    assert split > 500
