@@ -54,7 +54,8 @@ class Form:
     async def close(self) -> None:
         """Close the files."""
         for upload in self.files:
-            await upload.close()
+            if not isinstance(upload.file, BytesIO):  # Starlette would close it in a thread
+                await upload.close()
 
 
 def media_type(request: Request) -> str:
