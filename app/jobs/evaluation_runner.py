@@ -103,12 +103,13 @@ class EvaluationRunner:
             lock = ExitStack()
             await self._threads.run(self._add, job_id, request, State.RUNNING, file, lock)
             task = self._run_in_task(job_id, request, lock, model)
-            done, _ = await asyncio.wait([task], timeout=self._settings.evaluate_wait_s)
-            if done and not task.cancelled() and (error := task.exception()):
+            await asyncio.wait([task], timeout=self._settings.evaluate_wait_s)
+            job = await self._queue.threads.read(self._queue.get, job_id)
+            if task.done() and not task.cancelled() and (error := task.exception()):
                 raise error
-        else:
-            await self._threads.run(self._add, job_id, request, State.QUEUED, file, None)
-            await self._wait(job_id)
+            return job
+        await self._threads.run(self._add, job_id, request, State.QUEUED, file, None)
+        await self._wait(job_id)
         return await self._queue.threads.read(self._queue.get, job_id)
 
     async def cancel(self, job_id: str) -> EvaluationJob:

@@ -26,7 +26,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from app.exceptions import Unavailable
 from app.inference import images
-from app.jobs.labeled_images import read_zip
+from app.jobs import evaluation_runner
+from app.jobs.labeled_images import LabeledImages, read_zip
 from app.jobs.queue import State
 from app.main import create_app
 from app.routes import predict as predict_route
@@ -317,11 +318,22 @@ def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:
     assert_problem(send(zipped({f"red_disc/{number}.png": b"" for number in range(101)})), 413, "100 entries")
 
 
-def test_a_zip_that_takes_long_is_read_in_the_background(models: Path, tmp_path: Path, image: bytes) -> None:
+def test_a_zip_that_takes_long_is_read_in_the_background(
+    models: Path, tmp_path: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_answer = threading.Event()
+
+    def read_slowly(*args: Any) -> LabeledImages:
+        assert has_answer.wait(60)
+        return read_zip(*args)
+
+    monkeypatch.setattr(evaluation_runner, "read_zip", read_slowly)
     settings = Settings(models=models, runs=tmp_path / "runs", evaluate_wait_s=0)
     with local(create_app(settings)) as client:
         for name, state in (("red_disc/1.png", "succeeded"), ("sofa/1.png", "failed")):
+            has_answer.clear()
             begun = client.post("/evaluate", files={"file": zipped({name: image})})
+            has_answer.set()
             assert begun.status_code == 202
             while not State((job := client.get(begun.headers["location"]).json())["state"]).finished:
                 time.sleep(0.01)
