@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.clients import FairShares, client_network
 from app.errors import problem_response
 from app.machine import MIB
+from app.middleware.proxy import route_path
 from app.server.connections import SLOWEST_BYTES_PER_S
 from app.server.protocol import BODY_RECEIVED
 from app.settings import Settings
@@ -44,7 +45,7 @@ class BodyLimitMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        limit = self.limits.get(scope["path"], _OTHER_BYTES)
+        limit = self.limits.get(route_path(scope), _OTHER_BYTES)
         declared = headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > limit:
             await _too_large(limit)(scope, receive, send)

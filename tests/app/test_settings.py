@@ -87,9 +87,20 @@ def test_a_key_that_no_client_can_send_is_refused_without_its_value(
     assert "0123456789" not in fault
 
 
-@pytest.mark.parametrize("value", ["10.0.0.0/33", "10.0.0.1/8", "proxy.local", "10.0.0.1,", "*,10.0.0.1"])
+@pytest.mark.parametrize(
+    "value", ["10.0.0.0/33", "10.0.0.1/8", "proxy.local", "10.0.0.1,", "*,10.0.0.1", "unix:", "/s.sock"]
+)
 def test_a_proxy_that_is_no_address_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fault_of("trusted_proxies", value, monkeypatch).startswith("CIFAR100_TRUSTED_PROXIES: ")
+
+
+def test_spaces_around_proxies_are_ignored() -> None:
+    assert Settings(trusted_proxies=" unix , 10.0.0.0/8 ").trusted_proxies == "unix,10.0.0.0/8"
+
+
+def test_an_empty_unix_socket_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIFAR100_UDS", "")
+    assert read_settings().uds is None
 
 
 @pytest.mark.parametrize("value", ["example.org", "https://example.org/", "https://a@example.org", "null"])
@@ -196,6 +207,27 @@ def test_all_addresses_of_a_name_share_a_port_and_a_missing_one_is_left_out(monk
     for each in sockets:
         each.close()
     assert [host for host, _ in names] == ["127.0.0.1", "127.0.0.2"]
+    assert len({port for _, port in names}) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "addresses"),
+    [
+        ("localhost", ["127.0.0.1", "::1"]),
+        ("LocalHost", ["127.0.0.1", "::1"]),
+        ("::", ["::", "0.0.0.0"]),  # noqa: S104
+        ("0:0::0", ["::", "0.0.0.0"]),  # noqa: S104
+        ("0.0.0.0", ["0.0.0.0"]),  # noqa: S104
+        ("::1", ["::1"]),
+        ("::ffff:127.0.0.1", ["127.0.0.1"]),
+    ],
+)
+def test_a_host_has_these_addresses_with_one_port(host: str, addresses: list[str]) -> None:
+    sockets = listen(host, 0)
+    names = [each.getsockname()[:2] for each in sockets]
+    for each in sockets:
+        each.close()
+    assert [address for address, _ in names] == [each for each in addresses if ":" not in each or socket.has_ipv6]
     assert len({port for _, port in names}) == 1
 
 
