@@ -14,6 +14,7 @@ from app.server.signals import call_at_exit, exit_immediately, handle_stop_signa
 from app.server.startup import StartupError, check_store, listen, read_settings
 from app.server.unix_socket import listen_on_unix_socket
 from app.settings import Settings
+from training.encoding import restart_in_utf8_mode
 
 
 def main(
@@ -23,6 +24,7 @@ def main(
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Serve the models of the store. Further settings are environment variables, see app/settings.py."""
+    restart_in_utf8_mode()
     handle_stop_signals(signal.SIG_IGN if worker else exit_immediately)
     link = workers.SupervisorLink.from_stdin() if worker else None
     try:

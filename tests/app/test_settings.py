@@ -14,7 +14,6 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
-from app import machine
 from app.main import create_app
 from app.server import workers
 from app.server.startup import StartupError, check_store, format_authority, listen, read_settings
@@ -240,25 +239,3 @@ def test_workers_are_bounded_by_processors_and_memory(monkeypatch: pytest.Monkey
         assert workers.choose_count(most) == most
         with pytest.raises(StartupError, match=f"CIFAR100_WORKERS: {most + 1} workers .* at most {most}: "):
             workers.choose_count(most + 1)
-
-
-@pytest.mark.parametrize(("limit", "is_lower"), [("1048576", True), ("max", False), ("", False), (str(1 << 62), False)])
-def test_a_container_has_the_memory_that_it_may_use(
-    limit: str, is_lower: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    installed = machine.memory_bytes()
-    monkeypatch.setattr(machine, "_MEMORY_MAX", tmp_path / "memory.max")
-    (tmp_path / "memory.max").write_text(limit)
-    assert machine.memory_bytes() == (1048576 if is_lower else installed)
-
-
-@pytest.mark.parametrize(
-    ("limit", "processors"), [("max 100000", 8), ("150000 100000", 2), ("1600000 100000", 8), ("", 8)]
-)
-def test_a_container_has_the_processors_that_it_may_use(
-    limit: str, processors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(machine, "_CPU_MAX", tmp_path / "cpu.max")
-    (tmp_path / "cpu.max").write_text(limit)
-    assert machine.cpu_count() == processors
