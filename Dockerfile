@@ -28,5 +28,5 @@ ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 CIFAR100_HOST=0.0.0.0 CIFAR100_PORT=
 EXPOSE 8000
 VOLUME ["/data", "/srv/cifar100/models", "/srv/cifar100/runs"]
 HEALTHCHECK --start-period=30s --interval=10s --timeout=3s \
-    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f\"http://127.0.0.1:{os.environ['CIFAR100_PORT']}/health/ready\", timeout=2)"]
+    CMD ["python", "-c", "import os, httpx as x; e = os.environ; x.Client(transport=x.HTTPTransport(uds=e.get('CIFAR100_UDS') or None)).get(f\"http://127.0.0.1:{e['CIFAR100_PORT']}/health/ready\", timeout=2).raise_for_status()"]
 CMD ["python", "-m", "app"]

@@ -1,7 +1,7 @@
 """Report the CPUs and the memory that this process may use, and set how it uses them.
 
-It imports the standard library and `training.control_groups` only, so that the process that decodes costly images starts
-quickly.
+This module imports the standard library and `training.control_groups` only, so that the process that decodes costly
+images starts quickly.
 """
 
 import ctypes

@@ -46,7 +46,7 @@ class UnixListener(socket.socket):
     def close(self) -> None:
         """Remove the file and close the socket. While the socket is open, no other server replaces the file."""
         if self._file:
-            with suppress(OSError):  # somebody has removed the file
+            with suppress(OSError):  # the file has been removed
                 if os.path.samestat(self._path.lstat(), self._file):
                     self._path.unlink()
             self._file = None

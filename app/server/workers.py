@@ -232,7 +232,7 @@ class Supervisor:
         self._workers = settings.workers
         self._drain_s = settings.drain_s
         self._runs = settings.runs
-        self._address = _address_options(settings, listening)
+        self._address = address_options(settings, listening)
         self._cpus = sorted(os.sched_getaffinity(0))
         self._signals: list[int] = []
         self._turn = 0
@@ -358,7 +358,7 @@ class Supervisor:
             time.sleep(_POLL_S / 10)
 
 
-def _address_options(settings: Settings, listening: Sequence[socket.socket]) -> list[str]:
+def address_options(settings: Settings, listening: Sequence[socket.socket]) -> list[str]:
     """Return the command line options that tell a worker where its supervisor listens."""
     if settings.uds:
         return ["--uds", os.fspath(settings.uds)]

@@ -230,6 +230,20 @@ def test_a_host_has_these_addresses_with_one_port(host: str, addresses: list[str
     assert len({port for _, port in names}) == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        (Settings(host="several.example"), ["--host", "several.example", "--port", "{port}"]),
+        (Settings(uds=Path("a b.sock")), ["--uds", "a b.sock"]),
+    ],
+)
+def test_workers_are_told_where_the_supervisor_listens(settings: Settings, options: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        given = workers.address_options(settings, [listening])
+    assert given == [option.format(port=port) for option in options]
+
+
 def test_workers_are_bounded_by_processors_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1 << 30
     for processors, memory, most, default in ((2, 64 * gib, 8, 2), (8, 2 * gib, 4, 4), (1, gib // 4, 1, 1)):

@@ -17,6 +17,7 @@ import nginx
 import pytest
 from server import Server
 from service import TINY, service
+from sockets import answer, head, upload
 
 from training.store import Store
 
@@ -52,26 +53,25 @@ def two_versions(models: Path) -> Store:
 
 
 @pytest.mark.skipif(not nginx.is_installed(), reason="needs nginx")
-@pytest.mark.parametrize("expect", ["", "Expect: 100-continue\r\n"])
-def test_request_hidden_in_body_behind_nginx_is_not_carried_out(tmp_path: Path, models: Path, expect: str) -> None:
+@pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue"])
+def test_request_hidden_in_body_behind_nginx_is_not_carried_out(tmp_path: Path, models: Path, expect: bytes) -> None:
     store = two_versions(models)
-    hidden = b"PUT /models/resnet/live HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    hidden += b'Content-Length: 13\r\n\r\n{"version":1}'
+    host = "127.0.0.1"  # the hidden request would count as local
+    json_lines = (b"Content-Type: application/json", b"Content-Length: 13")
+    hidden = head("PUT /models/resnet/live", *json_lines, host=host) + b'{"version":1}'
     empty_lines = b"\r\n" * 22_500
-    head = f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\n{expect}"
-    head += f"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: {len(empty_lines + hidden)}\r\n\r\n"
-    last = b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    offer = (expect, b"Connection: Upgrade", b"Upgrade: h2c")
+    first = upload(len(empty_lines + hidden), *offer, host=host)
+    last = head("GET /health/live", b"Connection: close", host=host)
     with service(models, tmp_path / "runs", tmp_path / "log") as (client, _):
         for more in ("", "proxy_request_buffering off;"):
             with nginx.proxy(tmp_path, str(client.base_url), more) as proxy:
                 for _ in range(3):
                     with socket.create_connection(nginx.address(proxy), timeout=20) as connection:
-                        connection.sendall(head.encode() + empty_lines)
+                        connection.sendall(first + empty_lines)
                         time.sleep(0.02)  # the hidden request must arrive apart from the head
                         connection.sendall(hidden + last)
-                        received = b""
-                        while data := connection.recv(65536):
-                            received += data
+                        received = answer(connection)
                     statuses = re.findall(rb"HTTP/1.1 (\d+)", received)
                     assert [status for status in statuses if status != b"100"] == [b"415", b"200"]
         assert client.get("/models/resnet").json()["live"] == 2

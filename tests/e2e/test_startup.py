@@ -17,6 +17,7 @@ import pytest
 from processes import children
 from server import Server, wait_for
 from service import TINY, processes_of, service
+from sockets import upload
 
 from app.server.startup import format_authority
 
@@ -281,8 +282,7 @@ def test_a_further_signal_leaves_what_is_under_way_but_no_training_process(
         wait_for(lambda: processes_of(runs), END_S, log)
         with socket.create_connection(("127.0.0.1", client.base_url.port or 0)) as half_sent:
             half_sent.settimeout(END_S)
-            headers = "Host: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\nExpect: 100-continue"
-            half_sent.sendall(f"POST /predict HTTP/1.1\r\n{headers}\r\n\r\n".encode())
+            half_sent.sendall(upload(9, b"Expect: 100-continue"))
             assert half_sent.recv(1000).startswith(b"HTTP/1.1 100 ")
             server.terminate()
             wait_for(lambda: "Waiting for connections to close" in log.read_text(), END_S, log)
