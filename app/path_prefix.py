@@ -16,7 +16,7 @@ OWN_PATHS = {
     "/static",
     "/train",
 }
-"""Paths of the service. As a prefix they would be ambiguous, because a proxy may remove the prefix or pass it on."""
+"""Paths of the service. They are ambiguous as prefixes, because a proxy may remove the prefix or pass it on."""
 
 _MAX_LENGTH = 200
 _PREFIX = re.compile(r"(?:/(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._~-]+)*")  # unreserved characters of RFC 3986, section 2.3

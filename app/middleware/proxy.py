@@ -20,7 +20,7 @@ class ProxyMiddleware:
     """ASGI middleware that sets the client, the scheme and the root path of requests behind a proxy.
 
     X-Forwarded-Prefix of a trusted proxy replaces the prefix of the settings. Proxies in a row may send one prefix
-    each, the outermost first. Without a prefix the path is left as it is.
+    each, the outermost first. Without a prefix the path does not change.
 
     Args:
         app: Next ASGI application.

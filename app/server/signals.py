@@ -36,7 +36,7 @@ def call_at_exit(cleanup: Callable[[], object]) -> None:
 
 
 def exit_process(status: int) -> NoReturn:
-    """Exit without waiting for threads. Of what runs at exit, only the functions of `call_at_exit` are called."""
+    """Exit without waiting for threads. This calls the functions of `call_at_exit`, but no others of `atexit`."""
     for cleanup in _cleanups:
         cleanup()
     os._exit(status)

@@ -31,7 +31,7 @@ class Check:
 
 
 def is_whole(parser: argparse.ArgumentParser, given: argparse.Namespace) -> bool:
-    """Return whether a run measures at least what a run without options does, so that its table may be kept.
+    """Return whether a run is at least as large as a run without options, so that its table may be kept.
 
     Args:
         parser: Parser of the script's options.
