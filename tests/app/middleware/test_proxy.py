@@ -48,7 +48,7 @@ def test_every_url_of_an_answer_has_the_prefix(
             assert url.startswith("/ml/")
             assert client.get(passed + url.removeprefix("/ml")).status_code == 200, link
         script = client.get(f"{passed}/static/page.js").text
-        assert set(re.findall(r"json\([\"`]([^\"`?]+)", script)) == {"health", "predict"}
+        assert set(re.findall(r"json\([\"`]([^\"`?]+)", script)) == {"./health", "./predict"}
 
         assert "url: '/ml/openapi.json'" in client.get(f"{passed}/docs").text
         document = client.get(f"{passed}/openapi.json").json()
