@@ -148,7 +148,7 @@ def main(kills: int, seed: int, whole: bool) -> int:
         client.join()
         if server.process.poll() is not None:
             server = Server(store.root, runs, log)
-        wait_for(lambda: not _unfinished(runs), DRAIN_S, log)
+        wait_for(lambda: server.address and not _unfinished(runs), DRAIN_S, log)
         if (status := server.stop()) != 0:
             faults.append(f"the server ended with {status}")
         if left := find_processes(folder):
