@@ -28,5 +28,5 @@ ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 CIFAR100_HOST=0.0.0.0 CIFAR100_PORT=
 EXPOSE 8000
 VOLUME ["/data", "/srv/cifar100/models", "/srv/cifar100/runs"]
 HEALTHCHECK --start-period=30s --interval=10s --timeout=3s \
-    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f\"http://127.0.0.1:{os.environ['CIFAR100_PORT']}/health/ready\", timeout=2)"]
+    CMD ["python", "-c", "import os, socket, sys, http.client as h; e = os.environ; u = e.get('CIFAR100_UDS'); c = h.HTTPConnection('127.0.0.1', int(e['CIFAR100_PORT']), timeout=2); c.sock = socket.socket(socket.AF_UNIX) if u else None; u and c.sock.connect(u); c.request('GET', '/health/ready'); sys.exit(c.getresponse().status != 200)"]
 CMD ["python", "-m", "app"]

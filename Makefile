@@ -7,7 +7,7 @@ PROOFS = fuzz_images image_bombs fuzz_http decode_attacks connection_attacks sta
     crash_points hot_swap hostile_surroundings
 
 help:
-	@echo 'make serve        create .venv, install, serve the shipped models; HOST and PORT choose another address'
+	@echo 'make serve        create .venv, install, serve the shipped models; HOST and PORT, or UDS, choose another address'
 	@echo 'make test         create .venv, install, run all tests'
 	@echo 'make test-fast    the unit tests only: those that are not marked slow'
 	@echo 'make check        lint, format and types'
@@ -20,7 +20,7 @@ help:
 .PHONY: help serve test test-fast check proof soak serving clean constraints
 
 serve: .venv/installed
-	@exec $(BIN)/python -m app $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
+	@exec $(BIN)/python -m app $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(if $(UDS),--uds $(UDS))
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal

@@ -4,6 +4,9 @@ import ipaddress
 from collections import defaultdict
 from functools import lru_cache
 
+UNIX_CLIENT = "unix"
+"""Name of every client that connects over a unix socket, because it has no address."""
+
 _CONTESTED = 0.75  # fraction of the capacity above which shares apply
 
 

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.exceptions import Problem, Unavailable
+from training.encoding import replace_surrogates
 from training.text import shorten
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def problem_response(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
     """Return a problem+json response. `more` adds members. Shorten a long detail, because it may quote the client."""
-    detail = shorten(detail, _MAX_DETAIL)
+    detail = shorten(replace_surrogates(detail), _MAX_DETAIL)
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
     return JSONResponse(content, status, headers, media_type="application/problem+json")
 
@@ -102,8 +103,8 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
             found = error.errors()
             faults = [
                 {
-                    "field": shorten(".".join(map(str, fault["loc"])), _MAX_FAULT),
-                    "message": shorten(fault["msg"], _MAX_FAULT),
+                    "field": shorten(replace_surrogates(".".join(map(str, fault["loc"]))), _MAX_FAULT),
+                    "message": shorten(replace_surrogates(fault["msg"]), _MAX_FAULT),
                 }
                 for fault in found[:_MAX_FAULTS]
             ]

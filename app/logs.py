@@ -9,15 +9,32 @@ import logging
 import sys
 from contextlib import nullcontext
 from contextvars import ContextVar
-from typing import TextIO
+from typing import Any, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 from typing_extensions import override
 
 from app.settings import LogStyle
+from training.encoding import replace_surrogates
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Id of the request that the current task serves."""
+
+
+class _TextFormatter(logging.Formatter):
+    """A formatter of plain text that shows file names with any characters."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return replace_surrogates(super().format(record))
+
+
+class _JsonFormatter(JsonFormatter):
+    """A formatter of JSON that shows file names with any characters."""
+
+    @override
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        return {key: replace_surrogates(value) if isinstance(value, str) else value for key, value in log_data.items()}
 
 
 def configure(style: LogStyle, level: str) -> None:
@@ -30,14 +47,14 @@ def configure(style: LogStyle, level: str) -> None:
     handler = _BatchHandler()
     if style == "json" or (style == "auto" and not sys.stderr.isatty()):
         handler.setFormatter(
-            JsonFormatter(
+            _JsonFormatter(
                 "%(levelname)s %(name)s %(process)d %(message)s %(request_id)s",
                 rename_fields={"levelname": "level", "name": "logger"},
                 timestamp="time",
             )
         )
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(_add_request_id)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)

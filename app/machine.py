@@ -1,6 +1,7 @@
 """Report the CPUs and the memory that this process may use, and set how it uses them.
 
-This module imports only the standard library, so that the process that decodes costly images starts quickly.
+This module imports the standard library and `training.control_groups` only, so that the process that decodes costly
+images starts quickly.
 """
 
 import ctypes
@@ -10,35 +11,52 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from training.control_groups import PROC, ControlGroup, list_groups
+
 MIB = 1 << 20
 GIB = 1 << 30
 
-# Files of Linux control groups, version 2
-_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-_MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
+# Files of control groups by version. Each quota is followed by its period.
+_CPU_FILES = {1: ("cpu.cfs_quota_us", "cpu.cfs_period_us"), 2: ("cpu.max",)}
+_MEMORY_FILES = {1: "memory.limit_in_bytes", 2: "memory.max"}
 
 # Names and values from glibc's malloc.h
 _M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 16 * MIB
 _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 4 * MIB
 
 
-def cpu_count() -> int:
-    """Return the number of CPUs that this process may use. A container's CPU quota lowers it."""
+def cpu_count(proc: Path = PROC) -> int:
+    """Return the number of CPUs that this process may use. The CPU quotas of its control groups lower it.
+
+    Args:
+        proc: Folder of the process information.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _CPU_MAX.read_text().split()
-    except (OSError, ValueError):
-        return allowed
-    return allowed if quota == "max" else min(allowed, math.ceil(int(quota) / int(period)))
+    quotas = [quota for group in list_groups("cpu", proc) if (quota := _read_cpu_quota(group))]
+    return min([allowed, *map(math.ceil, quotas)])
 
 
-def memory_bytes() -> int:
-    """Return the memory in bytes that this process may use. A container's memory limit lowers it."""
-    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def memory_bytes(proc: Path = PROC) -> int:
+    """Return the memory in bytes that this process may use. The memory limits of its control groups lower it.
+
+    Args:
+        proc: Folder of the process information.
+    """
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for group in list_groups("memory", proc):
+        with suppress(OSError, ValueError):  # "max" if there is no limit
+            limits.append(int((group.folder / _MEMORY_FILES[group.version]).read_text()))
+    return min(limits)
+
+
+def _read_cpu_quota(group: ControlGroup) -> float | None:
+    """Return the CPUs that a control group may use, or None without a quota."""
     try:
-        return min(installed, int(_MEMORY_MAX.read_text()))
-    except (OSError, ValueError):  # the file contains "max" if there is no limit
-        return installed
+        fields = [(group.folder / name).read_text() for name in _CPU_FILES[group.version]]
+        quota, period = map(int, " ".join(fields).split())  # microseconds
+    except (OSError, ValueError):  # "max" in version 2
+        return None
+    return quota / period if quota > 0 and period > 0 else None  # -1 for no quota in version 1
 
 
 @contextmanager

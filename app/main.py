@@ -16,6 +16,7 @@ from app.dependencies import Services
 from app.middleware.access import Access
 from app.middleware.body_limit import BodyLimitMiddleware
 from app.middleware.metrics import MetricsMiddleware
+from app.middleware.proxy import ProxyMiddleware
 from app.middleware.request_log import RequestLogMiddleware
 from app.middleware.security_headers import SecurityHeadersMiddleware
 from app.routes import evaluate, health, metrics, models, page, predict, train
@@ -67,6 +68,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
+    if settings.trusted_proxies or settings.root_path:
+        app.add_middleware(ProxyMiddleware, settings=settings)
     app.add_middleware(SecurityHeadersMiddleware)
     app.add_middleware(MetricsMiddleware, metrics=services.metrics)
     app.add_middleware(RequestLogMiddleware)

@@ -15,7 +15,9 @@ from limits import RateLimitItem
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.clients import UNIX_CLIENT
 from app.machine import GIB, MIB
+from app.path_prefix import parse_path_prefix
 from training.runtimes import Device, Runtime
 
 LogStyle = Literal["auto", "text", "json"]
@@ -23,6 +25,10 @@ LogStyle = Literal["auto", "text", "json"]
 
 def _split_commas(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _empty_to_none(value: Any) -> Any:
+    return value or None
 
 
 def _parse_rate_limit(value: Any) -> Any:
@@ -50,12 +56,16 @@ def _require_ascii(key: SecretStr) -> SecretStr:
 
 
 def _parse_proxies(value: str) -> str:
-    for proxy in value.split(",") if value.strip() not in ("", "*") else ():
+    proxies = [proxy.strip() for proxy in value.split(",")] if value.strip() not in ("", "*") else []
+    for proxy in proxies:
         try:
-            ipaddress.ip_network(proxy.strip())
+            if proxy != UNIX_CLIENT:
+                ipaddress.ip_network(proxy)
         except ValueError as error:
-            raise ValueError(f"{error}; give addresses and networks such as 10.0.0.0/8, or * alone") from None
-    return value.strip()
+            raise ValueError(
+                f"{error}; give addresses, networks such as 10.0.0.0/8 and {UNIX_CLIENT} for a unix socket, or * alone"
+            ) from None
+    return ",".join(proxies) or value.strip()
 
 
 def _parse_origin(value: str) -> str:
@@ -95,6 +105,9 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535)
+    uds: Annotated[Path | None, BeforeValidator(_empty_to_none)] = None
+    """Path of a unix socket to listen on. The service then ignores `host` and `port`. No request over a unix socket
+    counts as made on this machine."""
     workers: int = Field(default=1, ge=0, le=1024)
     """Number of server processes. 0 starts one per CPU, or fewer if memory is short. Each process has its share of the
     CPUs and holds all models in memory. The machine limits the number, see
@@ -112,8 +125,12 @@ class Settings(BaseSettings):
     """Rate limit for predictions, per client. Default: no limit. A request costs one unit. Estimated decoding time
     above 10 ms costs one more unit for each 10 ms."""
     trusted_proxies: Annotated[str, AfterValidator(_parse_proxies)] = ""
-    """Proxy addresses or networks, separated by commas. The service takes the client address from the X-Forwarded-For
-    header of these proxies. Default: no proxy is trusted."""
+    """Proxy addresses or networks, separated by commas; "unix" for every client of the unix socket. The service takes
+    the client address, the scheme and the path prefix from the X-Forwarded-For, X-Forwarded-Proto and
+    X-Forwarded-Prefix headers of these proxies. Default: no proxy is trusted."""
+    root_path: Annotated[str, AfterValidator(parse_path_prefix)] = ""
+    """Path prefix under which a proxy publishes the service, such as /ml. X-Forwarded-Prefix of a trusted proxy
+    replaces it. Default: none."""
     cors_origins: Annotated[tuple[Annotated[str, AfterValidator(_parse_origin)], ...], NoDecode, CommaSeparated] = ()
     """Origins, separated by commas, whose web pages may call the service from a browser."""
 

@@ -7,7 +7,9 @@ ROOT = Path(__file__).parents[1]
 
 # Both packages share these values, formats, measures and runtimes, never a network definition or the training loop.
 SHARED = {
+    "control_groups",
     "dataset",
+    "encoding",
     "evaluate",
     "files",
     "recipes",

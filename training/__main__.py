@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from training import loop, report
 from training.dataset import DEFAULT_FOLDER, DataError, Dataset, Split, hold_out, load_dataset
+from training.encoding import restart_in_utf8_mode
 from training.evaluate import evaluate as measure
 from training.evaluate import predict
 from training.export import publish as publish_run
@@ -37,9 +38,7 @@ STOP_POLL_S = 0.5
 STOP_GRACE_S = 3.0
 
 console = Console(markup=False, highlight=False, soft_wrap=True)
-cli = typer.Typer(
-    help="Train, export and measure CIFAR-100 residual networks.", no_args_is_help=True, add_completion=False
-)
+cli = typer.Typer(no_args_is_help=True, add_completion=False)
 
 Data = Annotated[
     str | None,
@@ -53,6 +52,12 @@ Data = Annotated[
 Models = Annotated[Path, typer.Option(help="The model store.", envvar="CIFAR100_MODELS")]
 Promote = Annotated[Promotion, typer.Option(help="When the new version goes live.")]
 Notes = Annotated[str, typer.Option(help="Free text for the model card.")]
+
+
+@cli.callback()
+def start() -> None:
+    """Train, export and measure CIFAR-100 residual networks."""
+    restart_in_utf8_mode()
 
 
 @cli.command()

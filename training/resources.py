@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from training.control_groups import CGROUPS, PROC, list_groups
 from training.evaluate import BATCH_SIZES
 from training.recipes import ALL_STAGES, Recipe, RecipeError, Stage
 from training.runtimes.torchscript import computes_bfloat16
@@ -30,6 +31,11 @@ _DATA_COPIES = 4  # copies of the data set's images: as read, as split, and as e
 _IMAGE_BYTES = 32 * 32 * 3
 _COPIES = 6  # copies of the parameters: weights, gradients, optimizer state (2 copies), and a checkpoint being written
 _TRANSIENT = 1.25  # factor on the saved activations, for their gradients and workspaces
+# Limit, usage and inactive file cache of a control group, by its version
+_MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 _FORWARD = 4  # number of largest activations alive at once in a forward pass without gradients
 
 
@@ -124,7 +130,7 @@ def feature_bytes(recipe: Recipe, train: int, evaluation: int) -> int:
     return 2 * values * (train * (2 if recipe.flip else 1) + evaluation)
 
 
-def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
     """Return the bytes available to a new process, or None if unknown.
 
     The limits are the machine's available memory and the control groups of this process.
@@ -132,28 +138,14 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     try:
         lines = (proc / "meminfo").read_text().splitlines()
         rooms = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        groups = (proc / "self/cgroup").read_text().splitlines()
     except (OSError, ValueError):
         return None
-    for group in groups:
-        _, controllers, name = group.split(":", 2)
-        if controllers == "":
-            root, limit, usage, cache = cgroups, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            root, limit = cgroups / "memory", "memory.limit_in_bytes"
-            usage, cache = "memory.usage_in_bytes", "total_inactive_file"
-        else:
-            continue
-        folder = root / name.strip("/")
-        for each in (folder, *folder.parents):
-            if (room := _read_room(each, limit, usage, cache)) is not None:
-                rooms.append(room)
-            if each == root:
-                break
-    return min(rooms, default=None)
+    groups = list_groups("memory", proc, cgroups)
+    limited = (_read_room(group.folder, *_MEMORY_FILES[group.version]) for group in groups)
+    return min([*rooms, *(room for room in limited if room is not None)], default=None)
 
 
-def resident_memory(process: int, proc: Path = Path("/proc")) -> int:
+def resident_memory(process: int, proc: Path = PROC) -> int:
     """Return the anonymous resident memory (RssAnon) of a process in bytes; 0 if it cannot be read."""
     try:
         lines = (proc / str(process) / "status").read_text().splitlines()

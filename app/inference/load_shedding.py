@@ -40,7 +40,8 @@ class LoadShedder:
             client: Address of the client.
         """
         path, _, query = url.partition(b"?")
-        if path != b"/predict" or b"version" in query:  # each version has its own queue
+        # A proxy may put a prefix before the path. Each version has its own queue.
+        if not path.endswith(b"/predict") or b"version" in query:
             return False
         model = self._pool.peek(_model_name(query))
         if model is None:

@@ -23,6 +23,7 @@ from app.inference.batching import Batcher
 from app.machine import cpu_count
 from app.settings import Settings
 from app.threads import Threads
+from training.encoding import replace_surrogates
 from training.runtimes import selection
 from training.runtimes.engine import Engine, example_images
 from training.store import CARD, LIVE, MODEL, ModelCard, Store, StoreError
@@ -152,9 +153,10 @@ class ModelPool:
                     self.errors.pop(name, None)
                     log.info("%s version %d is live (%s)", name, version, model.batcher.engine.name)
                 except (StoreError, OSError, RuntimeError) as error:
-                    if self.errors.get(name) != str(error):
+                    reason = replace_surrogates(str(error))
+                    if self.errors.get(name) != reason:
                         log.error("%s: the live version cannot be loaded: %s", name, error)
-                        self.errors[name] = str(error)
+                        self.errors[name] = reason
                         if name not in self._live:
                             await self._threads.run(self._fall_back, name)
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Dialect, Engine, Text, cast, create_engine, event, func, or_, select
+from sqlalchemy import JSON, URL, DateTime, Dialect, Engine, Text, cast, create_engine, event, func, or_, select
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -170,7 +170,9 @@ def connect(path: Path) -> Engine:
         sqlalchemy.exc.DatabaseError: The file cannot be opened or written, is locked, or is damaged.
     """
     # The number of calling threads limits the connections. A bounded pool would raise an error after 30 s.
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=-1)
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=-1
+    )
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: Any) -> None:

@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 from app.exceptions import NotFound, Unavailable
 from app.jobs.database import MAX_ERROR, WRITES, Database, JobRow
 from app.threads import Threads
+from training.encoding import replace_surrogates
 from training.run import Run
 from training.text import quote, shorten
 
@@ -249,7 +250,7 @@ class JobQueue(Generic[View]):
         if State(row.state).finished:
             return
         row.state = state
-        row.error = error and shorten(error, MAX_ERROR)
+        row.error = error and shorten(replace_surrogates(error), MAX_ERROR)
         row.finished = datetime.now(UTC)
         log.info("%s %s %s%s", self.label, row.id, state, f": {error}" if error else "")
 

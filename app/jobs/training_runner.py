@@ -234,7 +234,7 @@ async def _terminate(pid: int, alive: Callable[[], bool]) -> None:
 
 def _last_line(output: Path) -> str:
     """Return the last line of a failed process's output. Out-of-memory errors get a common prefix."""
-    lines = output.read_text(errors="replace").strip().splitlines() or ["no output"]
+    lines = output.read_text("utf-8", errors="replace").strip().splitlines() or ["no output"]
     line = lines[-1].removeprefix("error: ")
     if any(sign in line for sign in _OUT_OF_MEMORY) and not line.startswith("out of memory"):
         return f"out of memory: {line}"

@@ -1,1 +1,1 @@
-"""What every request passes: access, body limits, security headers, request log and metrics."""
+"""Every request passes these layers: access, proxy, body limits, security headers, request log, metrics."""

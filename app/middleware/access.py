@@ -141,7 +141,9 @@ class Access:
         parsed count as not local.
         """
         server, client = request.scope.get("server"), request.client
-        if not (_is_loopback(self._settings.host) and server and server[1] is not None and _is_loopback(server[0])):
+        if server and server[1] is None:
+            return "the request comes over a unix socket"
+        if not (_is_loopback(self._settings.host) and server and _is_loopback(server[0])):
             return "the service does not listen on a loopback address only"
         if not (client and _is_loopback_address(client.host)):
             return "the request comes from another machine"
@@ -236,7 +238,7 @@ def _is_proxy_header(header: str) -> bool:
 
 def _is_loopback(host: str) -> bool:
     """Return whether a host is a loopback address or "localhost", so that it always means this machine."""
-    return host == "localhost" or _is_loopback_address(host)
+    return host.lower() == "localhost" or _is_loopback_address(host)
 
 
 def _is_loopback_address(host: str) -> bool:

@@ -18,6 +18,7 @@ from app.errors import problem_response
 from app.exceptions import Problem
 from app.machine import MIB
 from app.middleware.gzip_body import GzipBody
+from app.middleware.proxy import route_path
 from app.server.connections import SLOWEST_BYTES_PER_S
 from app.server.protocol import BODY_RECEIVED
 from app.settings import Settings
@@ -52,7 +53,7 @@ class BodyLimitMiddleware:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        limit = self.limits.get(scope["path"], _OTHER_BYTES)
+        limit = self.limits.get(route_path(scope), _OTHER_BYTES)
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             await _too_large(limit)(scope, receive, send)

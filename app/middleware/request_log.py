@@ -8,6 +8,7 @@ from random import getrandbits
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.logs import request_id
+from app.middleware.proxy import route_path
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class RequestLogMiddleware:
             await self.app(scope, receive, send_with_id)
         finally:
             path = scope.get("raw_path", b"").decode("ascii", "replace")
-            level = logging.DEBUG if path in _PROBES else logging.INFO
+            level = logging.DEBUG if route_path(scope) in _PROBES else logging.INFO
             if log.isEnabledFor(level):
                 client = scope["client"][0] if scope.get("client") else None
                 milliseconds = round((time.perf_counter() - started) * 1000, 3)

@@ -107,7 +107,7 @@ async def evaluate(
         job = await services.evaluations.submit(model, query.split, query.limit, None)
     if not job.state.finished:
         response.status_code = HTTPStatus.ACCEPTED
-        response.headers["Location"] = f"/evaluate/{job.id}"
+        response.headers["Location"] = f"{request.scope['root_path']}/evaluate/{job.id}"
     return job
 
 

@@ -9,6 +9,7 @@ from app.inference.pool import Version
 from app.middleware.access import OperatorOnly
 from app.routes.parameters import StrictRoute
 from app.routes.responses import json_response
+from training.encoding import replace_surrogates
 from training.store import ModelCard, StoreError
 from training.text import quote
 
@@ -117,7 +118,7 @@ def _details(services: Services, name: str) -> ModelDetails:
         try:
             cards.append(services.store.card(name, version))
         except StoreError as error:
-            errors.append(str(error))
+            errors.append(replace_surrogates(str(error)))
     if name in services.pool.errors:
         errors.insert(0, services.pool.errors[name])
     model = services.pool.live().get(name)

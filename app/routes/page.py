@@ -27,19 +27,21 @@ async def index() -> FileResponse:
 
 @router.get(_OPENAPI)
 async def openapi(request: Request) -> Response:
-    """Return the OpenAPI document. It is serialized once, which takes a millisecond."""
-    return Response(_document(request.app), media_type="application/json")
+    """Return the OpenAPI document. It is serialized once for each path prefix, which takes a millisecond."""
+    return Response(_document(request.app, request.scope["root_path"]), media_type="application/json")
 
 
-@lru_cache(1)
-def _document(app: FastAPI) -> bytes:
-    return bytes(JSONResponse(app.openapi()).body)
+@lru_cache(8)
+def _document(app: FastAPI, root_path: str) -> bytes:
+    servers = {"servers": [{"url": root_path}]} if root_path else {}
+    return bytes(JSONResponse(app.openapi() | servers).body)
 
 
 @router.get("/docs")
 async def docs(request: Request) -> HTMLResponse:
     """Return Swagger UI, which loads from its public CDN. The policy allows the inline script by its checksum."""
-    page = get_swagger_ui_html(openapi_url=_OPENAPI, title=request.app.title, swagger_favicon_url="data:,")
+    url = request.scope["root_path"] + _OPENAPI
+    page = get_swagger_ui_html(openapi_url=url, title=request.app.title, swagger_favicon_url="data:,")
     script = re.search(rb"<script>(.*?)</script>", bytes(page.body), re.DOTALL)
     checksum = base64.b64encode(hashlib.sha256(script[1] if script else b"").digest()).decode()
     page.headers["Content-Security-Policy"] = (

@@ -3,7 +3,7 @@
 from http import HTTPStatus
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from app.dependencies import ServicesDependency
@@ -27,6 +27,7 @@ _LINKS = {operation: {"operationId": operation, **_TO_JOB} for operation in ("jo
 )
 async def submit(
     wanted: TrainingRequest,
+    request: Request,
     response: Response,
     services: ServicesDependency,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
@@ -38,7 +39,7 @@ async def submit(
     """
     jobs = services.training_jobs
     job = await jobs.threads.run(jobs.submit, wanted, idempotency_key)
-    response.headers["Location"] = f"/train/{job.id}"
+    response.headers["Location"] = f"{request.scope['root_path']}/train/{job.id}"
     return job
 
 

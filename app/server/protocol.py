@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.clients import UNIX_CLIENT
 from app.errors import problem_response
 from app.exceptions import Unavailable
 from app.server.connections import SLOWEST_BYTES_PER_S, ConnectionTable
@@ -75,6 +76,8 @@ class BoundedHttp(HttpToolsProtocol):
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.server and self.server[1] is None:
+            self.client = (UNIX_CLIENT, 0)
         host = self.client[0] if self.client else ""
         self._from_proxy = self._table.is_proxy(host)
         self.progress = self.loop.time()

@@ -27,8 +27,8 @@ from app.main import create_app
 from app.server import workers
 from app.server.connections import ConnectionTable
 from app.server.protocol import BoundedHttp
-from app.server.signals import exit_immediately, exit_status, handle_stop_signals
-from app.server.startup import format_authority
+from app.server.signals import exit_immediately, exit_process, exit_status, handle_stop_signals
+from app.server.startup import format_address
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -66,9 +66,9 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listening in sockets or ():
-            log.info("running on http://%s", format_authority(*listening.getsockname()[:2]))
+            log.info("running on %s", format_address(listening.getsockname()))
         if self._link:
-            log.info("running on http://%s", format_authority(self.config.host, self.config.port))
+            log.info("running on %s", format_address(self.config.uds or (self.config.host, self.config.port)))
             self._link.finish_loading()
             self._link.socket.setblocking(False)
             asyncio.get_running_loop().add_reader(self._link.socket, self._read_orders, self._link.socket)
@@ -110,7 +110,7 @@ class DrainingServer(uvicorn.Server):
             async with asyncio.timeout(_LEAVE_S):
                 await self._services.training_runner.stop()
         finally:
-            os._exit(exit_status(self.signals))
+            exit_process(exit_status(self.signals))
 
     def _beat(self, link: workers.SupervisorLink) -> None:
         link.beat(workers.BEAT)
@@ -155,7 +155,7 @@ def serve(settings: Settings, listening: Sequence[socket.socket], link: workers.
 
     Args:
         settings: Limits and folders.
-        listening: Listening sockets from `app.server.startup.listen`. Empty for a worker.
+        listening: Listening sockets from `app.server.startup.listen`, or a unix socket. Empty for a worker.
         link: A worker's connection to its supervisor.
 
     Returns:
@@ -173,13 +173,13 @@ def serve(settings: Settings, listening: Sequence[socket.socket], link: workers.
         app,
         host=settings.host,
         port=settings.port,
+        uds=os.fspath(settings.uds) if settings.uds else None,
         http=http,  # type: ignore[arg-type]  # uvicorn only calls it
         ws="none",
         access_log=False,
         log_config=None,
         server_header=False,
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=settings.trusted_proxies,
+        proxy_headers=False,  # app.middleware.proxy applies them
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=_STOP_S,
     )

@@ -5,10 +5,14 @@ install handlers that let requests finish. The exit status of a stopped service 
 expect.
 """
 
+import atexit
 import os
 import signal
 from collections.abc import Callable, Iterable
 from types import FrameType
+from typing import NoReturn
+
+_cleanups: list[Callable[[], object]] = []
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -25,6 +29,19 @@ def exit_status(signals: Iterable[int]) -> int:
     return 128 + signal.SIGINT if signal.SIGINT in signals else 0
 
 
-def exit_immediately(number: int, _: FrameType | None = None) -> None:
-    """Exit without waiting for threads, because a thread that loads a model cannot be interrupted."""
-    os._exit(exit_status((number,)))
+def call_at_exit(cleanup: Callable[[], object]) -> None:
+    """Call a function when the process exits, also by `exit_process`. The function may be called twice."""
+    atexit.register(cleanup)
+    _cleanups.append(cleanup)
+
+
+def exit_process(status: int) -> NoReturn:
+    """Exit without waiting for threads. This calls the functions of `call_at_exit`, but no others of `atexit`."""
+    for cleanup in _cleanups:
+        cleanup()
+    os._exit(status)
+
+
+def exit_immediately(number: int, _: FrameType | None = None) -> NoReturn:
+    """Exit after a signal without waiting for threads, because a thread that loads a model cannot be interrupted."""
+    exit_process(exit_status((number,)))

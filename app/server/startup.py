@@ -4,6 +4,7 @@ Output: `Settings` and listening sockets, or a `StartupError` whose text is one 
 """
 
 import errno
+import ipaddress
 import socket
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -15,7 +16,11 @@ from pydantic import ValidationError
 from app.settings import Settings
 from training.store import Store
 
-_BACKLOG = 2048  # maximum number of connections that wait to be accepted
+BACKLOG = 2048
+"""Maximum number of connections that wait to be accepted."""
+
+_LOCALHOST = ("127.0.0.1", "::1")  # RFC 6761, whatever the hosts file of the machine says
+_ANY_IPV4, _ANY_IPV6 = "0.0.0.0", "::"  # noqa: S104
 _ATTEMPTS = 20  # attempts to find a port that is free at every address
 _ADDRESS_MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
@@ -77,7 +82,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Listen on every address of a host, so that no other process can. Connections wait until they are accepted.
 
     Args:
-        host: An address, or a name such as localhost that may have several addresses.
+        host: An address, or a name that may have several addresses. localhost has 127.0.0.1 and ::1. The address ::
+            stands for all addresses of the machine, IPv6 and IPv4.
         port: Port number. 0 takes a free port, the same for all addresses.
 
     Returns:
@@ -87,8 +93,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
         StartupError: The port is in use, or the host is not an address of this machine.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+        addresses = _find_addresses(host, port)
         for _ in range(0 if port else _ATTEMPTS):
             with suppress(OSError):  # a port that is free at one address may be taken at another
                 return _listen_on_all(addresses)
@@ -99,6 +104,30 @@ def listen(host: str, port: int) -> list[socket.socket]:
             f"cannot listen on {format_authority(host, port)}: {reason}; choose a free address of this machine by "
             "CIFAR100_HOST and CIFAR100_PORT"
         ) from None
+
+
+def _find_addresses(host: str, port: int) -> list[tuple[int, Any]]:
+    """Return the socket family and the address of every address of a host.
+
+    Raises:
+        OSError: The host has no address.
+    """
+    addresses: dict[tuple[int, Any], None] = {}
+    for name in _LOCALHOST if host.lower() == "localhost" else (host,):
+        for family, _, _, _, address in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM):
+            if family == socket.AF_INET6 and (mapped := _mapped_ipv4(str(address[0]))):
+                addresses[socket.AF_INET, (mapped, port)] = None
+                continue
+            addresses[family, address] = None
+            if address[0] == _ANY_IPV6:
+                addresses[socket.AF_INET, (_ANY_IPV4, port)] = None
+    return list(addresses)
+
+
+def _mapped_ipv4(address: str) -> str | None:
+    """Return the IPv4 address of an IPv4-mapped IPv6 address, or None for other IPv6 addresses."""
+    mapped = ipaddress.IPv6Address(address).ipv4_mapped
+    return str(mapped) if mapped else None
 
 
 def _listen_on_all(addresses: Iterable[tuple[int, Any]]) -> list[socket.socket]:
@@ -125,8 +154,10 @@ def _listen_at(family: int, address: Sequence[Any]) -> socket.socket:
     listening = socket.socket(family)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # IPv4 has a socket of its own, so that clients have plain IPv4 addresses
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listening.bind(tuple(address))
-        listening.listen(_BACKLOG)
+        listening.listen(BACKLOG)
         listening.setblocking(False)
     except BaseException:
         listening.close()
@@ -137,3 +168,12 @@ def _listen_at(family: int, address: Sequence[Any]) -> socket.socket:
 def format_authority(host: str, port: int) -> str:
     """Format host and port as in a URL, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def format_address(address: Any) -> str:
+    """Format the address of a listening socket for the log.
+
+    Args:
+        address: Path of a unix socket, or a tuple that begins with host and port.
+    """
+    return f"unix:{address}" if isinstance(address, str) else f"http://{format_authority(*address[:2])}"

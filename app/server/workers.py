@@ -224,7 +224,7 @@ class Supervisor:
 
     Args:
         settings: Number of workers, drain time after SIGTERM, and runs folder.
-        listening: Listening sockets from `app.server.startup.listen`.
+        listening: Listening sockets from `app.server.startup.listen`, or a unix socket.
     """
 
     def __init__(self, settings: Settings, listening: Sequence[socket.socket]):
@@ -232,6 +232,7 @@ class Supervisor:
         self._workers = settings.workers
         self._drain_s = settings.drain_s
         self._runs = settings.runs
+        self._address = address_options(settings, listening)
         self._cpus = sorted(os.sched_getaffinity(0))
         self._signals: list[int] = []
         self._turn = 0
@@ -311,9 +312,8 @@ class Supervisor:
 
     def _start(self, place: int, metrics: Path, lock: int, replaces: bool) -> Worker:
         share = self._cpus[place :: self._workers] or [self._cpus[place % len(self._cpus)]]
-        host, port, *_ = self._listening[0].getsockname()
         # -P and PYTHONPATH make the worker import this package, even if the current folder has another `app`.
-        command = [sys.executable, "-P", "-m", "app", "--host", host, "--port", str(port), "--worker"]
+        command = [sys.executable, "-P", "-m", "app", *self._address, "--worker"]
         search = os.pathsep.join(filter(None, (str(_PACKAGES), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {METRICS: str(metrics), "CIFAR100_WORKERS": str(self._workers), "PYTHONPATH": search}
         link, worker_end = socket.socketpair()
@@ -356,6 +356,13 @@ class Supervisor:
                     worker.process.kill()
                     worker.process.wait()
             time.sleep(_POLL_S / 10)
+
+
+def address_options(settings: Settings, listening: Sequence[socket.socket]) -> list[str]:
+    """Return the command line options that tell a worker where its supervisor listens."""
+    if settings.uds:
+        return ["--uds", os.fspath(settings.uds)]
+    return ["--host", settings.host, "--port", str(listening[0].getsockname()[1])]
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-// Sends a dropped or chosen image to /predict and shows the most probable classes.
+// Sends a dropped or chosen image to /predict and shows the most probable classes. URLs are relative to the page, which
+// a proxy may publish under a prefix.
 
 const element = (id) => document.getElementById(id);
 let image = null;
@@ -22,7 +23,7 @@ function say(text, isError = false) {
 }
 
 async function listModels() {
-  const { models } = await json("/health");
+  const { models } = await json("./health");
   const best = Object.keys(models).sort((a, b) => models[b].test_top1 - models[a].test_top1);
   element("model").replaceChildren(
     ...best.map((name) => new Option(`${name} (${(100 * models[name].test_top1).toFixed(1)} % on the test set)`, name)),
@@ -58,7 +59,7 @@ async function classify() {
   try {
     const chosen = element("model").value; // none while no model is live
     const query = new URLSearchParams(chosen ? { model: chosen } : {});
-    const { model, version, milliseconds, predictions } = await json(`/predict?${query}`, { method: "POST", body: form, signal });
+    const { model, version, milliseconds, predictions } = await json(`./predict?${query}`, { method: "POST", body: form, signal });
     show(predictions[0].classes);
     say(`${model}, version ${version}, ${milliseconds.toFixed(1)} ms`);
   } catch (error) {

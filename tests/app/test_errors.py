@@ -225,3 +225,21 @@ def test_names_of_any_length_are_refused_in_few_words(client: TestClient, small:
     assert (refused.status_code, len(refused.content) < 1000) == (415, True)
     refused = client.post("/predict", files=[("file", (name[:3000], b"none"))] * 2)
     assert (refused.status_code, len(refused.content) < 2500) == (415, True)
+
+
+def test_a_path_that_is_not_utf8_is_quoted_with_escapes(models: Path, tmp_path: Path) -> None:
+    store = models.rename(tmp_path / os.fsdecode(b"gr\xf6\xdfe?%23"))
+    (store / "resnet" / "2").mkdir()
+    (store / "resnet" / "2" / "card.json").write_bytes(b"{")
+    (store / "vgg" / "1").mkdir(parents=True)
+    (store / "vgg" / "1" / "card.json").write_bytes(b"{")
+    (store / "vgg" / "live").write_text("1")
+    with local(create_app(Settings(models=store, runs=store / "runs"))) as client:
+        assert client.get("/models/resnet").json()["live"] == 1
+        assert "gr\\xf6\\xdfe?%23/resnet/2/card.json is damaged" in client.get("/models/resnet").json()["error"]
+        assert "gr\\xf6\\xdfe?%23/vgg/1/card.json is damaged" in client.get("/health").json()["errors"]["vgg"]
+        refused = client.put("/models/resnet/live", json={"version": 2})
+        assert refused.status_code == 503
+        assert "gr\\xf6\\xdfe?%23" in refused.json()["detail"]
+        assert client.get("/train").json() == []
+    assert (store / "runs" / "jobs.sqlite").exists()

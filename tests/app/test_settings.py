@@ -14,7 +14,6 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
-from app import machine
 from app.main import create_app
 from app.server import workers
 from app.server.startup import StartupError, check_store, format_authority, listen, read_settings
@@ -87,9 +86,20 @@ def test_a_key_that_no_client_can_send_is_refused_without_its_value(
     assert "0123456789" not in fault
 
 
-@pytest.mark.parametrize("value", ["10.0.0.0/33", "10.0.0.1/8", "proxy.local", "10.0.0.1,", "*,10.0.0.1"])
+@pytest.mark.parametrize(
+    "value", ["10.0.0.0/33", "10.0.0.1/8", "proxy.local", "10.0.0.1,", "*,10.0.0.1", "unix:", "/s.sock"]
+)
 def test_a_proxy_that_is_no_address_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fault_of("trusted_proxies", value, monkeypatch).startswith("CIFAR100_TRUSTED_PROXIES: ")
+
+
+def test_spaces_around_proxies_are_ignored() -> None:
+    assert Settings(trusted_proxies=" unix , 10.0.0.0/8 ").trusted_proxies == "unix,10.0.0.0/8"
+
+
+def test_an_empty_unix_socket_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIFAR100_UDS", "")
+    assert read_settings().uds is None
 
 
 @pytest.mark.parametrize("value", ["example.org", "https://example.org/", "https://a@example.org", "null"])
@@ -199,6 +209,41 @@ def test_all_addresses_of_a_name_share_a_port_and_a_missing_one_is_left_out(monk
     assert len({port for _, port in names}) == 1
 
 
+@pytest.mark.parametrize(
+    ("host", "addresses"),
+    [
+        ("localhost", ["127.0.0.1", "::1"]),
+        ("LocalHost", ["127.0.0.1", "::1"]),
+        ("::", ["::", "0.0.0.0"]),  # noqa: S104
+        ("0:0::0", ["::", "0.0.0.0"]),  # noqa: S104
+        ("0.0.0.0", ["0.0.0.0"]),  # noqa: S104
+        ("::1", ["::1"]),
+        ("::ffff:127.0.0.1", ["127.0.0.1"]),
+    ],
+)
+def test_a_host_has_these_addresses_with_one_port(host: str, addresses: list[str]) -> None:
+    sockets = listen(host, 0)
+    names = [each.getsockname()[:2] for each in sockets]
+    for each in sockets:
+        each.close()
+    assert [address for address, _ in names] == [each for each in addresses if ":" not in each or socket.has_ipv6]
+    assert len({port for _, port in names}) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        (Settings(host="several.example"), ["--host", "several.example", "--port", "{port}"]),
+        (Settings(uds=Path("a b.sock")), ["--uds", "a b.sock"]),
+    ],
+)
+def test_workers_are_told_where_the_supervisor_listens(settings: Settings, options: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        given = workers.address_options(settings, [listening])
+    assert given == [option.format(port=port) for option in options]
+
+
 def test_workers_are_bounded_by_processors_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1 << 30
     for processors, memory, most, default in ((2, 64 * gib, 8, 2), (8, 2 * gib, 4, 4), (1, gib // 4, 1, 1)):
@@ -208,25 +253,3 @@ def test_workers_are_bounded_by_processors_and_memory(monkeypatch: pytest.Monkey
         assert workers.choose_count(most) == most
         with pytest.raises(StartupError, match=f"CIFAR100_WORKERS: {most + 1} workers .* at most {most}: "):
             workers.choose_count(most + 1)
-
-
-@pytest.mark.parametrize(("limit", "is_lower"), [("1048576", True), ("max", False), ("", False), (str(1 << 62), False)])
-def test_a_container_has_the_memory_that_it_may_use(
-    limit: str, is_lower: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    installed = machine.memory_bytes()
-    monkeypatch.setattr(machine, "_MEMORY_MAX", tmp_path / "memory.max")
-    (tmp_path / "memory.max").write_text(limit)
-    assert machine.memory_bytes() == (1048576 if is_lower else installed)
-
-
-@pytest.mark.parametrize(
-    ("limit", "processors"), [("max 100000", 8), ("150000 100000", 2), ("1600000 100000", 8), ("", 8)]
-)
-def test_a_container_has_the_processors_that_it_may_use(
-    limit: str, processors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(machine, "_CPU_MAX", tmp_path / "cpu.max")
-    (tmp_path / "cpu.max").write_text(limit)
-    assert machine.cpu_count() == processors

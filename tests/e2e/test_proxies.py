@@ -1,15 +1,23 @@
-"""Test clients and proxies that offer a protocol upgrade: a real nginx, the HTTP client of the JDK, and curl."""
+"""Test real clients and proxies: nginx, the HTTP client of the JDK, and curl.
+
+They offer a protocol upgrade, publish the service under a path prefix, and connect over a unix socket.
+"""
 
 import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
+import httpx
 import nginx
 import pytest
-from service import service
+from server import Server
+from service import TINY, service
+from sockets import answer, head, upload
 
 from training.store import Store
 
@@ -45,31 +53,91 @@ def two_versions(models: Path) -> Store:
 
 
 @pytest.mark.skipif(not nginx.is_installed(), reason="needs nginx")
-@pytest.mark.parametrize("expect", ["", "Expect: 100-continue\r\n"])
-def test_request_hidden_in_body_behind_nginx_is_not_carried_out(tmp_path: Path, models: Path, expect: str) -> None:
+@pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue"])
+def test_request_hidden_in_body_behind_nginx_is_not_carried_out(tmp_path: Path, models: Path, expect: bytes) -> None:
     store = two_versions(models)
-    hidden = b"PUT /models/resnet/live HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    hidden += b'Content-Length: 13\r\n\r\n{"version":1}'
+    host = "127.0.0.1"  # the hidden request would count as local
+    json_lines = (b"Content-Type: application/json", b"Content-Length: 13")
+    hidden = head("PUT /models/resnet/live", *json_lines, host=host) + b'{"version":1}'
     empty_lines = b"\r\n" * 22_500
-    head = f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\n{expect}"
-    head += f"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: {len(empty_lines + hidden)}\r\n\r\n"
-    last = b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    offer = (expect, b"Connection: Upgrade", b"Upgrade: h2c")
+    first = upload(len(empty_lines + hidden), *offer, host=host)
+    last = head("GET /health/live", b"Connection: close", host=host)
     with service(models, tmp_path / "runs", tmp_path / "log") as (client, _):
         for more in ("", "proxy_request_buffering off;"):
             with nginx.proxy(tmp_path, str(client.base_url), more) as proxy:
                 for _ in range(3):
                     with socket.create_connection(nginx.address(proxy), timeout=20) as connection:
-                        connection.sendall(head.encode() + empty_lines)
+                        connection.sendall(first + empty_lines)
                         time.sleep(0.02)  # the hidden request must arrive apart from the head
                         connection.sendall(hidden + last)
-                        received = b""
-                        while data := connection.recv(65536):
-                            received += data
+                        received = answer(connection)
                     statuses = re.findall(rb"HTTP/1.1 (\d+)", received)
                     assert [status for status in statuses if status != b"100"] == [b"415", b"200"]
         assert client.get("/models/resnet").json()["live"] == 2
     assert store.live("resnet") == 2
     assert "PUT /models" not in (tmp_path / "log").read_text()
+
+
+KEY = "first-secret-0123456789"
+# nginx's directives and the service's settings, for the two ways to name the prefix.
+BY_SETTING = ("", {"root_path": "/ml"})
+BY_HEADER: tuple[str, dict[str, str]] = ("proxy_set_header X-Forwarded-Prefix /ml;", {})
+
+
+@pytest.mark.skipif(not nginx.is_installed(), reason="needs nginx")
+@pytest.mark.parametrize("is_unix", [False, True], ids=["tcp", "unix"])
+@pytest.mark.parametrize(("directives", "settings"), [BY_SETTING, BY_HEADER], ids=["setting", "header"])
+def test_service_works_under_a_path_prefix_of_nginx(
+    directives: str, settings: dict[str, str], is_unix: bool, tmp_path: Path, models: Path, image: Path
+) -> None:
+    # The path of a unix socket may have 107 characters.
+    folder = tempfile.TemporaryDirectory(prefix="cifar100-") if is_unix else nullcontext()
+    with folder as socket_folder:
+        chosen = {"api_keys": KEY, "trusted_proxies": "unix" if is_unix else "127.0.0.1", "evaluate_wait_s": "0"}
+        if socket_folder:
+            chosen["uds"] = f"{socket_folder}/service.sock"
+        with Server(models, tmp_path / "runs", tmp_path / "log", **chosen | settings) as server:
+            upstream = f"http://{server.address}" if is_unix else str(server.address)
+            removing = f"{upstream}:/" if is_unix else f"{upstream}/"
+            for url in (removing, upstream):  # nginx replaces /ml/ by /, or passes the whole path on
+                with nginx.proxy(tmp_path, url, directives, "/ml/") as proxy:
+                    check_prefixed(proxy, image)
+    assert '"client": "127.0.0.1"' in (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def check_prefixed(proxy: str, image: Path) -> None:
+    """Check that a browser and an API client find everything from the page at /ml/ on."""
+    operator = {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=proxy, headers=operator, timeout=60) as client:
+        page = client.get("/ml", follow_redirects=True)
+        assert page.url.path == "/ml/"
+        links = re.findall('(?:href|src)="([^"]+)"', page.text)
+        assert len(links) == 6
+        for link in links:
+            assert client.get(page.url.join(link)).status_code == 200, link
+        assert client.post(page.url.join("predict"), files={"file": image.read_bytes()}).status_code == 200
+        assert client.get("/health").status_code == 404  # nginx forwards the prefix only
+
+        docs = client.get("/ml/docs")
+        (document_url,) = re.findall("url: '([^']+)'", docs.text)
+        document = client.get(docs.url.join(document_url)).json()
+        (server,) = document["servers"]
+        assert client.get(f"{server['url']}/metrics").status_code == 200
+
+        for begun in (
+            client.post("/ml/train", json={"recipe": "resnet", "overrides": TINY}),
+            client.post("/ml/evaluate"),
+        ):
+            assert begun.status_code == 202
+            job = begun.headers["location"]
+            assert job.startswith("/ml/")
+            assert client.delete(job).status_code == 200
+            with client.stream("GET", f"{job}/events") as events:
+                assert any(line == "event: end" for line in events.iter_lines())
+        refused = client.post("/ml/train", headers={"Authorization": ""}, json={})
+        assert refused.status_code == 401
 
 
 @pytest.mark.skipif(not shutil.which("java"), reason="needs Java")

@@ -1,10 +1,13 @@
 """Test startup and shutdown: errors that the service reports before it loads models, and signals that end it."""
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 from processes import children
 from server import Server, wait_for
 from service import TINY, processes_of, service
+from sockets import upload
 
 from app.server.startup import format_authority
 
@@ -159,14 +163,80 @@ def test_a_taken_port_is_told_before_anything_is_loaded(workers: str, tmp_path: 
 
 
 @pytest.mark.parametrize("workers", [ALONE, SEVERAL])
-@pytest.mark.parametrize("host", ["::1", "localhost"])
-def test_a_service_listens_on_every_address_of_its_host(workers: str, host: str, tmp_path: Path, models: Path) -> None:
-    with service(models, tmp_path / "runs", tmp_path / "log", workers=workers, host=host) as (client, _):
-        port = client.base_url.port
-        for _, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            url = f"http://{format_authority(str(address[0]), port or 0)}"
+@pytest.mark.parametrize(
+    ("host", "addresses"),
+    [("::1", ["::1"]), ("localhost", ["127.0.0.1", "::1"]), ("::", ["127.0.0.1", "::1"])],
+)
+def test_a_service_listens_on_every_address_of_its_host(
+    workers: str, host: str, addresses: list[str], tmp_path: Path, models: Path
+) -> None:
+    log = tmp_path / "log"
+    with service(models, tmp_path / "runs", log, workers=workers, host=host) as (client, _):
+        for address in addresses:
+            url = f"http://{format_authority(address, client.base_url.port or 0)}"
             assert httpx.get(f"{url}/health/ready").status_code == 200
-            assert httpx.delete(f"{url}/train/x").status_code == 404  # the call counts as local
+            assert httpx.delete(f"{url}/train/x").status_code == (403 if host == "::" else 404)
+    assert set(re.findall('"client": "([^"]+)"', log.read_text())) == set(addresses)
+
+
+@pytest.fixture
+def socket_path() -> Iterator[Path]:
+    """A path that is short enough for a socket, in an empty folder."""
+    with tempfile.TemporaryDirectory(prefix="cifar100-") as folder:
+        yield Path(folder) / "service.sock"
+
+
+@pytest.mark.parametrize("workers", [ALONE, SEVERAL])
+def test_a_service_listens_on_a_unix_socket_only(
+    workers: str, tmp_path: Path, models: Path, image: Path, socket_path: Path
+) -> None:
+    chosen = {"workers": workers, "uds": str(socket_path), "host": "192.0.2.1"}  # not an address of this machine
+    with Server(models, tmp_path / "runs", tmp_path / "log", **chosen) as server, server.client() as client:
+        assert client.get("/health/ready").status_code == 200
+        assert client.post("/predict", files={"file": image.read_bytes()}).status_code == 200
+        refused = client.delete("/train/x")
+        assert refused.status_code == 403
+        assert "unix socket" in refused.json()["detail"]
+        if curl := shutil.which("curl"):
+            command = [curl, "--silent", "--fail", "--unix-socket", str(socket_path), "http://localhost/health/ready"]
+            assert subprocess.run(command, capture_output=True).stdout == b'{"status":"ready"}'
+        second = Server(models, tmp_path / "runs", tmp_path / "log2", **chosen)
+        assert second.process.wait(END_S) == 1
+        assert (tmp_path / "log2").read_text() == (
+            f"cannot listen on unix:{socket_path}: another server listens on it; choose another path by CIFAR100_UDS\n"
+        )
+        assert client.get("/health/live").status_code == 200
+        assert server.stop() == 0
+    assert not list(socket_path.parent.iterdir())
+
+
+@pytest.mark.parametrize("workers", [ALONE, SEVERAL])
+def test_a_unix_socket_is_removed_at_exit_and_replaced_after_a_crash(
+    workers: str, tmp_path: Path, endless: Path, socket_path: Path
+) -> None:
+    chosen = {"workers": workers, "uds": str(socket_path)}
+    with starting(endless, tmp_path / "runs", tmp_path / "log", **chosen) as killed:
+        left = wait_until_loading(killed, workers)
+        killed.kill()
+        wait_for(none_running(left), END_S)
+        assert socket_path.is_socket()
+    with starting(endless, tmp_path / "runs", tmp_path / "log2", **chosen) as stopped:
+        wait_until_loading(stopped, workers)
+        assert stopped.stop() == 0
+    assert not list(socket_path.parent.iterdir())
+
+
+def test_the_option_for_a_unix_socket_precedes_the_variable(tmp_path: Path, endless: Path, socket_path: Path) -> None:
+    variables = {"CIFAR100_MODELS": str(endless), "CIFAR100_UDS": str(tmp_path / "no" / "such.sock")}
+    command = [sys.executable, "-m", "app", "--uds", str(socket_path), "--port", "0"]
+    process = subprocess.Popen(command, env=os.environ | variables, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(socket_path.is_socket, END_S)
+        process.terminate()
+        assert process.wait(END_S) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -212,8 +282,7 @@ def test_a_further_signal_leaves_what_is_under_way_but_no_training_process(
         wait_for(lambda: processes_of(runs), END_S, log)
         with socket.create_connection(("127.0.0.1", client.base_url.port or 0)) as half_sent:
             half_sent.settimeout(END_S)
-            headers = "Host: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\nExpect: 100-continue"
-            half_sent.sendall(f"POST /predict HTTP/1.1\r\n{headers}\r\n\r\n".encode())
+            half_sent.sendall(upload(9, b"Expect: 100-continue"))
             assert half_sent.recv(1000).startswith(b"HTTP/1.1 100 ")
             server.terminate()
             wait_for(lambda: "Waiting for connections to close" in log.read_text(), END_S, log)

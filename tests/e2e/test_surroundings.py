@@ -1,4 +1,7 @@
-"""Test a real server under resource limits: a full temporary folder, a file size limit, too many clients."""
+"""Test a real server in difficult surroundings.
+
+These are a full temporary folder, a file size limit, too many clients, and a locale that is not UTF-8.
+"""
 
 import io
 import json
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from server import Server, wait_for
-from service import TINY, processes_of, service
+from service import TINY, finished, processes_of, service
 
 pytestmark = pytest.mark.slow
 
@@ -120,3 +123,40 @@ def test_child_that_has_just_been_started_is_known_to_the_next_server_and_ends_w
         server.terminate()
         assert server.wait(60) == 0
     assert processes_of(runs) == []
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_names_that_are_not_ascii_work_in_the_c_locale(
+    workers: str, tmp_path: Path, models: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    folder, log = tmp_path / "größe-日本", tmp_path / "log"
+    folder.mkdir()
+    store = models.rename(folder / "mödels")
+    with service(store, folder / "rüns", log, workers=workers) as (client, _):
+        assert client.get("/health").json()["errors"] == {}
+        answer = client.post("/predict", files={"file": ("größe-日本.png", image.read_bytes())})
+        assert answer.json()["predictions"][0]["file"] == "größe-日本.png"
+        for path in (
+            "/größe",
+            "/models/größe",
+            "/train/größe",
+            "/evaluate/größe/events",
+            "/static/größe.js",
+            "/%ff%fe",
+        ):
+            assert client.get(path).status_code == 404
+        assert "'größe'" in client.post("/train", json={"recipe": "größe"}).json()["detail"]
+        damaged = store / "resnet" / "2" / "card.json"
+        damaged.parent.mkdir()
+        damaged.write_bytes(b"{")
+        assert f"{damaged} is damaged" in client.get("/models/resnet").json()["error"]
+        refused = client.put("/models/resnet/live", json={"version": 2})
+        assert refused.status_code == 503
+        assert f"{damaged} is damaged" in refused.json()["detail"]
+        job = client.post("/train", json={"recipe": "resnet", "overrides": TINY}).json()["id"]
+        assert wait_for(lambda: finished(client, job), 200, log)["state"] == "succeeded"
+    text = log.read_text()
+    assert "Traceback" not in text
+    assert "Logging error" not in text

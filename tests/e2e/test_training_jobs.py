@@ -12,6 +12,7 @@ import httpx
 import pytest
 from server import wait_for
 from service import TINY, finished, processes_of, service
+from sockets import upload
 
 from training.run import Run
 from training.store import Store
@@ -161,8 +162,7 @@ def test_a_stopped_server_drains_first_and_its_job_goes_on_at_the_next_start(
         assert client.get("/health/live").status_code == 200
         with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as under_way:
             content = image.read_bytes()
-            head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {}\r\n\r\n"
-            under_way.sendall(head.format(len(content)).encode() + content[:-1])
+            under_way.sendall(upload(len(content)) + content[:-1])
             wait_for(lambda: answers(client), 60, log)  # it answers while it drains, and has read the head by then
             server.terminate()  # a second signal ends the draining
             wait_for(lambda: not answers(client), 60, log)  # the server no longer accepts connections

@@ -27,7 +27,7 @@ http {{
     server {{
         listen 127.0.0.1:{port} backlog=2048;
         client_max_body_size 64m;
-        location / {{
+        location {location} {{
             proxy_pass {upstream};
             proxy_http_version 1.1;
             proxy_set_header Upgrade $http_upgrade;
@@ -46,13 +46,15 @@ def is_installed() -> bool:
 
 
 @contextmanager
-def proxy(folder: Path, upstream: str, more: str = "") -> Iterator[str]:
+def proxy(folder: Path, upstream: str, more: str = "", location: str = "/") -> Iterator[str]:
     """Run an nginx that forwards requests, with the usual directives for WebSockets and X-Forwarded-For.
 
     Args:
         folder: Folder for the files of nginx.
-        upstream: URL of the service.
+        upstream: URL of the service, such as http://127.0.0.1:8000 or http://unix:/run/cifar100.sock. If it has a path,
+            nginx replaces the location by this path. After a unix socket a colon precedes the path.
         more: Further directives for the location.
+        location: Path prefix of the requests that nginx forwards.
 
     Yields:
         The URL of the nginx.
@@ -61,7 +63,8 @@ def proxy(folder: Path, upstream: str, more: str = "") -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     configuration = folder / "nginx.conf"
-    configuration.write_text(_CONFIGURATION.format(folder=folder, port=port, upstream=upstream, more=more))
+    values = {"folder": folder, "port": port, "upstream": upstream, "more": more, "location": location}
+    configuration.write_text(_CONFIGURATION.format(**values))
     command = [shutil.which("nginx") or "nginx", "-c", str(configuration), "-e", str(folder / "error.log")]
     process = subprocess.Popen(command)
     try:

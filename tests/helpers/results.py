@@ -1,5 +1,6 @@
 """Print a script's measurements as a table, keep them in `results` beside it, and compute the exit status."""
 
+import argparse
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,12 +30,26 @@ class Check:
     met: bool | None = None
 
 
+def is_whole(parser: argparse.ArgumentParser, given: argparse.Namespace) -> bool:
+    """Return whether a run is at least as large as a run without options, so that its table may be kept.
+
+    Args:
+        parser: Parser of the script's options.
+        given: Parsed options. A number may be above its default; other options must have their default.
+    """
+    defaults = vars(parser.parse_args([]))
+    return all(
+        value >= defaults[name] if isinstance(value, int | float) else value == defaults[name]
+        for name, value in vars(given).items()
+    )
+
+
 def keep(script: str, lines: Iterable[str], whole: bool = True, suffix: str = "") -> None:
     """Print lines of markdown, and write them to `results/NAME.md` beside the script NAME.py.
 
     Args:
         script: Path of the script, its `__file__`.
-        whole: True to write the file, False to print only.
+        whole: True to write the file, False to print only. `is_whole` finds it out from the script's options.
         suffix: Text to append to the name of the file, such as "_gpu".
     """
     text = "\n".join(lines)
@@ -53,7 +68,7 @@ def conclude(script: str, ran: str, checks: list[Check], workers: int = 1, whole
         script: Path of the script, its `__file__`.
         ran: Sentence that describes the run.
         workers: Number of processes of the service.
-        whole: True to write the file, False to print only.
+        whole: True to write the file, False to print only. `is_whole` finds it out from the script's options.
 
     Returns:
         The exit status: 1 if a target was missed, else 0.

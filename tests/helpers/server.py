@@ -19,7 +19,7 @@ import processes
 from app.machine import cpu_count
 
 DATA = "synthetic:4"
-READY_S = 60.0
+READY_S = 120.0
 STOP_S = 30.0
 
 Value = TypeVar("Value")
@@ -66,10 +66,10 @@ class Server:
 
     @property
     def address(self) -> str | None:
-        """URL of the server, once all its processes accept requests; None before."""
+        """URL of the server, or unix: and the path of its socket, once all its processes accept requests."""
         with self.log.open("rb") as log:
             log.seek(self._heard)
-            found: list[bytes] = re.findall(rb"running on (http://[\w.:\[\]]+)", log.read())
+            found: list[bytes] = re.findall(rb"running on ((?:http|unix):[\w./:\[\]-]+)", log.read())
         return found[0].decode() if len(found) >= self._workers else None
 
     def memory_mib(self, field: str = "VmRSS") -> float:
@@ -85,6 +85,10 @@ class Server:
 
     def client(self, timeout_s: float = 60.0) -> httpx.Client:
         """Return an HTTP client of a server that accepts requests."""
+        scheme, _, path = (self.address or "").partition(":")
+        if scheme == "unix":
+            transport = httpx.HTTPTransport(uds=path)
+            return httpx.Client(base_url="http://127.0.0.1", transport=transport, timeout=timeout_s)
         return httpx.Client(base_url=self.address or "", timeout=timeout_s)
 
     def kill(self) -> None:

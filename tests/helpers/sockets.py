@@ -92,9 +92,9 @@ def head(route: str, *lines: bytes, host: str = "x") -> bytes:
     return b"\r\n".join([*first, *filter(None, lines), b"", b""])
 
 
-def upload(length: int, *lines: bytes) -> bytes:
-    """Return the head of a prediction with a body of `length` bytes."""
-    return head("POST /predict", b"Content-Type: image/png", b"Content-Length: %d" % length, *lines)
+def upload(length: int, *lines: bytes, host: str = "x") -> bytes:
+    """Return the head of a prediction with a body of `length` bytes. The other arguments are those of `head`."""
+    return head("POST /predict", b"Content-Type: image/png", b"Content-Length: %d" % length, *lines, host=host)
 
 
 def eventually(condition: Callable[[], bool]) -> None:

@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import tiny_models
 from api_hooks import KEY
-from results import Check, conclude
+from results import Check, conclude, is_whole
 from server import Server
 
 CHECKS = (
@@ -37,7 +37,7 @@ CHECKS = (
 MIN_CASES = 10_000
 
 
-def main(examples: int, seed: int) -> int:
+def main(examples: int, seed: int, whole: bool) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store = tiny_models.store(folder)
@@ -74,6 +74,7 @@ def main(examples: int, seed: int) -> int:
             Check("answers as described, no 5xx", f"{passed:,}", "all", passed == generated and not done.returncode),
             Check("ready afterwards", "yes" if alive else "no", "yes", alive),
         ],
+        whole=whole,
     )
 
 
@@ -82,4 +83,4 @@ if __name__ == "__main__":
     parser.add_argument("--examples", type=int, default=700, help="per operation")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    sys.exit(main(arguments.examples, arguments.seed))
+    sys.exit(main(arguments.examples, arguments.seed, is_whole(parser, arguments)))

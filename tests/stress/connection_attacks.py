@@ -36,8 +36,9 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 import nginx
 import tiny_models
 from PIL import Image
-from results import Check, conclude
+from results import Check, conclude, is_whole
 from server import Server
+from sockets import Address, head, upload
 
 CLIENTS = 20
 REQUESTS = 15  # per client
@@ -46,10 +47,6 @@ TIMEOUT_S = 5.0
 RAMP_S = 3.0
 REOPEN_S = 0.5
 BODY_BYTES_PER_S = 3500
-
-Address = tuple[str, int]
-
-_HEAD = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\n"
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,11 @@ class Attack:
 
 
 SILENT = Attack("silent", b"")
-SLOW_HEAD = Attack("slow head", _HEAD + b"X-Slow: ", b"a")
-SLOW_BODY = Attack("slow body", _HEAD + b"Content-Length: 10000000\r\n\r\n", bytes(BODY_BYTES_PER_S))
-HALF_BODY = Attack("half-sent body", _HEAD + b"Content-Length: 10000000\r\n\r\nabc")
-SLOW_READER = Attack("slow reader", b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 5)
-HOARDER = Attack("keep-alive hoarder", b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+SLOW_HEAD = Attack("slow head", head("POST /predict", b"X-Slow: ").removesuffix(b"\r\n\r\n"), b"a")
+SLOW_BODY = Attack("slow body", upload(10_000_000), bytes(BODY_BYTES_PER_S))
+HALF_BODY = Attack("half-sent body", upload(10_000_000) + b"abc")
+SLOW_READER = Attack("slow reader", head("GET /openapi.json") * 5)
+HOARDER = Attack("keep-alive hoarder", head("GET /health/live"))
 ATTACKS = (SILENT, SLOW_HEAD, SLOW_BODY, HALF_BODY, SLOW_READER, HOARDER)
 
 
@@ -165,7 +162,7 @@ def _under_attack(target: Address, sources: list[str], attack: Attack, sockets: 
     return outcomes["200"], described + (f" ({others})" if others else "")
 
 
-def main(sockets: int, workers: int) -> int:
+def main(sockets: int, workers: int, whole: bool) -> int:
     """Run all attacks and return the exit status."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "teal").save(buffer, "PNG")
@@ -201,6 +198,7 @@ def main(sockets: int, workers: int) -> int:
         f"{sockets} connections of an attacker, {CLIENTS} clients with {REQUESTS} predictions each.",
         checks,
         workers,
+        whole=whole,
     )
 
 
@@ -209,4 +207,4 @@ if __name__ == "__main__":
     parser.add_argument("--sockets", type=int, default=905)
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args()
-    sys.exit(main(given.sockets * given.workers, given.workers))
+    sys.exit(main(given.sockets * given.workers, given.workers, is_whole(parser, given)))

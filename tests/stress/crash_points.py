@@ -33,7 +33,7 @@ import httpx
 import numpy as np
 import tiny_models
 from processes import find_processes
-from results import Check, conclude
+from results import Check, conclude, is_whole
 from server import Server, wait_for
 from tiny_models import NAME, TINY
 
@@ -110,7 +110,7 @@ class Client(threading.Thread):
         return None
 
 
-def main(kills: int, seed: int) -> int:
+def main(kills: int, seed: int, whole: bool) -> int:
     random = np.random.default_rng(seed)
     faults: list[str] = []
     moments: Counter[str] = Counter()
@@ -148,7 +148,7 @@ def main(kills: int, seed: int) -> int:
         client.join()
         if server.process.poll() is not None:
             server = Server(store.root, runs, log)
-        wait_for(lambda: not _unfinished(runs), DRAIN_S, log)
+        wait_for(lambda: server.address and not _unfinished(runs), DRAIN_S, log)
         if (status := server.stop()) != 0:
             faults.append(f"the server ended with {status}")
         if left := find_processes(folder):
@@ -173,6 +173,7 @@ def main(kills: int, seed: int) -> int:
             Check("promotions by the client", f"{client.promotions}"),
             Check("faults: lost, doubled, damaged, left over", f"{len(faults)}", "0", not faults),
         ],
+        whole=whole,
     )
 
 
@@ -295,4 +296,4 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    sys.exit(main(given.kills, given.seed))
+    sys.exit(main(given.kills, given.seed, is_whole(parser, given)))

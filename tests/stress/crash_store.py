@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import numpy as np
-from results import Check, conclude
+from results import Check, conclude, is_whole
 
 from training.files import sha256
 from training.store import LIVE, MODEL, Evaluation, ModelCard, Store, StoreError
@@ -38,7 +38,7 @@ LONGEST_S = 0.1  # several rounds of a writer
 BYTES = 100_000
 
 
-def main(kills: int, seed: int) -> int:
+def main(kills: int, seed: int, whole: bool) -> int:
     random = np.random.default_rng(seed)
     context = multiprocessing.get_context("fork")
     faults: list[str] = []
@@ -75,6 +75,7 @@ def main(kills: int, seed: int) -> int:
             Check("kills within a promotion", f"{cut_short['live']:,}"),
             Check("stores found damaged", f"{len(faults)}", "0", not faults),
         ],
+        whole=whole,
     )
 
 
@@ -159,4 +160,4 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    sys.exit(main(given.kills, given.seed))
+    sys.exit(main(given.kills, given.seed, is_whole(parser, given)))

@@ -33,8 +33,9 @@ import jpegs
 import processes
 import uvloop
 from PIL import Image
-from results import Check, conclude
+from results import Check, conclude, is_whole
 from server import Server
+from sockets import head
 
 PHOTO = Path("docs/pictures/rocket.jpg").read_bytes()
 MODELS = Path("models")
@@ -73,8 +74,8 @@ def _form(files: list[bytes]) -> bytes:
     """Return a complete HTTP request with the files in a form."""
     part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     body = b"".join(part + file + b"\r\n" for file in files) + b"--x--\r\n"
-    head = "POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=x\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    lines = (b"Content-Type: multipart/form-data; boundary=x", b"Content-Length: %d" % len(body))
+    return head("POST /predict", *lines) + body
 
 
 @dataclass
@@ -238,8 +239,7 @@ def main() -> int:
         "An honest client's successful requests beside attackers, and its p99 as a multiple of its quiet one; medians "
         f"of {chosen.rounds} rounds of {chosen.seconds:.0f} s."
     )
-    whole = not chosen.only and chosen.seconds >= 10
-    return conclude(__file__, ran, checks, whole=whole)
+    return conclude(__file__, ran, checks, whole=is_whole(parser, chosen))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import httpx
 import numpy as np
 import tiny_models
 from mutations import damaged, damaged_bytes, samples
-from results import Check, conclude
+from results import Check, conclude, is_whole
 from server import Server
 
 CLIENTS = 8
@@ -129,7 +129,7 @@ def fault(response: httpx.Response) -> str | None:
     return None
 
 
-def main(inputs: int, seed: int, workers: int) -> int:
+def main(inputs: int, seed: int, workers: int, whole: bool) -> int:
     files = samples()
     answers: dict[str, Counter[int]] = {kind.__name__: Counter() for kind in KINDS}
     faults: list[str] = []
@@ -186,6 +186,7 @@ def main(inputs: int, seed: int, workers: int) -> int:
             Check("open files, start and end", f"{files_before}, {files_after}"),
         ],
         workers,
+        whole=whole,
     )
 
 
@@ -224,4 +225,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args()
-    sys.exit(main(given.inputs, given.seed, given.workers))
+    sys.exit(main(given.inputs, given.seed, given.workers, is_whole(parser, given)))

@@ -35,7 +35,7 @@ import numpy as np
 import PIL
 from mutations import damaged, samples
 from processes import memory_mib
-from results import Check, conclude
+from results import Check, conclude, is_whole
 
 from app.exceptions import Problem
 from app.inference.images import SIZE, decode
@@ -66,7 +66,7 @@ class Memory(NamedTuple):
     peak: float
 
 
-def main(inputs: int, seed: int, first: int) -> int:
+def main(inputs: int, seed: int, first: int, whole: bool) -> int:
     files = samples()
     results: Counter[str] = Counter()
     slowest: list[Outcome] = []
@@ -103,7 +103,7 @@ def main(inputs: int, seed: int, first: int) -> int:
             Check("memory at most, above the start", f"{growth:.0f} MiB", f"< {GROWTH_MIB} MiB", growth < GROWTH_MIB),
             Check("memory at the end, above the start", f"{kept:.0f} MiB", f"< {KEPT_MIB} MiB", kept < KEPT_MIB),
         ],
-        whole=first == 0,
+        whole=whole,
     )
 
 
@@ -178,4 +178,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     given = parser.parse_args()
-    sys.exit(main(given.inputs, given.seed, given.first))
+    sys.exit(main(given.inputs, given.seed, given.first, is_whole(parser, given) and given.first == 0))

@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 import httpx
 import tiny_models
 from mutations import samples
-from results import Check, conclude
+from results import Check, conclude, is_whole
 from server import Server
 from tiny_models import NAME
 
@@ -142,7 +142,7 @@ def difference(one: dict[int, float], other: dict[int, float]) -> float:
     return max(abs(one[key] - other[key]) for key in one) if one.keys() == other.keys() else float("inf")
 
 
-def main(promotions: int, workers: int) -> int:
+def main(promotions: int, workers: int, whole: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="hot-swap-") as name:
         folder = Path(name)
         store = tiny_models.store(folder, VERSIONS)
@@ -184,6 +184,7 @@ def main(promotions: int, workers: int) -> int:
             Check("a request: median, 99th percentile, slowest", f"{median:.0f}, {late:.0f}, {longest:.0f} ms"),
         ],
         workers,
+        whole=whole,
     )
 
 
@@ -201,4 +202,4 @@ if __name__ == "__main__":
     parser.add_argument("--promotions", type=int, default=100)
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args()
-    sys.exit(main(given.promotions, given.workers))
+    sys.exit(main(given.promotions, given.workers, is_whole(parser, given)))

@@ -31,7 +31,7 @@ import numpy as np
 import tiny_models
 from mutations import damaged, samples
 from PIL import Image
-from results import Check, conclude
+from results import Check, conclude, is_whole
 from server import Server
 from tiny_models import NAME, TINY
 
@@ -137,7 +137,7 @@ class Load:
         return None
 
 
-def main(minutes: float, workers: int) -> int:
+def main(minutes: float, workers: int, whole: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         store = tiny_models.store(folder, versions=2)
@@ -186,6 +186,7 @@ def main(minutes: float, workers: int) -> int:
             Check("open files, last third over first", f"{more:+.0f}", f"<= {MAX_MORE_FILES * workers}", flat),
         ],
         workers,
+        whole=whole,
     )
 
 
@@ -211,4 +212,4 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args()
-    sys.exit(main(given.minutes, given.workers))
+    sys.exit(main(given.minutes, given.workers, is_whole(parser, given)))

@@ -107,8 +107,8 @@ def computes_bfloat16() -> bool:
 
 def load(path: Path, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
     """Load the classifier of an exported file onto a device, in evaluation mode."""
-    with _ignore_deprecation():
-        module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)
+    with _ignore_deprecation(), path.open("rb") as file:  # PyTorch opens only paths that are valid UTF-8
+        module: torch.jit.ScriptModule = torch.jit.load(file, map_location=device)
         if hasattr(module, "training"):
             # Freezing converts the weights to float32 once. Without folding they keep their trained values, so the
             # graph's results equal those of eager mode bit for bit.
@@ -118,8 +118,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> torch.jit.ScriptModu
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Load the state dict of an exported classifier in float32. It is empty if the file holds a graph only."""
-    with _ignore_deprecation():
-        stored = torch.jit.load(str(path), map_location="cpu").state_dict()
+    with _ignore_deprecation(), path.open("rb") as file:
+        stored = torch.jit.load(file, map_location="cpu").state_dict()
     return {
         name.replace("parametrizations.", "").removesuffix(".original"): weight.float() if weight.dim() else weight
         for name, weight in stored.items()

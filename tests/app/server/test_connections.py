@@ -271,6 +271,7 @@ def test_requests_that_come_at_once_count_before_they_are_queued(app: FastAPI, m
     async def scenario() -> None:
         assert not any(services.shedder.should_shed(b"/predict?top_k=1", "127.0.0.1") for _ in range(limit))
         assert services.shedder.should_shed(b"/predict", "127.0.0.1")
+        assert services.shedder.should_shed(b"/ml/predict", "127.0.0.1")  # behind a path prefix
         assert not services.shedder.should_shed(b"/health", "127.0.0.1")
         await asyncio.sleep(0)
         assert not services.shedder.should_shed(b"/predict", "127.0.0.1")
@@ -278,7 +279,7 @@ def test_requests_that_come_at_once_count_before_they_are_queued(app: FastAPI, m
         assert services.shedder.should_shed(b"/predict", "127.0.0.1")
         assert not services.shedder.should_shed(b"/predict", "127.0.0.2")  # each client has its own share of the queue
         assert not services.shedder.should_shed(b"/predict?version=1", "127.0.0.1")  # has its own queue
-        refused = b'cifar100_requests_total{method="POST",route="/predict",status="503"} 2.0'
+        refused = b'cifar100_requests_total{method="POST",route="/predict",status="503"} 3.0'
         assert refused in services.metrics.render(services.pool)
 
     asyncio.run(scenario())
