@@ -194,7 +194,7 @@ def _srgb_profile() -> ImageCms.ImageCmsProfile:
 
 def _probe(mode: str) -> Image.Image:
     """Return an image of colors all over the space. A profile that leaves them as they are has no effect."""
-    steps = np.arange(0, 256, 51, np.uint8)
+    steps = np.arange(0, 256, 51).astype(np.uint8)
     grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
     return Image.fromarray(grid).convert(mode)
 
@@ -214,7 +214,8 @@ def _convert(image: Image.Image, space: ColorSpace) -> Image.Image:
     matrix = _matrix_to_srgb(space.primaries)
     if matrix is None:
         return image
-    light = _linear(np.asarray(image, np.float32) / 255, space.curve) @ matrix.T
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    light = _linear(pixels, space.curve) @ matrix.T
     return Image.fromarray(np.rint(_encode(light) * 255).astype(np.uint8))
 
 
@@ -244,7 +245,8 @@ def _matrix_to_srgb(primaries: tuple[float, ...]) -> NDArray[np.float32] | None:
 def _to_xyz(primaries: tuple[float, ...]) -> NDArray[np.float64]:
     white, *colors = (_xyz(*primaries[n : n + 2]) for n in (0, 2, 4, 6))
     columns = np.array(colors).T
-    return columns * np.linalg.solve(columns, white)
+    matrix: NDArray[np.float64] = columns * np.linalg.solve(columns, white)
+    return matrix
 
 
 def _xyz(x: float, y: float) -> NDArray[np.float64]:
@@ -254,7 +256,8 @@ def _xyz(x: float, y: float) -> NDArray[np.float64]:
 def _adaptation(white: tuple[float, ...], target: tuple[float, ...]) -> NDArray[np.float64]:
     """Return the Bradford matrix that takes one white point to another."""
     scale = (_BRADFORD @ _xyz(*target)) / (_BRADFORD @ _xyz(*white))
-    return np.linalg.inv(_BRADFORD) @ np.diag(scale) @ _BRADFORD
+    matrix: NDArray[np.float64] = np.linalg.inv(_BRADFORD) @ np.diag(scale) @ _BRADFORD
+    return matrix
 
 
 def _is_close(values: tuple[float, ...], others: tuple[float, ...], tolerance: float) -> bool:

@@ -13,20 +13,16 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
-from functools import reduce
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageChops, ImageFile, UnidentifiedImageError
-from PIL.GifImagePlugin import GifImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
-from app.inference import color, formats, heif, jpeg, png, tiff
+from app.inference import color, formats, heif, jpeg, png, samples, tiff
 from app.inference.decode_cost import JPEG_SIDE, DecodeCost, estimate
 from app.machine import MIB
 
@@ -76,10 +72,6 @@ _DECODE_ERRORS = (
     struct.error,
     zlib.error,
 )
-
-
-# Distance of neighboring gray levels in Pillow's image, by the raw mode of a PNG with 2 and 4 bits.
-_LEVEL_STEPS = {"L;2": 0x55, "L;4": 0x11}
 
 
 class CostlyImage(Exception):
@@ -147,14 +139,15 @@ class EncodedImage:
         self.warnings = []
         self._max_pixels = max_pixels
         self._image: ImageFile.ImageFile | None = None
-        self._kind = heif.kind(data)
-        self.needs_process = self._kind is not None
-        if self._kind:
-            heif.require_support(self._kind)
-            self._data = data
+        self._kind: str
+        kind = heif.kind(data)
+        self.needs_process = kind is not None
+        if kind:
+            heif.require_support(kind)
+            self._kind, self._data = kind, data
             size = heif.declared_size(data)
             self._require_pixels(size)
-            self.cost = heif.estimate(self._kind, size, len(data))
+            self.cost = heif.estimate(kind, size, len(data))
         else:
             self._open(data)
         _require_affordable(self.cost)
@@ -169,7 +162,7 @@ class EncodedImage:
             data, self._color = png.read(data)
         self._data = data
         self._image = image = _open(data)
-        self._kind = image.format
+        self._kind = image.format or ""
         if not is_png:
             self._color = image.info.get("icc_profile")
         self._require_pixels(image.size)
@@ -215,7 +208,7 @@ class EncodedImage:
         orientation = _orientation(file)
         if self.is_cut_off:
             self._require_most(cast(JpegImageFile, file))
-        image = _resamplable(file, tiles, self._data)
+        image = samples.to_8_bits(file, tiles, self._data)
         del file  # frees its memory before the next image needs as much
         if image.size != (SIZE, SIZE):
             side = min(image.size)
@@ -243,8 +236,13 @@ class EncodedImage:
                 f"the JPEG is cut off: {missing:.0%} of the picture is missing, the limit is {_MAX_MISSING:.0%}; send "
                 "the whole file"
             )
-        lost = f"{missing:.1%} of the picture is gray" if missing else "details may be missing"
-        self.warnings.append(f"the JPEG is cut off: its end is missing, and {lost}")
+        if missing:
+            lost = f"{missing:.1%} of the picture is gray"
+        else:
+            lost = "the picture is whole" if found is None else "details are missing"
+        self.warnings.append(f"the JPEG is cut off: its end is missing; {lost}")
+
+
 def decode(data: bytes, max_bytes: int, max_pixels: int, max_cost: DecodeCost = MAX_COST) -> NDArray[np.uint8]:
     """Decode an image that needs no process of its own and gives no warning.
 
@@ -335,86 +333,6 @@ def _explain_unidentified(data: bytes) -> Problem:
 def _orientation(image: Image.Image) -> Any:
     """Return the EXIF orientation, which may be of any type. Returns None if EXIF data are missing or too large."""
     image.load()  # the EXIF data of a PNG may follow the pixels
-    if any(len(image.info.get(kind, "")) > _MAX_EXIF_BYTES for kind in ("exif", "Raw profile type exif")):
+    if any(len(image.info.get(kind) or "") > _MAX_EXIF_BYTES for kind in ("exif", "Raw profile type exif")):
         return None
     return image.getexif().get(ExifTags.Base.Orientation)
-
-
-def _resamplable(image: ImageFile.ImageFile, tiles: Sequence[ImageFile._Tile], data: bytes) -> Image.Image:
-    """Convert a decoded image to a mode with 8 bits per channel that can be interpolated. Transparency is kept.
-
-    Args:
-        image: Decoded image.
-        tiles: The tiles that the image had before it was decoded.
-        data: Bytes of its file.
-    """
-    if image.mode.startswith("I;16"):
-        if isinstance(image, TiffImageFile):
-            layout = tiff.layout(data)
-            return _to_8_bits(image, (1 << layout.bits) - 1, is_inverted=layout.is_inverted)
-        return _to_8_bits(image, 0xFFFF, transparent=image.info.get("transparency"))
-    if "transparency" in image.info:
-        if isinstance(image, PngImageFile):
-            if tiles[0].args == "RGB;16B":
-                return _with_transparent_16_bit_color(image, data)
-            if factor := _LEVEL_STEPS.get(tiles[0].args):
-                image.info["transparency"] = image.info["transparency"] * factor & 0xFF
-        return _uncovered(image.convert("RGBA"), tiles[0]) if isinstance(image, GifImageFile) else image.convert("RGBA")
-    if isinstance(image, GifImageFile) and tiles[0].extents != (0, 0, *image.size):
-        return _uncovered(image.convert("RGBA"), tiles[0])
-    match image.mode:
-        case "L" | "LA" | "RGB" | "RGBA" | "CMYK" | "YCbCr" | "LAB":
-            return image
-        case "1":
-            return image.convert("L")
-        case "La":
-            return image.convert("LA")
-        case "PA" | "RGBa":
-            return image.convert("RGBA")
-        case _:
-            return image.convert("RGB")
-
-
-def _to_8_bits(
-    image: Image.Image, white: int, *, is_inverted: bool = False, transparent: int | None = None
-) -> Image.Image:
-    """Scale the levels of a gray image from 0 to `white` down to 255. One level may be transparent."""
-    levels = np.asarray(image, np.uint16)
-    opaque = None if transparent is None else levels != transparent
-    wide = levels.astype(np.uint32)
-    if is_inverted:
-        np.subtract(white, wide, out=wide)
-    wide *= 255  # in place, to save memory on large images
-    wide += white // 2
-    wide //= white
-    gray = Image.fromarray(wide.astype(np.uint8))
-    if opaque is not None:
-        gray.putalpha(Image.fromarray(opaque))
-    return gray
-
-
-def _with_transparent_16_bit_color(image: Image.Image, data: bytes) -> Image.Image:
-    """Make one color of an RGB PNG with 16 bits transparent. Pillow keeps the high byte of each sample only.
-
-    The low bytes are decoded as if the samples had the other byte order.
-    """
-    color_key: tuple[int, ...] = image.info.pop("transparency")
-    low_bytes = Image.open(io.BytesIO(data), formats=["PNG"])
-    low_bytes.tile = [tile._replace(args="RGB;16L") for tile in low_bytes.tile]
-    matches = [*_matches(image, [key >> 8 for key in color_key]), *_matches(low_bytes, [key & 0xFF for key in color_key])]
-    image.putalpha(ImageChops.invert(reduce(ImageChops.darker, matches)))
-    return image
-
-
-def _matches(image: Image.Image, values: Sequence[int]) -> Sequence[Image.Image]:
-    """Return for each channel an image that is 255 where the channel has the value, and 0 elsewhere."""
-    return image.point([255 * (level == value) for value in values for level in range(256)]).split()
-
-
-def _uncovered(image: Image.Image, tile: ImageFile._Tile) -> Image.Image:
-    """Make the canvas of a GIF transparent where its first frame does not cover it, as browsers show it."""
-    frame = image.getchannel("A").crop(tile.extents)
-    alpha = Image.new("L", image.size)
-    alpha.paste(frame, tile.extents[:2])
-    image.putalpha(alpha)
-    return image

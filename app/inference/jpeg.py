@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from app.exceptions import TooLarge
@@ -99,10 +100,10 @@ def missing_part(image: Image.Image, found: list[Scan] | None, components: bytes
             return 0.0
         if not set(found[-1].components).issuperset(components):
             return 1.0
-    pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    is_gray = np.isin(pixels, _GRAY).all(-1)
-    gray_ends = np.logical_and.accumulate(is_gray[:, ::-1], axis=1).sum(1)[::-1]  # gray pixels at the end of each row
-    rows = np.argmin(gray_ends > 0) if not gray_ends.all() else len(gray_ends)
+    pixels: NDArray[np.uint8] = np.asarray(image).reshape(image.height, image.width, -1)
+    is_gray: NDArray[np.bool_] = np.all(np.isin(pixels, _GRAY), axis=2)
+    gray_ends = np.logical_and.accumulate(is_gray[:, ::-1], axis=1).sum(axis=1)[::-1]  # at the end of each row, upward
+    rows = len(gray_ends) if gray_ends.all() else int(np.argmin(gray_ends > 0))
     return float(gray_ends[:rows].sum() / is_gray.size)
 
 

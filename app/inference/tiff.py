@@ -72,8 +72,8 @@ class Layout(NamedTuple):
 
     def __str__(self) -> str:
         """Return a description for a person, such as "3 samples of 32 floating-point bits (RGB, LZW compression)"."""
-        kind = _FORMATS.get(self.sample_format, "")
-        samples = f"{self.samples} sample{'s' if self.samples > 1 else ''} of {self.bits} {kind} bits".replace("  ", " ")
+        kind = " ".join(filter(None, [str(self.bits), _FORMATS.get(self.sample_format), "bits"]))
+        samples = f"{self.samples} sample{'s' if self.samples > 1 else ''} of {kind}"
         colors = _COLORS.get(self.photometric, f"photometric interpretation {self.photometric}")
         compression = _COMPRESSIONS.get(self.compression, f"unknown ({self.compression})")
         details = [colors, *(["alpha"] if any(self.extra) else []), f"{compression} compression"]

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
-from app.inference import images
+from app.inference.images import EncodedImage
 
 
 def decode(data: bytes, max_bytes: int = 10 << 20, max_pixels: int = 10_000_000) -> NDArray[np.uint8]:
-    return images.decode(data, max_bytes, max_pixels)
+    return EncodedImage(data, max_bytes, max_pixels).decode()
 
 
 def encode(image: Image.Image, format: str, **options: Any) -> bytes:  # noqa: A002, the name that Pillow uses
