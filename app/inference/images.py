@@ -42,6 +42,9 @@ _SMALL_BYTES = 64 << 10
 _MAX_MISSING = 0.05
 """Largest part of a JPEG that may be missing at its end, as browsers show such a file."""
 
+# Bits per index of a gray BMP, by the mode that Pillow gives it.
+_BMP_GRAY_BITS = {"1": 1, "L": 8}
+
 # EXIF orientations and the transposition that turns the image upright. A JPEG segment holds 64 KiB. A crafted field may
 # hold many numbers instead of one. Pillow takes 0.1 s for the numbers that four segments hold.
 _MAX_EXIF_BYTES = 256 << 10
@@ -303,7 +306,18 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         raise UnsupportedImage(f"{image.format} with this compression is not supported; save it again as a PNG")
     if isinstance(image, TiffImageFile) and not (layout := tiff.layout(data)).is_decoded_right:
         raise layout.unsupported()
+    if image.format == "BMP":
+        _require_readable_palette(image, data)
     return image
+
+
+def _require_readable_palette(image: ImageFile.ImageFile, data: bytes) -> None:
+    """Refuse a BMP whose gray palette is shorter than Pillow takes it to be: it reads the indices as gray levels."""
+    bits = int.from_bytes(data[24:26] if data[14] == 12 else data[28:30], "little")
+    if bits <= 8 and bits != _BMP_GRAY_BITS.get(image.mode, bits):
+        raise UnsupportedImage(
+            f"a BMP with {bits} bits and a gray palette of its size is not supported; save it as a PNG"
+        )
 
 
 def _explain_unidentified(data: bytes) -> Problem:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 MIN_IS_WHITE, MIN_IS_BLACK, RGB, PALETTE, MASK, CMYK, YCBCR, CIELAB = 0, 1, 2, 3, 4, 5, 6, 8
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 RAW, LZW, DEFLATE, PACKBITS, LZMA = 1, 5, 8, 32773, 34925
 
 
@@ -57,7 +58,7 @@ def tiff(
     ]
     blocks = [_compress(_encode(part, bits, order, predictor), compression) for part in parts]
     if reversed_bits:
-        blocks = [bytes(int(f"{byte:08b}"[::-1], 2) for byte in block) for block in blocks]
+        blocks = [block.translate(_REVERSED) for block in blocks]
     entries: dict[int, tuple[str, tuple[int, ...]]] = {
         256: ("L", (width,)),
         257: ("L", (height,)),
