@@ -67,10 +67,6 @@ class ColorSpace:
     curve: Curve
     primaries: tuple[float, ...]
 
-    def is_close_to(self, other: "ColorSpace") -> bool:
-        """Return True if 8-bit pixels look the same in both. A gamma of 1/0.45455 stands for the curve of sRGB."""
-        return _is_close(self.curve, other.curve, 0.01) and _is_close(self.primaries, other.primaries, 0.002)
-
 
 SRGB = ColorSpace(SRGB_CURVE, _PRIMARIES[1])
 
@@ -80,14 +76,17 @@ Source = bytes | ColorSpace | None
 Transform = Callable[[Image.Image], Image.Image]
 
 
-def gamma_curve(encoding_exponent: float) -> Curve | None:
-    """Return the curve for the exponent of a gAMA chunk, or None if the exponent makes no picture.
+def from_gamma(exponent: float | None, primaries: tuple[float, ...] | None) -> ColorSpace | None:
+    """Return the color space of the chunks gAMA and cHRM of a PNG, or None if it is that of sRGB.
 
-    An exponent of 0.45455 is what encoders write for the curve of sRGB, so that curve is returned.
+    Encoders write the exponent 0.45455 for the curve of sRGB. With other primaries it means what it says.
     """
-    if not 0.1 <= encoding_exponent <= 10:
+    exponent = exponent if exponent and 0.1 <= exponent <= 10 else None
+    has_srgb_primaries = primaries is None or _is_close(primaries, SRGB.primaries, 0.002)
+    if has_srgb_primaries and (exponent is None or abs(exponent - 0.45455) < 0.02):
         return None
-    return SRGB_CURVE if abs(encoding_exponent - 0.45455) < 0.01 else (1 / encoding_exponent, 1, 0, 0, 0)
+    curve = SRGB_CURVE if exponent is None else (1 / exponent, 1, 0, 0, 0)
+    return ColorSpace(curve, primaries or SRGB.primaries)
 
 
 def cicp(content: bytes) -> ColorSpace | None:

@@ -8,11 +8,10 @@ show such files; Pillow refuses them. Animation chunks are left out too, so Pill
 
 import struct
 import zlib
-from contextlib import suppress
 from typing import NamedTuple
 
 from app.exceptions import TooLarge, UnsupportedImage
-from app.inference.color import MAX_PROFILE_BYTES, SRGB, SRGB_CURVE, ColorSpace, Source, cicp, gamma_curve
+from app.inference.color import MAX_PROFILE_BYTES, SRGB, Source, cicp, from_gamma
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 20_000
@@ -86,16 +85,17 @@ def _color_space(chunks: dict[bytes, bytes]) -> Source:
         return None if space == SRGB else space
     if profile := _profile(chunks.get(b"iCCP", b"")):
         return profile
-    if b"sRGB" in chunks or not chunks.keys() & {b"gAMA", b"cHRM"}:
+    if b"sRGB" in chunks:
         return None
-    curve, primaries = SRGB_CURVE, SRGB.primaries
-    with suppress(struct.error):
-        (gamma,) = struct.unpack_from(">L", chunks.get(b"gAMA", b""))
-        curve = gamma_curve(gamma / 100_000) or curve
-    with suppress(struct.error):
-        primaries = tuple(value / 100_000 for value in struct.unpack_from(">8L", chunks.get(b"cHRM", b"")))
-    space = ColorSpace(curve, primaries)
-    return None if space.is_close_to(SRGB) else space
+    (exponent,) = _numbers(chunks, b"gAMA", 1) or (None,)
+    return from_gamma(exponent, _numbers(chunks, b"cHRM", 8))
+
+
+def _numbers(chunks: dict[bytes, bytes], kind: bytes, count: int) -> tuple[float, ...] | None:
+    content = chunks.get(kind, b"")
+    if len(content) != 4 * count:
+        return None
+    return tuple(value / 100_000 for value in struct.unpack(f">{count}L", content))
 
 
 def _profile(content: bytes) -> bytes | None:

@@ -102,7 +102,8 @@ class Layout(NamedTuple):
         """True if Pillow decodes the layout, once it accepts it, to the right pixels.
 
         Signed and floating-point samples have no black and white. Of layouts with separate planes, Pillow decodes
-        uncompressed ones as if each sample had 8 bits, and mixes the planes of gray and alpha.
+        uncompressed ones as if each sample had 8 bits, mixes the planes of gray and alpha, and takes the signed samples
+        of CIELAB as unsigned.
         """
         if self.sample_format not in (1, 4) or self.bits > 16:
             return False
@@ -115,6 +116,8 @@ class Layout(NamedTuple):
                 return False
         if not self.is_planar:
             return True
+        if self.photometric == _CIELAB or (self.photometric == _YCBCR and (is_raw or self.extra)):
+            return False
         if is_raw and self.extra not in ((), (_ALPHA,)):
             return False
         if self.photometric in (_MIN_IS_WHITE, _GRAY, _PALETTE) and self.samples > 1:

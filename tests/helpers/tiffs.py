@@ -3,10 +3,12 @@
 import lzma
 import struct
 import zlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+Order = Literal["<", ">"]
 
 MIN_IS_WHITE, MIN_IS_BLACK, RGB, PALETTE, MASK, CMYK, YCBCR, CIELAB = 0, 1, 2, 3, 4, 5, 6, 8
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
@@ -47,7 +49,7 @@ def tiff(
         tags: Further tags of type SHORT.
     """
     height, width, channels = samples.shape
-    order = ">" if big_endian else "<"
+    order: Order = ">" if big_endian else "<"
     planes = [samples[:, :, n : n + 1] for n in range(channels)] if planar else [samples]
     rows, columns = (16, 16) if tiled else (8, width)
     parts = [
@@ -102,7 +104,7 @@ def _assemble(body: bytes, entries: dict[int, tuple[str, tuple[int, ...]]], orde
     return head + body + directory + bytes(4) + values
 
 
-def _encode(samples: NDArray[Any], bits: int, order: str, predictor: int) -> bytes:
+def _encode(samples: NDArray[Any], bits: int, order: Order, predictor: int) -> bytes:
     if predictor == 2:
         before = np.zeros_like(samples)
         before[:, 1:] = samples[:, :-1]
