@@ -299,7 +299,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLarge(str(error)) from None
     except _DECODE_ERRORS as error:
-        raise DamagedImage(f"the image's header is damaged: {error}") from error
+        raise DamagedImage(f"the {formats.recognize(data)} image's header is damaged: {error}") from error
     if isinstance(file, _PieceLimitedFile):
         file.left = _MAX_PIECES
     if any(tile.codec_name in Image.DECODERS for tile in image.tile):
