@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from itertools import islice
 from typing import Literal
 
-from PIL import Image, ImageFile, features
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from app.exceptions import UnsupportedImage
 from app.inference import formats
@@ -79,11 +79,20 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
     Raises:
         OSError, ValueError, SyntaxError: The file is damaged.
     """
-    if kind(data) == "AVIF":
-        from PIL import AvifImagePlugin
+    try:
+        return _open_avif(data) if kind(data) == "AVIF" else _open_heic(data)
+    except UnidentifiedImageError:
+        raise OSError("the structure of the file is damaged") from None
 
-        AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # more threads would take CPU time from others
-        return Image.open(io.BytesIO(data), formats=["AVIF"])
+
+def _open_avif(data: bytes) -> ImageFile.ImageFile:
+    from PIL import AvifImagePlugin
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # more threads would take CPU time from others
+    return Image.open(io.BytesIO(data), formats=["AVIF"])
+
+
+def _open_heic(data: bytes) -> ImageFile.ImageFile:
     import pi_heif
 
     pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
