@@ -62,6 +62,7 @@ _UPRIGHT = {
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # Exceptions that Pillow's decoders raise for damaged files. ValueError includes the struct-like errors of its plugins.
+# RuntimeError is that of the AVIF decoder.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -70,8 +71,8 @@ _DECODE_ERRORS = (
     KeyError,
     IndexError,
     EOFError,
-    OverflowError,
-    NotImplementedError,
+    ArithmeticError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )

@@ -16,7 +16,7 @@ _ALPHA = 2  # kind of an extra sample
 _BYTES_AS_THEY_ARE = (1, 2, 7)  # value types that Pillow keeps as one bytes object
 _SHORT, _LONG = 3, 4
 _MAX_ENTRIES = 1 << 16
-_SIZE, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _SAMPLES = (256, 257), 258, 259, 262, 266, 277
+_BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _SAMPLES = 258, 259, 262, 266, 277
 _PLANAR, _EXTRA, _FORMAT, _SUBSAMPLING = 284, 338, 339, 530
 _MIN_IS_WHITE, _GRAY, _RGB, _PALETTE, _CMYK, _YCBCR, _CIELAB = 0, 1, 2, 3, 5, 6, 8
 _COLORS = {
@@ -105,7 +105,7 @@ class Layout(NamedTuple):
         uncompressed ones as if each sample had 8 bits, mixes the planes of gray and alpha, and takes the signed samples
         of CIELAB as unsigned.
         """
-        if self.sample_format not in (1, 4) or self.bits > 16:
+        if self.sample_format not in (1, 4) or not 1 <= self.bits <= 16:
             return False
         is_raw = self.compression == 1
         if self.photometric == _YCBCR and is_raw and self.subsampling != (1, 1):
@@ -134,10 +134,10 @@ def layout(data: bytes) -> Layout:
     """Read the layout of the first image of a TIFF. A missing tag has its default."""
     tags = dict[int, tuple[int, ...]]()
     for tag, kind, number, place in _entries(data):
-        if kind in (_SHORT, _LONG) and number <= 16:
-            with suppress(struct.error):
+        if kind in (_SHORT, _LONG) and 0 < number <= 16:
+            with suppress(struct.error, OverflowError):
                 tags[tag] = struct.unpack_from(f"{_order(data)}{number}{'H' if kind == _SHORT else 'L'}", data, place)
-    first = {tag: values[0] for tag, values in tags.items() if values}
+    first = {tag: values[0] for tag, values in tags.items()}
     return Layout(
         bits=max(tags.get(_BITS, (1,))),
         sample_format=max(tags.get(_FORMAT, (1,))),

@@ -352,3 +352,10 @@ def test_the_levels_of_a_lossless_webp_are_exact() -> None:
     buffer = io.BytesIO()
     Image.fromarray(samples).save(buffer, "WEBP", lossless=True, exact=True)
     assert_close(decode(buffer.getvalue()), over_white(samples[..., :3] / 255, samples[..., 3:] / 255))
+
+
+@pytest.mark.parametrize("tag", [258, 277, 339])
+def test_a_tag_of_a_tiff_without_values_has_its_default(tag: int) -> None:
+    data = tiffs.tiff(np.full((32, 32, 1), 255, np.uint8), tiffs.MIN_IS_BLACK, 8)
+    place = data.index(struct.pack("<HHL", tag, 3, 1))
+    assert (decode(data[: place + 4] + bytes(8) + data[place + 12 :]) == 255).all()
