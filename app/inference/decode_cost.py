@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
 
-from app.exceptions import TooLarge
 from app.inference import jpeg
 from app.machine import MIB
 
@@ -48,8 +47,6 @@ _OUTPUT_PIXEL_NS, _OUTPUT_PIXEL_BYTES = 12.0, 4
 _SEQUENTIAL_BYTE_NS, _PROGRESSIVE_BYTE_NS = 10.0, 40.0
 _ARITHMETIC_FACTOR = 10.0
 
-_MAX_CHUNKS = 20_000
-
 
 class DecodeCost(NamedTuple):
     """An estimated CPU time in milliseconds and memory in bytes. The memory excludes the file itself."""
@@ -62,16 +59,17 @@ class DecodeCost(NamedTuple):
         return self.cpu_ms > limit.cpu_ms or self.memory_bytes > limit.memory_bytes
 
 
-def estimate(image: ImageFile.ImageFile, data: bytes, color_ns: float = 0.0) -> DecodeCost:
+def estimate(image: ImageFile.ImageFile, data: bytes, parts: int, color_ns: float) -> DecodeCost:
     """Estimate the cost of decoding an opened image.
 
     Args:
         image: Image that Pillow has opened but not decoded.
         data: Bytes of the whole file.
+        parts: Number of parts that Pillow handles in Python: the chunks of a PNG, or the strips or tiles of a TIFF.
         color_ns: CPU time of preparing its color space, in nanoseconds.
 
     Raises:
-        TooLarge: A JPEG has more scans or segments, or a PNG more chunks, than any encoder writes.
+        TooLarge: A JPEG has more scans or segments than any encoder writes.
     """
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         return _estimate_jpeg(image, data, color_ns)
@@ -81,7 +79,7 @@ def estimate(image: ImageFile.ImageFile, data: bytes, color_ns: float = 0.0) -> 
     mode = _converted_mode(image)
     nanoseconds = pixels * (_FORMAT_NS[kind] + _MODE_NS.get(mode, _OTHER_MODE_NS))
     nanoseconds += len(data) * (_BYTE_NS[kind] if is_compressed or kind == "WEBP" else _UNCOMPRESSED_BYTE_NS)
-    nanoseconds += _PART_NS * (_png_chunks(data) if kind == "PNG" else len(image.tile))
+    nanoseconds += _PART_NS * parts
     if mode == _TRANSPARENT_16_BITS:
         nanoseconds *= 2  # the low bytes are decoded separately
     nanoseconds += _FILE_NS + color_ns + (_LAB_NS if mode == "LAB" else 0)
@@ -107,21 +105,6 @@ def _count_decoded_pixels(image: ImageFile.ImageFile) -> int:
         if tile_width and tile_height:
             width, height = -(-width // tile_width) * tile_width, -(-height // tile_height) * tile_height
     return width * height
-
-
-def _png_chunks(data: bytes) -> int:
-    """Count the chunks of a PNG.
-
-    Raises:
-        TooLarge: The PNG has more chunks than any encoder writes.
-    """
-    count, place = 0, 8
-    while place < len(data):
-        count += 1
-        if count > _MAX_CHUNKS:
-            raise TooLarge(f"the PNG has more than {_MAX_CHUNKS:,} chunks; save it again")
-        place += int.from_bytes(data[place : place + 4]) + 12
-    return count
 
 
 def _require_positive(value: object) -> int:

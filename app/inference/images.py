@@ -144,6 +144,7 @@ class EncodedImage:
         self._max_pixels = max_pixels
         self._image: ImageFile.ImageFile | None = None
         self._kind: str
+        self._color: color.Source
         kind = heif.kind(data)
         self.needs_process = kind is not None
         if kind:
@@ -161,17 +162,17 @@ class EncodedImage:
         self.is_cut_off = data.startswith(b"\xff\xd8") and not jpeg.is_complete(data)
         if self.is_cut_off:
             data += jpeg.END  # libjpeg waits for it, and then leaves the rest gray
-        self._color: color.Source = None
-        if is_png := data.startswith(png.SIGNATURE):
-            data, self._color = png.read(data)
+        chunks = 0
+        if data.startswith(png.SIGNATURE):
+            data, self._color, chunks = png.read(data)
         self._data = data
         self._image = image = _open(data)
         self._kind = image.format or ""
-        if not is_png:
+        if not chunks:
             self._color = image.info.get("icc_profile")
         self._require_pixels(image.size)
         try:
-            self.cost = estimate(image, data, color.profile_ns(self._color))
+            self.cost = estimate(image, data, chunks or len(image.tile), color.profile_ns(self._color))
         except _DECODE_ERRORS as error:
             raise DamagedImage(f"the {image.format} image's header is damaged: {error}") from error
 

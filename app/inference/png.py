@@ -29,6 +29,8 @@ class Png(NamedTuple):
     """A PNG without other chunks."""
     color: Source
     """The color space of the pixels; None for sRGB."""
+    chunks: int
+    """Number of chunks in `data`."""
 
 
 def read(data: bytes) -> Png:
@@ -38,35 +40,37 @@ def read(data: bytes) -> Png:
         TooLarge: The PNG has more chunks than any encoder writes.
         UnsupportedImage: The PNG has a chunk of an unknown kind that a decoder must know.
     """
-    kept, color = list[tuple[int, int]](), dict[bytes, bytes]()
+    color: dict[bytes, bytes] = {}
+    dropped: list[tuple[int, int]] = []
     has_pixels = has_exif = False
     count, place = 0, len(SIGNATURE)
     while place < len(data):
         count += 1
         if count > _MAX_CHUNKS:
             raise TooLarge(f"the PNG has more than {_MAX_CHUNKS:,} chunks; save it again")
-        kind, end = data[place + 4 : place + 8], place + int.from_bytes(data[place : place + 4]) + 12
+        kind, start, place = data[place + 4 : place + 8], place, place + int.from_bytes(data[place : place + 4]) + 12
         if kind in _CRITICAL:
             has_pixels |= kind == b"IDAT"
-            kept.append((place, end))
-        elif kind == b"tRNS" and not has_pixels and _is_intact(data, place, end):
-            kept.append((place, end))
-        elif kind in _COLOR and not has_pixels and kind not in color and _is_intact(data, place, end):
-            color[kind] = data[place + 8 : end - 4]
-        elif not has_exif and _is_exif(data, kind, place, end) and _is_intact(data, place, end):
+            if kind == b"IEND":
+                break
+        elif kind == b"tRNS" and not has_pixels and _is_intact(data, start, place):
+            pass
+        elif not has_exif and _is_exif(data, kind, start, place) and _is_intact(data, start, place):
             has_exif = True
-            kept.append((place, end))
-        elif kind.isalpha() and kind[:1].isupper():
-            raise UnsupportedImage(
-                f"the PNG has a chunk of the kind {kind.decode()}, which is not in the PNG standard and without which "
-                "the picture cannot be shown; export it as a standard PNG or JPEG"
-            )
-        place = end
-        if kind == b"IEND":
-            break
-    whole = len(kept) == count and place >= len(data)
-    parts = data if whole else b"".join([SIGNATURE, *(data[start:end] for start, end in kept)])
-    return Png(parts, _color_space(color) if color else None)
+        else:
+            dropped.append((start, place))
+            if kind in _COLOR and not has_pixels and kind not in color and _is_intact(data, start, place):
+                color[kind] = data[start + 8 : place - 4]
+            elif kind.isalpha() and kind[:1].isupper():
+                raise UnsupportedImage(
+                    f"the PNG has a chunk of the kind {kind.decode()}, which is not in the PNG standard and without "
+                    "which the picture cannot be shown; export it as a standard PNG or JPEG"
+                )
+    if dropped:
+        ends = [0, *(end for _, end in dropped)]
+        starts = [*(start for start, _ in dropped), place]
+        data = b"".join([data[end:start] for end, start in zip(ends, starts, strict=True)])
+    return Png(data, _color_space(color) if color else None, count - len(dropped))
 
 
 def _is_intact(data: bytes, place: int, end: int) -> bool:
