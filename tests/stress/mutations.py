@@ -10,11 +10,14 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
+import heics
 import icc_profiles
 import numpy as np
 import pngs
 import tiffs
 from PIL import Image, features
+
+from app.inference import heif
 
 _ORIENTATION = 0x0112  # EXIF
 _EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
@@ -100,6 +103,8 @@ def samples() -> dict[str, bytes]:
     made["tiff 12-bit"] = tiffs.tiff(samples[..., :1] >> 4, tiffs.MIN_IS_BLACK, 12)
     made["tiff white is zero"] = tiffs.tiff(samples[..., :1], tiffs.MIN_IS_WHITE, 16, compression=tiffs.DEFLATE)
     made["tiff lab"] = tiffs.tiff((samples // 257).astype(np.uint8), tiffs.CIELAB, 8)
+    if "HEIC" in heif.supported_kinds():
+        made["heic"] = heics.heic(np.asarray(exact.convert("L")), turns=1)
     made["png interlaced"] = pngs.png(np.asarray(small), interlaced=True)
     return made
 

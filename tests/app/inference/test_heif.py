@@ -4,6 +4,8 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+import heics
+import icc_profiles
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -74,8 +76,6 @@ def test_the_first_frame_of_an_avif_sequence_is_taken() -> None:
 
 
 def test_the_profile_of_an_avif_is_used() -> None:
-    import icc_profiles
-
     stored = Image.fromarray(icc_profiles.from_srgb(PICTURE, "ProPhoto"))
     pixels = decode(avif(stored, icc_profile=icc_profiles.rgb_profile("ProPhoto")))
     assert np.abs(pixels - PICTURE).mean() < 5
@@ -161,3 +161,48 @@ def test_the_supported_formats_are_named() -> None:
 )
 def test_the_kind_is_read_from_the_brands(brands: bytes, kind: str | None) -> None:
     assert heif.kind((8 + len(brands)).to_bytes(4) + b"ftyp" + brands + bytes(20)) == kind
+
+
+needs_heic = pytest.mark.skipif("HEIC" not in heif.supported_kinds(), reason="needs the extra heif")
+LUMA = np.random.default_rng(1).integers(0, 256, (32, 32), np.uint8)
+
+
+@needs_heic
+def test_a_heic_has_the_pixels_that_it_encodes() -> None:
+    np.testing.assert_array_equal(decode(heics.heic(LUMA)), np.repeat(LUMA[..., None], 3, 2))
+
+
+@needs_heic
+def test_a_heic_has_its_colors() -> None:
+    pixels = decode(heics.heic(np.full((32, 32), 76, np.uint8), cb=85, cr=255))
+    assert np.abs(pixels - (254, 0, 0)).max() <= 3
+
+
+@needs_heic
+@pytest.mark.parametrize("turns", range(4))
+def test_a_heic_is_turned_upright_once(turns: int) -> None:
+    pixels = decode(heics.heic(LUMA, turns=turns))
+    np.testing.assert_array_equal(pixels[..., 0], np.rot90(LUMA, turns))
+
+
+@needs_heic
+def test_only_a_process_decodes_a_heic(process: DecodeProcess) -> None:
+    with pytest.raises(CostlyImage):
+        images.decode(heics.heic(LUMA), MIB, MIB)
+    pixels, _ = process.decode(heics.heic(LUMA))
+    np.testing.assert_array_equal(pixels[0], LUMA)
+
+
+@needs_heic
+def test_a_damaged_heic_is_a_problem_and_not_a_crash() -> None:
+    data = heics.heic(LUMA)
+    for length in (40, len(data) // 4, len(data) - 1000):
+        with pytest.raises(DamagedImage, match="the HEIC image cannot be decoded"):
+            decode(data[:length])
+
+
+def test_the_declared_size_of_a_heic_is_limited_without_its_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heif, "supported_kinds", lambda: ("AVIF", "HEIC"))
+    with pytest.raises(TooLarge, match="4000x4000 pixels"):
+        EncodedImage(heics.heic(LUMA, size=(4000, 4000)), MIB, 10_000_000)
+    assert heif.declared_size(heics.heic(LUMA)) == (32, 32)
