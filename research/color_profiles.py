@@ -1,7 +1,7 @@
-"""Measure what the conversion to sRGB gains in accuracy, and what it costs.
+"""Measure the accuracy that the conversion to sRGB gains, and its cost.
 
 The program writes test images as PNG files in other color spaces, so that they look the same: it converts the numbers
-and adds the profile. It classifies what the service decodes from them, with the profile and without it. Then it
+and adds the profile. It decodes and classifies them as the service does, with the profile and without it. Then it
 measures the CPU time of decoding a photo of a phone with and without a profile.
 
     python research/color_profiles.py [--images 10000] [--model resnet18/5] [--models models]

@@ -42,7 +42,7 @@ SRGB_CURVE: Curve = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
 _BT709_CURVE: Curve = (1 / 0.45, 1 / 1.099, 0.099 / 1.099, 1 / 4.5, 0.081)
 _D65 = (0.3127, 0.3290)
 
-# Code points of ITU-T H.273. Those of high dynamic range (16 and 18) have no place in 8-bit sRGB.
+# Code points of ITU-T H.273. The transfers of high dynamic range, 16 and 18, have no place in 8-bit sRGB.
 _PRIMARIES = {
     1: (*_D65, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06),
     5: (*_D65, 0.64, 0.33, 0.29, 0.60, 0.15, 0.06),
@@ -79,7 +79,7 @@ Transform = Callable[[Image.Image], Image.Image]
 def from_gamma(exponent: float | None, primaries: tuple[float, ...] | None) -> ColorSpace | None:
     """Return the color space of the chunks gAMA and cHRM of a PNG, or None if it is that of sRGB.
 
-    Encoders write the exponent 0.45455 for the curve of sRGB. With other primaries it means what it says.
+    Encoders write the exponent 0.45455 for the curve of sRGB. With other primaries it is taken literally.
     """
     exponent = exponent if exponent and 0.1 <= exponent <= 10 else None
     has_srgb_primaries = primaries is None or _is_close(primaries, SRGB.primaries, 0.002)
@@ -117,7 +117,7 @@ def to_srgb(image: Image.Image, source: Source) -> Image.Image:
 
 
 def profile_ns(source: Source) -> float:
-    """Estimate the CPU time of preparing a color space, in nanoseconds. That of a recent profile is kept."""
+    """Estimate the CPU time of preparing a color space, in nanoseconds. A recent profile costs nothing."""
     if not isinstance(source, bytes) or len(source) > MAX_PROFILE_BYTES or _transforms.has(sha256(source).digest()):
         return 0.0
     return _PROFILE_NS + _PROFILE_BYTE_NS * len(source)
@@ -192,7 +192,7 @@ def _srgb_profile() -> ImageCms.ImageCmsProfile:
 
 
 def _probe(mode: str) -> Image.Image:
-    """Return an image of colors all over the space. A profile that leaves them as they are has no effect."""
+    """Return an image of colors all over the space. A profile that does not change them has no effect."""
     steps = np.arange(0, 256, 51).astype(np.uint8)
     grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
     return Image.fromarray(grid).convert(mode)

@@ -1,4 +1,4 @@
-"""Name the format of a file by its first bytes, so that a refusal says what the file is.
+"""Name the format of a file by its first bytes, so that a refusal can name it.
 
 In: the bytes of a file.  Out: a name, such as "JPEG XL", or None.
 """

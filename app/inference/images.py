@@ -132,7 +132,7 @@ class EncodedImage:
     """True for a JPEG without its end."""
 
     warnings: list[str]
-    """Sentences on what is missing or was ignored in the decoded image."""
+    """Sentences about missing parts of the decoded image."""
 
     def __init__(self, data: bytes, max_bytes: int, max_pixels: int):
         if not data:
@@ -323,7 +323,7 @@ def _require_readable_palette(image: ImageFile.ImageFile, data: bytes) -> None:
 
 
 def _explain_unidentified(data: bytes) -> Problem:
-    """Return the error for a file that Pillow does not open, with what the file is."""
+    """Return the error for a file that Pillow does not open. It names the format of the file."""
     kind = formats.recognize(data)
     supported = ", ".join((*FORMATS, *heif.supported_kinds()))
     if kind is None:

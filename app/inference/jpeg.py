@@ -108,7 +108,7 @@ def missing_part(image: Image.Image, found: list[Scan] | None, components: bytes
 
 
 def describe_unreadable(data: bytes) -> str | None:
-    """Return what makes a JPEG unreadable for libjpeg, such as "12 bits per sample", or None."""
+    """Return the reason why libjpeg cannot read a JPEG, such as "12 bits per sample", or None."""
     for number, (kind, place) in enumerate(_segments(data)):
         if kind in _FRAMES:
             bits, components = data[place + 2 : place + 3], data[place + 7 : place + 8]

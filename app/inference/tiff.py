@@ -58,7 +58,7 @@ _COMPRESSIONS = {
 
 
 class Layout(NamedTuple):
-    """How the samples of a TIFF's first image are stored, by its tags."""
+    """The storage of the samples of a TIFF's first image, by its tags."""
 
     bits: int
     sample_format: int
@@ -101,9 +101,9 @@ class Layout(NamedTuple):
     def is_decoded_right(self) -> bool:
         """True if Pillow decodes the layout, once it accepts it, to the right pixels.
 
-        Signed and floating-point samples have no black and white. Of layouts with separate planes, Pillow decodes
-        uncompressed ones as if each sample had 8 bits, mixes the planes of gray and alpha, and takes the signed samples
-        of CIELAB as unsigned.
+        Signed and floating-point samples have no black and white. Pillow reads uncompressed samples in separate planes
+        as if each had 8 bits. It mixes separate planes of gray and alpha, and takes the signed samples of CIELAB in
+        separate planes as unsigned.
         """
         if self.sample_format not in (1, 4) or not 1 <= self.bits <= 16:
             return False

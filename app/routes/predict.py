@@ -77,7 +77,7 @@ class PredictedClass:
 class Prediction:
     """The most probable classes of one image, best first, and the name of its file.
 
-    Warnings say what was missing in a damaged image that was classified nevertheless.
+    Warnings name missing parts of a damaged image that was classified nevertheless.
     """
 
     file: str | None

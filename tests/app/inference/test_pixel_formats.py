@@ -187,7 +187,7 @@ def test_every_tiff_has_the_pixels_that_it_encodes_or_is_refused_by_name(
                 assert_close(decoded, expected, tolerance)
     if not extra:
         assert not {(kind, bits, tiffs.UNSIGNED) for kind, bits in MUST_DECODE} & refused
-    capfd.readouterr()  # libtiff prints what it does not know
+    capfd.readouterr()  # libtiff prints unknown tags
 
 
 @pytest.mark.parametrize("compression", [tiffs.RAW, tiffs.LZW, tiffs.DEFLATE])
