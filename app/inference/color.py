@@ -173,7 +173,7 @@ def _make_transform(profile: bytes) -> tuple[str, Transform | None]:
         )
         probe = _probe(mode)
         colors = _apply(convert, mode, probe)
-    except (OSError, ValueError, ImageCms.PyCMSError):
+    except (OSError, ValueError, ImageCms.PyCMSError, ImportError):  # ImportError: Pillow without LittleCMS
         return mode, None
     change = np.abs(np.asarray(colors, np.int16) - np.asarray(probe.convert("RGB"), np.int16)).max()
     return mode, None if change <= 1 else lambda image: _apply(convert, mode, image)

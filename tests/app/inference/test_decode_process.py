@@ -1,5 +1,6 @@
 """Test decoding in a separate process: it returns the same pixels, enforces hard limits and leaves no process."""
 
+import io
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from contextlib import suppress
 import jpegs
 import numpy as np
 import pytest
+from PIL import Image
 from server import wait_for
 
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
@@ -49,6 +51,16 @@ def test_the_pixels_are_those_of_the_server(start: Start) -> None:
     np.testing.assert_array_equal(pixels, images.decode(data, MIB, MIB))
     assert warnings == []
     assert process.cpu_s > 0
+
+
+def test_the_warnings_are_those_of_the_server(start: Start) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "teal").save(buffer, "JPEG")
+    image = images.EncodedImage(buffer.getvalue()[:-2], MIB, MIB)
+    expected = image.decode()
+    pixels, warnings = start().decode(buffer.getvalue()[:-2])
+    np.testing.assert_array_equal(pixels, expected)
+    assert warnings == image.warnings == ["the JPEG is cut off: its end is missing; the picture is whole"]
 
 
 def test_one_process_decodes_many_images_and_keeps_running_after_errors(start: Start) -> None:
