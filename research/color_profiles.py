@@ -6,6 +6,10 @@ measures the CPU time of decoding a photo of a phone with and without a profile.
 
     python research/color_profiles.py [--images 10000] [--model resnet18/5] [--models models]
 
+Time: four minutes for 2,000 images.
+Result: for 2,000 images, top-1 in other color spaces is 81.8 to 82.2 % with conversion and 74.1 to 82.0 % without it;
+converting the colors of a photo takes 0.03 ms, and 4 ms for the first photo with a profile (AMD EPYC, 2 cores,
+2026-11-29).
 Table: results/color_profiles.md.
 """
 
