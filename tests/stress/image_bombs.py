@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
@@ -164,7 +165,7 @@ def _with_pillow_alone(data: bytes) -> str:
     return "decoded"
 
 
-def _encoded(kind: str, side: int = 32, mode: str = "RGB", **options: object) -> bytes:
+def _encoded(kind: str, side: int = 32, mode: str = "RGB", **options: Any) -> bytes:
     file = io.BytesIO()
     Image.new("P" if kind == "GIF" else mode, (side, side)).save(file, kind, **options)
     return file.getvalue()
