@@ -198,7 +198,7 @@ def _one_color(mode: str, kind: str) -> bytes:
     return file.getvalue()
 
 
-def _filled(kind: str, part: bytes, size: int, before: bytes, side: int = 32, **options: object) -> bytes:
+def _filled(kind: str, part: bytes, size: int, before: bytes, side: int = 32, **options: Any) -> bytes:
     """Insert as many copies of `part` as the size allows before the first occurrence of `before`."""
     data = _encoded(kind, side, **options)
     place = data.index(before)
