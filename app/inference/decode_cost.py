@@ -7,26 +7,22 @@ The constants are rounded up. In `tests/stress/results/decode_cost.md`, decoding
 `app.inference.decode_process` that exceeds its CPU time.
 """
 
-import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
 
-from app.exceptions import TooLarge
+from app.inference import jpeg
 from app.machine import MIB
 
 JPEG_SIDE = 64
 """Minimum length in pixels of the shorter side of a JPEG after it is scaled down in the decoder."""
-
-MAX_SCANS = 500
-"""Largest number of scans of a JPEG. Encoders write at most a few dozen."""
 
 # Nanoseconds of CPU time per pixel: for decoding the format, and for converting and scaling the decoded mode.
 _FORMAT_NS = {"PNG": 5.0, "WEBP": 22.0, "GIF": 5.0, "BMP": 2.0, "TIFF": 5.0}
 _MODE_NS = {"1": 4.0, "L": 2.0, "P": 6.0, "RGB": 5.0}
 _OTHER_MODE_NS = 10.0
 
+_LAB_NS = 8e6  # making the transform from CIELAB
 _FILE_NS = 300_000.0  # fixed time per image, for its header and for scaling the result
 
 # Nanoseconds per byte of the file, and per part that Pillow handles in Python (a PNG chunk or a TIFF strip).
@@ -35,7 +31,8 @@ _UNCOMPRESSED_BYTE_NS = 1.0
 _PART_NS = 20_000.0
 
 # Bytes of memory per pixel, including Pillow's copies. The WebP decoder holds four canvases of 4 bytes per pixel.
-_MODE_BYTES = {"1": 2, "L": 1, "P": 5, "RGB": 4, "CMYK": 4, "I;16": 8, "I;16B": 8}
+_TRANSPARENT_16_BITS = "16 bits with a transparent color"
+_MODE_BYTES = {_TRANSPARENT_16_BITS: 16, "1": 2, "L": 1, "P": 5, "RGB": 4, "CMYK": 4, "I;16": 8, "I;16B": 8}
 _OTHER_MODE_BYTES = 8
 _WEBP_BYTES = 16
 
@@ -50,14 +47,6 @@ _OUTPUT_PIXEL_NS, _OUTPUT_PIXEL_BYTES = 12.0, 4
 _SEQUENTIAL_BYTE_NS, _PROGRESSIVE_BYTE_NS = 10.0, 40.0
 _ARITHMETIC_FACTOR = 10.0
 
-_MAX_SEGMENTS = 5_000
-_MAX_CHUNKS = 20_000
-
-# A JPEG marker, except those that occur within entropy-coded data: stuffed zeros, fill bytes and restart markers.
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-_SOS, _EOI, _SOI, _TEM = 0xDA, 0xD9, 0xD8, 0x01
-_ARITHMETIC_FRAMES = frozenset((0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
-
 
 class DecodeCost(NamedTuple):
     """An estimated CPU time in milliseconds and memory in bytes. The memory excludes the file itself."""
@@ -70,35 +59,42 @@ class DecodeCost(NamedTuple):
         return self.cpu_ms > limit.cpu_ms or self.memory_bytes > limit.memory_bytes
 
 
-class _Scan(NamedTuple):
-    components: bytes
-    """Ids of the components in the scan, one byte each."""
-    is_ac_refinement: bool
-
-
-def estimate(image: ImageFile.ImageFile, data: bytes) -> DecodeCost:
+def estimate(image: ImageFile.ImageFile, data: bytes, parts: int, color_ns: float) -> DecodeCost:
     """Estimate the cost of decoding an opened image.
 
     Args:
         image: Image that Pillow has opened but not decoded.
         data: Bytes of the whole file.
+        parts: Number of parts that Pillow handles in Python: the chunks of a PNG, or the strips or tiles of a TIFF.
+        color_ns: CPU time of preparing its color space, in nanoseconds.
 
     Raises:
-        TooLarge: A JPEG has more scans or segments, or a PNG more chunks, than any encoder writes.
+        TooLarge: A JPEG has more scans or segments than any encoder writes.
     """
     if isinstance(image, JpegImagePlugin.JpegImageFile):
-        return _estimate_jpeg(image, data)
+        return _estimate_jpeg(image, data, color_ns)
     kind = image.format or ""
     pixels = _count_decoded_pixels(image)
-    has_transparent_color = "transparency" in image.info  # converted to RGBA later
-    mode = "RGBA" if has_transparent_color else image.mode
     is_compressed = any(tile.codec_name != "raw" for tile in image.tile)
-    nanoseconds = _FILE_NS + pixels * (_FORMAT_NS[kind] + _MODE_NS.get(mode, _OTHER_MODE_NS))
+    mode = _converted_mode(image)
+    nanoseconds = pixels * (_FORMAT_NS[kind] + _MODE_NS.get(mode, _OTHER_MODE_NS))
     nanoseconds += len(data) * (_BYTE_NS[kind] if is_compressed or kind == "WEBP" else _UNCOMPRESSED_BYTE_NS)
-    nanoseconds += _PART_NS * (_png_chunks(data) if kind == "PNG" else len(image.tile))
+    nanoseconds += _PART_NS * parts
+    if mode == _TRANSPARENT_16_BITS:
+        nanoseconds *= 2  # the low bytes are decoded separately
+    nanoseconds += _FILE_NS + color_ns + (_LAB_NS if mode == "LAB" else 0)
     return DecodeCost(
         nanoseconds / 1e6, pixels * (_WEBP_BYTES if kind == "WEBP" else _MODE_BYTES.get(mode, _OTHER_MODE_BYTES))
     )
+
+
+def _converted_mode(image: ImageFile.ImageFile) -> str:
+    """Return the mode in which the image is scaled down, or `_TRANSPARENT_16_BITS`."""
+    if "transparency" in image.info:
+        return _TRANSPARENT_16_BITS if image.tile[0].args in ("RGB;16B", "I;16B") else "RGBA"
+    if image.format == "GIF" and image.tile[0].extents != (0, 0, *image.size):
+        return "RGBA"
+    return image.mode
 
 
 def _count_decoded_pixels(image: ImageFile.ImageFile) -> int:
@@ -111,29 +107,14 @@ def _count_decoded_pixels(image: ImageFile.ImageFile) -> int:
     return width * height
 
 
-def _png_chunks(data: bytes) -> int:
-    """Count the chunks of a PNG.
-
-    Raises:
-        TooLarge: The PNG has more chunks than any encoder writes.
-    """
-    count, place = 0, 8
-    while place < len(data):
-        count += 1
-        if count > _MAX_CHUNKS:
-            raise TooLarge(f"the PNG has more than {_MAX_CHUNKS:,} chunks; save it again")
-        place += int.from_bytes(data[place : place + 4]) + 12
-    return count
-
-
 def _require_positive(value: object) -> int:
     return value if isinstance(value, int) and value > 0 else 0
 
 
-def _estimate_jpeg(image: JpegImagePlugin.JpegImageFile, data: bytes) -> DecodeCost:
+def _estimate_jpeg(image: JpegImagePlugin.JpegImageFile, data: bytes, color_ns: float) -> DecodeCost:
     layers: list[tuple[int, int, int, int]] = image.layer  # id, horizontal and vertical sampling, quantization table
     blocks = [_blocks(image.size, layer, layers) for layer in layers]
-    scans, is_arithmetic = _scans(data, len(layers), "progressive" in image.info)
+    scans, is_arithmetic = jpeg.scans(data, len(layers), "progressive" in image.info)
     output_pixels = image.width * image.height // jpeg_scale(image.size) ** 2
     nanoseconds = _FILE_NS + output_pixels * _OUTPUT_PIXEL_NS
     memory = output_pixels * _OUTPUT_PIXEL_BYTES + MIB
@@ -145,8 +126,8 @@ def _estimate_jpeg(image: JpegImagePlugin.JpegImageFile, data: bytes) -> DecodeC
         by_id = {layer[0]: count for layer, count in zip(layers, blocks, strict=True)}
         for scan in scans:
             visited = sum(by_id.get(component, max(blocks)) for component in scan.components)
-            nanoseconds += visited * (_REFINED_BLOCK_NS if scan.is_ac_refinement else _SCAN_BLOCK_NS)
-    return DecodeCost(nanoseconds * (_ARITHMETIC_FACTOR if is_arithmetic else 1.0) / 1e6, memory)
+            nanoseconds += visited * (_REFINED_BLOCK_NS if scan.first and scan.is_refinement else _SCAN_BLOCK_NS)
+    return DecodeCost((nanoseconds * (_ARITHMETIC_FACTOR if is_arithmetic else 1.0) + color_ns) / 1e6, memory)
 
 
 def jpeg_scale(size: tuple[int, int]) -> int:
@@ -164,48 +145,3 @@ def _blocks(size: tuple[int, int], layer: tuple[int, int, int, int], layers: lis
     """Return the number of 8x8 coefficient blocks of one component."""
     horizontal, vertical = max(each[1] for each in layers), max(each[2] for each in layers)
     return -(-size[0] * layer[1] // (8 * horizontal)) * -(-size[1] * layer[2] // (8 * vertical))
-
-
-def _scans(data: bytes, components: int, is_progressive: bool) -> tuple[list[_Scan] | None, bool]:
-    """Parse the scans of a JPEG up to its end marker.
-
-    libjpeg finds markers in the same way, so it cannot decode more scans than this returns.
-
-    Returns:
-        The scans, and True if a frame header announces arithmetic coding. The scans are None if the first scan
-        completes the image, because libjpeg then decodes no further scan.
-
-    Raises:
-        TooLarge: The JPEG has more scans or segments than any encoder writes.
-    """
-    scans: list[_Scan] = []
-    is_arithmetic = False
-    for number, (kind, place) in enumerate(_segments(data)):
-        is_arithmetic |= kind in _ARITHMETIC_FRAMES
-        if kind == _SOS:
-            scan = _parse_scan(data, place)
-            if not (scans or is_progressive) and len(scan.components) >= components:
-                return None, is_arithmetic
-            scans.append(scan)
-        if len(scans) > MAX_SCANS or number > _MAX_SEGMENTS:
-            limits = f"{MAX_SCANS} scans or {_MAX_SEGMENTS:,} segments"
-            raise TooLarge(f"the JPEG has more than {limits}; save it again as a baseline JPEG")
-    return scans, is_arithmetic
-
-
-def _parse_scan(data: bytes, place: int) -> _Scan:
-    """Read a scan header, which begins with two bytes of length and one with the number of components."""
-    start = place + 3
-    end = start + 2 * (data[place + 2] if place + 2 < len(data) else 0)
-    first, _, approximation = data[end : end + 3].ljust(3, b"\0")
-    return _Scan(data[start:end:2], is_ac_refinement=first > 0 and approximation >> 4 > 0)
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the marker code of each segment of a JPEG and the offset of its length field."""
-    place = 2
-    while (found := _MARKER.search(data, place)) and (kind := data[found.end() - 1]) != _EOI:
-        place = found.end()
-        if kind not in (_SOI, _TEM):
-            yield kind, place
-            place += max(2, int.from_bytes(data[place : place + 2]))

@@ -1,6 +1,6 @@
 """Decode costly images in a child process, because an image decoder in a thread cannot be interrupted.
 
-    DecodeProcess (in the server)  --file-->  child process (`main`)  --pixels or error-->  DecodeProcess
+    DecodeProcess (in the server)  --file-->  child process (`main`)  --pixels, warnings or error-->  DecodeProcess
 
 The kernel kills the process if one image takes more than `MAX_CPU_S` of CPU time (ITIMER_PROF), and refuses it memory
 beyond `images.MAX_COST` (RLIMIT_AS). The next costly image starts a new process. The process runs at low priority, so
@@ -34,6 +34,7 @@ _NICENESS = 10
 _MEMORY_MARGIN = 64 << 20
 _REQUEST = struct.Struct("<Q")  # size of the file in bytes
 _REPLY = struct.Struct("<dBQ")  # CPU time in seconds, kind of the result, its size in bytes
+_PIXELS_BYTES = 3 * images.SIZE**2  # the warnings follow the pixels, a line for each
 _PIXELS = 0
 _ERRORS: tuple[type[Problem], ...] = (UnsupportedImage, DamagedImage, TooLarge)  # kinds 1, 2, 3
 _PACKAGES = Path(__file__).parents[2]
@@ -62,11 +63,11 @@ class DecodeProcess:
         self.cpu_s = 0.0
         """CPU time of all images so far, in seconds."""
 
-    def decode(self, data: bytes) -> NDArray[np.uint8]:
+    def decode(self, data: bytes) -> tuple[NDArray[np.uint8], list[str]]:
         """Decode an image as `images.decode` does, with the cost limit `images.MAX_COST`.
 
         Returns:
-            uint8 [3, 32, 32].
+            uint8 [3, 32, 32], and the warnings about the image.
 
         Raises:
             TooLarge: Decoding costs too much, or took longer than `max_cpu_s`.
@@ -90,7 +91,8 @@ class DecodeProcess:
         self.cpu_s += cpu_s
         if kind != _PIXELS:
             raise _ERRORS[kind - 1](result.decode())
-        return np.frombuffer(result, np.uint8).reshape(3, images.SIZE, images.SIZE)
+        pixels = np.frombuffer(result, np.uint8, _PIXELS_BYTES).reshape(3, images.SIZE, images.SIZE)
+        return pixels, result[_PIXELS_BYTES:].decode().splitlines()
 
     def close(self) -> None:
         """Kill the process. A concurrent `decode` in another thread returns a problem."""
@@ -144,7 +146,8 @@ def _serve(requests: IO[bytes], replies: IO[bytes], max_bytes: int, max_pixels: 
         started = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, max_cpu_s)
         try:
-            kind, result = _PIXELS, images.decode(data, max_bytes, max_pixels).tobytes()
+            image = images.EncodedImage(data, max_bytes, max_pixels)
+            kind, result = _PIXELS, image.decode().tobytes() + "\n".join(image.warnings).encode()
         except _ERRORS as error:
             kind, result = 1 + _ERRORS.index(type(error)), error.detail.encode("utf-8", "replace")
         except MemoryError:

@@ -2,7 +2,7 @@
 
     file -> quick lane: read the header, estimate the cost --up to 10 ms--> decoded there, in one of several threads
                                                            --up to 50 ms--> medium lane: a thread of lower priority
-                                                           --more---------> costly lane: a process that can be ended
+                                             --more, AVIF and HEIC--------> costly lane: a process that can be ended
 
 Each lane is a `FairThreads` pool: the client that has spent the least CPU time in the lane is next. The images of one
 request are decoded one after the other, so that images of other requests get turns in between. While several clients
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,16 @@ Charge = Callable[[int], None]
 """Function that charges a client's rate limit a number of units, or raises TooManyRequests."""
 
 Value = TypeVar("Value")
+
+
+_Decoded = tuple[NDArray[np.uint8], list[str]]  # pixels and warnings of one image
+
+
+class DecodedImages(NamedTuple):
+    """The images of a request, uint8 [N, 3, 32, 32], and the warnings about each of them."""
+
+    pixels: NDArray[np.uint8]
+    warnings: list[list[str]]
 
 
 @dataclass(eq=False)
@@ -129,7 +139,7 @@ class Decoders:
 
         Returns:
             A function that returns uint8 [3, 32, 32]. It raises `TooLarge` or `CostlyImage` if the image has too many
-            pixels or costs more than 5 ms. None for several images or a larger file.
+            pixels, costs more than 5 ms or may have warnings. None for several images or a larger file.
         """
         if len(files) != 1:
             return None
@@ -142,7 +152,7 @@ class Decoders:
 
     async def decode(
         self, files: Sequence[File], client: str, deadline: float, charge: Charge | None = None
-    ) -> NDArray[np.uint8]:
+    ) -> DecodedImages:
         """Decode the images of a request.
 
         Args:
@@ -150,9 +160,6 @@ class Decoders:
             client: Client whose share of the decoders the images use.
             deadline: Time on the monotonic clock. An image whose decoding has not begun by then is refused.
             charge: Function that is called with the rate units of the estimated cost beyond the first unit.
-
-        Returns:
-            uint8 [N, 3, 32, 32].
 
         Raises:
             Unavailable: Too many images are waiting, or the deadline has passed.
@@ -162,12 +169,12 @@ class Decoders:
         if self._waiting.exceeds_share(client, len(files)):
             raise Unavailable(f"{self.waiting} images are waiting to be decoded already; try again later")
         request = _Request(client, deadline, len(files), charge)
-        pixels: list[NDArray[np.uint8]] = []
+        decoded: list[_Decoded] = []
         self._waiting.add(client, len(files))
         try:
             for name, file in files:
                 try:
-                    pixels.append(await self._decode(request, file))
+                    decoded.append(await self._decode(request, file))
                 except Problem as error:
                     if len(files) > 1:
                         error.detail = f"{name}: {error.detail}"
@@ -176,32 +183,33 @@ class Decoders:
                 self._waiting.remove(client, 1)
         finally:
             self._waiting.remove(client, request.left)
-        return np.array(pixels)  # much faster than np.stack for one image
+        return DecodedImages(np.array([pixels for pixels, _ in decoded]), [warnings for _, warnings in decoded])
 
-    async def _decode(self, request: _Request, file: BinaryIO) -> NDArray[np.uint8]:
+    async def _decode(self, request: _Request, file: BinaryIO) -> _Decoded:
         limits = self._settings.max_image_bytes, self._settings.max_image_pixels
 
-        def decode_if_quick() -> tuple[DecodeCost, NDArray[np.uint8] | EncodedImage]:
+        def decode_if_quick() -> tuple[EncodedImage, NDArray[np.uint8] | None]:
             if time.monotonic() > request.deadline:  # the image has waited for a thread
                 raise _late()
             file.seek(0)
             image = EncodedImage(file.read(limits[0] + 1), *limits)
-            return image.cost, image if image.cost.exceeds(_QUICK) else image.decode()
+            return image, None if image.needs_process or image.cost.exceeds(_QUICK) else image.decode()
 
-        cost, result = await self._run(self._quick, request, _HEADER, partial(measure, decode_if_quick))
+        image, pixels = await self._run(self._quick, request, _HEADER, partial(measure, decode_if_quick))
+        cost, needs_process = image.cost, image.needs_process
         request.add_cost(cost)
-        if not isinstance(result, EncodedImage):
-            return result
-        if not cost.exceeds(MEDIUM):
-            return await self._run(self._medium, request, cost, partial(measure, result.decode))
-        del result  # the process reads the file again
+        if pixels is not None:
+            return pixels, image.warnings
+        if not (needs_process or cost.exceeds(MEDIUM)):
+            return await self._run(self._medium, request, cost, partial(measure, image.decode)), image.warnings
+        del image  # the process reads the file again
         with self._hold_up(request):
             return await self._run(self._costly, request, cost, partial(self._decode_apart, file))
 
-    def _decode_apart(self, file: BinaryIO) -> Outcome[NDArray[np.uint8]]:
+    def _decode_apart(self, file: BinaryIO) -> Outcome[_Decoded]:
         process = self._idle_processes.get()
 
-        def decode() -> NDArray[np.uint8]:
+        def decode() -> _Decoded:
             file.seek(0)
             return process.decode(file.read(self._settings.max_image_bytes + 1))
 

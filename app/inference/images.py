@@ -1,7 +1,7 @@
 """Decode untrusted bytes to the pixels that a model takes.
 
-    bytes -> (size limit) -> header -> (format, pixel limit, cost limit) -> decoded -> center square, 32x32 -> upright
-          -> RGB
+    bytes -> (size limit) -> header -> (format, pixel limit, cost limit) -> decoded -> 8 bits per channel
+          -> center square, 32x32 -> upright -> sRGB -> over white
 
 In: an encoded image.  Out: uint8 [3, 32, 32], or `UnsupportedImage`, `DamagedImage`, `TooLarge`, `CostlyImage`.
 An image of exactly 32x32 is not resampled. An image is refused before it is decoded if decoding would take far more
@@ -13,15 +13,16 @@ import io
 import struct
 import warnings
 import zlib
-from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
-from app.exceptions import DamagedImage, TooLarge, UnsupportedImage
+from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
+from app.inference import color, formats, heif, jpeg, png, samples, tiff
 from app.inference.decode_cost import JPEG_SIDE, DecodeCost, estimate
 from app.machine import MIB
 
@@ -37,11 +38,12 @@ _MAX_HEADER_PIECES = 5_000
 _MAX_PIECES = 50_000
 _MAX_TIFF_VALUES = 20_000
 _SMALL_BYTES = 64 << 10
-_BYTES_AS_THEY_ARE = (1, 2, 7)  # TIFF value types that Pillow keeps as one bytes object
 
-# A compressed text or color profile of a PNG may decompress to a thousand times its size. Pillow limits each to 1 MiB.
-PngImagePlugin.MAX_TEXT_MEMORY = 4 * MIB
-_MAX_PROFILES = 4
+_MAX_MISSING = 0.05
+"""Largest part of a JPEG that may be missing at its end, as browsers show such a file."""
+
+# Bits per index of a gray BMP, by the mode that Pillow gives it.
+_BMP_GRAY_BITS = {"1": 1, "L": 8}
 
 # EXIF orientations and the transposition that turns the image upright. A JPEG segment holds 64 KiB. A crafted field may
 # hold many numbers instead of one. Pillow takes 0.1 s for the numbers that four segments hold.
@@ -60,6 +62,7 @@ _UPRIGHT = {
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # Exceptions that Pillow's decoders raise for damaged files. ValueError includes the struct-like errors of its plugins.
+# RuntimeError is that of the AVIF decoder.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -68,15 +71,16 @@ _DECODE_ERRORS = (
     KeyError,
     IndexError,
     EOFError,
-    OverflowError,
-    NotImplementedError,
+    ArithmeticError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )
 
 
 class CostlyImage(Exception):
-    """Error for an image that costs more to decode than the caller allows, but no more than `MAX_COST`.
+    """Error for an image that `decode` leaves to others: it costs more than the caller allows, but no more than
+    `MAX_COST`, needs a process that can be killed, or may give a warning.
 
     Args:
         cost: Estimated cost.
@@ -107,12 +111,12 @@ class EncodedImage:
     """An image whose header has been read and that is within all limits, but is not decoded yet.
 
     Args:
-        data: The bytes of a JPEG, PNG, WebP, GIF (first frame), BMP or TIFF file.
+        data: The bytes of a JPEG, PNG, WebP, GIF (first frame), BMP, TIFF, AVIF or HEIC file.
         max_bytes: Largest size of the file.
         max_pixels: Largest product of width and height.
 
     Raises:
-        UnsupportedImage: The bytes are not an image in one of these formats, or are a run-length encoded BMP.
+        UnsupportedImage: The bytes are not an image in one of these formats, or in a variant that is not supported.
         DamagedImage: The file is empty, or its header is damaged.
         TooLarge: The image exceeds one of the limits or `MAX_COST`, or has more parts than any encoder writes.
     """
@@ -120,24 +124,67 @@ class EncodedImage:
     cost: DecodeCost
     """Estimated cost of decoding."""
 
+    needs_process: bool
+    """True for AVIF and HEIC, whose decoders take untrusted sizes from the compressed data. They must run in a process
+    that can be killed. Their header has been read only in part."""
+
+    is_cut_off: bool
+    """True for a JPEG without its end."""
+
+    warnings: list[str]
+    """Sentences about missing parts of the decoded image."""
+
     def __init__(self, data: bytes, max_bytes: int, max_pixels: int):
         if not data:
             raise DamagedImage("the image is empty; send the bytes of a file")
         if len(data) > max_bytes:
             raise TooLarge(f"the image has more than {max_bytes:,} bytes; send a smaller one")
-        self._image = image = _open(data)
-        if image.width * image.height > max_pixels:
-            raise TooLarge(
-                f"the image has {image.width}x{image.height} pixels, the limit is {max_pixels:,}; send a smaller one"
-            )
-        try:
-            self.cost = estimate(image, data)
-        except _DECODE_ERRORS as error:
-            raise DamagedImage(f"the {image.format} image's header is damaged: {error}") from error
+        self.is_cut_off = False
+        self.warnings = []
+        self._max_pixels = max_pixels
+        self._image: ImageFile.ImageFile | None = None
+        self._kind: str
+        self._color: color.Source
+        kind = heif.kind(data)
+        self.needs_process = kind is not None
+        if kind:
+            heif.require_support(kind)
+            self._kind, self._data = kind, data
+            size = heif.declared_size(data)
+            self._require_pixels(size)
+            self.cost = heif.estimate(kind, size, len(data))
+        else:
+            self._open(data)
         _require_affordable(self.cost)
 
+    def _open(self, data: bytes) -> None:
+        """Read the header of an image that Pillow decodes, and estimate the cost of decoding."""
+        self.is_cut_off = data.startswith(b"\xff\xd8") and not jpeg.is_complete(data)
+        if self.is_cut_off:
+            data += jpeg.END  # libjpeg waits for it, and then leaves the rest gray
+        chunks = 0
+        if data.startswith(png.SIGNATURE):
+            data, self._color, chunks = png.read(data)
+        self._data = data
+        self._image = image = _open(data)
+        self._kind = image.format or ""
+        if not chunks:
+            self._color = image.info.get("icc_profile")
+        self._require_pixels(image.size)
+        try:
+            self.cost = estimate(image, data, chunks or len(image.tile), color.profile_ns(self._color))
+        except _DECODE_ERRORS as error:
+            raise DamagedImage(f"the {image.format} image's header is damaged: {error}") from error
+
+    def _require_pixels(self, size: tuple[int, int]) -> None:
+        width, height = size
+        if width * height > self._max_pixels:
+            raise TooLarge(
+                f"the image has {width}x{height} pixels, the limit is {self._max_pixels:,}; send a smaller one"
+            )
+
     def decode(self) -> NDArray[np.uint8]:
-        """Decode the center square to 32x32 RGB, upright and over a white background. This can be called once.
+        """Decode the center square to 32x32 sRGB, upright and over a white background. This can be called once.
 
         Returns:
             uint8 [3, 32, 32].
@@ -145,16 +192,64 @@ class EncodedImage:
         Raises:
             DamagedImage: The file is truncated or cannot be decoded.
         """
-        image, kind = self._image, self._image.format
-        del self._image  # frees its memory before the next image needs as much
         try:
-            return np.asarray(_square(image), np.uint8).transpose(2, 0, 1).copy()
+            if self.needs_process:
+                self._image = heif.open_image(self._data)
+                self._require_pixels(self._image.size)
+                self._color = self._image.info.get("icc_profile")
+            return np.asarray(self._square(), np.uint8).transpose(2, 0, 1).copy()
         except _DECODE_ERRORS as error:
-            raise DamagedImage(f"the {kind} image cannot be decoded: {error}") from error
+            if self._kind == "JPEG" and (reason := jpeg.describe_unreadable(self._data)):
+                raise UnsupportedImage(f"a JPEG with {reason} is not supported; save it as a baseline JPEG") from error
+            raise DamagedImage(f"the {self._kind} image cannot be decoded: {error}") from error
+
+    def _square(self) -> Image.Image:
+        assert self._image  # noqa: S101  decoded once
+        file, self._image = self._image, None
+        if isinstance(file, JpegImageFile):  # includes MPO, the format of many phones' JPEGs with a preview
+            # The JPEG is decoded at the smallest DCT scale that leaves twice the required resolution.
+            file.draft(None, (JPEG_SIDE, JPEG_SIDE))
+        tiles = file.tile  # Pillow forgets them when it has decoded them
+        orientation = _orientation(file)
+        if self.is_cut_off:
+            self._require_most(cast(JpegImageFile, file))
+        image = samples.to_8_bits(file, tiles, self._data)
+        del file  # frees its memory before the next image needs as much
+        if image.size != (SIZE, SIZE):
+            side = min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            box = (left, top, left + side, top + side)
+            image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)
+        if orientation in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[orientation])
+        image = color.to_srgb(image, self._color)
+        if image.mode == "RGBA":
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return image
+
+    def _require_most(self, image: JpegImageFile) -> None:
+        """Warn of the missing end of a JPEG.
+
+        Raises:
+            DamagedImage: More than `_MAX_MISSING` of the picture is missing.
+        """
+        layers = [layer[0] for layer in image.layer]
+        found, _ = jpeg.scans(self._data, len(layers), "progressive" in image.info)
+        missing = jpeg.missing_part(image, found, bytes(layers))
+        if missing > _MAX_MISSING:
+            raise DamagedImage(
+                f"the JPEG is cut off: {missing:.0%} of the picture is missing, the limit is {_MAX_MISSING:.0%}; send "
+                "the whole file"
+            )
+        if missing:
+            lost = f"{missing:.1%} of the picture is gray"
+        else:
+            lost = "the picture is whole" if found is None else "details are missing"
+        self.warnings.append(f"the JPEG is cut off: its end is missing; {lost}")
 
 
 def decode(data: bytes, max_bytes: int, max_pixels: int, max_cost: DecodeCost = MAX_COST) -> NDArray[np.uint8]:
-    """Decode an image if its estimated cost is within `max_cost`.
+    """Decode an image that needs no process of its own and gives no warning.
 
     Args:
         data: The bytes of an image file, see `EncodedImage`.
@@ -167,10 +262,10 @@ def decode(data: bytes, max_bytes: int, max_pixels: int, max_cost: DecodeCost = 
 
     Raises:
         Problem: An error of `EncodedImage` or `EncodedImage.decode`.
-        CostlyImage: The estimated cost exceeds `max_cost`.
+        CostlyImage: The estimated cost exceeds `max_cost`, the image needs a process, or it may give a warning.
     """
     image = EncodedImage(data, max_bytes, max_pixels)
-    if image.cost.exceeds(max_cost):
+    if image.needs_process or image.is_cut_off or image.cost.exceeds(max_cost):
         raise CostlyImage(image.cost)
     return image.decode()
 
@@ -192,90 +287,68 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     """Open an image and read only its header.
 
     Raises:
-        UnsupportedImage: The format or its compression is not supported.
+        UnsupportedImage: The format or its variant is not supported.
         DamagedImage: The header is damaged.
         TooLarge: The image has more parts than any encoder writes, or more pixels than Pillow allows.
     """
     file = io.BytesIO(data) if len(data) <= _SMALL_BYTES else _PieceLimitedFile(data)
-    if data.startswith((b"II", b"MM")) and _tiff_values(data) > _MAX_TIFF_VALUES:
-        raise _too_many_parts()
-    if data.startswith(b"\x89PNG") and data.count(b"iCCP") > _MAX_PROFILES:
+    if data.startswith((b"II", b"MM")) and tiff.count_values(data) > _MAX_TIFF_VALUES:
         raise _too_many_parts()
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        raise UnsupportedImage(
-            f"the bytes are not a supported image; supported formats are {', '.join(FORMATS)}"
-        ) from None
+        raise _explain_unidentified(data) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLarge(str(error)) from None
     except _DECODE_ERRORS as error:
-        raise DamagedImage(f"the image's header is damaged: {error}") from error
+        raise DamagedImage(f"the {formats.recognize(data)} image's header is damaged: {error}") from error
     if isinstance(file, _PieceLimitedFile):
         file.left = _MAX_PIECES
     if any(tile.codec_name in Image.DECODERS for tile in image.tile):
         raise UnsupportedImage(f"{image.format} with this compression is not supported; save it again as a PNG")
+    if isinstance(image, TiffImageFile) and not (layout := tiff.layout(data)).is_decoded_right:
+        raise layout.unsupported()
+    if image.format == "BMP":
+        _require_readable_palette(image, data)
     return image
 
 
-def _tiff_values(data: bytes) -> int:
-    """Return the number of values in the directory of a TIFF's first image. Pillow creates an object for each value."""
-    order = "<" if data.startswith(b"II") else ">"
-    start, count, entry = ("8xQ", "Q", "2xHQ8x") if data[2:3] == b"+" else ("4xL", "H", "2xHL4x")
-    values = 0
-    with suppress(struct.error, OverflowError):  # the directory ends where the file ends
-        (place,) = struct.unpack_from(order + start, data)
-        (entries,) = struct.unpack_from(order + count, data, place)
-        place += struct.calcsize(order + count)
-        for _ in range(entries):
-            kind, number = struct.unpack_from(order + entry, data, place)
-            values += 0 if kind in _BYTES_AS_THEY_ARE else number
-            place += struct.calcsize(order + entry)
-    return values
+def _require_readable_palette(image: ImageFile.ImageFile, data: bytes) -> None:
+    """Refuse a BMP whose gray palette is shorter than Pillow takes it to be: it reads the indices as gray levels."""
+    bits = int.from_bytes(data[24:26] if data[14] == 12 else data[28:30], "little")
+    if bits <= 8 and bits != _BMP_GRAY_BITS.get(image.mode, bits):
+        raise UnsupportedImage(
+            f"a BMP with {bits} bits and a gray palette of its size is not supported; save it as a PNG"
+        )
 
 
-def _square(image: Image.Image) -> Image.Image:
-    if isinstance(image, JpegImageFile):  # includes MPO, the format of many phones' JPEGs with a preview
-        # The JPEG is decoded at the smallest DCT scale that leaves twice the required resolution.
-        image.draft(None, (JPEG_SIDE, JPEG_SIDE))
-    orientation = _orientation(image)
-    image = _resamplable(image)
-    if image.size != (SIZE, SIZE):
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    if image.mode in ("RGBA", "LA"):
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy an RGB image
+def _explain_unidentified(data: bytes) -> Problem:
+    """Return the error for a file that Pillow does not open. It names the format of the file."""
+    kind = formats.recognize(data)
+    supported = ", ".join((*FORMATS, *heif.supported_kinds()))
+    if kind is None:
+        return UnsupportedImage(f"the bytes are not a supported image; supported formats are {supported}")
+    if kind not in FORMATS:
+        return UnsupportedImage(
+            f"{kind} files are not supported; export the image as JPEG (supported formats are {supported})"
+        )
+    if kind == "JPEG" and (reason := jpeg.describe_unreadable(data)):
+        return UnsupportedImage(f"a JPEG with {reason} is not supported; save it as a baseline JPEG")
+    try:
+        Image.OPEN[kind][0](_PieceLimitedFile(data), "")
+        reason = "it cannot be read"
+    except _DECODE_ERRORS as error:
+        reason = str(error)
+    if kind == "TIFF":
+        layout = tiff.layout(data)
+        if reason == "unknown pixel mode" or not (layout.is_compression_known and layout.is_decoded_right):
+            return layout.unsupported()
+    return DamagedImage(f"the {kind} image's header is damaged: {reason}")
 
 
 def _orientation(image: Image.Image) -> Any:
     """Return the EXIF orientation, which may be of any type. Returns None if EXIF data are missing or too large."""
     image.load()  # the EXIF data of a PNG may follow the pixels
-    if any(len(image.info.get(kind, "")) > _MAX_EXIF_BYTES for kind in ("exif", "Raw profile type exif")):
+    if any(len(image.info.get(kind) or "") > _MAX_EXIF_BYTES for kind in ("exif", "Raw profile type exif")):
         return None
     return image.getexif().get(ExifTags.Base.Orientation)
-
-
-def _resamplable(image: Image.Image) -> Image.Image:
-    """Convert an image to a mode with 8 bits per channel that can be interpolated. Transparency is kept.
-
-    Raises:
-        ValueError: The image has 32 bits per channel.
-    """
-    if image.mode in ("PA", "La", "RGBa") or "transparency" in image.info:
-        return image.convert("RGBA")
-    if image.mode == "1":
-        return image.convert("L")
-    if image.mode.startswith("I;16"):
-        levels = np.asarray(image, np.uint16).astype(np.uint32)
-        levels += 128
-        levels //= 257  # in place, to save memory on large images
-        return Image.fromarray(levels.astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("32 bits per channel are not supported")
-    return image if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") else image.convert("RGB")

@@ -137,11 +137,11 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], stop_event:
 
 
 def _decode(content: bytes, limits: tuple[int, int], process: DecodeProcess) -> NDArray[np.uint8]:
-    """Decode an image to uint8 [3, 32, 32]. An image that costs more than `decoding.MEDIUM` goes to the process."""
+    """Decode an image to uint8 [3, 32, 32]. A costly image goes to the process."""
     try:
         return images.decode(content, *limits, decoding.MEDIUM)
     except images.CostlyImage:
-        return process.decode(content)
+        return process.decode(content)[0]
 
 
 def _directory_entries(file: BinaryIO) -> int:

@@ -74,10 +74,14 @@ class PredictedClass:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The most probable classes of one image, best first, and the name of its file."""
+    """The most probable classes of one image, best first, and the name of its file.
+
+    Warnings name missing parts of a damaged image that was classified nevertheless.
+    """
 
     file: str | None
     classes: list[PredictedClass]
+    warnings: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,21 +141,25 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
             query = parse_parameters(PredictQuery, request.scope["query_string"], fields)
         started = time.perf_counter()
         deadline = time.monotonic() + services.settings.deadline_s
-        model, scores = await _compute_scores(request, services, query, files, deadline)
+        model, scores, warnings = await _compute_scores(request, services, query, files, deadline)
     return Predictions(
         model=model.card.name,
         version=model.card.version,
         milliseconds=round((time.perf_counter() - started) * 1000, 3),
         predictions=[
-            Prediction(name, classes)
-            for (name, _), classes in zip(files, top_classes(scores, model.card, query.top_k), strict=True)
+            Prediction(name, classes, image_warnings)
+            for (name, _), classes, image_warnings in zip(
+                files, top_classes(scores, model.card, query.top_k), warnings, strict=True
+            )
         ],
     )
 
 
 async def _compute_scores(
     request: Request, services: Services, query: PredictQuery, files: list[File], deadline: float
-) -> tuple[Model, Scores]:
+) -> tuple[Model, Scores, list[list[str]]]:
+    """Return the model, the scores of the images, and the warnings about each image."""
+
     async def compute(images: ImageSource) -> tuple[Model, Scores]:
         model = await services.pool.get(query.model, query.version)
         # No other task runs between these two lines, so the model cannot be swapped in between.
@@ -159,9 +167,10 @@ async def _compute_scores(
 
     if decode := services.decoders.small_image_decoder(files):
         with suppress(TooLarge, CostlyImage):  # a file with few bytes may have many pixels or scans
-            return await compute(decode)
+            return *await compute(decode), [[]]
     charge = partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None
-    return await compute(await services.decoders.decode(files, client_of(request), deadline, charge))
+    images = await services.decoders.decode(files, client_of(request), deadline, charge)
+    return *await compute(images.pixels), images.warnings
 
 
 @lru_cache(256)

@@ -61,7 +61,7 @@ async function classify() {
     const query = new URLSearchParams(chosen ? { model: chosen } : {});
     const { model, version, milliseconds, predictions } = await json(`./predict?${query}`, { method: "POST", body: form, signal });
     show(predictions[0].classes);
-    say(`${model}, version ${version}, ${milliseconds.toFixed(1)} ms`);
+    say([`${model}, version ${version}, ${milliseconds.toFixed(1)} ms`, ...predictions[0].warnings].join("; "));
   } catch (error) {
     if (signal.aborted) return;
     show([]);

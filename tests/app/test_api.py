@@ -118,6 +118,42 @@ def test_several_images_are_answered_in_order(client: TestClient, dataset: Datas
         assert alone["classes"][0]["label"] == prediction["classes"][0]["label"]
 
 
+def test_a_cut_off_jpeg_is_answered_with_a_warning(client: TestClient, image: bytes) -> None:
+    photo = io.BytesIO()
+    Image.open(io.BytesIO(image)).resize((96, 96)).save(photo, "JPEG")
+    thumbnail = io.BytesIO()
+    Image.open(io.BytesIO(image)).save(thumbnail, "JPEG")
+    files = [("file", (name, each)) for name, each in (("a.jpg", photo.getvalue()[:-2]), ("b.png", image))]
+    cut_off, whole = client.post("/predict", files=files).json()["predictions"]
+    assert cut_off["warnings"] == ["the JPEG is cut off: its end is missing; the picture is whole"]
+    assert whole["warnings"] == []
+    for content in (photo.getvalue(), thumbnail.getvalue(), image):
+        complete, shorter = (
+            client.post("/predict", files={"file": each}).json()["predictions"][0] for each in (content, content[:-2])
+        )
+        assert complete["warnings"] == []
+        assert len(shorter["warnings"]) == (0 if content == image else 1)
+        assert shorter["classes"] == complete["classes"]
+    half = client.post("/predict", files={"file": photo.getvalue()[: len(photo.getvalue()) // 2]})
+    assert_problem(half, 422, "of the picture is missing, the limit is 5%; send the whole file")
+
+
+def test_the_openapi_document_describes_the_warnings(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()["components"]["schemas"]["Prediction"]
+    assert schema["properties"]["warnings"]["items"] == {"type": "string"}
+
+
+@pytest.mark.slow
+def test_an_avif_is_decoded_in_a_process_for_predictions_and_evaluations(client: TestClient, image: bytes) -> None:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(image)).save(buffer, "AVIF", quality=95)
+    answer = client.post("/predict", files={"file": buffer.getvalue()}).json()["predictions"][0]
+    expected = client.post("/predict", files={"file": image}).json()["predictions"][0]
+    assert answer["classes"][0]["label"] == expected["classes"][0]["label"]
+    measured = client.post("/evaluate", files={"file": zipped({"red_disc/1.avif": buffer.getvalue()})})
+    assert measured.json()["result"]["images"] == 1
+
+
 def test_bad_images_are_problems(client: TestClient, image: bytes) -> None:
     def send(content: bytes) -> httpx.Response:
         answer: httpx.Response = client.post("/predict", content=content, headers={"content-type": "image/png"})

@@ -26,6 +26,8 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import jpegs
 import numpy as np
+import pngs
+import tiffs
 from PIL import Image
 from processes import memory_mib
 from results import keep, occasion
@@ -76,6 +78,7 @@ def photos() -> dict[str, bytes]:
             )
             files[f"WebP {size}"] = encode(image, "WEBP", quality=80, method=0)
             files[f"WebP {size}, lossless"] = encode(image, "WEBP", lossless=True, quality=0, method=0)
+            files[f"AVIF {size}"] = encode(image, "AVIF", quality=80, speed=10)
             files[f"GIF {size}"] = encode(image.quantize(64), "GIF")
             files[f"BMP {size}"] = encode(image, "BMP")
             for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg"):
@@ -145,6 +148,10 @@ def costly_files() -> dict[str, bytes]:
     files["GIF, one color"] = encode(Image.new("P", (5000, 5000)), "GIF")
     files["BMP, 1 bit"] = encode(Image.new("1", (5000, 5000)), "BMP")
     files["TIFF, group 4"] = encode(Image.new("1", (5000, 5000)), "TIFF", compression="group4")
+    files["AVIF, one color"] = encode(Image.new("RGB", (5000, 5000)), "AVIF", speed=10)
+    key = pngs.chunk(b"tRNS", bytes(6))
+    files["PNG, 16 bits, transparent color"] = pngs.png(np.zeros((4000, 4000, 3), np.uint16), pngs.RGB, 16, before=key)
+    files["TIFF, CIELAB"] = tiffs.tiff(np.zeros((4000, 4000, 3), np.uint8), tiffs.CIELAB, 8)
     files["TIFF, CMYK"] = encode(Image.new("CMYK", (5000, 5000)), "TIFF", compression="tiff_adobe_deflate")
     files["TIFF, a strip for each row"] = encode(
         Image.new("L", (1000, 9000)), "TIFF", compression="packbits", tiffinfo={278: 1}, strip_size=1000

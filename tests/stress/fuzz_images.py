@@ -1,4 +1,4 @@
-"""Test that `app.inference.images.decode` returns pixels or raises a clear problem for any input.
+"""Test that `app.inference.images.EncodedImage` returns pixels or raises a clear problem for any input.
 
 The program damages files of every format and variant (see mutations.py) and decodes them under the service's own
 limits, in a process that may have at most 2 GiB more address space than at its start. A crash, or an input that takes
@@ -38,7 +38,7 @@ from processes import memory_mib
 from results import Check, conclude, is_whole
 
 from app.exceptions import Problem
-from app.inference.images import SIZE, decode
+from app.inference.images import SIZE, EncodedImage
 from app.settings import Settings
 
 ROOM_MIB = 2048
@@ -135,7 +135,7 @@ def _decode_all(results: Connection, files: dict[str, bytes], seed: int, first: 
     settings = Settings()
     for data in files.values():  # load all plugins and buffers before the first measurement
         try:
-            decode(data, settings.max_image_bytes, settings.max_image_pixels)
+            EncodedImage(data, settings.max_image_bytes, settings.max_image_pixels).decode()
         except Problem:
             continue
     before = memory_mib(os.getpid())
@@ -161,9 +161,9 @@ def silence() -> None:
 
 
 def decoded(data: bytes, settings: Settings) -> tuple[str, bool]:
-    """Return the result of `decode`, and whether it is a fault."""
+    """Return the result of decoding, and whether it is a fault."""
     try:
-        pixels = decode(data, settings.max_image_bytes, settings.max_image_pixels)
+        pixels = EncodedImage(data, settings.max_image_bytes, settings.max_image_pixels).decode()
     except Problem as problem:
         return type(problem).__name__, not problem.detail
     except BaseException as error:  # the test looks for any unexpected exception

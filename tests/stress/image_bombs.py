@@ -22,13 +22,16 @@ import zlib
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
+import icc_profiles
 import jpegs
+import numpy as np
 import PIL
+import pngs
 from fuzz_images import decoded, silence
-from mutations import chunk
 from PIL import Image, ImageOps
 from processes import memory_mib
 from results import Check, conclude
@@ -64,15 +67,17 @@ def bombs() -> dict[str, bytes]:
         "JPEG of empty comments": _filled("JPEG", b"\xff\xfe\0\x02", SIZE, first),
         "JPEG of filling bytes": _filled("JPEG", b"\xff", SIZE, first),
         "JPEG whose EXIF data are numbers": _filled("JPEG", _segments(b"Exif\0\0", numbers), SIZE, first),
-        "PNG of empty chunks": _filled("PNG", chunk(b"abCd"), SIZE, chunk(b"IEND")),
-        "PNG of texts": _filled("PNG", chunk(b"tEXt", b"k\0v"), SIZE, chunk(b"IEND")),
-        "PNG of compressed texts": _filled("PNG", chunk(b"zTXt", b"k\0\0" + LONG_TEXT), SIZE, chunk(b"IEND")),
-        "PNG of compressed color profiles": _filled("PNG", chunk(b"iCCP", b"k\0\0" + LONG_TEXT), SIZE, chunk(b"IEND")),
+        "PNG of empty chunks": _filled("PNG", pngs.chunk(b"abCd"), SIZE, pngs.chunk(b"IEND")),
+        "PNG of texts": _filled("PNG", pngs.chunk(b"tEXt", b"k\0v"), SIZE, pngs.chunk(b"IEND")),
+        "PNG of compressed texts": _filled("PNG", pngs.chunk(b"zTXt", b"k\0\0" + LONG_TEXT), SIZE, pngs.chunk(b"IEND")),
+        "PNG of compressed color profiles": _filled(
+            "PNG", pngs.chunk(b"iCCP", b"k\0\0" + LONG_TEXT), SIZE, pngs.chunk(b"IEND")
+        ),
         "PNG of one bit, 7071x7071": _one_color("1", "PNG"),
         "PNG of 16 bits, 7071x7071": _one_color("I;16", "PNG"),
         "WebP, lossless, 3160x3160": _encoded("WEBP", 3160, lossless=True),
         "WebP, lossless, 7071x7071": _encoded("WEBP", 7071, lossless=True),
-        "PNG whose EXIF data are numbers": _filled("PNG", chunk(b"eXIf", numbers), SIZE, chunk(b"IEND")),
+        "PNG whose EXIF data are numbers": _filled("PNG", pngs.chunk(b"eXIf", numbers), SIZE, pngs.chunk(b"IEND")),
         "WebP whose EXIF data are numbers": _encoded("WEBP", exif=numbers),
         "GIF of comments": _filled("GIF", b"\x21\xfe\x01c\0", SIZE, b"\x2c\0\0"),
         "GIF with one comment": _filled(
@@ -80,6 +85,20 @@ def bombs() -> dict[str, bytes]:
         ),
         "BMP, run-length encoded, 49,000,000x1": _bmp(49_000_000, 1, b"\1\1\0\0\0\1"),
         "BMP, run-length encoded, 3000x3000": _bmp(3000, 3000, b"\0\0" * 5_000_000),
+        "PNG of 16 bits with a transparent color, 4400x4400": _transparent_16_bits(4400),
+        "PNG of a color profile of 1 GB": _filled(
+            "PNG", pngs.chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(10**9))), SIZE, pngs.chunk(b"IEND")
+        ),
+        "TIFF of CMYK with a color profile of 4 MB": _encoded(
+            "TIFF", mode="CMYK", icc_profile=icc_profiles.cmyk_profile(28)
+        ),
+        "TIFF of RGB with curves of 4 MB": _encoded("TIFF", icc_profile=_large_curves()),
+        "TIFF with a table of 88x88x88 colors": _encoded("TIFF", icc_profile=_long_table()),
+        "JPEG without its end, 8000x6000": jpegs.head(8000, 6000) + jpegs.scan([1, 2, 3]),
+        "JPEG without its end, full of marker bytes": jpegs.head(64, 64)
+        + jpegs.scan([1, 2, 3])
+        + b"\xff" * (SIZE - 1_000),
+        "AVIF, 5000x5000": _encoded("AVIF", 5000, speed=10),
         "TIFF of 2,000,000 strips": _tiff_strips(2_000_000),
         "TIFF with numbers for its resolution": _tiff(X_RESOLUTION, RATIONAL, SIZE - 2000),
         "TIFF with numbers for its orientation": _tiff(ORIENTATION, SHORT, SIZE - 2000),
@@ -146,10 +165,31 @@ def _with_pillow_alone(data: bytes) -> str:
     return "decoded"
 
 
-def _encoded(kind: str, side: int = 32, **options: object) -> bytes:
+def _encoded(kind: str, side: int = 32, mode: str = "RGB", **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.new("P" if kind == "GIF" else "RGB", (side, side)).save(file, kind, **options)
+    Image.new("P" if kind == "GIF" else mode, (side, side)).save(file, kind, **options)
     return file.getvalue()
+
+
+def _transparent_16_bits(side: int) -> bytes:
+    key = pngs.chunk(b"tRNS", struct.pack(">3H", 7, 7, 7))
+    return pngs.png(np.full((side, side, 3), 7, np.uint16), pngs.RGB, 16, before=key)
+
+
+def _large_curves() -> bytes:
+    """Return an RGB profile whose tone curves are as long as the format allows."""
+    curve = b"curv" + struct.pack(">4xL", 65535) + np.linspace(0, 65535, 65535).astype(">u2").tobytes()
+    colors = {f"{letter}XYZ": b"XYZ " + struct.pack(">4x3l", 20_000, 20_000, 20_000) for letter in "rgb"}
+    tags = {f"{letter}TRC": curve for letter in "rgb"} | colors
+    return icc_profiles.assemble("RGB ", tags | {"zzzz": bytes(3_500_000)})
+
+
+def _long_table() -> bytes:
+    """Return an RGB profile of a table with 88 points on each axis and input curves of 4,096 points."""
+    grid = np.random.default_rng(0).integers(0, 1 << 16, (88, 88, 88, 3)).astype(">u2").tobytes()
+    curve = np.linspace(0, 65535, 4096).astype(">u2").tobytes()
+    header = struct.pack(">4s4xBBBx9iHH", b"mft2", 3, 3, 88, *(65536, 0, 0, 0, 65536, 0, 0, 0, 65536), 4096, 4096)
+    return icc_profiles.assemble("RGB ", {"A2B0": header + 3 * curve + grid + 3 * curve}, pcs="Lab ")
 
 
 def _one_color(mode: str, kind: str) -> bytes:
@@ -158,7 +198,7 @@ def _one_color(mode: str, kind: str) -> bytes:
     return file.getvalue()
 
 
-def _filled(kind: str, part: bytes, size: int, before: bytes, side: int = 32, **options: object) -> bytes:
+def _filled(kind: str, part: bytes, size: int, before: bytes, side: int = 32, **options: Any) -> bytes:
     """Insert as many copies of `part` as the size allows before the first occurrence of `before`."""
     data = _encoded(kind, side, **options)
     place = data.index(before)

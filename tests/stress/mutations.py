@@ -10,16 +10,22 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
+import heics
+import icc_profiles
 import numpy as np
-from PIL import Image
+import pngs
+import tiffs
+from PIL import Image, features
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+from app.inference import heif
+
 _ORIENTATION = 0x0112  # EXIF
 _EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 _HEADER = 96  # leading bytes that hold the sizes and offsets in most formats
-# Matches the start of PNG and WebP chunks, JPEG segments and GIF blocks. It also matches some other data.
+# Matches the start of PNG and WebP chunks, HEIF boxes, JPEG segments and GIF blocks. It also matches some other data.
 _PARTS = re.compile(
-    rb"(?s)(?=....(?:IHDR|PLTE|IDAT|IEND|[tzi][TE]Xt|iCCP|tRNS|eXIf|acTL|fcTL|fdAT))"
+    rb"(?s)(?=....(?:IHDR|PLTE|IDAT|IEND|[tzi][TE]Xt|iCCP|cICP|gAMA|cHRM|tRNS|eXIf|acTL|fcTL|fdAT))"
+    rb"|(?=....(?:meta|iloc|iinf|iprp|ispe|av1C|colr|irot|mdat))"
     rb"|(?=VP8[ LX]|ANIM|ANMF|ALPH|EXIF|ICCP)|(?=\xff[\xc0-\xfe])|(?=[\x21\x2c][\xf9\xfe\xff\x00])"
 )
 
@@ -36,12 +42,14 @@ def samples() -> dict[str, bytes]:
     see_through.putalpha(Image.linear_gradient("L").resize(small.size))
     palette = small.quantize(16)
     wide = Image.fromarray(np.asarray(small.convert("L"), np.uint16) * 257)
-    icc = {"icc_profile": bytes(range(256)) * 2}
+    icc = {"icc_profile": icc_profiles.rgb_profile("Display P3")}
     files: dict[str, tuple[Image.Image, dict[str, Any]]] = {
         "jpeg baseline": (large, {"quality": 60}),
         "jpeg progressive": (large, {"progressive": True, "quality": 60}),
         "jpeg 32x32": (exact, {"subsampling": 0}),
         "jpeg cmyk": (small.convert("CMYK"), {}),
+        "jpeg cmyk, icc": (small.convert("CMYK"), {"icc_profile": icc_profiles.cmyk_profile(3)}),
+        "jpeg grey, icc": (small.convert("L"), {"icc_profile": icc_profiles.gray_profile(1.8)}),
         "jpeg grey": (small.convert("L"), {}),
         "jpeg turned, icc": (small, {"exif": turned, **icc}),
         "mpo": (_picture(48, 40), _frames()),
@@ -77,13 +85,27 @@ def samples() -> dict[str, bytes]:
         f"tiff {compression}": (small, {"compression": compression})
         for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
     }
+    if features.check("avif"):
+        files["avif"] = (small, {"quality": 60, "max_threads": 1})
+        files["avif alpha, turned, icc"] = (see_through, {"exif": turned, "max_threads": 1, **icc})
+        files["avif animated"] = (_picture(48, 40), {**_frames(), "max_threads": 1})
     files["tiff group4"] = (small.convert("1"), {"compression": "group4"})
     made = {name: _encoded(image, name.split()[0], options) for name, (image, options) in files.items()}
     text = zlib.compress(b"word " * 1000)
-    comments = chunk(b"tEXt", b"Comment\0said") + chunk(b"zTXt", b"Long\0\0" + text)
-    header = len(_PNG) + len(chunk(b"IHDR", bytes(13)))
+    comments = pngs.chunk(b"tEXt", b"Comment\0said") + pngs.chunk(b"zTXt", b"Long\0\0" + text)
+    header = len(pngs.SIGNATURE) + len(pngs.chunk(b"IHDR", bytes(13)))
     made["png text"] = made["png grey"][:header] + comments + made["png grey"][header:]
-    made["png interlaced"] = _interlaced(small)
+    samples = np.asarray(small, np.uint16) * 257
+    key = pngs.chunk(b"tRNS", samples[0, 0].astype(">u2").tobytes())
+    made["png 16-bit transparent"] = pngs.png(samples, pngs.RGB, 16, before=key)
+    made["png gamma"] = pngs.png(samples // 257, before=pngs.chunk(b"gAMA", struct.pack(">I", 100_000)))
+    made["png cicp"] = pngs.png(samples // 257, before=pngs.chunk(b"cICP", bytes([12, 13, 0, 1])))
+    made["tiff 12-bit"] = tiffs.tiff(samples[..., :1] >> 4, tiffs.MIN_IS_BLACK, 12)
+    made["tiff white is zero"] = tiffs.tiff(samples[..., :1], tiffs.MIN_IS_WHITE, 16, compression=tiffs.DEFLATE)
+    made["tiff lab"] = tiffs.tiff((samples // 257).astype(np.uint8), tiffs.CIELAB, 8)
+    if "HEIC" in heif.supported_kinds():
+        made["heic"] = heics.heic(np.asarray(exact.convert("L")), turns=1)
+    made["png interlaced"] = pngs.png(np.asarray(small), interlaced=True)
     return made
 
 
@@ -234,9 +256,9 @@ def _checksums_corrected(data: bytes) -> bytes:
     """Correct the CRC of every PNG chunk, or the file size in a RIFF header."""
     if data.startswith(b"RIFF"):
         return data[:4] + struct.pack("<I", max(0, len(data) - 8)) + data[8:]
-    if not data.startswith(_PNG):
+    if not data.startswith(pngs.SIGNATURE):
         return data
-    corrected, start = bytearray(data), len(_PNG)
+    corrected, start = bytearray(data), len(pngs.SIGNATURE)
     while start + 12 <= len(data):
         stop = start + 8 + int.from_bytes(data[start : start + 4], "big")
         if stop + 4 > len(data):
@@ -263,18 +285,3 @@ def _encoded(image: Image.Image, kind: str, options: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     image.copy().save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def chunk(kind: bytes, content: bytes = b"") -> bytes:
-    """Return a PNG chunk."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def _interlaced(image: Image.Image) -> bytes:
-    """Return an RGB PNG in the seven passes of Adam7, which Pillow reads but does not write."""
-    pixels = np.asarray(image)
-    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-    rows = (row for left, top, right, down in passes for row in pixels[top::down, left::right])
-    content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    header = struct.pack(">IIBBBBB", *image.size, 8, 2, 0, 0, 1)
-    return _PNG + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")

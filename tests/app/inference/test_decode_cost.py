@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.exceptions import Problem, TooLarge
+from app.exceptions import DamagedImage, Problem, TooLarge
 from app.inference.decode_cost import DecodeCost
 from app.inference.images import MAX_COST, EncodedImage
 from app.machine import MIB
@@ -153,3 +153,9 @@ def test_damaged_headers_raise_only_problems() -> None:
             data[chance.randrange(len(data))] = chance.randrange(256)
         with suppress(Problem):
             assert cost(bytes(data[: chance.randrange(1, len(data) + 1)])).cpu_ms >= 0
+
+
+def test_a_jpeg_whose_components_have_no_samples_is_damaged() -> None:
+    data = jpegs.head(64, 64) + jpegs.scan([1, 2, 3]) + jpegs.END
+    with pytest.raises(DamagedImage, match="header is damaged"):
+        cost(data.replace(b"\1\x11\0\2\x11\1\3\x11\1", b"\1\0\0\2\0\1\3\0\1"))

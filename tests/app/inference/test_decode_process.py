@@ -1,5 +1,6 @@
 """Test decoding in a separate process: it returns the same pixels, enforces hard limits and leaves no process."""
 
+import io
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from contextlib import suppress
 import jpegs
 import numpy as np
 import pytest
+from PIL import Image
 from server import wait_for
 
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
@@ -45,8 +47,20 @@ def error_of(process: DecodeProcess, data: bytes) -> type[Problem]:
 
 def test_the_pixels_are_those_of_the_server(start: Start) -> None:
     data, process = jpegs.with_scans(3, 600), start()
-    np.testing.assert_array_equal(process.decode(data), images.decode(data, MIB, MIB))
+    pixels, warnings = process.decode(data)
+    np.testing.assert_array_equal(pixels, images.decode(data, MIB, MIB))
+    assert warnings == []
     assert process.cpu_s > 0
+
+
+def test_the_warnings_are_those_of_the_server(start: Start) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "teal").save(buffer, "JPEG")
+    image = images.EncodedImage(buffer.getvalue()[:-2], MIB, MIB)
+    expected = image.decode()
+    pixels, warnings = start().decode(buffer.getvalue()[:-2])
+    np.testing.assert_array_equal(pixels, expected)
+    assert warnings == image.warnings == ["the JPEG is cut off: its end is missing; the picture is whole"]
 
 
 def test_one_process_decodes_many_images_and_keeps_running_after_errors(start: Start) -> None:
@@ -64,7 +78,7 @@ def test_an_image_that_takes_too_long_ends_the_process_and_the_next_one_is_decod
     with pytest.raises(TooLarge, match=r"more than 0\.02 s of CPU time"):
         process.decode(COSTLY)
     assert process.cpu_s == 0.02
-    assert process.decode(jpegs.with_scans(3, 40)).shape == (3, 32, 32)
+    assert process.decode(jpegs.with_scans(3, 40))[0].shape == (3, 32, 32)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPROF") or not os.path.exists("/proc"), reason="needs Linux")  # noqa: PTH110
@@ -79,7 +93,7 @@ def test_a_decoder_that_crashes_is_a_problem_of_its_image(start: Start) -> None:
     os.kill(pid(process), signal.SIGSEGV)
     with suppress(DamagedImage):  # if the process has not ended before it gets the image
         process.decode(jpegs.with_scans(3, 40))
-    assert process.decode(jpegs.with_scans(3, 40)).shape == (3, 32, 32)
+    assert process.decode(jpegs.with_scans(3, 40))[0].shape == (3, 32, 32)
 
 
 def test_the_process_ends_with_the_server(start: Start) -> None:

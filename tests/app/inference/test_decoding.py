@@ -18,7 +18,7 @@ from app.inference.decoding import Decoders, File
 from app.machine import MIB
 from app.settings import Settings
 
-COSTS = {b"quick": 1, b"medium": 30, b"costly": 500}
+COSTS = {b"quick": 1, b"medium": 30, b"costly": 500, b"apart": 1}
 
 
 def files(*contents: bytes) -> list[File]:
@@ -52,6 +52,8 @@ class Gate:
                     raise UnsupportedImage("no image")
                 self.data = data
                 self.cost = DecodeCost(COSTS[data.rstrip(b"0123456789")], MIB)
+                self.needs_process = data.startswith(b"apart")
+                self.warnings = [f"a warning about {data.decode()}"]
 
             def decode(self) -> NDArray[np.uint8]:
                 return gate.wait(self.data)
@@ -60,9 +62,9 @@ class Gate:
             def __init__(self, *_: Any):
                 self.cpu_s = 0.0
 
-            def decode(self, data: bytes) -> NDArray[np.uint8]:
+            def decode(self, data: bytes) -> tuple[NDArray[np.uint8], list[str]]:
                 self.cpu_s += 0.5
-                return gate.wait(data)
+                return gate.wait(data), [f"a warning about {data.decode()}"]
 
             def close(self) -> None:
                 pass
@@ -91,9 +93,12 @@ def two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_image_takes_the_lane_of_its_cost(gate: Gate) -> None:
     async def scenario() -> None:
         gate.open.set()
-        pixels = await Decoders(Settings()).decode(files(b"quick1", b"medium2", b"costly3"), "a", soon())
-        assert pixels[:, 0, 0, 0].tolist() == [ord("1"), ord("2"), ord("3")]
-        assert gate.lanes == {b"quick1": "decoder", b"medium2": "medium-decoder", b"costly3": "costly-decoder"}
+        names = (b"quick1", b"medium2", b"costly3", b"apart4")
+        pixels, warnings = await Decoders(Settings()).decode(files(*names), "a", soon())
+        assert pixels[:, 0, 0, 0].tolist() == [ord("1"), ord("2"), ord("3"), ord("4")]
+        assert warnings == [[f"a warning about {name.decode()}"] for name in names]
+        lanes = ("decoder", "medium-decoder", "costly-decoder", "costly-decoder")
+        assert gate.lanes == dict(zip(names, lanes, strict=True))
 
     asyncio.run(scenario())
 
@@ -109,9 +114,9 @@ def test_costly_images_delay_only_each_other(gate: Gate) -> None:
         quick = asyncio.create_task(decoders.decode(files(b"quick3", b"quick4"), "a", soon()))
         await until(lambda: b"quick3" in gate.begun)
         gate.open.set()
-        assert (await quick)[:, 0, 0, 0].tolist() == [ord("3"), ord("4")]
+        assert (await quick).pixels[:, 0, 0, 0].tolist() == [ord("3"), ord("4")]
         for each in await asyncio.gather(*costly):
-            assert each[:, 0, 0, 0].tolist() == [ord("1"), ord("2")]
+            assert each.pixels[:, 0, 0, 0].tolist() == [ord("1"), ord("2")]
         assert (decoders.waiting, decoders.held_up) == (0, 0)
 
     asyncio.run(scenario())
