@@ -52,6 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         openapi_url=None,  # routes.page serves both: a cached schema, and docs with a security policy
         docs_url=None,
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI would look for providers per request
         redirect_slashes=False,  # Starlette would redirect to any host that the client names
     )
     app.state.services = services

@@ -63,7 +63,8 @@ class BatchOutput:
         """Class ids and probabilities of all rows, most probable class first."""
         exponentials = np.exp(self.logits.astype(np.float64) - self.logits.max(1, keepdims=True))
         order = np.argsort(-exponentials, axis=1, kind="stable")
-        return order, np.take_along_axis(exponentials, order, 1) / exponentials.sum(1, keepdims=True)
+        rows = np.arange(len(order))[:, None]
+        return order, exponentials[rows, order] / exponentials.sum(1, keepdims=True)
 
 
 class Scores(NamedTuple):

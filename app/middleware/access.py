@@ -80,14 +80,16 @@ class Access:
         holder = self._authenticate(request, key) if self._keys else ""
         self._charge(self._settings.operator_rate_limit, "calls", _client(request), holder)
 
-    def require_predictor(self, request: Request, key: str | None) -> None:
+    def require_predictor(self, request: Request) -> None:
         """Accept only clients that may predict. By default, every client may.
 
         Raises:
             Unauthorized: Predictions need a key, and it is missing or wrong.
             TooManyRequests: The client is over the rate limit of predictions or of wrong keys.
         """
-        holder = self._authenticate(request, key) if self._settings.predict_needs_key else ""
+        if not (self._settings.predict_needs_key or self._settings.predict_rate_limit):
+            return
+        holder = self._authenticate(request, _bearer_key(request)) if self._settings.predict_needs_key else ""
         self._charge(self._settings.predict_rate_limit, "predictions", _client(request), holder)
 
     def charge_prediction(self, request: Request, units: int) -> None:
@@ -102,6 +104,11 @@ class Access:
             raise TooManyRequests(f"{detail}; send fewer or smaller ones", limit.get_expiry())
         holder = _digest(key).hex() if key and self._settings.predict_needs_key else ""
         self._charge(limit, "predictions", _client(request), holder, units=units)
+
+    @property
+    def has_keys(self) -> bool:
+        """True if API keys are configured."""
+        return bool(self._keys)
 
     def is_key(self, key: str) -> bool:
         """Return whether `key` is one of the API keys."""
@@ -187,7 +194,7 @@ OperatorOnly: Any = Depends(_operator)
 
 def authorize_prediction(request: Request) -> None:
     """Accept only clients that may predict. Raise the errors of `Access.require_predictor`."""
-    access_of(request).require_predictor(request, _bearer_key(request))
+    access_of(request).require_predictor(request)
 
 
 def access_of(request: Request) -> Access:
@@ -197,8 +204,9 @@ def access_of(request: Request) -> Access:
 
 def client_of(request: Request) -> str:
     """Return the name under which a client shares the decoders: its key digest, or else its address or IPv6 network."""
-    key = _bearer_key(request)
-    return f"key {_digest(key).hex()}" if key and access_of(request).is_key(key) else _client(request)
+    access = access_of(request)
+    key = _bearer_key(request) if access.has_keys else None
+    return f"key {_digest(key).hex()}" if key and access.is_key(key) else _client(request)
 
 
 def _bearer_key(request: Request) -> str | None:
