@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from results import keep, occasion
 
-from app.inference import color
-from app.inference.images import EncodedImage
+from app.inference.images import color
+from app.inference.images.encoded import EncodedImage
 from training.dataset import load_dataset
 from training.runtimes.engine import Engine
 from training.runtimes.selection import load

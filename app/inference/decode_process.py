@@ -3,7 +3,7 @@
     DecodeProcess (in the server)  --file-->  child process (`main`)  --pixels, warnings or error-->  DecodeProcess
 
 The kernel kills the process if one image takes more than `MAX_CPU_S` of CPU time (ITIMER_PROF), and refuses it memory
-beyond `images.MAX_COST` (RLIMIT_AS). The next costly image starts a new process. The process runs at low priority, so
+beyond `encoded.MAX_COST` (RLIMIT_AS). The next costly image starts a new process. The process runs at low priority, so
 that it takes little CPU time from smaller images. It ends with the server, because its standard input is then closed.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
-from app.inference import images
+from app.inference.images import encoded
 from app.machine import bound_malloc, set_niceness
 
 MAX_CPU_S = 4.0
@@ -34,7 +34,7 @@ _NICENESS = 10
 _MEMORY_MARGIN = 64 << 20
 _REQUEST = struct.Struct("<Q")  # size of the file in bytes
 _REPLY = struct.Struct("<dBQ")  # CPU time in seconds, kind of the result, its size in bytes
-_PIXELS_BYTES = 3 * images.SIZE**2  # the warnings follow the pixels, a line for each
+_PIXELS_BYTES = 3 * encoded.SIZE**2  # the warnings follow the pixels, a line for each
 _PIXELS = 0
 _ERRORS: tuple[type[Problem], ...] = (UnsupportedImage, DamagedImage, TooLarge)  # kinds 1, 2, 3
 _PACKAGES = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ class DecodeProcess:
         max_bytes: int,
         max_pixels: int,
         max_cpu_s: float = MAX_CPU_S,
-        max_memory_bytes: int = images.MAX_COST.memory_bytes + _MEMORY_MARGIN,
+        max_memory_bytes: int = encoded.MAX_COST.memory_bytes + _MEMORY_MARGIN,
     ):
         self._max_cpu_s = max_cpu_s
         self._limits = [str(each) for each in (max_bytes, max_pixels, max_cpu_s, max_memory_bytes)]
@@ -64,7 +64,7 @@ class DecodeProcess:
         """CPU time of all images so far, in seconds."""
 
     def decode(self, data: bytes) -> tuple[NDArray[np.uint8], list[str]]:
-        """Decode an image as `images.decode` does, with the cost limit `images.MAX_COST`.
+        """Decode an image as `encoded.decode` does, with the cost limit `encoded.MAX_COST`.
 
         Returns:
             uint8 [3, 32, 32], and the warnings about the image.
@@ -91,7 +91,7 @@ class DecodeProcess:
         self.cpu_s += cpu_s
         if kind != _PIXELS:
             raise _ERRORS[kind - 1](result.decode())
-        pixels = np.frombuffer(result, np.uint8, _PIXELS_BYTES).reshape(3, images.SIZE, images.SIZE)
+        pixels = np.frombuffer(result, np.uint8, _PIXELS_BYTES).reshape(3, encoded.SIZE, encoded.SIZE)
         return pixels, result[_PIXELS_BYTES:].decode().splitlines()
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ def _serve(requests: IO[bytes], replies: IO[bytes], max_bytes: int, max_pixels: 
         started = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, max_cpu_s)
         try:
-            image = images.EncodedImage(data, max_bytes, max_pixels)
+            image = encoded.EncodedImage(data, max_bytes, max_pixels)
             kind, result = _PIXELS, image.decode().tobytes() + "\n".join(image.warnings).encode()
         except _ERRORS as error:
             kind, result = 1 + _ERRORS.index(type(error)), error.detail.encode("utf-8", "replace")

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from app.clients import FairShares
 from app.exceptions import Problem, Unavailable
-from app.inference import images
-from app.inference.decode_cost import DecodeCost
 from app.inference.decode_process import DecodeProcess
 from app.inference.fair_threads import FairThreads, Outcome, measure
-from app.inference.images import EncodedImage
+from app.inference.images import encoded
+from app.inference.images.cost import DecodeCost
+from app.inference.images.encoded import EncodedImage
 from app.machine import MIB, cpu_count
 from app.settings import Settings
 
@@ -148,7 +148,7 @@ class Decoders:
         is_large = len(content) > self.small_bytes
         if is_large or (content.startswith(_PNG) and any(kind in content for kind in _COMPRESSED_CHUNKS)):
             return None
-        return partial(images.decode, content, self.small_bytes, self.small_pixels, _SMALL)
+        return partial(encoded.decode, content, self.small_bytes, self.small_pixels, _SMALL)
 
     async def decode(
         self, files: Sequence[File], client: str, deadline: float, charge: Charge | None = None

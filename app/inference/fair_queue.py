@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from app.inference.decode_cost import DecodeCost
+from app.inference.images.cost import DecodeCost
 
 _MAX_IDLE_CLIENTS = 1_000
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar, cast
 
-from app.inference.decode_cost import DecodeCost
 from app.inference.fair_queue import FairQueue, Turn
+from app.inference.images.cost import DecodeCost
 
 Value = TypeVar("Value")
 

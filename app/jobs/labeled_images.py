@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from app.exceptions import BadRequest, Problem, TooLarge, Unavailable
-from app.inference import decoding, images
+from app.inference import decoding
 from app.inference.decode_process import DecodeProcess
+from app.inference.images import encoded
 from app.machine import MIB
 from app.settings import Settings
 from training.dataset import DataError, load_dataset
@@ -139,8 +140,8 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], stop_event:
 def _decode(content: bytes, limits: tuple[int, int], process: DecodeProcess) -> NDArray[np.uint8]:
     """Decode an image to uint8 [3, 32, 32]. A costly image goes to the process."""
     try:
-        return images.decode(content, *limits, decoding.MEDIUM)
-    except images.CostlyImage:
+        return encoded.decode(content, *limits, decoding.MEDIUM)
+    except encoded.CostlyImage:
         return process.decode(content)[0]
 
 

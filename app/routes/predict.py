@@ -24,7 +24,7 @@ from app.dependencies import Services, services_of
 from app.exceptions import TooLarge, UnsupportedImage, UnsupportedMediaType
 from app.inference.batching import ImageSource, Scores
 from app.inference.decoding import File
-from app.inference.images import CostlyImage
+from app.inference.images.encoded import CostlyImage
 from app.inference.pool import Model, Version
 from app.middleware.access import access_of, authorize_prediction, client_of
 from app.routes.parameters import parse_parameters

@@ -25,7 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from app.exceptions import Unavailable
-from app.inference import images
+from app.inference.images import encoded
 from app.jobs import evaluation_runner
 from app.jobs.labeled_images import LabeledImages, read_zip
 from app.jobs.queue import State
@@ -589,13 +589,13 @@ def test_what_may_grow_a_thousandfold_does_not_keep_a_batch_waiting(
     assert kind in buffer.getvalue()
     assert len(buffer.getvalue()) < 1000
     threads = set()
-    decode = images.EncodedImage.decode
+    decode = encoded.EncodedImage.decode
 
-    def noted(image: images.EncodedImage) -> Any:
+    def noted(image: encoded.EncodedImage) -> Any:
         threads.add(threading.current_thread().name.partition("_")[0])
         return decode(image)
 
-    monkeypatch.setattr(images.EncodedImage, "decode", noted)
+    monkeypatch.setattr(encoded.EncodedImage, "decode", noted)
     assert client.post("/predict", files={"file": buffer.getvalue()}).status_code == 200
     assert threads == {"decoder"}
 
@@ -660,7 +660,7 @@ def test_zip_entries_that_share_bytes_are_refused_before_anything_is_decoded(
     for field in (20, 24):
         whole[directory + field : directory + field + 4] = (len(image) + 40).to_bytes(4, "little")
     decoded = AsyncMock()
-    monkeypatch.setattr("app.inference.images.decode", decoded)
+    monkeypatch.setattr("app.inference.images.encoded.decode", decoded)
     for content in (twice.getvalue(), nested, first, bytes(longer), bytes(whole)):
         assert_problem(send(content), 422, "overlap")
     for offset in (10**6, 2**31, 3):

@@ -99,7 +99,7 @@ def test_shortage_in_any_route_is_503(
     services = services_of(client)
     monkeypatch.setattr(services.training_jobs, "newest", fail)
     monkeypatch.setattr(services.store, "names", fail)
-    monkeypatch.setattr("app.inference.images.decode", fail)
+    monkeypatch.setattr("app.inference.images.encoded.decode", fail)
     assert_refused(client.get("/train"), words, caplog)
     assert_refused(client.get("/models"), words, caplog)
     assert_refused(client.post("/predict", files={"file": small}), words, caplog)

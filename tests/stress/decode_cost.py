@@ -33,8 +33,8 @@ from processes import memory_mib
 from results import keep, occasion
 
 from app.exceptions import Problem
-from app.inference.decode_cost import DecodeCost
-from app.inference.images import MAX_COST, EncodedImage
+from app.inference.images.cost import DecodeCost
+from app.inference.images.encoded import MAX_COST, EncodedImage
 from app.machine import MIB
 from app.settings import Settings
 

@@ -1,4 +1,4 @@
-"""Test that `app.inference.images.EncodedImage` returns pixels or raises a clear problem for any input.
+"""Test that `app.inference.images.encoded.EncodedImage` returns pixels or raises a clear problem for any input.
 
 The program damages files of every format and variant (see mutations.py) and decodes them under the service's own
 limits, in a process that may have at most 2 GiB more address space than at its start. A crash, or an input that takes
@@ -38,7 +38,7 @@ from processes import memory_mib
 from results import Check, conclude, is_whole
 
 from app.exceptions import Problem
-from app.inference.images import SIZE, EncodedImage
+from app.inference.images.encoded import SIZE, EncodedImage
 from app.settings import Settings
 
 ROOM_MIB = 2048

@@ -35,7 +35,7 @@ from server import Server
 from tiny_models import NAME
 
 from app.inference.batching import BatchOutput, Scores
-from app.inference.images import decode
+from app.inference.images.encoded import decode
 from app.routes.predict import top_classes
 from app.settings import Settings
 from training.runtimes import selection

@@ -36,7 +36,7 @@ from PIL import Image, ImageOps
 from processes import memory_mib
 from results import Check, conclude
 
-from app.inference.images import MAX_COST
+from app.inference.images.encoded import MAX_COST
 from app.machine import MIB
 from app.settings import Settings
 

@@ -17,7 +17,7 @@ import pngs
 import tiffs
 from PIL import Image, features
 
-from app.inference import heif
+from app.inference.images import heif
 
 _ORIENTATION = 0x0112  # EXIF
 _EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)

@@ -13,8 +13,8 @@ from PIL import Image
 from server import wait_for
 
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
-from app.inference import images
 from app.inference.decode_process import DecodeProcess
+from app.inference.images import encoded
 from app.machine import MIB
 
 Start = Callable[..., DecodeProcess]
@@ -48,7 +48,7 @@ def error_of(process: DecodeProcess, data: bytes) -> type[Problem]:
 def test_the_pixels_are_those_of_the_server(start: Start) -> None:
     data, process = jpegs.with_scans(3, 600), start()
     pixels, warnings = process.decode(data)
-    np.testing.assert_array_equal(pixels, images.decode(data, MIB, MIB))
+    np.testing.assert_array_equal(pixels, encoded.decode(data, MIB, MIB))
     assert warnings == []
     assert process.cpu_s > 0
 
@@ -56,7 +56,7 @@ def test_the_pixels_are_those_of_the_server(start: Start) -> None:
 def test_the_warnings_are_those_of_the_server(start: Start) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), "teal").save(buffer, "JPEG")
-    image = images.EncodedImage(buffer.getvalue()[:-2], MIB, MIB)
+    image = encoded.EncodedImage(buffer.getvalue()[:-2], MIB, MIB)
     expected = image.decode()
     pixels, warnings = start().decode(buffer.getvalue()[:-2])
     np.testing.assert_array_equal(pixels, expected)

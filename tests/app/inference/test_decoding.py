@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from app.exceptions import TooManyRequests, Unavailable, UnsupportedImage
 from app.inference import decoding
-from app.inference.decode_cost import DecodeCost
 from app.inference.decoding import Decoders, File
+from app.inference.images.cost import DecodeCost
 from app.machine import MIB
 from app.settings import Settings
 

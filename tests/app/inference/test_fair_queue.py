@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from app.inference.decode_cost import DecodeCost
 from app.inference.fair_queue import FairQueue, Turn
+from app.inference.images.cost import DecodeCost
 
 
 class Clients:

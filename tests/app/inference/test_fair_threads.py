@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 
-from app.inference.decode_cost import DecodeCost
 from app.inference.fair_threads import FairThreads, Outcome, measure
+from app.inference.images.cost import DecodeCost
 
 MINUTE_S = 60.0
 COST = DecodeCost(1, 40)

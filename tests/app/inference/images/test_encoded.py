@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
-from app.inference import images
-from app.inference.images import CostlyImage, EncodedImage
+from app.inference.images import encoded
+from app.inference.images.encoded import CostlyImage, EncodedImage
 
 
 def decode(data: bytes, max_bytes: int = 10 << 20, max_pixels: int = 10_000_000) -> NDArray[np.uint8]:
@@ -212,7 +212,7 @@ def test_a_tiff_of_endless_values_is_refused_before_it_is_opened(big: bool) -> N
         decode(data)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow emits it; `app.inference.images` ignores it too
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow emits it; `app.inference.images.encoded` ignores it too
 @pytest.mark.parametrize("place", [0, 1, 2**32, 2**63])
 def test_a_tiff_whose_directory_is_not_in_the_file_is_a_problem(place: int) -> None:
     for data in (b"II+\0\x08\0\0\0" + place.to_bytes(8, "little"), b"MM\0*" + place.to_bytes(8)[-4:]):
@@ -387,7 +387,7 @@ def test_the_end_marker_of_a_preview_does_not_complete_a_jpeg() -> None:
 
 def test_a_cut_off_jpeg_is_left_to_a_caller_that_returns_its_warning() -> None:
     with pytest.raises(CostlyImage):
-        images.decode(encode(smooth(), "JPEG")[:-2], 1 << 20, 1 << 20)
+        encoded.decode(encode(smooth(), "JPEG")[:-2], 1 << 20, 1 << 20)
 
 
 def with_frame(data: bytes, marker: int = 0xC0, bits: int = 8, components: int = 3) -> bytes:

@@ -12,7 +12,7 @@ from PIL import Image, ImageChops, ImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from app.inference import tiff
+from app.inference.images import tiff
 
 # Distance of neighboring gray levels in Pillow's image, by the raw mode of a PNG with 2 and 4 bits.
 _LEVEL_STEPS = {"L;2": 0x55, "L;4": 0x11}

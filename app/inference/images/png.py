@@ -11,7 +11,7 @@ import zlib
 from typing import NamedTuple
 
 from app.exceptions import TooLarge, UnsupportedImage
-from app.inference.color import MAX_PROFILE_BYTES, SRGB, Source, cicp, from_gamma
+from app.inference.images.color import MAX_PROFILE_BYTES, SRGB, Source, cicp, from_gamma
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 20_000

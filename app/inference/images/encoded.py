@@ -22,8 +22,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
-from app.inference import color, formats, heif, jpeg, png, samples, tiff
-from app.inference.decode_cost import JPEG_SIDE, DecodeCost, estimate
+from app.inference.images import color, formats, heif, jpeg, png, samples, tiff
+from app.inference.images.cost import JPEG_SIDE, DecodeCost, estimate
 from app.machine import MIB
 
 SIZE = 32

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
 
-from app.inference import jpeg
+from app.inference.images import jpeg
 from app.machine import MIB
 
 JPEG_SIDE = 64

@@ -17,8 +17,8 @@ from typing import Literal
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from app.exceptions import UnsupportedImage
-from app.inference import formats
-from app.inference.decode_cost import DecodeCost
+from app.inference.images import formats
+from app.inference.images.cost import DecodeCost
 from app.machine import MIB
 
 Kind = Literal["AVIF", "HEIC"]

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, features
 
 from app.exceptions import DamagedImage, TooLarge, UnsupportedImage
-from app.inference import heif, images
 from app.inference.decode_process import DecodeProcess
-from app.inference.images import CostlyImage, EncodedImage
+from app.inference.images import encoded, heif
+from app.inference.images.encoded import CostlyImage, EncodedImage
 from app.machine import MIB
 
 pytestmark = pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
@@ -63,7 +63,7 @@ def test_an_avif_is_turned_upright_once(orientation: int) -> None:
     """Pillow stores the orientation as the transformations irot and imir."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turn = images._UPRIGHT.get(orientation)
+    turn = encoded._UPRIGHT.get(orientation)
     stored = Image.fromarray(PICTURE)
     expected = stored.transpose(turn) if turn is not None else stored
     assert np.abs(decode(avif(stored, exif=exif)) - np.asarray(expected, np.int16)).mean() < 3
@@ -84,7 +84,7 @@ def test_the_profile_of_an_avif_is_used() -> None:
 def test_only_a_process_decodes_an_avif(process: DecodeProcess) -> None:
     data = avif(Image.fromarray(PICTURE))
     with pytest.raises(CostlyImage):
-        images.decode(data, MIB, MIB)
+        encoded.decode(data, MIB, MIB)
     pixels, warnings = process.decode(data)
     np.testing.assert_array_equal(pixels.transpose(1, 2, 0), decode(data))
     assert warnings == []
@@ -188,7 +188,7 @@ def test_a_heic_is_turned_upright_once(turns: int) -> None:
 @needs_heic
 def test_only_a_process_decodes_a_heic(process: DecodeProcess) -> None:
     with pytest.raises(CostlyImage):
-        images.decode(heics.heic(LUMA), MIB, MIB)
+        encoded.decode(heics.heic(LUMA), MIB, MIB)
     pixels, _ = process.decode(heics.heic(LUMA))
     np.testing.assert_array_equal(pixels[0], LUMA)
 

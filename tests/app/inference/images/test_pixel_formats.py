@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.exceptions import UnsupportedImage
-from app.inference.images import EncodedImage
+from app.inference.images.encoded import EncodedImage
 
 Samples = NDArray[Any]
 Pixels = NDArray[np.float64]

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from app.exceptions import DamagedImage, Problem, TooLarge
-from app.inference.decode_cost import DecodeCost
-from app.inference.images import MAX_COST, EncodedImage
+from app.inference.images.cost import DecodeCost
+from app.inference.images.encoded import MAX_COST, EncodedImage
 from app.machine import MIB
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8))
@@ -143,7 +143,7 @@ def with_tags(tiff: bytes, tags: dict[int, int]) -> bytes:
     return tiff[:4] + struct.pack("<L", len(tiff)) + tiff[8:] + struct.pack("<H", len(kept)) + b"".join(kept) + bytes(4)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow emits it; `app.inference.images` ignores it too
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow emits it; `app.inference.images.encoded` ignores it too
 def test_damaged_headers_raise_only_problems() -> None:
     chance = random.Random(0)  # noqa: S311
     originals = [jpegs.with_scans(5, 100), encode(photo(64, 48), "PNG"), encode(photo(64, 48), "TIFF")]

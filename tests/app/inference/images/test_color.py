@@ -13,8 +13,8 @@ import tiffs
 from numpy.typing import NDArray
 from PIL import Image
 
-from app.inference import color
-from app.inference.images import EncodedImage
+from app.inference.images import color
+from app.inference.images.encoded import EncodedImage
 
 SPACES = [name for name in icc_profiles.RGB_SPACES if name != "sRGB"]
 # 8 bits of another encoding are a few levels of sRGB in the dark.
