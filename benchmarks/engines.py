@@ -24,8 +24,8 @@ sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
 
 import numpy as np
 import torch
-from results import keep, occasion
-from throughput import images_per_s
+from results import describe_run, keep
+from throughput import measure_images_per_s
 
 from app.inference.batching import Batcher
 from training.runtimes import Runtime, selection
@@ -75,14 +75,14 @@ def main(rounds: int, seconds: float, models: Path) -> None:
     measured = defaultdict(list)
     for _ in range(rounds):
         for name, engine in loaded:
-            rates = [images_per_s(engine, size, seconds) for size in SIZES]
+            rates = [measure_images_per_s(engine, size, seconds) for size in SIZES]
             rates += [batched_per_s(engine, most, CALLERS, seconds), batched_per_s(engine, 1, 2 * most, seconds)]
             for column, rate in zip(columns, rates, strict=True):
                 measured[name, engine.name, column].append(rate)
     lines = [
         "# The engines alone",
         "",
-        f"Images a second by size of batch; {occasion()}; "
+        f"Images a second by size of batch; {describe_run()}; "
         f"{rounds} rounds of {seconds:g} s, medians. PyTorch {torch.__version__}.",
         "",
         f"| model | engine | {' | '.join(columns)} |",

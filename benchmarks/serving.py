@@ -47,9 +47,9 @@ from peers.catalog import HERE as PEERS
 from peers.catalog import OURS, ROOT, SERVERS, Server
 from peers.running import Load, Running, adopt, drive, resident_mib
 from PIL import Image, ImageDraw
-from results import Check, keep, occasion, table
+from results import Check, describe_run, format_table, keep
 from server import wait_for
-from throughput import images_per_s
+from throughput import measure_images_per_s
 
 from app.machine import cpu_affinity
 from app.settings import Settings
@@ -175,7 +175,7 @@ def at_size(store: Store, folder: Path, size: int, dataset: Dataset) -> tuple[St
         quantize(draft / MODEL, samples, float_layers=[0])
         copy.promote("resnet18", copy.publish(draft, card).version)
     engine = selection.load(live(copy, "resnet18") / MODEL, "cpu", "auto")
-    rate = statistics.median(images_per_s(engine, 32, 2) for _ in range(3))
+    rate = statistics.median(measure_images_per_s(engine, 32, 2) for _ in range(3))
     return copy, (
         f"resnet18/1 is here version {card.version} with images upsampled to {size} pixels, not "
         f"{card.recipe['image_size']}. Its engine alone ({engine.name}) computes {rate:.0f} images a second in batches "
@@ -397,7 +397,7 @@ def report(benchmark: Benchmark, rounds: int, checks: dict[str, list[Check]], no
     lines = [
         "# Our service and its peers",
         "",
-        f"{occasion()}; {served}; {rounds} rounds of {benchmark.seconds} s, medians, and least to most. "
+        f"{describe_run()}; {served}; {rounds} rounds of {benchmark.seconds} s, medians, and least to most. "
         f"PyTorch {torch.__version__}, OpenVINO {version('openvino')}. {notes}".rstrip(),
     ]
     for engine, title in ENGINES.items():
@@ -409,7 +409,7 @@ def report(benchmark: Benchmark, rounds: int, checks: dict[str, list[Check]], no
             lines += ["", f"### {scenario}", "", *_loads(rows, scenario)]
         lines += ["", "### Start, memory, accuracy", "", *_servers(rows, versions, list(benchmark.checks))]
     for title, rows_of_checks in checks.items():
-        lines += ["", f"## {title}", "", *table(rows_of_checks)]
+        lines += ["", f"## {title}", "", *format_table(rows_of_checks)]
     return lines
 
 

@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
 
 from peers.catalog import OURS
 from peers.running import Load, Running, adopt, drive
-from results import keep, occasion
+from results import describe_run, keep
 from serving import MEDIA_TYPES, PICTURES, PNG, WARMUP_S, engine_of, live, png, request_files
 
 from training.dataset import load_dataset
@@ -63,7 +63,7 @@ def main(workers: list[int], rounds: int, seconds: int, models: Path, source: st
     lines = [
         "# Over HTTP, with a GPU",
         "",
-        f"32x32 PNGs; {occasion()}; {rounds} rounds of {seconds} s, medians. CPU time is that of all processes.",
+        f"32x32 PNGs; {describe_run()}; {rounds} rounds of {seconds} s, medians. CPU time is that of all processes.",
         "",
         "| model | engine | processes | connections | requests/s | p50, ms | p99, ms | CPU, ms a request | errors |",
         "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",

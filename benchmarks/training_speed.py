@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
 import torch
 from peers.running import resident_mib
 from PIL import Image
-from results import keep, occasion
+from results import describe_run, keep
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -133,7 +133,7 @@ def main() -> None:
 
     device = default_device()
     lines = [
-        f"{occasion()}; PyTorch {torch.__version__}; precision {choose_dtype(make_recipe('resnet'), device)}; "
+        f"{describe_run()}; PyTorch {torch.__version__}; precision {choose_dtype(make_recipe('resnet'), device)}; "
         f"epochs of a few batches of 128, the second one timed; median of {given.rounds} rounds",
         "",
         "| network | batches | loop | images/s | of the plain loop | peak memory, GiB |",

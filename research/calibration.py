@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
 
 import torch
-from results import keep, occasion
+from results import describe_run, keep
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -76,7 +76,7 @@ def main(versions: list[str], count: int, models: Path) -> None:
     store, dataset = Store(models), load_dataset()
     lines = [
         f"Calibration error on one half of the images held out, temperature from the other; mean of {count} divisions. "
-        f"{occasion()}.",
+        f"{describe_run()}.",
         "",
         f"| model | images | {' | '.join(METHODS)} | {' | '.join(f'temperature, {method}' for method in METHODS)} |",
         "| --- | --: | --: | --: | --: | --: |",

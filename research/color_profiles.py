@@ -26,7 +26,7 @@ import icc_profiles
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from results import keep, occasion
+from results import describe_run, keep
 
 from app.inference.images import color
 from app.inference.images.encoded import EncodedImage
@@ -118,7 +118,7 @@ def main(version: str, count: int, models: Path) -> None:
         __file__,
         [
             f"Top-1 of `{version}` on the first {count:,} test images in other color spaces, and the part of the "
-            f"answers that differ from those for sRGB. {occasion()}.",
+            f"answers that differ from those for sRGB. {describe_run()}.",
             "",
             "| color space | top-1, profile ignored | answers changed | top-1, converted | answers changed |",
             "| --- | --: | --: | --: | --: |",

@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
 
-from results import occasion
-from throughput import images_per_s
+from results import describe_run
+from throughput import measure_images_per_s
 from torch.nn import functional as F
 
 from training.dataset import load_dataset
@@ -41,7 +41,7 @@ def main(version: str, positions: list[int]) -> None:
     samples, judged = quantization_images(parse_recipe(card.recipe), load_dataset())
     images, labels = to_device(judged, CPU)
 
-    print(f"{version}, {len(labels)} images, {occasion()}")
+    print(f"{version}, {len(labels)} images, {describe_run()}")
     print("\n| int8 | top-1 lost | KL | images/s |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(shutil.copy(published, folder))
@@ -59,7 +59,7 @@ def main(version: str, positions: list[int]) -> None:
 
 
 def _rate(network: OpenVinoEngine) -> float:
-    return statistics.median(images_per_s(network, BATCH, SECONDS) for _ in range(ROUNDS))
+    return statistics.median(measure_images_per_s(network, BATCH, SECONDS) for _ in range(ROUNDS))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
 
 import torch
-from results import keep, occasion
+from results import describe_run, keep
 
 from training.dataset import Dataset, load_dataset
 from training.evaluate import evaluate, predict
@@ -51,7 +51,7 @@ def main(versions: list[str], models: Path) -> None:
     store, dataset = Store(models), load_dataset()
     lines = [
         f"Batch normalization with the statistics that training leaves, and with those of {STATISTICS_IMAGES:,} "
-        f"training images without augmentation: accuracy and loss on the images held out. {occasion()}.",
+        f"training images without augmentation: accuracy and loss on the images held out. {describe_run()}.",
         "",
         "| model | images | top-1, running | loss, running | top-1, renewed | loss, renewed |",
         "| --- | --: | --: | --: | --: | --: |",

@@ -17,10 +17,10 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from api import assert_problem, png, zipped
+from api import assert_problem, encode_png, make_zip
 from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
-from local import local
+from local_client import make_local_client
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -50,13 +50,13 @@ def client(models: Path, tmp_path: Path) -> Iterator[TestClient]:
         max_archive_images=100,
         deadline_s=600,  # a busy machine may load a version slowly
     )
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         yield client
 
 
 @pytest.fixture
 def image(dataset: Dataset) -> bytes:
-    return png(dataset, 0)
+    return encode_png(dataset, 0)
 
 
 def second_version(models: Path) -> Store:
@@ -71,7 +71,7 @@ def second_version(models: Path) -> Store:
 def test_predict_equals_offline_evaluation_bit_for_bit(client: TestClient, models: Path, dataset: Dataset) -> None:
     module = torchscript.load(models / "resnet" / "1" / "model.pt")
     for row in range(5):
-        answer = client.post("/predict", files={"file": png(dataset, row)}, params={"top_k": 100}).json()
+        answer = client.post("/predict", files={"file": encode_png(dataset, row)}, params={"top_k": 100}).json()
         with torch.inference_mode():
             logits = module(torch.from_numpy(dataset.test.images[row]).permute(2, 0, 1)[None])[0].double().numpy()
         exponentials = np.exp(logits - logits.max())
@@ -109,7 +109,7 @@ def test_a_raw_body_is_the_same_as_a_form(client: TestClient, image: bytes) -> N
 
 
 def test_several_images_are_answered_in_order(client: TestClient, dataset: Dataset) -> None:
-    images = [png(dataset, row) for row in range(3)]
+    images = [encode_png(dataset, row) for row in range(3)]
     files = [("file", (f"{number}.png", image)) for number, image in enumerate(images)]
     together = client.post("/predict", files=files).json()["predictions"]
     assert [each["file"] for each in together] == ["0.png", "1.png", "2.png"]
@@ -150,7 +150,7 @@ def test_an_avif_is_decoded_in_a_process_for_predictions_and_evaluations(client:
     answer = client.post("/predict", files={"file": buffer.getvalue()}).json()["predictions"][0]
     expected = client.post("/predict", files={"file": image}).json()["predictions"][0]
     assert answer["classes"][0]["label"] == expected["classes"][0]["label"]
-    measured = client.post("/evaluate", files={"file": zipped({"red_disc/1.avif": buffer.getvalue()})})
+    measured = client.post("/evaluate", files={"file": make_zip({"red_disc/1.avif": buffer.getvalue()})})
     assert measured.json()["result"]["images"] == 1
 
 
@@ -253,7 +253,7 @@ def test_a_live_version_that_cannot_be_loaded_is_not_tried_all_the_time(
         raise EngineError("no such instructions")
 
     monkeypatch.setattr("training.runtimes.selection.load", failing)
-    with local(create_app(Settings(models=models, runs=tmp_path / "runs", store_poll_s=0.01))) as client:
+    with make_local_client(create_app(Settings(models=models, runs=tmp_path / "runs", store_poll_s=0.01))) as client:
         before = len(tried)
         time.sleep(0.3)
         assert "no such instructions" in client.get("/health").json()["errors"]["resnet"]
@@ -282,7 +282,7 @@ def test_an_evaluation_is_known_to_other_servers_and_to_later_ones(
     client: TestClient, models: Path, tmp_path: Path
 ) -> None:
     measured = client.post("/evaluate").json()
-    with local(create_app(Settings(models=models, runs=tmp_path / "runs"))) as other:
+    with make_local_client(create_app(Settings(models=models, runs=tmp_path / "runs"))) as other:
         assert other.get(f"/evaluate/{measured['id']}").json() == measured
 
 
@@ -290,7 +290,7 @@ def test_without_a_runs_folder_there_is_no_evaluation_but_everything_else(
     models: Path, tmp_path: Path, image: bytes
 ) -> None:
     (tmp_path / "runs").touch()
-    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+    with make_local_client(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
         assert_problem(client.post("/evaluate"), 503, "jobs are unavailable")
         assert client.get("/evaluate").status_code == 200
         assert client.post("/predict", files={"file": image}).status_code == 200
@@ -300,7 +300,7 @@ def test_evaluate_measures_a_zip_of_labelled_folders(client: TestClient, models:
     rows = range(20)
     labels = [dataset.classes[dataset.test.labels[row]] for row in rows]
     names = [f"photos/{label.replace('_', ' ')}/{row}.png" for row, label in zip(rows, labels, strict=True)]
-    archive = zipped({name: png(dataset, row) for row, name in zip(rows, names, strict=True)})
+    archive = make_zip({name: encode_png(dataset, row) for row, name in zip(rows, names, strict=True)})
     answer = client.post("/evaluate", files={"file": archive}).json()
     module = torchscript.load(models / "resnet" / "1" / "model.pt")
     logits = predict(module, torch.from_numpy(dataset.test.images[:20]))
@@ -326,20 +326,20 @@ def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:
         return answer
 
     assert_problem(send(b"hello"), 422, "zip cannot be read")
-    assert_problem(client.post("/evaluate", content=zipped({})), 415, "(none)")
+    assert_problem(client.post("/evaluate", content=make_zip({})), 415, "(none)")
     assert_problem(
         client.post("/evaluate", content=b"", headers={"Content-Type": "application/zip"}), 415, "send a zip"
     )
-    assert_problem(send(zipped({})), 422, "no images")
+    assert_problem(send(make_zip({})), 422, "no images")
     # A few kilobytes of bzip2 or LZMA data can unpack to gigabytes at once, whatever size the entry claims.
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
-        assert_problem(send(zipped({"red_disc/1.png": image}, method)), 422, "unsupported method")
-    damaged = bytearray(zipped({"red_disc/1.png": bytes(5000)}, zipfile.ZIP_DEFLATED))
+        assert_problem(send(make_zip({"red_disc/1.png": image}, method)), 422, "unsupported method")
+    damaged = bytearray(make_zip({"red_disc/1.png": bytes(5000)}, zipfile.ZIP_DEFLATED))
     damaged[45:50] = b"\xff" * 5
     assert_problem(send(bytes(damaged)), 422, "zip cannot be read")
     refusals = 0
     for at in range(20):  # one damaged byte at each of 20 places of the zip directory
-        directory = bytearray(zipped({"red_disc/1.png": image}))
+        directory = bytearray(make_zip({"red_disc/1.png": image}))
         directory[-70 + 3 * at] ^= 0xFF
         answer = send(bytes(directory))
         if answer.status_code == 200:  # the byte does not matter, such as one of the time of the entry
@@ -348,10 +348,10 @@ def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:
             refusals += 1
             assert_problem(answer, 413 if "larger" in answer.text or "unpacks" in answer.text else 422, "")
     assert refusals >= 10
-    assert_problem(send(zipped({"sofa/1.png": image})), 422, "'sofa' is not a class")
-    assert_problem(send(zipped({"red_disc/1.zip": zipped({"red_disc/1.png": image})})), 415, "red_disc/1.zip")
-    assert_problem(send(zipped({"red_disc/1.png": bytes(30_000)})), 413, "red_disc/1.png")
-    assert_problem(send(zipped({f"red_disc/{number}.png": b"" for number in range(101)})), 413, "100 entries")
+    assert_problem(send(make_zip({"sofa/1.png": image})), 422, "'sofa' is not a class")
+    assert_problem(send(make_zip({"red_disc/1.zip": make_zip({"red_disc/1.png": image})})), 415, "red_disc/1.zip")
+    assert_problem(send(make_zip({"red_disc/1.png": bytes(30_000)})), 413, "red_disc/1.png")
+    assert_problem(send(make_zip({f"red_disc/{number}.png": b"" for number in range(101)})), 413, "100 entries")
 
 
 def test_a_zip_that_takes_long_is_read_in_the_background(
@@ -365,10 +365,10 @@ def test_a_zip_that_takes_long_is_read_in_the_background(
 
     monkeypatch.setattr(evaluation_runner, "read_zip", read_slowly)
     settings = Settings(models=models, runs=tmp_path / "runs", evaluate_wait_s=0)
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         for name, state in (("red_disc/1.png", "succeeded"), ("sofa/1.png", "failed")):
             has_answer.clear()
-            begun = client.post("/evaluate", files={"file": zipped({name: image})})
+            begun = client.post("/evaluate", files={"file": make_zip({name: image})})
             has_answer.set()
             assert begun.status_code == 202
             while not State((job := client.get(begun.headers["location"]).json())["state"]).finished:
@@ -380,7 +380,7 @@ def test_a_measurement_that_fails_is_a_500_and_known_as_failed(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))
-    with local(app) as client:
+    with make_local_client(app) as client:
         broken = AsyncMock(side_effect=RuntimeError("the engine is broken"))
         monkeypatch.setattr(app.state.services.pool.live()["resnet"].batcher, "run", broken)
         assert_problem(client.post("/evaluate?limit=4"), 500, "the server's log")
@@ -392,7 +392,7 @@ def test_reading_a_zip_ends_when_its_measurement_is_over(image: bytes) -> None:
     over = threading.Event()
     over.set()
     with pytest.raises(Unavailable, match="stopped"):
-        read_zip(Settings(), io.BytesIO(zipped({"apple/1.png": image})), ["apple"], over)
+        read_zip(Settings(), io.BytesIO(make_zip({"apple/1.png": image})), ["apple"], over)
 
 
 def test_bad_training_requests_are_refused_before_anything_starts(client: TestClient, tmp_path: Path) -> None:
@@ -436,7 +436,7 @@ def test_health_and_readiness(client: TestClient) -> None:
 
 
 def test_without_models_the_service_is_alive_but_not_ready(tmp_path: Path, image: bytes) -> None:
-    with local(create_app(Settings(models=tmp_path / "none", runs=tmp_path / "runs"))) as client:
+    with make_local_client(create_app(Settings(models=tmp_path / "none", runs=tmp_path / "runs"))) as client:
         assert client.get("/health/live").status_code == 200
         assert client.get("/health/ready").status_code == 503
         assert client.get("/models").json() == []
@@ -463,7 +463,7 @@ def test_after_a_restart_with_a_damaged_live_version_the_last_good_one_is_served
     store = second_version(models)
     store.promote("resnet", 2)
     (models / "resnet" / "2" / "model.pt").write_bytes(b"damaged since")
-    with local(create_app(Settings(models=models, runs=tmp_path / "other"))) as restarted:
+    with make_local_client(create_app(Settings(models=models, runs=tmp_path / "other"))) as restarted:
         assert restarted.get("/health/ready").status_code == 200
         assert "sha256" in restarted.get("/health").json()["errors"]["resnet"]
         summary = restarted.get("/models").json()[0]
@@ -542,7 +542,7 @@ def test_the_predict_route_answers_as_a_plain_fastapi_route(
             {"content": image},
         ]
         told = []
-        with local(app) as client:
+        with make_local_client(app) as client:
             for request in requests:
                 response = client.post("/predict", **request)
                 body, headers = response.json(), response.headers
@@ -647,15 +647,15 @@ def test_zip_entries_that_share_bytes_are_refused_before_anything_is_decoded(
         archive.writestr(name, image)
         archive.filelist *= 50  # the directory names one entry fifty times
     # The data of one entry contain another entry: the image file ends with a zip entry.
-    inner = zipped({name: image})
+    inner = make_zip({name: image})
     other = "red_disc/2.png"
     nested = crafted_zip((name, inner, None), (other, image, 30 + len(name)))
     first = crafted_zip((name, image, None), (other, image, 0))
-    longer = bytearray(zipped({name: image, other: image}))
+    longer = bytearray(make_zip({name: image, other: image}))
     directory = longer.index(b"PK\x01\x02")
     for field in (20, 24):  # positions of the first entry's sizes in the directory
         longer[directory + field : directory + field + 4] = (2 * len(image)).to_bytes(4, "little")
-    whole = bytearray(zipped({name: image}))  # its data will overlap the directory
+    whole = bytearray(make_zip({name: image}))  # its data will overlap the directory
     directory = whole.index(b"PK\x01\x02")
     for field in (20, 24):
         whole[directory + field : directory + field + 4] = (len(image) + 40).to_bytes(4, "little")
@@ -674,7 +674,7 @@ def test_zip_behind_other_bytes_and_of_every_usual_form_is_measured(client: Test
     with zipfile.ZipFile(cast(Any, Unseekable(streamed)), "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             archive.writestr(name, content)  # an unseekable stream gets the sizes after the data
-    for content in (b"#!/bin/sh\n" + zipped(files), zipped(files, zipfile.ZIP_DEFLATED), streamed.getvalue()):
+    for content in (b"#!/bin/sh\n" + make_zip(files), make_zip(files, zipfile.ZIP_DEFLATED), streamed.getvalue()):
         measured = client.post("/evaluate", files={"file": content})
         assert measured.status_code == 200, measured.text
         assert measured.json()["result"]["images"] == 2
@@ -686,11 +686,11 @@ def test_files_that_systems_add_to_a_zip_are_skipped(client: TestClient, image: 
     folders = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", ".Trashes", "photos/__MACOSX")
     files |= {f"{folder}/red_disc/1.png": b"x" for folder in folders}
     files |= {"photos/red_disc/1.png": image, "./red_disc/2.png": image, "red_disc\\3.png": image, "red_disc\\": b""}
-    measured = client.post("/evaluate", files={"file": zipped(files)})
+    measured = client.post("/evaluate", files={"file": make_zip(files)})
     assert measured.status_code == 200, measured.text
     assert measured.json()["result"]["images"] == 3
     for name in ("red_disc/notes.txt", "red_disc/thumbs.png"):
-        assert_problem(client.post("/evaluate", files={"file": zipped({name: b"x"})}), 415, name)
+        assert_problem(client.post("/evaluate", files={"file": make_zip({name: b"x"})}), 415, name)
 
 
 class Unseekable:
@@ -741,7 +741,7 @@ def test_card_that_does_not_fit_its_model_is_refused_and_the_last_good_version_s
     store = second_version(models)
     spoil(models / "resnet" / "2" / "card.json", changes)
     app = create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4", store_poll_s=0.01))
-    with local(app) as client:
+    with make_local_client(app) as client:
         assert_problem(client.put("/models/resnet/live", json={"version": 2}), 503, words)
         store.promote("resnet", 2)  # another process promotes it
         end = time.monotonic() + 60
@@ -752,7 +752,7 @@ def test_card_that_does_not_fit_its_model_is_refused_and_the_last_good_version_s
             assert client.get(path).status_code == 200
         answer = client.post("/predict", files={"file": image})
         assert (answer.status_code, answer.json()["version"]) == (200, 1)
-    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+    with make_local_client(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
         assert words in client.get("/health").json()["errors"]["resnet"]
         assert client.post("/predict", files={"file": image}).json()["version"] == 1  # the best loadable version
 
@@ -767,6 +767,6 @@ def test_model_whose_logits_are_not_finite_is_refused(models: Path, tmp_path: Pa
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
             torch.jit.trace(Overflowing().eval(), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).save(draft / "model.pt")
         store.publish(draft, store.card("resnet", 1))
-    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+    with make_local_client(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
         assert_problem(client.put("/models/resnet/live", json={"version": 2}), 503, "not finite")
         assert client.post("/predict", files={"file": image}).json()["version"] == 1

@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from local import local
+from local_client import make_local_client
 from PIL import Image
 
 from app.dependencies import Services
@@ -48,7 +48,7 @@ def warnings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 def client(models: Path, tmp_path: Path) -> Iterator[TestClient]:
-    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+    with make_local_client(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
         yield client
 
 
@@ -237,7 +237,7 @@ def test_a_path_that_is_not_utf8_is_quoted_with_escapes(
     (store / "vgg" / "1").mkdir(parents=True)
     (store / "vgg" / "1" / "card.json").write_bytes(b"{")
     (store / "vgg" / "live").write_text("1")
-    with local(create_app(Settings(models=store, runs=store / "runs"))) as client:
+    with make_local_client(create_app(Settings(models=store, runs=store / "runs"))) as client:
         assert client.get("/models/resnet").json()["live"] == 1
         assert "gr\\xf6\\xdfe?%23/resnet/2/card.json is damaged" in client.get("/models/resnet").json()["error"]
         assert "gr\\xf6\\xdfe?%23/vgg/1/card.json is damaged" in client.get("/health").json()["errors"]["vgg"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from service import processes_of
+from service import list_processes
 
 from training.dataset import Dataset
 
@@ -15,7 +15,7 @@ from training.dataset import Dataset
 @pytest.fixture(autouse=True)
 def no_process_left(tmp_path: Path) -> Iterator[None]:
     yield
-    for process in processes_of(tmp_path):
+    for process in list_processes(tmp_path):
         os.kill(process, signal.SIGKILL)
 
 

@@ -9,9 +9,9 @@ import httpx
 import jpegs
 import pytest
 from PIL import Image
-from processes import children
+from processes import list_children
 from server import wait_for
-from service import service
+from service import run_service
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def client_at(address: str, base_url: httpx.URL) -> httpx.Client:
 
 
 def test_a_costly_image_gets_the_answer_of_its_pixels(tmp_path: Path, models: Path) -> None:
-    with service(models, tmp_path / "runs", tmp_path / "log") as (client, _):
+    with run_service(models, tmp_path / "runs", tmp_path / "log") as (client, _):
         # Scans without data leave every coefficient at zero, so the image decodes to the same gray.
         gray = io.BytesIO()
         Image.new("RGB", (64, 64), (128, 128, 128)).save(gray, "PNG")
@@ -52,7 +52,7 @@ def test_one_address_with_costly_images_does_not_keep_others_from_being_served(
             while not stop.is_set():
                 statuses.append(attacker.post("/predict", files=form(*[COSTLY] * parts)).status_code)
 
-    with service(models, tmp_path / "runs", tmp_path / "log", max_queue="64") as (client, _):
+    with run_service(models, tmp_path / "runs", tmp_path / "log", max_queue="64") as (client, _):
         attackers = [threading.Thread(target=attack, args=(client.base_url,)) for _ in range(9)]
         for attacker in attackers:
             attacker.start()
@@ -66,7 +66,7 @@ def test_one_address_with_costly_images_does_not_keep_others_from_being_served(
 
 
 def test_a_costly_image_takes_more_of_the_rate_limit(tmp_path: Path, models: Path) -> None:
-    with service(models, tmp_path / "runs", tmp_path / "log", predict_rate_limit="20/hour") as (client, _):
+    with run_service(models, tmp_path / "runs", tmp_path / "log", predict_rate_limit="20/hour") as (client, _):
         assert client.post("/predict", files=form(photo())).status_code == 200
         refused = client.post("/predict", files=form(COSTLY))
         assert refused.status_code == 429
@@ -82,9 +82,9 @@ def test_the_decoder_ends_with_the_server_however_it_ends(tmp_path: Path, models
             return False
         return True
 
-    with service(models, tmp_path / "runs", tmp_path / "log") as (client, server):
+    with run_service(models, tmp_path / "runs", tmp_path / "log") as (client, server):
         assert client.post("/predict", files=form(COSTLY)).status_code == 200
-        (decoder,) = children(server.pid)
+        (decoder,) = list_children(server.pid)
         server.kill()
         server.wait()
         wait_for(lambda: not is_alive(decoder), 30)

@@ -16,8 +16,8 @@ import httpx
 import nginx
 import pytest
 from server import Server
-from service import TINY, service
-from sockets import answer, head, upload
+from service import TINY, run_service
+from sockets import make_head, make_upload, read_response
 
 from training.store import Store
 
@@ -58,20 +58,20 @@ def test_request_hidden_in_body_behind_nginx_is_not_carried_out(tmp_path: Path, 
     store = two_versions(models)
     host = "127.0.0.1"  # the hidden request would count as local
     json_lines = (b"Content-Type: application/json", b"Content-Length: 13")
-    hidden = head("PUT /models/resnet/live", *json_lines, host=host) + b'{"version":1}'
+    hidden = make_head("PUT /models/resnet/live", *json_lines, host=host) + b'{"version":1}'
     empty_lines = b"\r\n" * 22_500
     offer = (expect, b"Connection: Upgrade", b"Upgrade: h2c")
-    first = upload(len(empty_lines + hidden), *offer, host=host)
-    last = head("GET /health/live", b"Connection: close", host=host)
-    with service(models, tmp_path / "runs", tmp_path / "log") as (client, _):
+    first = make_upload(len(empty_lines + hidden), *offer, host=host)
+    last = make_head("GET /health/live", b"Connection: close", host=host)
+    with run_service(models, tmp_path / "runs", tmp_path / "log") as (client, _):
         for more in ("", "proxy_request_buffering off;"):
-            with nginx.proxy(tmp_path, str(client.base_url), more) as proxy:
+            with nginx.run_nginx(tmp_path, str(client.base_url), more) as proxy:
                 for _ in range(3):
-                    with socket.create_connection(nginx.address(proxy), timeout=20) as connection:
+                    with socket.create_connection(nginx.parse_address(proxy), timeout=20) as connection:
                         connection.sendall(first + empty_lines)
                         time.sleep(0.02)  # the hidden request must arrive apart from the head
                         connection.sendall(hidden + last)
-                        received = answer(connection)
+                        received = read_response(connection)
                     statuses = re.findall(rb"HTTP/1.1 (\d+)", received)
                     assert [status for status in statuses if status != b"100"] == [b"415", b"200"]
         assert client.get("/models/resnet").json()["live"] == 2
@@ -101,7 +101,7 @@ def test_service_works_under_a_path_prefix_of_nginx(
             upstream = f"http://{server.address}" if is_unix else str(server.address)
             removing = f"{upstream}:/" if is_unix else f"{upstream}/"
             for url in (removing, upstream):  # nginx replaces /ml/ by /, or passes the whole path on
-                with nginx.proxy(tmp_path, url, directives, "/ml/") as proxy:
+                with nginx.run_nginx(tmp_path, url, directives, "/ml/") as proxy:
                     check_prefixed(proxy, image)
     assert '"client": "127.0.0.1"' in (tmp_path / "log").read_text()
     assert "Traceback" not in (tmp_path / "log").read_text()
@@ -144,7 +144,7 @@ def check_prefixed(proxy: str, image: Path) -> None:
 def test_client_of_jdk_which_offers_h2c_is_served(tmp_path: Path, models: Path, image: Path) -> None:
     source = tmp_path / "Predict.java"
     source.write_text(_JAVA)
-    with service(models, tmp_path / "runs", tmp_path / "log") as (client, _):
+    with run_service(models, tmp_path / "runs", tmp_path / "log") as (client, _):
         command = ["java", "-XX:TieredStopAtLevel=1", str(source), str(client.base_url), str(image)]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.stdout.split() == ["200"] * 3, ran.stderr
@@ -152,7 +152,7 @@ def test_client_of_jdk_which_offers_h2c_is_served(tmp_path: Path, models: Path, 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_curl_that_offers_http2_is_served(tmp_path: Path, models: Path, image: Path) -> None:
-    with service(models, tmp_path / "runs", tmp_path / "log") as (client, _):
+    with run_service(models, tmp_path / "runs", tmp_path / "log") as (client, _):
         command = ["curl", "--silent", "--http2", "--form", f"file=@{image}", "--write-out", "\n%{http_code}"]
         for more in ([], ["--header", "Expect: 100-continue"]):
             ran = subprocess.run([*command, *more, f"{client.base_url}/predict"], capture_output=True, text=True)

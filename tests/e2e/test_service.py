@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
-from processes import open_files
+from processes import count_open_files
 from server import Server, wait_for
-from service import TINY, service
+from service import TINY, run_service
 
 from training.store import Store
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 def test_predict_evaluate_and_train_until_the_new_version_is_live(tmp_path: Path, models: Path, image: Path) -> None:
     log = tmp_path / "log"
-    with service(models, tmp_path / "runs", log, runtime="auto") as (client, _):
+    with run_service(models, tmp_path / "runs", log, runtime="auto") as (client, _):
         assert client.get("/health/ready").status_code == 200
         answer = client.post("/predict", files={"file": image.read_bytes()}).raise_for_status().json()
         assert (answer["model"], answer["version"]) == ("resnet", 1)
@@ -61,7 +61,7 @@ def test_the_log_is_json_whatever_pillow_thinks_of_an_image(tmp_path: Path, mode
     cut_off = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x0f\x01"
     Image.new("RGB", (32, 32)).save(content, "JPEG", exif=cut_off)
     log = tmp_path / "log"
-    with service(models, tmp_path / "runs", log) as (client, _):
+    with run_service(models, tmp_path / "runs", log) as (client, _):
         headers = {"Content-Type": "image/jpeg", "X-Request-ID": "mine"}
         assert client.post("/predict", content=content.getvalue(), headers=headers).status_code == 200
         wait_for(lambda: "POST /predict 200" in log.read_text(), 60, log)  # logged after the answer
@@ -89,7 +89,7 @@ def test_no_request_is_lost_while_versions_are_swapped_under_load(tmp_path: Path
     def answered_by(version: int) -> bool:
         return bool(client.get("/health").json()["models"]["resnet"]["version"] == version)
 
-    with service(models, tmp_path / "runs", log) as (client, _):
+    with run_service(models, tmp_path / "runs", log) as (client, _):
         threads = [threading.Thread(target=load, args=(client.base_url,)) for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -122,5 +122,5 @@ def test_connections_leave_descriptors_for_everything_else(tmp_path: Path, model
         for _ in range(5):
             answer = httpx.post(f"{client.base_url}/predict", files={"file": image.read_bytes()})
             assert answer.status_code == 200
-        assert open_files(server.process.pid) < 120
+        assert count_open_files(server.process.pid) < 120
     assert "Traceback" not in log.read_text()

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from processes import children
+from processes import list_children
 from server import Server, wait_for
-from service import TINY, processes_of, service
-from sockets import upload
+from service import TINY, list_processes, run_service
+from sockets import make_upload
 
 from app.server.startup import format_authority
 
@@ -57,7 +57,7 @@ def starting(models: Path, runs: Path, log: Path, **settings: str) -> Iterator[S
 
 def serving(server: Server, workers: str) -> set[int]:
     """Return the ids of the processes that serve or are about to serve."""
-    return {server.process.pid} if workers == ALONE else children(server.process.pid)
+    return {server.process.pid} if workers == ALONE else list_children(server.process.pid)
 
 
 def wait_until_loading(server: Server, workers: str) -> set[int]:
@@ -94,7 +94,7 @@ def test_a_service_that_loads_models_ends_at_once(
 
 def test_a_signal_between_the_starts_of_workers_ends_them_all(tmp_path: Path, endless: Path) -> None:
     with starting(endless, tmp_path / "runs", tmp_path / "log", workers=SEVERAL) as server:
-        started = wait_for(lambda: children(server.process.pid), END_S, server.log)
+        started = wait_for(lambda: list_children(server.process.pid), END_S, server.log)
         server.process.terminate()
         assert server.process.wait(END_S) == 0
         wait_for(none_running(started), END_S)
@@ -105,7 +105,7 @@ def test_workers_whose_supervisor_is_killed_do_not_go_on_loading(tmp_path: Path,
     for is_early in (True, False):
         with starting(endless, tmp_path / "runs", tmp_path / f"log{is_early}", workers=SEVERAL) as server:
             if is_early:
-                workers = wait_for(lambda: children(server.process.pid), END_S, server.log)
+                workers = wait_for(lambda: list_children(server.process.pid), END_S, server.log)
             else:
                 workers = wait_until_loading(server, SEVERAL)
             server.kill()
@@ -140,7 +140,7 @@ def test_nothing_is_left_in_the_temporary_folder_and_the_next_start_clears_the_r
 
 def test_workers_serve_where_the_runs_folder_cannot_be_used(tmp_path: Path, models: Path) -> None:
     (tmp_path / "runs").write_text("a file")
-    with service(models, tmp_path / "runs", tmp_path / "log", workers=SEVERAL) as (client, supervisor):
+    with run_service(models, tmp_path / "runs", tmp_path / "log", workers=SEVERAL) as (client, supervisor):
         assert "cifar100_live_version" in client.get("/metrics").text
         supervisor.terminate()
         assert supervisor.wait(END_S) == 0
@@ -171,7 +171,7 @@ def test_a_service_listens_on_every_address_of_its_host(
     workers: str, host: str, addresses: list[str], tmp_path: Path, models: Path
 ) -> None:
     log = tmp_path / "log"
-    with service(models, tmp_path / "runs", log, workers=workers, host=host) as (client, _):
+    with run_service(models, tmp_path / "runs", log, workers=workers, host=host) as (client, _):
         for address in addresses:
             url = f"http://{format_authority(address, client.base_url.port or 0)}"
             assert httpx.get(f"{url}/health/ready").status_code == 200
@@ -244,7 +244,7 @@ def test_the_option_for_a_unix_socket_precedes_the_variable(tmp_path: Path, endl
 def test_a_signal_drains_and_the_next_one_ends_the_service(
     workers: str, number: signal.Signals, tmp_path: Path, models: Path
 ) -> None:
-    with service(models, tmp_path / "runs", tmp_path / "log", workers=workers, drain_s="1000") as (client, server):
+    with run_service(models, tmp_path / "runs", tmp_path / "log", workers=workers, drain_s="1000") as (client, server):
         address = client.base_url
         server.send_signal(number)
         wait_for(lambda: all(httpx.get(f"{address}/health/ready").status_code == 503 for _ in range(10)), END_S)
@@ -255,7 +255,7 @@ def test_a_signal_drains_and_the_next_one_ends_the_service(
 
 @pytest.mark.parametrize("workers", [ALONE, SEVERAL])
 def test_an_interrupt_ends_the_service_without_draining(workers: str, tmp_path: Path, models: Path) -> None:
-    with service(models, tmp_path / "runs", tmp_path / "log", workers=workers, drain_s="1000") as (_, server):
+    with run_service(models, tmp_path / "runs", tmp_path / "log", workers=workers, drain_s="1000") as (_, server):
         server.send_signal(signal.SIGINT)
         assert server.wait(END_S) == 130
     assert "Traceback" not in (tmp_path / "log").read_text()
@@ -277,17 +277,17 @@ def test_a_further_signal_leaves_what_is_under_way_but_no_training_process(
     workers: str, tmp_path: Path, models: Path
 ) -> None:
     log, runs = tmp_path / "log", tmp_path / "runs"
-    with service(models, runs, log, workers=workers) as (client, server):
+    with run_service(models, runs, log, workers=workers) as (client, server):
         client.post("/train", json={"recipe": "resnet", "overrides": TINY | {"epochs": 400}}).raise_for_status()
-        wait_for(lambda: processes_of(runs), END_S, log)
+        wait_for(lambda: list_processes(runs), END_S, log)
         with socket.create_connection(("127.0.0.1", client.base_url.port or 0)) as half_sent:
             half_sent.settimeout(END_S)
-            half_sent.sendall(upload(9, b"Expect: 100-continue"))
+            half_sent.sendall(make_upload(9, b"Expect: 100-continue"))
             assert half_sent.recv(1000).startswith(b"HTTP/1.1 100 ")
             server.terminate()
             wait_for(lambda: "Waiting for connections to close" in log.read_text(), END_S, log)
             server.terminate()
             assert server.wait(END_S) == 0
-    assert not processes_of(runs)
+    assert not list_processes(runs)
     assert "does not end and is killed" not in log.read_text()
     assert "Cancel " not in log.read_text()  # uvicorn logs this after 20 s

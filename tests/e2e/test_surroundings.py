@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from server import Server, wait_for
-from service import TINY, finished, processes_of, service
+from service import TINY, find_finished_job, list_processes, run_service
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ def test_limit_of_a_files_size_refuses_large_forms_only(tmp_path: Path, models: 
 
 def test_no_more_clients_follow_a_job_than_allowed(tmp_path: Path, models: Path) -> None:
     with (
-        service(models, tmp_path / "runs", tmp_path / "log", max_event_streams="5") as (client, _),
+        run_service(models, tmp_path / "runs", tmp_path / "log", max_event_streams="5") as (client, _),
         ExitStack() as open_,
     ):
         job = client.post("/train", json=JOB).raise_for_status().json()["id"]
@@ -110,19 +110,19 @@ def test_child_that_has_just_been_started_is_known_to_the_next_server_and_ends_w
     tmp_path: Path, models: Path
 ) -> None:
     runs, log = tmp_path / "runs", tmp_path / "log2"
-    with service(models, runs, tmp_path / "log") as (client, server):
+    with run_service(models, runs, tmp_path / "log") as (client, server):
         job = client.post("/train", json=JOB).raise_for_status().json()["id"]
-        (child,) = wait_for(lambda: processes_of(runs), 30, tmp_path / "log")
+        (child,) = wait_for(lambda: list_processes(runs), 30, tmp_path / "log")
         os.kill(child, signal.SIGSTOP)  # the child has not loaded its libraries yet
         server.kill()
         server.wait()
-    with service(models, runs, log) as (client, server):
+    with run_service(models, runs, log) as (client, server):
         wait_for(lambda: f"still running as process {child}" in log.read_text(), 60, log)
         assert client.get("/health").json()["training"] == job
-        assert processes_of(runs) == [child]
+        assert list_processes(runs) == [child]
         server.terminate()
         assert server.wait(60) == 0
-    assert processes_of(runs) == []
+    assert list_processes(runs) == []
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -134,7 +134,7 @@ def test_names_that_are_not_ascii_work_in_the_c_locale(
     folder, log = tmp_path / "größe-日本", tmp_path / "log"
     folder.mkdir()
     store = models.rename(folder / "mödels")
-    with service(store, folder / "rüns", log, workers=workers) as (client, _):
+    with run_service(store, folder / "rüns", log, workers=workers) as (client, _):
         assert client.get("/health").json()["errors"] == {}
         answer = client.post("/predict", files={"file": ("größe-日本.png", image.read_bytes())})
         assert answer.json()["predictions"][0]["file"] == "größe-日本.png"
@@ -156,7 +156,7 @@ def test_names_that_are_not_ascii_work_in_the_c_locale(
         assert refused.status_code == 503
         assert f"{damaged} is damaged" in refused.json()["detail"]
         job = client.post("/train", json={"recipe": "resnet", "overrides": TINY}).json()["id"]
-        assert wait_for(lambda: finished(client, job), 200, log)["state"] == "succeeded"
+        assert wait_for(lambda: find_finished_job(client, job), 200, log)["state"] == "succeeded"
     text = log.read_text()
     assert "Traceback" not in text
     assert "Logging error" not in text

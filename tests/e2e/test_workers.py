@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
-from processes import children
+from processes import list_children
 from server import wait_for
-from service import TINY, finished, service
+from service import TINY, find_finished_job, run_service
 
 from app.server.workers import BEAT, LOADING, Worker
 
@@ -51,9 +51,9 @@ def live(address: httpx.URL) -> bool:
 def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path) -> None:
     log = tmp_path / "log"
     sent: dict[str, Any] = {"content": image.read_bytes(), "headers": {"Content-Type": "image/png"}}
-    with service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
+    with run_service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
         address = client.base_url
-        workers = children(supervisor.pid)
+        workers = list_children(supervisor.pid)
         assert len(workers) == WORKERS
         wait_for(lambda: ready(log, workers, address), 60, log)
 
@@ -69,15 +69,15 @@ def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path
         assert all(httpx.get(f"{address}/evaluate/{measured['id']}").json() == measured for _ in range(10))
 
         job = httpx.post(f"{address}/train", json={"recipe": "resnet", "overrides": TINY, "promote": "always"}).json()
-        done = wait_for(lambda: finished(client, job["id"]), 120, log)
+        done = wait_for(lambda: find_finished_job(client, job["id"]), 120, log)
         assert done["state"] == "succeeded", done
         for _ in range(10):
             wait_for(lambda: httpx.post(f"{address}/predict", **sent).json()["version"] == 2, 60, log)
 
         killed = workers.pop()
         os.kill(killed, signal.SIGKILL)
-        wait_for(lambda: len(children(supervisor.pid) - {killed}) == WORKERS, 60, log)
-        workers = children(supervisor.pid)
+        wait_for(lambda: len(list_children(supervisor.pid) - {killed}) == WORKERS, 60, log)
+        workers = list_children(supervisor.pid)
         wait_for(lambda: ready(log, workers, address), 60, log)
         assert all(httpx.post(f"{address}/predict", **sent).status_code == 200 for _ in range(10))
 
@@ -88,8 +88,8 @@ def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path
 
 def test_a_worker_that_hangs_is_replaced_and_keeps_no_service_from_ending(tmp_path: Path, models: Path) -> None:
     log = tmp_path / "log"
-    with service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
-        workers = children(supervisor.pid)
+    with run_service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
+        workers = list_children(supervisor.pid)
         wait_for(lambda: ready(log, workers, client.base_url), 60, log)
         hanging = min(workers)
         os.kill(hanging, signal.SIGSTOP)
@@ -97,8 +97,8 @@ def test_a_worker_that_hangs_is_replaced_and_keeps_no_service_from_ending(tmp_pa
         assert running(hanging)  # alive, but gets no more connections
         wait_for(lambda: not running(hanging), 60, log)
         assert f"worker {hanging} does not respond and is killed" in log.read_text()
-        wait_for(lambda: ready(log, children(supervisor.pid), client.base_url), 60, log)
-        assert max(workers) in children(supervisor.pid)
+        wait_for(lambda: ready(log, list_children(supervisor.pid), client.base_url), 60, log)
+        assert max(workers) in list_children(supervisor.pid)
 
         os.kill(max(workers), signal.SIGSTOP)
         supervisor.terminate()
@@ -162,8 +162,8 @@ def test_a_worker_is_killed_that_is_silent_or_loads_for_too_long(
 
 def test_no_worker_outlives_its_supervisor(tmp_path: Path, models: Path) -> None:
     log = tmp_path / "log"
-    with service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
-        workers = children(supervisor.pid)
+    with run_service(models, tmp_path / "runs", log, workers=str(WORKERS)) as (client, supervisor):
+        workers = list_children(supervisor.pid)
         wait_for(lambda: ready(log, workers, client.base_url), 60, log)
         supervisor.kill()
         wait_for(lambda: not any(running(worker) for worker in workers), 60, log)
@@ -172,9 +172,9 @@ def test_no_worker_outlives_its_supervisor(tmp_path: Path, models: Path) -> None
 def test_draining_is_for_all_workers_and_a_second_signal_cuts_it_short(tmp_path: Path, models: Path) -> None:
     log = tmp_path / "log"
     settings = {"workers": str(WORKERS), "drain_s": "100"}
-    with service(models, tmp_path / "runs", log, **settings) as (client, supervisor):
+    with run_service(models, tmp_path / "runs", log, **settings) as (client, supervisor):
         address = client.base_url
-        workers = children(supervisor.pid)
+        workers = list_children(supervisor.pid)
         wait_for(lambda: ready(log, workers, address), 60, log)
         for process in (supervisor.pid, *workers):  # signals to a process group reach every process
             os.kill(process, signal.SIGTERM)
@@ -199,7 +199,7 @@ def test_the_service_ends_if_no_worker_can_start(tmp_path: Path) -> None:
 
 
 def test_the_address_of_another_service_is_refused(tmp_path: Path, models: Path) -> None:
-    with service(models, tmp_path / "runs", tmp_path / "log", workers=str(WORKERS)) as (client, _):
+    with run_service(models, tmp_path / "runs", tmp_path / "log", workers=str(WORKERS)) as (client, _):
         second = subprocess.run(
             [sys.executable, "-m", "app", "--port", str(client.base_url.port)],
             env=os.environ | {"CIFAR100_WORKERS": str(WORKERS)},

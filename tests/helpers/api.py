@@ -13,14 +13,14 @@ MULTIPART = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 """Headers of a form that `form` has written."""
 
 
-def png(dataset: Dataset, row: int) -> bytes:
+def encode_png(dataset: Dataset, row: int) -> bytes:
     """Return an image of the test set as a PNG."""
     buffer = io.BytesIO()
     Image.fromarray(dataset.test.images[row]).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def zipped(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+def make_zip(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
     """Return a zip of files, given by their names."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as archive:
@@ -29,7 +29,7 @@ def zipped(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
     return buffer.getvalue()
 
 
-def form(*parts: tuple[bytes, bytes], end: bytes = b"--", line_end: bytes = b"\r\n") -> bytes:
+def make_form(*parts: tuple[bytes, bytes], end: bytes = b"--", line_end: bytes = b"\r\n") -> bytes:
     """Return a multipart form with exactly these bytes.
 
     Args:
@@ -42,7 +42,7 @@ def form(*parts: tuple[bytes, bytes], end: bytes = b"--", line_end: bytes = b"\r
     return line_end.join([*lines, delimiter + end, b""])
 
 
-def file_part(content: bytes, disposition: bytes = b'name="file"; filename="a.png"') -> tuple[bytes, bytes]:
+def make_file_part(content: bytes, disposition: bytes = b'name="file"; filename="a.png"') -> tuple[bytes, bytes]:
     """Return a part for `form` with the parameters of its Content-Disposition."""
     return b"Content-Disposition: form-data; " + disposition, content
 

@@ -46,7 +46,7 @@ def is_installed() -> bool:
 
 
 @contextmanager
-def proxy(folder: Path, upstream: str, more: str = "", location: str = "/") -> Iterator[str]:
+def run_nginx(folder: Path, upstream: str, more: str = "", location: str = "/") -> Iterator[str]:
     """Run an nginx that forwards requests, with the usual directives for WebSockets and X-Forwarded-For.
 
     Args:
@@ -80,7 +80,7 @@ def _answers(port: int) -> bool:
         return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
-def address(url: str) -> tuple[str, int]:
+def parse_address(url: str) -> tuple[str, int]:
     """Return the host and port of a URL."""
     host, port = re.findall(r"//([^:/]+):(\d+)", url)[0]
     return host, int(port)

@@ -16,7 +16,7 @@ def memory_mib(process: int, field: str = "VmRSS") -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:")) / 1024
 
 
-def children(process: int) -> set[int]:
+def list_children(process: int) -> set[int]:
     """Return the child processes of a process. Linux lists them by the thread that started them."""
     found: set[int] = set()
     for thread in Path(f"/proc/{process}/task").iterdir():
@@ -25,7 +25,7 @@ def children(process: int) -> set[int]:
     return found
 
 
-def open_files(process: int) -> int:
+def count_open_files(process: int) -> int:
     """Return the number of open file descriptors of a process."""
     return len(list(Path(f"/proc/{process}/fd").iterdir()))
 

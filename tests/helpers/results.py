@@ -76,12 +76,12 @@ def conclude(script: str, ran: str, checks: list[Check], workers: int = 1, whole
     missed = [check for check in checks if check.met is False]
     if workers > 1:
         ran = f"{workers} workers: {ran}"
-    lines = [f"{ran} {occasion()}.", "", *table(checks)]
+    lines = [f"{ran} {describe_run()}.", "", *format_table(checks)]
     keep(script, lines, whole, "_workers" if workers > 1 else "")
     return 1 if missed else 0
 
 
-def table(checks: Iterable[Check]) -> list[str]:
+def format_table(checks: Iterable[Check]) -> list[str]:
     """Return the checks as lines of a markdown table."""
     answers = {True: "yes", False: "**no**", None: ""}
     return [
@@ -91,14 +91,14 @@ def table(checks: Iterable[Check]) -> list[str]:
     ]
 
 
-def occasion() -> str:
+def describe_run() -> str:
     """Return the date, the commit and the machine of a measurement."""
     sha, dash, dirty = (find_commit() or "").partition("-")
     of = f", commit {sha[:7]}{dash}{dirty}" if sha else ""
-    return f"{datetime.now(UTC):%Y-%m-%d}{of}, {machine()}"
+    return f"{datetime.now(UTC):%Y-%m-%d}{of}, {describe_machine()}"
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """Return the processor's name, the number of cores that this process may use, and the GPU's name."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []

@@ -78,10 +78,10 @@ class Server:
 
     def open_files(self) -> int:
         """Return the total number of open file descriptors of all answering processes."""
-        return sum(map(processes.open_files, self._answering()))
+        return sum(map(processes.count_open_files, self._answering()))
 
     def _answering(self) -> set[int]:
-        return processes.children(self.process.pid) if self._workers > 1 else {self.process.pid}
+        return processes.list_children(self.process.pid) if self._workers > 1 else {self.process.pid}
 
     def client(self, timeout_s: float = 60.0) -> httpx.Client:
         """Return an HTTP client of a server that accepts requests."""

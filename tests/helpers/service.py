@@ -14,7 +14,7 @@ TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 1, "learni
 
 
 @contextmanager
-def service(
+def run_service(
     models: Path, runs: Path, log: Path, **settings: str
 ) -> Iterator[tuple[httpx.Client, "subprocess.Popen[bytes]"]]:
     """Start a server on a free port. Yield a client and the server process once the server is ready."""
@@ -22,11 +22,11 @@ def service(
         yield client, server.process
 
 
-def finished(client: httpx.Client, job_id: str) -> dict[str, Any] | None:
+def find_finished_job(client: httpx.Client, job_id: str) -> dict[str, Any] | None:
     job: dict[str, Any] = client.get(f"/train/{job_id}").json()
     return job if job["finished"] else None
 
 
-def processes_of(runs: Path) -> list[int]:
+def list_processes(runs: Path) -> list[int]:
     """Return the ids of training processes whose command line names a folder in `runs`."""
     return find_processes(runs, "training train")

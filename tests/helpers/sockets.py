@@ -17,7 +17,7 @@ Address = tuple[str, int]
 
 
 @contextmanager
-def serving(
+def run_server(
     app: ASGIApp,
     should_shed: Callable[[bytes, str], bool] = lambda *_: False,
     table: ConnectionTable | None = None,
@@ -62,7 +62,7 @@ def connect(address: Address, source: str = "127.0.0.1") -> socket.socket:
     return socket.create_connection(address, timeout=10, source_address=(source, 0))
 
 
-def answer(connection: socket.socket) -> bytes:
+def read_response(connection: socket.socket) -> bytes:
     """Return all bytes that the server sends until it closes or resets the connection."""
     received = b""
     try:
@@ -77,10 +77,10 @@ def exchange(address: Address, request: bytes, source: str = "127.0.0.1") -> byt
     """Send bytes over a new connection and return all bytes that the server sends until it closes the connection."""
     with connect(address, source) as connection:
         connection.sendall(request)
-        return answer(connection)
+        return read_response(connection)
 
 
-def head(route: str, *lines: bytes, host: str = "x") -> bytes:
+def make_head(route: str, *lines: bytes, host: str = "x") -> bytes:
     """Return a complete head of HTTP/1.1.
 
     Args:
@@ -92,12 +92,12 @@ def head(route: str, *lines: bytes, host: str = "x") -> bytes:
     return b"\r\n".join([*first, *filter(None, lines), b"", b""])
 
 
-def upload(length: int, *lines: bytes, host: str = "x") -> bytes:
+def make_upload(length: int, *lines: bytes, host: str = "x") -> bytes:
     """Return the head of a prediction with a body of `length` bytes. The other arguments are those of `head`."""
-    return head("POST /predict", b"Content-Type: image/png", b"Content-Length: %d" % length, *lines, host=host)
+    return make_head("POST /predict", b"Content-Type: image/png", b"Content-Length: %d" % length, *lines, host=host)
 
 
-def eventually(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end

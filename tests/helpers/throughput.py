@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 WARMUP_CALLS = 3
 
 
-def images_per_s(engine: Callable[[NDArray[np.uint8]], NDArray[np.float32]], size: int, seconds: float) -> float:
+def measure_images_per_s(
+    engine: Callable[[NDArray[np.uint8]], NDArray[np.float32]], size: int, seconds: float
+) -> float:
     """Return the images per second of an engine with batches of one size."""
     batch = np.random.default_rng(0).integers(0, 256, (size, 3, 32, 32), np.uint8)
     for _ in range(WARMUP_CALLS):

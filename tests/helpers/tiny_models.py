@@ -17,7 +17,7 @@ TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 2, "learni
 NAME = "resnet"
 
 
-def store(folder: Path, versions: int = 1) -> Store:
+def make_store(folder: Path, versions: int = 1) -> Store:
     """Return a model store with versions of `resnet` that differ in their seed. The last version is live.
 
     Args:

@@ -40,7 +40,7 @@ MIN_CASES = 10_000
 def main(examples: int, seed: int, whole: bool) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        store = tiny_models.store(folder)
+        store = tiny_models.make_store(folder)
         # schemathesis reports a 503 of these limits as an error, so they are high here. Other tests cover them.
         limits = {"max_jobs": "1000000", "max_event_streams": "1000000"}
         with Server(store.root, folder / "runs", folder / "log", api_keys=KEY, **limits) as server:

@@ -38,7 +38,7 @@ import tiny_models
 from PIL import Image
 from results import Check, conclude, is_whole
 from server import Server
-from sockets import Address, head, upload
+from sockets import Address, make_head, make_upload
 
 CLIENTS = 20
 REQUESTS = 15  # per client
@@ -65,11 +65,11 @@ class Attack:
 
 
 SILENT = Attack("silent", b"")
-SLOW_HEAD = Attack("slow head", head("POST /predict", b"X-Slow: ").removesuffix(b"\r\n\r\n"), b"a")
-SLOW_BODY = Attack("slow body", upload(10_000_000), bytes(BODY_BYTES_PER_S))
-HALF_BODY = Attack("half-sent body", upload(10_000_000) + b"abc")
-SLOW_READER = Attack("slow reader", head("GET /openapi.json") * 5)
-HOARDER = Attack("keep-alive hoarder", head("GET /health/live"))
+SLOW_HEAD = Attack("slow head", make_head("POST /predict", b"X-Slow: ").removesuffix(b"\r\n\r\n"), b"a")
+SLOW_BODY = Attack("slow body", make_upload(10_000_000), bytes(BODY_BYTES_PER_S))
+HALF_BODY = Attack("half-sent body", make_upload(10_000_000) + b"abc")
+SLOW_READER = Attack("slow reader", make_head("GET /openapi.json") * 5)
+HOARDER = Attack("keep-alive hoarder", make_head("GET /health/live"))
 ATTACKS = (SILENT, SLOW_HEAD, SLOW_BODY, HALF_BODY, SLOW_READER, HOARDER)
 
 
@@ -177,9 +177,9 @@ def main(sockets: int, workers: int, whole: bool) -> int:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tiny_models.store(folder)
+        tiny_models.make_store(folder)
         with Server(folder / "models", folder / "runs", folder / "log", workers=str(workers)) as server:
-            target = nginx.address(server.address or "")
+            target = nginx.parse_address(server.address or "")
             for attack in ATTACKS:
                 check(f"{attack.name}, 1 address", target, ["127.0.0.2"], attack, 99)
                 check(f"{attack.name}, 16 addresses", target, several, attack, 90)
@@ -187,10 +187,10 @@ def main(sockets: int, workers: int, whole: bool) -> int:
             trusting = {"trusted_proxies": "127.0.0.1", "workers": str(workers)}
             with (
                 Server(folder / "models", folder / "runs-behind", folder / "log-behind", **trusting) as server,
-                nginx.proxy(folder, server.address or "", "proxy_request_buffering off;") as url,
+                nginx.run_nginx(folder, server.address or "", "proxy_request_buffering off;") as url,
             ):
                 for sources, words, percent in ((["127.0.0.2"], "1 address", 99), (several, "16 addresses", 90)):
-                    check(f"slow body through nginx, {words}", nginx.address(url), sources, SLOW_BODY, percent)
+                    check(f"slow body through nginx, {words}", nginx.parse_address(url), sources, SLOW_BODY, percent)
         traces = sum(log.read_text().count("Traceback") for log in folder.glob("log*"))
     checks.append(Check("errors with a traceback in the log", f"{traces}", "0", traces == 0))
     return conclude(

@@ -118,7 +118,7 @@ def main(kills: int, seed: int, whole: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="crash-points-") as name:
         folder = Path(name)
         runs, log = folder / "runs", folder / "log"
-        store = tiny_models.store(folder)
+        store = tiny_models.make_store(folder)
         client = Client(store, seed)
         client.start()
         started = time.monotonic()

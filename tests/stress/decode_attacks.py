@@ -35,7 +35,7 @@ import uvloop
 from PIL import Image
 from results import Check, conclude, is_whole
 from server import Server
-from sockets import head
+from sockets import make_head
 
 PHOTO = Path("docs/pictures/rocket.jpg").read_bytes()
 MODELS = Path("models")
@@ -75,7 +75,7 @@ def _form(files: list[bytes]) -> bytes:
     part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     body = b"".join(part + file + b"\r\n" for file in files) + b"--x--\r\n"
     lines = (b"Content-Type: multipart/form-data; boundary=x", b"Content-Length: %d" % len(body))
-    return head("POST /predict", *lines) + body
+    return make_head("POST /predict", *lines) + body
 
 
 @dataclass
@@ -184,7 +184,7 @@ def measure(
 
 def _memory_mib(server: Server) -> float:
     """Return the memory of the service and its decoders in MiB. No training runs at this time."""
-    family = {server.process.pid} | processes.children(server.process.pid)
+    family = {server.process.pid} | processes.list_children(server.process.pid)
     total = 0.0
     for each in family:
         try:

@@ -30,7 +30,7 @@ import pngs
 import tiffs
 from PIL import Image
 from processes import memory_mib
-from results import keep, occasion
+from results import describe_run, keep
 
 from app.exceptions import Problem
 from app.inference.images.cost import DecodeCost
@@ -210,7 +210,7 @@ def main() -> None:
         )
         print(lines[-1], file=sys.stderr, flush=True)
     summary = (
-        f"Estimated and measured cost of decoding {len(ratios)} files, {occasion()}. The median ratio is "
+        f"Estimated and measured cost of decoding {len(ratios)} files, {describe_run()}. The median ratio is "
         f"{statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}; {below} estimates are too low. "
         f"The service refuses estimates above {MAX_COST.cpu_ms / 1000:.0f} s or {MAX_COST.memory_bytes // MIB} MiB; "
         f"refused here: {len(refused)}."

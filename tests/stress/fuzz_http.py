@@ -135,7 +135,7 @@ def main(inputs: int, seed: int, workers: int, whole: bool) -> int:
     faults: list[str] = []
     with tempfile.TemporaryDirectory(prefix="fuzz-http-") as name:
         folder = Path(name)
-        store = tiny_models.store(folder)
+        store = tiny_models.make_store(folder)
         with (
             Server(store.root, folder / "runs", folder / "log", workers=str(workers)) as server,
             server.client() as http,

@@ -292,7 +292,7 @@ SCENES: tuple[Callable[[Scene], None], ...] = (
 def main(wanted: list[str]) -> int:
     checks = []
     with tempfile.TemporaryDirectory(prefix="hostile-") as name:
-        original = tiny_models.store(Path(name, "original"), versions=2)
+        original = tiny_models.make_store(Path(name, "original"), versions=2)
         for play in SCENES:
             if wanted and play.__name__ not in wanted:
                 continue

@@ -145,7 +145,7 @@ def difference(one: dict[int, float], other: dict[int, float]) -> float:
 def main(promotions: int, workers: int, whole: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="hot-swap-") as name:
         folder = Path(name)
-        store = tiny_models.store(folder, VERSIONS)
+        store = tiny_models.make_store(folder, VERSIONS)
         right = expected(store)
         with Server(store.root, folder / "runs", folder / "log", workers=str(workers)) as server:
             started = time.monotonic()

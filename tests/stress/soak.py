@@ -140,7 +140,7 @@ class Load:
 def main(minutes: float, workers: int, whole: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
-        store = tiny_models.store(folder, versions=2)
+        store = tiny_models.make_store(folder, versions=2)
         load, over = Load(store), threading.Event()
         settings = {"keep_versions": "4", "workers": str(workers)}
         with Server(store.root, folder / "runs", folder / "log", **settings) as server:

@@ -198,7 +198,7 @@ def checks_of(lock: str, now: Outcome, before: Outcome | None) -> Iterator[Check
 def main(others: list[str]) -> int:
     checks = list[Check]()
     with tempfile.TemporaryDirectory(prefix="stalled-") as name:
-        store = tiny_models.store(Path(name, "original")).root
+        store = tiny_models.make_store(Path(name, "original")).root
         numbers = itertools.count()
         for lock in LOCKS:
             wrappers = [

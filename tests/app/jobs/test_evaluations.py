@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from local import local
+from local_client import make_local_client
 from PIL import Image
 
 from app.exceptions import Unavailable
@@ -108,7 +108,7 @@ def zipped(name: str) -> bytes:
 
 
 def test_evaluations_have_a_lane_of_their_own_and_a_bound(settings: Settings, gate: Gate) -> None:
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         jobs = [client.post("/evaluate?limit=4") for _ in range(MAX_UNFINISHED)]
         assert [job.status_code for job in jobs] == [202] * MAX_UNFINISHED
         assert sorted(job.json()["state"] for job in jobs) == ["queued"] * 4 + ["running"] * 4
@@ -124,13 +124,13 @@ def test_evaluations_have_a_lane_of_their_own_and_a_bound(settings: Settings, ga
 
 
 def test_an_evaluation_that_the_service_stops_is_measured_at_the_next_start(settings: Settings, gate: Gate) -> None:
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         job = client.post("/evaluate?limit=4").json()
         until(lambda: gate.entered == 1)
         threading.Timer(0.2, gate.opened.set).start()  # the thread that reads cannot be interrupted
     with opened(settings.runs) as queue:
         assert queue.state(job["id"]) is State.INTERRUPTED
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         assert finish(client, job["id"])["result"]["images"] == 4
 
 
@@ -143,13 +143,13 @@ def test_the_zip_is_kept_until_its_evaluation_has_finished(settings: Settings, m
         raise Unavailable("the evaluation was stopped")
 
     monkeypatch.setattr("app.jobs.evaluation_runner.read_zip", wait)
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         job = client.post("/evaluate", files={"file": zipped("red_disc/1.png")}).json()
         assert entered.wait(60)
     file = settings.runs / job["id"] / ZIP
     assert file.exists()
     monkeypatch.setattr("app.jobs.evaluation_runner.read_zip", read)
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         assert finish(client, job["id"])["result"]["images"] == 1
         until(lambda: not file.exists())
 
@@ -161,7 +161,7 @@ def test_an_evaluation_of_a_server_that_died_is_measured_again_once(settings: Se
             queue.run_folder(job_id).path.mkdir()
             queue.add(job_id, REQUEST.model_copy(update={"limit": 4}), State.RUNNING)
         assert queue.claim(again)
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         assert finish(client, left)["state"] == "succeeded"
         failed = finish(client, again)
         assert (failed["state"], failed["error"]) == (
@@ -175,7 +175,7 @@ def test_an_evaluation_that_another_server_runs_is_left_to_it(settings: Settings
         job_id = new_job_id()
         queue.run_folder(job_id).path.mkdir()
         queue.add(job_id, REQUEST, State.RUNNING)
-        with queue.run_folder(job_id).lock_for_child(), local(create_app(settings)) as client:
+        with queue.run_folder(job_id).lock_for_child(), make_local_client(create_app(settings)) as client:
             services = cast(FastAPI, client.app).state.services
             cast(Any, client).portal.call(services.evaluations._take_waiting_jobs)
             assert client.get(f"/evaluate/{job_id}").json()["state"] == "running"
@@ -184,7 +184,7 @@ def test_an_evaluation_that_another_server_runs_is_left_to_it(settings: Settings
 
 @pytest.mark.parametrize("state", ["running", "queued"])
 def test_an_evaluation_can_be_cancelled(settings: Settings, gate: Gate, state: str) -> None:
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         jobs = [client.post("/evaluate?limit=4").json() for _ in range(5)]
         job = next(job for job in jobs if job["state"] == state)
         assert client.delete(f"/evaluate/{job['id']}").json()["state"] == "cancelled"
@@ -199,7 +199,7 @@ def test_an_evaluation_is_cancelled_by_another_server(
     settings: Settings, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.jobs.evaluation_runner._PROGRESS_S", 0.01)
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         services = cast(FastAPI, client.app).state.services
         busy = threading.Event()
 
@@ -218,7 +218,7 @@ def test_an_evaluation_is_cancelled_by_another_server(
 
 
 def test_the_events_of_an_evaluation_end_with_the_result(settings: Settings) -> None:
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         job = client.post("/evaluate?limit=4").json()
         done = finish(client, job["id"])
         *_, tick, end = client.get(f"/evaluate/{job['id']}/events").text.strip().split("\n\n")

@@ -15,7 +15,7 @@ from unittest.mock import AsyncMock
 
 import pytest
 from fastapi.testclient import TestClient
-from local import local
+from local_client import make_local_client
 
 from app.clients import FairShares
 from app.dependencies import Services
@@ -207,7 +207,7 @@ def test_a_runner_that_is_stopped_ends_even_if_it_cannot_note_so(
 
 
 def test_only_so_many_clients_follow_events(jobs: TrainingQueue, tmp_path: Path) -> None:
-    with local(create_app(Settings(models=tmp_path, runs=tmp_path, max_event_streams=1))) as client:
+    with make_local_client(create_app(Settings(models=tmp_path, runs=tmp_path, max_event_streams=1))) as client:
         job = jobs.submit(REQUEST)
         jobs.cancel(job.id)
         assert client.get(f"/train/{job.id}/events").text.startswith("event: end")
@@ -242,7 +242,7 @@ def test_one_address_cannot_take_every_event_stream() -> None:
 
 def test_who_follows_events_is_let_go_when_the_service_stops(jobs: TrainingQueue, tmp_path: Path) -> None:
     job = jobs.submit(REQUEST)
-    with local(create_app(Settings(models=tmp_path, runs=tmp_path))) as client:
+    with make_local_client(create_app(Settings(models=tmp_path, runs=tmp_path))) as client:
         client.app.state.services.draining = True  # type: ignore[attr-defined]
         answer = client.get(f"/train/{job.id}/events")
         assert (answer.text, answer.headers["x-accel-buffering"]) == ("", "no")
@@ -349,7 +349,7 @@ def test_an_unknown_job_is_not_found(jobs: TrainingQueue, call: object) -> None:
 
 def test_without_a_runs_folder_there_is_no_training_but_everything_else(models: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file, not a folder")
-    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+    with make_local_client(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
         assert client.get("/health").json()["training"] is None
         assert client.get("/health/ready").status_code == 200
         for answer in (client.post("/train", json={"recipe": "resnet"}), client.get("/train"), client.get("/train/x")):
@@ -359,7 +359,7 @@ def test_without_a_runs_folder_there_is_no_training_but_everything_else(models: 
 
 def test_without_a_readable_database_there_is_no_training_but_everything_else(models: Path, tmp_path: Path) -> None:
     (tmp_path / "jobs.sqlite").write_bytes(b"garbage" * 1000)
-    with local(create_app(Settings(models=models, runs=tmp_path, data="synthetic:4"))) as client:
+    with make_local_client(create_app(Settings(models=models, runs=tmp_path, data="synthetic:4"))) as client:
         assert client.get("/health/ready").status_code == 200
         assert client.get("/train").status_code == 503
 
@@ -422,7 +422,7 @@ def test_more_readers_than_connections_in_the_pool_are_answered(jobs: TrainingQu
 
 def test_database_that_does_not_answer_holds_up_jobs_only(models: Path, tmp_path: Path) -> None:
     gate = threading.Event()
-    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+    with make_local_client(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
         services = services_of(client)
         running = services.training_jobs.submit(REQUEST)
         services.training_jobs._running = running.id
@@ -522,7 +522,7 @@ def test_training_becomes_available_once_its_folder_can_be_used(
 ) -> None:
     monkeypatch.setattr("app.jobs.training_runner._LEASE_POLL_S", 0.01)
     (tmp_path / "runs").write_text("a file, not a folder")
-    with local(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+    with make_local_client(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
         assert client.get("/train").status_code == 503
         (tmp_path / "runs").unlink()
         end = time.monotonic() + 60

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api import MULTIPART, assert_problem, file_part, form, png, zipped
+from api import MULTIPART, assert_problem, encode_png, make_file_part, make_form, make_zip
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from local import local
+from local_client import make_local_client
 
 from app.exceptions import MalformedBody, TooLarge
 from app.main import create_app
@@ -35,13 +35,13 @@ def client(published_store: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         max_predict_bytes=LIMIT,
         max_pending_bytes=2 * LIMIT,
     )
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def image(dataset: Dataset) -> bytes:
-    return png(dataset, 0)
+    return encode_png(dataset, 0)
 
 
 def decode(encoded: bytes, size: int = 1 << 16) -> list[bytes]:
@@ -134,11 +134,11 @@ def test_every_body_may_be_gzip(client: TestClient, image: bytes) -> None:
     encoded = gzip.compress(image)
     chunked = client.post("/predict", content=iter([encoded[:100], encoded[100:]]), headers=PNG | GZIP)
     assert chunked.json()["predictions"][0]["classes"] == plain
-    upload = gzip.compress(form(file_part(image), file_part(b"5", b"name=top_k")))
+    upload = gzip.compress(make_form(make_file_part(image), make_file_part(b"5", b"name=top_k")))
     assert (
         client.post("/predict", content=upload, headers=MULTIPART | GZIP).json()["predictions"][0]["classes"] == plain
     )
-    archive = gzip.compress(form(file_part(zipped({"red_disc/1.png": image}))))
+    archive = gzip.compress(make_form(make_file_part(make_zip({"red_disc/1.png": image}))))
     assert client.post("/evaluate", content=archive, headers=MULTIPART | GZIP).json()["result"]["images"] == 1
     request = gzip.compress(json.dumps({"recipe": "vgg"}).encode())
     refused = client.post("/train", content=request, headers={"Content-Type": "application/json"} | GZIP)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api import assert_problem, png, zipped
+from api import assert_problem, encode_png, make_zip
 from fastapi.testclient import TestClient
-from local import local
+from local_client import make_local_client
 
 from app.main import create_app
 from app.settings import Settings
@@ -19,13 +19,13 @@ from training.dataset import Dataset
 def client(published_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     runs = tmp_path_factory.mktemp("runs")
     settings = Settings(models=published_store, runs=runs, data="synthetic:4", operator_rate_limit=None)
-    with local(create_app(settings)) as client:
+    with make_local_client(create_app(settings)) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def image(dataset: Dataset) -> bytes:
-    return png(dataset, 0)
+    return encode_png(dataset, 0)
 
 
 def test_every_operation_refuses_an_unknown_query_parameter(client: TestClient) -> None:
@@ -121,7 +121,7 @@ def test_form_fields_work_as_the_query(client: TestClient, image: bytes) -> None
 
 
 def test_evaluations_of_a_zip_take_form_fields(client: TestClient, image: bytes) -> None:
-    archive = zipped({"red_disc/1.png": image})
+    archive = make_zip({"red_disc/1.png": image})
 
     def send(fields: dict[str, Any], url: str = "/evaluate") -> Any:
         return client.post(url, data=fields, files={"file": archive})

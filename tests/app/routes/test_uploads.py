@@ -7,7 +7,7 @@ from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import pytest
-from api import BOUNDARY, MULTIPART, file_part, form
+from api import BOUNDARY, MULTIPART, make_file_part, make_form
 from starlette.requests import Request
 
 from app.exceptions import BadRequest, MalformedBody, Problem, UnsupportedMediaType
@@ -68,17 +68,21 @@ def read(
     ],
 )
 def test_part_of_the_field_file_is_a_file(disposition: bytes, name: str | None) -> None:
-    assert read(form(file_part(CONTENT, disposition))) == [(name, CONTENT)]
+    assert read(make_form(make_file_part(CONTENT, disposition))) == [(name, CONTENT)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 64])
 def test_form_may_arrive_in_parts_of_any_size(size: int) -> None:
-    parts = file_part(CONTENT), file_part(b"b" * 300, b"name=file; filename*=utf-8''b.png"), file_part(b"3", b"name=k")
-    assert read(form(*parts), size=size) == [("a.png", CONTENT), ("b.png", b"b" * 300), ("k", "3")]
+    parts = (
+        make_file_part(CONTENT),
+        make_file_part(b"b" * 300, b"name=file; filename*=utf-8''b.png"),
+        make_file_part(b"3", b"name=k"),
+    )
+    assert read(make_form(*parts), size=size) == [("a.png", CONTENT), ("b.png", b"b" * 300), ("k", "3")]
 
 
 def test_form_that_is_cut_off_anywhere_says_so() -> None:
-    body = form(file_part(CONTENT), file_part(b"3", b'name="top_k"'))
+    body = make_form(make_file_part(CONTENT), make_file_part(b"3", b'name="top_k"'))
     whole = read(body)
     for length in range(len(body) - len(b"\r\n")):
         with pytest.raises(MalformedBody, match=f"the form ends before its closing boundary '--{BOUNDARY}--'"):
@@ -91,20 +95,23 @@ def test_form_that_is_cut_off_anywhere_says_so() -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (form(file_part(CONTENT), line_end=b"\n"), "does not begin with the boundary '--a-boundary' as a line"),
-        (form(file_part(CONTENT)).replace(b'png"\r\n', b'png"\n'), "with LF; they must end with CRLF"),
-        (b"--other\r\n" + form(file_part(CONTENT)), "does not begin with the boundary"),
-        (b"a preamble\r\n" + form(file_part(CONTENT)), "does not begin with the boundary"),
+        (
+            make_form(make_file_part(CONTENT), line_end=b"\n"),
+            "does not begin with the boundary '--a-boundary' as a line",
+        ),
+        (make_form(make_file_part(CONTENT)).replace(b'png"\r\n', b'png"\n'), "with LF; they must end with CRLF"),
+        (b"--other\r\n" + make_form(make_file_part(CONTENT)), "does not begin with the boundary"),
+        (b"a preamble\r\n" + make_form(make_file_part(CONTENT)), "does not begin with the boundary"),
         (CONTENT, "does not begin with the boundary"),
-        (form((b"X: " + b"a" * 5000, b"")), "a header of a part is longer than 4,224 bytes"),
-        (form((b"X" * 5000 + b": a", b"")), "a header of a part is longer than 4,224 bytes"),
-        (form((b"\r\n".join(b"X%d: a" % number for number in range(9)), b"")), "more than 8 headers"),
-        (form((b"no colon", b"")), "is not a line 'Name: value'"),
-        (form((b": no name", b"")), "is not a line 'Name: value'"),
-        (form((b"Content-Type: image/png", CONTENT)), "the Content-Disposition of a part has no name"),
-        (form(*[file_part(CONTENT)] * 4), "Too many files. Maximum number of files is 3."),
-        (form(*[file_part(b"1", b"name=k")] * 9), "Too many fields. Maximum number of fields is 8."),
-        (form(file_part(bytes(2 << 20), b"name=k")), "maximum size of 1024KB"),
+        (make_form((b"X: " + b"a" * 5000, b"")), "a header of a part is longer than 4,224 bytes"),
+        (make_form((b"X" * 5000 + b": a", b"")), "a header of a part is longer than 4,224 bytes"),
+        (make_form((b"\r\n".join(b"X%d: a" % number for number in range(9)), b"")), "more than 8 headers"),
+        (make_form((b"no colon", b"")), "is not a line 'Name: value'"),
+        (make_form((b": no name", b"")), "is not a line 'Name: value'"),
+        (make_form((b"Content-Type: image/png", CONTENT)), "the Content-Disposition of a part has no name"),
+        (make_form(*[make_file_part(CONTENT)] * 4), "Too many files. Maximum number of files is 3."),
+        (make_form(*[make_file_part(b"1", b"name=k")] * 9), "Too many fields. Maximum number of fields is 8."),
+        (make_form(make_file_part(bytes(2 << 20), b"name=k")), "maximum size of 1024KB"),
     ],
 )
 def test_malformed_form_is_named(body: bytes, words: str) -> None:
@@ -125,24 +132,32 @@ def test_malformed_form_is_named(body: bytes, words: str) -> None:
 )
 def test_wrong_boundary_is_named(content_type: str, words: str) -> None:
     with pytest.raises(MalformedBody) as raised:
-        read(form(file_part(CONTENT)), content_type)
+        read(make_form(make_file_part(CONTENT)), content_type)
     assert words in raised.value.detail
 
 
 def test_quoted_boundary_and_upper_case_are_read() -> None:
     for content_type in (f'multipart/form-data; boundary="{BOUNDARY}"', f"Multipart/Form-Data;Boundary={BOUNDARY}"):
-        assert read(form(file_part(CONTENT)), content_type) == [("a.png", CONTENT)]
+        assert read(make_form(make_file_part(CONTENT)), content_type) == [("a.png", CONTENT)]
 
 
 @pytest.mark.parametrize(
     ("body", "kind", "words"),
     [
-        (form(), BadRequest, "the form has no field 'file'; send every file"),
-        (form(file_part(b"1", b"name=top_k")), BadRequest, "the form has no field 'file'; send every file"),
-        (form(file_part(CONTENT, b"name=image; filename=a")), BadRequest, "but a file in the field 'image'"),
-        (form(file_part(CONTENT), file_part(b"", b"name=mask; filename=a")), BadRequest, "a file in the field 'mask'"),
-        (form(file_part(b"photo.jpg", b"name=file")), BadRequest, "the text 'photo.jpg' in the field 'file'"),
-        (form(file_part(b"data:image/png;base64,iVBORw0", b"name=file")), BadRequest, "the text 'data:image/png"),
+        (make_form(), BadRequest, "the form has no field 'file'; send every file"),
+        (make_form(make_file_part(b"1", b"name=top_k")), BadRequest, "the form has no field 'file'; send every file"),
+        (make_form(make_file_part(CONTENT, b"name=image; filename=a")), BadRequest, "but a file in the field 'image'"),
+        (
+            make_form(make_file_part(CONTENT), make_file_part(b"", b"name=mask; filename=a")),
+            BadRequest,
+            "a file in the field 'mask'",
+        ),
+        (make_form(make_file_part(b"photo.jpg", b"name=file")), BadRequest, "the text 'photo.jpg' in the field 'file'"),
+        (
+            make_form(make_file_part(b"data:image/png;base64,iVBORw0", b"name=file")),
+            BadRequest,
+            "the text 'data:image/png",
+        ),
     ],
 )
 def test_form_without_a_file_is_named(body: bytes, kind: type[Problem], words: str) -> None:
@@ -153,12 +168,12 @@ def test_form_without_a_file_is_named(body: bytes, kind: type[Problem], words: s
 
 @pytest.mark.parametrize("header", [b"Content-Transfer-Encoding", b"Content-Encoding"])
 def test_encoded_part_is_named(header: bytes) -> None:
-    head, content = file_part(CONTENT)
+    head, content = make_file_part(CONTENT)
     for encoding in (b"base64", b"gzip", b"quoted-printable"):
         with pytest.raises(UnsupportedMediaType, match=f"{header.decode()} '{encoding.decode()}' of a file in a form"):
-            read(form((head + b"\r\n" + header + b": " + encoding, content)))
+            read(make_form((head + b"\r\n" + header + b": " + encoding, content)))
     for encoding in (b"binary", b"8bit", b"identity", b""):
-        assert read(form((head + b"\r\n" + header + b": " + encoding, content))) == [("a.png", CONTENT)]
+        assert read(make_form((head + b"\r\n" + header + b": " + encoding, content))) == [("a.png", CONTENT)]
 
 
 def test_the_files_of_a_refused_form_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,8 +185,8 @@ def test_the_files_of_a_refused_form_are_closed(monkeypatch: pytest.MonkeyPatch)
         return file
 
     monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", note)
-    whole, text = form(file_part(CONTENT)), form(file_part(b"text", b"name=file"))
-    for body in (whole, whole[:-10], form(file_part(CONTENT), (b"no colon", b"")), text):
+    whole, text = make_form(make_file_part(CONTENT)), make_form(make_file_part(b"text", b"name=file"))
+    for body in (whole, whole[:-10], make_form(make_file_part(CONTENT), (b"no colon", b"")), text):
         with suppress(Problem):
             read(body)
     assert len(files) == 4
@@ -179,9 +194,11 @@ def test_the_files_of_a_refused_form_are_closed(monkeypatch: pytest.MonkeyPatch)
 
 
 ORDINARY = (
-    form(file_part(CONTENT)),
-    form(file_part(CONTENT), file_part(b""), (b'Content-Disposition: form-data; name="top_k"', b"3")),
-    form((b'Content-Disposition: form-data; name="file"; filename="a b.jpg"\r\nContent-Type: image/jpeg', CONTENT)),
+    make_form(make_file_part(CONTENT)),
+    make_form(make_file_part(CONTENT), make_file_part(b""), (b'Content-Disposition: form-data; name="top_k"', b"3")),
+    make_form(
+        (b'Content-Disposition: form-data; name="file"; filename="a b.jpg"\r\nContent-Type: image/jpeg', CONTENT)
+    ),
 )
 
 

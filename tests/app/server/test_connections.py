@@ -18,7 +18,7 @@ import pytest
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from PIL import Image
-from sockets import Address, answer, connect, eventually, exchange, head, serving, upload
+from sockets import Address, connect, exchange, make_head, make_upload, read_response, run_server, wait_until
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -52,7 +52,7 @@ def listening(app: FastAPI, monkeypatch: pytest.MonkeyPatch, keep_alive_s: int) 
     monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_S", 0.5)
     monkeypatch.setattr(protocol, "_READ_TIMEOUT_S", 0.5)
     monkeypatch.setattr(body_limit, "_BUDGET_S", 0.5)
-    with serving(app, app.state.services.shedder.should_shed, ConnectionTable(5, ""), keep_alive_s) as listening:
+    with run_server(app, app.state.services.shedder.should_shed, ConnectionTable(5, ""), keep_alive_s) as listening:
         yield listening
 
 
@@ -61,7 +61,7 @@ def address(listening: socket.socket) -> Address:
     return cast(Address, listening.getsockname())
 
 
-HEALTH = head("GET /health/live", b"Connection: close")
+HEALTH = make_head("GET /health/live", b"Connection: close")
 
 
 def alive(address: Address, source: str = "127.0.0.1") -> bool:
@@ -73,15 +73,15 @@ def test_a_head_that_does_not_end_is_cut_off(address: Address, part: bytes) -> N
     with connect(address) as connection:
         connection.sendall(part)
         started = time.monotonic()
-        assert answer(connection) == b""
+        assert read_response(connection) == b""
         assert time.monotonic() - started < 30
     assert alive(address)
 
 
 def test_a_second_head_that_does_not_end_is_cut_off(address: Address) -> None:
     with connect(address) as connection:
-        connection.sendall(head("GET /health/live") + b"GET /hea")
-        assert answer(connection).count(b"HTTP/1.1 200") == 1
+        connection.sendall(make_head("GET /health/live") + b"GET /hea")
+        assert read_response(connection).count(b"HTTP/1.1 200") == 1
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_huge_head_ends_the_connection(address: Address) -> None:
     with connect(address) as connection:
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.sendall(b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 1_000_000 + b"\r\n")
-        received = answer(connection)
+        received = read_response(connection)
         assert not received or received.startswith(b"HTTP/1.1 431 ")
 
         def send_more() -> None:
@@ -118,16 +118,16 @@ def test_a_huge_head_ends_the_connection(address: Address) -> None:
 
 def test_an_empty_line_after_an_answer_does_not_keep_the_connection_open(address: Address) -> None:
     with connect(address) as connection:
-        connection.sendall(head("GET /health/live"))
+        connection.sendall(make_head("GET /health/live"))
         assert status_line(connection).startswith(b"HTTP/1.1 200 ")
         connection.sendall(b"\r\n")
         started = time.monotonic()
-        assert answer(connection) == b""
+        assert read_response(connection) == b""
         assert time.monotonic() - started < 30
 
 
 def test_headers_after_a_body_are_bounded_and_dropped(address: Address) -> None:
-    request = head("POST /predict", b"Content-Type: image/png", b"Transfer-Encoding: chunked")
+    request = make_head("POST /predict", b"Content-Type: image/png", b"Transfer-Encoding: chunked")
     with connect(address) as connection:
         connection.sendall(request + b"1\r\nx\r\n0\r\nX-Request-ID: late\r\n\r\n")
         received = status_line(connection)
@@ -136,7 +136,7 @@ def test_headers_after_a_body_are_bounded_and_dropped(address: Address) -> None:
         for part in (request + b"1\r\nx\r\n0\r\n", b"X-Large: " + b"a" * 40_000):
             connection.sendall(part)
             time.sleep(0.1)  # bytes that arrive together with a piece of the body do not count
-        assert answer(connection).startswith(b"HTTP/1.1 431 ")
+        assert read_response(connection).startswith(b"HTTP/1.1 431 ")
     assert alive(address)
 
 
@@ -147,7 +147,7 @@ def test_what_is_no_http_is_400(address: Address) -> None:
 
 
 def test_a_body_that_does_not_come_is_408(address: Address) -> None:
-    received = exchange(address, upload(1000) + b"abc")
+    received = exchange(address, make_upload(1000) + b"abc")
     assert received.startswith(b"HTTP/1.1 408 ")
     assert b"too slowly" in received
 
@@ -155,7 +155,7 @@ def test_a_body_that_does_not_come_is_408(address: Address) -> None:
 def test_a_body_that_comes_steadily_may_take_longer(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_limit, "SLOWEST_BYTES_PER_S", 1000)
     with connect(address) as connection:
-        connection.sendall(upload(3000))
+        connection.sendall(make_upload(3000))
         for _ in range(6):
             connection.sendall(bytes(500))
             time.sleep(0.2)
@@ -167,9 +167,9 @@ def test_a_body_that_begins_fast_may_not_be_silent_for_longer(
 ) -> None:
     monkeypatch.setattr(body_limit, "SLOWEST_BYTES_PER_S", 1000)
     with connect(address) as connection:
-        connection.sendall(upload(100_001) + bytes(100_000))  # at 1,000 bytes/s this body may take 100 s
+        connection.sendall(make_upload(100_001) + bytes(100_000))  # at 1,000 bytes/s this body may take 100 s
         started = time.monotonic()
-        assert answer(connection).startswith(b"HTTP/1.1 408 ")
+        assert read_response(connection).startswith(b"HTTP/1.1 408 ")
         assert time.monotonic() - started < 30
 
 
@@ -305,20 +305,20 @@ def test_predictions_are_refused_before_they_cost_anything_while_the_queue_is_fu
 ) -> None:
     with connect(address) as connection:
         for _ in range(2):
-            connection.sendall(upload(3) + b"abc")
+            connection.sendall(make_upload(3) + b"abc")
             assert status_line(connection) == b"HTTP/1.1 503 Service Unavailable"
-        connection.sendall(upload(3).replace(b"/predict", b"/predict?model=other") + b"abc")
+        connection.sendall(make_upload(3).replace(b"/predict", b"/predict?model=other") + b"abc")
         assert status_line(connection) == b"HTTP/1.1 404 Not Found"  # an unknown model has no queue
-        connection.sendall(upload(3).replace(b"Host", b"Origin: https://friend.example\r\nHost") + b"abc")
+        connection.sendall(make_upload(3).replace(b"Host", b"Origin: https://friend.example\r\nHost") + b"abc")
         # A page sees only answers with its origin, and only the application adds it.
         assert status_line(connection) == b"HTTP/1.1 415 Unsupported Media Type"
-        connection.sendall(upload(100_000))
+        connection.sendall(make_upload(100_000))
         for _ in range(10):
             time.sleep(0.01)
             connection.sendall(bytes(10_000))
         assert status_line(connection) == b"HTTP/1.1 503 Service Unavailable"
         overloaded.queued = 0
-        connection.sendall(upload(3) + b"abc")
+        connection.sendall(make_upload(3) + b"abc")
         assert status_line(connection) == b"HTTP/1.1 415 Unsupported Media Type"  # the queue has room again
     assert alive(address)
 
@@ -331,15 +331,15 @@ def test_connection_of_client_over_its_share_is_not_read_for_a_second_after_a_re
         return True
 
     with (
-        serving(app, should_shed, exceeds_share=lambda _: True) as listening,
+        run_server(app, should_shed, exceeds_share=lambda _: True) as listening,
         connect(listening.getsockname()) as connection,
     ):
         for number in range(2):
-            connection.sendall(upload(3) + b"abc")
+            connection.sendall(make_upload(3) + b"abc")
             assert status_line(connection) == b"HTTP/1.1 503 Service Unavailable"
             assert len(read) == number + 1
             paused = time.monotonic()
-        connection.sendall(upload(3) + b"abc")
+        connection.sendall(make_upload(3) + b"abc")
         assert status_line(connection) == b"HTTP/1.1 503 Service Unavailable"
         assert time.monotonic() - paused > 0.9
 
@@ -348,13 +348,13 @@ def test_connection_of_client_over_its_share_is_not_read_for_a_second_after_a_re
 def test_a_refused_prediction_does_not_hold_its_connection(address: Address, overloaded: Batcher, line: bytes) -> None:
     with connect(address) as connection:
         body = b"abc" if line.startswith(b"Connection") else b"ab"
-        connection.sendall(upload(3, line) + body)
-        assert answer(connection).count(b"HTTP/1.1 503 ") == 1
+        connection.sendall(make_upload(3, line) + body)
+        assert read_response(connection).count(b"HTTP/1.1 503 ") == 1
 
 
 def test_only_predictions_are_refused_early(address: Address, overloaded: Batcher) -> None:
     with connect(address) as connection:
-        connection.sendall(head("GET /predict"))
+        connection.sendall(make_head("GET /predict"))
         assert status_line(connection) == b"HTTP/1.1 405 Method Not Allowed"
     assert overloaded.queued
 
@@ -372,32 +372,32 @@ def test_what_waits_for_a_client_that_leaves_is_not_computed(app: FastAPI, addre
     batcher.engine = cast(Engine, gated)
     file = io.BytesIO()
     Image.new("RGB", (32, 32)).save(file, "PNG")
-    request = upload(len(file.getvalue())) + file.getvalue()
+    request = make_upload(len(file.getvalue())) + file.getvalue()
     with connect(address) as stays:
         stays.sendall(request)
         assert started.wait(10)
         leaving = [connect(address) for _ in range(2)]
         for connection in leaving:
             connection.sendall(request)
-        eventually(lambda: batcher.queued == 2)
+        wait_until(lambda: batcher.queued == 2)
         for connection in leaving:
             connection.close()
         left = 'cifar100_requests_total{method="POST",route="/predict",status="499"} 2.0'
-        eventually(lambda: left in httpx.get(f"http://{address[0]}:{address[1]}/metrics").text)
+        wait_until(lambda: left in httpx.get(f"http://{address[0]}:{address[1]}/metrics").text)
         gate.set()
         assert status_line(stays) == b"HTTP/1.1 200 OK"
-    eventually(lambda: batcher.queued == 0)
+    wait_until(lambda: batcher.queued == 0)
     assert computed == [1]
 
 
 def test_only_so_many_requests_are_taken_ahead_of_their_answers(address: Address) -> None:
-    request = head("GET /health/live")
+    request = make_head("GET /health/live")
     with connect(address) as connection:
         connection.sendall(20 * request)
         assert status_line(connection) == b"HTTP/1.1 200 OK"
     with connect(address) as connection:
         connection.sendall(4000 * request)
-        assert answer(connection).count(b"HTTP/1.1 200 OK") < 40
+        assert read_response(connection).count(b"HTTP/1.1 200 OK") < 40
     assert alive(address)
 
 
@@ -406,7 +406,7 @@ def test_a_client_that_does_not_read_is_cut_off(address: Address) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         try:
             for _ in range(4000):
-                connection.sendall(head("GET /openapi.json"))
+                connection.sendall(make_head("GET /openapi.json"))
         except (BrokenPipeError, ConnectionResetError):
             return
         except TimeoutError:
@@ -422,9 +422,9 @@ def test_a_client_that_leaves_the_rest_of_an_answer_unread_is_cut_off(
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(address)
-        connection.sendall(head("GET /openapi.json", line))
+        connection.sendall(make_head("GET /openapi.json", line))
         time.sleep(3)
-        start, _, body = answer(connection).partition(b"\r\n\r\n")
+        start, _, body = read_response(connection).partition(b"\r\n\r\n")
     assert start.startswith(b"HTTP/1.1 200 ")
     assert len(body) < int(start.lower().partition(b"content-length: ")[2].split()[0])
 
@@ -432,17 +432,17 @@ def test_a_client_that_leaves_the_rest_of_an_answer_unread_is_cut_off(
 ATTACKS = {
     "silent": b"",
     "slow head": b"GET /health HTTP/1.1\r\nX-Slow: ",
-    "slow body": upload(1000) + b"a",
-    "chunked body": upload(1000).replace(b"Content-Length: 1000", b"Transfer-Encoding: chunked") + b"3\r\na",
-    "slow reader": head("GET /openapi.json") * 30,
-    "hoarded": head("GET /health/live"),
+    "slow body": make_upload(1000) + b"a",
+    "chunked body": make_upload(1000).replace(b"Content-Length: 1000", b"Transfer-Encoding: chunked") + b"3\r\na",
+    "slow reader": make_head("GET /openapi.json") * 30,
+    "hoarded": make_head("GET /health/live"),
 }
 
 
 @pytest.fixture
 def patient(app: FastAPI) -> Iterator[Address]:
     """The address of a server with at most twelve connections and the default timeouts."""
-    with serving(app, app.state.services.shedder.should_shed, ConnectionTable(12, "")) as listening:
+    with run_server(app, app.state.services.shedder.should_shed, ConnectionTable(12, "")) as listening:
         yield cast(Address, listening.getsockname())
 
 
@@ -467,7 +467,7 @@ def test_connections_of_one_address_shut_no_other_address_out(patient: Address, 
         assert all(alive(patient, f"127.0.0.{number}") for number in range(3, 23))
         for connection in held:
             connection.sendall(HEALTH)
-            assert answer(connection).startswith(b"HTTP/1.1 200 ")
+            assert read_response(connection).startswith(b"HTTP/1.1 200 ")
             connection.close()
 
 
@@ -635,18 +635,18 @@ def test_half_sent_body_at_the_end_of_a_server_is_503_without_traceback(
     app: FastAPI, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ExitStack() as closed:
-        with serving(app, stop_s=0) as listening:
+        with run_server(app, stop_s=0) as listening:
             held = [closed.enter_context(connect(listening.getsockname())) for _ in range(2)]
-            held[0].sendall(upload(1000) + b"abc")
+            held[0].sendall(make_upload(1000) + b"abc")
             form = b"Content-Type: multipart/form-data; boundary=x"
-            held[1].sendall(upload(1000).replace(b"Content-Type: image/png", form) + b"--x\r\n")
+            held[1].sendall(make_upload(1000).replace(b"Content-Type: image/png", form) + b"--x\r\n")
             time.sleep(0.2)
-        assert all(answer(connection).startswith(b"HTTP/1.1 503 ") for connection in held)
+        assert all(read_response(connection).startswith(b"HTTP/1.1 503 ") for connection in held)
     assert not [record for record in caplog.records if record.exc_info]
 
 
 @pytest.mark.parametrize("path", ["/predict/", "/static", "/models/"])
 def test_host_of_client_does_not_reach_an_answer(address: Address, path: str) -> None:
-    received = exchange(address, head(f"GET {path}", b"Connection: close", host="evil.example"))
+    received = exchange(address, make_head(f"GET {path}", b"Connection: close", host="evil.example"))
     assert received.startswith(b"HTTP/1.1 404 ")
     assert b"evil" not in received

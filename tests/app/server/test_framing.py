@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from sockets import Address, answer, connect, exchange, head, serving
+from sockets import Address, connect, exchange, make_head, read_response, run_server
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
@@ -19,8 +19,8 @@ from starlette.types import Receive, Scope, Send
 from app.main import create_app
 from app.settings import Settings
 
-HIDDEN = head("PUT /models/resnet/live", b"Content-Length: 13") + b'{"version":1}'
-LAST = head("GET /last", b"Connection: close")
+HIDDEN = make_head("PUT /models/resnet/live", b"Content-Length: 13") + b'{"version":1}'
+LAST = make_head("GET /last", b"Connection: close")
 OFFERS = {
     "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk",
     "websocket": b"Connection: keep-alive, upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13",
@@ -50,7 +50,7 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 def address(recorder: Recorder) -> Iterator[Address]:
-    with serving(recorder) as listening:
+    with run_server(recorder) as listening:
         yield cast(Address, listening.getsockname())
 
 
@@ -72,12 +72,12 @@ def test_body_of_request_with_upgrade_is_its_body(
 ) -> None:
     body = b"\r\n" * 20 + HIDDEN
     if framing == "length":
-        request = head("POST /predict", b"Content-Length: %d" % len(body), offer) + body
+        request = make_head("POST /predict", b"Content-Length: %d" % len(body), offer) + body
     else:
-        request = head("POST /predict", b"Transfer-Encoding: chunked", offer) + chunked(body)
+        request = make_head("POST /predict", b"Transfer-Encoding: chunked", offer) + chunked(body)
     with connect(address) as connection:
         send_in_pieces(request + LAST, size, connection)
-        assert answer(connection).count(b"HTTP/1.1 200 OK") == 2
+        assert read_response(connection).count(b"HTTP/1.1 200 OK") == 2
     assert recorder.requests == [("POST", "/predict", body), ("GET", "/last", b"")]
 
 
@@ -87,23 +87,23 @@ def test_body_that_comes_after_head_with_upgrade_is_its_body(
 ) -> None:
     body = b"\r\n" * 22_500 + HIDDEN
     with connect(address) as connection:
-        request = head("POST /predict", b"Content-Length: %d" % len(body), b"Expect: 100-continue", offer)
+        request = make_head("POST /predict", b"Content-Length: %d" % len(body), b"Expect: 100-continue", offer)
         connection.sendall(request)
         assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(body + LAST)
-        assert answer(connection).count(b"HTTP/1.1 200 OK") == 2
+        assert read_response(connection).count(b"HTTP/1.1 200 OK") == 2
     assert recorder.requests == [("POST", "/predict", body), ("GET", "/last", b"")]
 
 
 def test_requests_with_upgrade_and_without_body_are_answered_in_turn(address: Address, recorder: Recorder) -> None:
-    upgrade = head("GET /events", OFFERS["websocket"])
+    upgrade = make_head("GET /events", OFFERS["websocket"])
     assert exchange(address, upgrade * 3 + LAST).count(b"HTTP/1.1 200 OK") == 4
     assert recorder.requests == [("GET", "/events", b"")] * 3 + [("GET", "/last", b"")]
 
 
 def test_connection_is_closed_after_request_with_upgrade_that_says_so(address: Address, recorder: Recorder) -> None:
     offer = b"Connection: close, Upgrade\r\nUpgrade: h2c"
-    received = exchange(address, head("POST /predict", b"Content-Length: 3", offer) + b"abc" + LAST)
+    received = exchange(address, make_head("POST /predict", b"Content-Length: 3", offer) + b"abc" + LAST)
     assert received.count(b"HTTP/1.1 ") == 1
     assert b"connection: close" in received
     assert recorder.requests == [("POST", "/predict", b"abc")]
@@ -111,19 +111,19 @@ def test_connection_is_closed_after_request_with_upgrade_that_says_so(address: A
 
 def test_what_follows_an_upgrade_without_body_is_no_other_protocol(address: Address, recorder: Recorder) -> None:
     frame = b"\x81\x85\x37\xfa\x21\x3d\x7f\x9f\x4d\x51\x58"  # the WebSocket message "Hello"
-    assert exchange(address, head("GET /events", OFFERS["websocket"]) + frame).count(b"HTTP/1.1 ") == 1
+    assert exchange(address, make_head("GET /events", OFFERS["websocket"]) + frame).count(b"HTTP/1.1 ") == 1
     assert recorder.requests == [("GET", "/events", b"")]
 
 
 def test_large_head_with_upgrade_is_431(address: Address, recorder: Recorder) -> None:
-    request = head("POST /predict", b"X-Large: " + b"a" * 40_000, OFFERS["h2c"])
+    request = make_head("POST /predict", b"X-Large: " + b"a" * 40_000, OFFERS["h2c"])
     assert exchange(address, request).startswith(b"HTTP/1.1 431 ")
     assert recorder.requests == []
 
 
 @pytest.mark.parametrize("line", [b"", b"Connection: Upgrade\r\nUpgrade: h2c", b"Content-Length: 5"])
 def test_connect_is_refused_and_closes_the_connection(address: Address, recorder: Recorder, line: bytes) -> None:
-    received = exchange(address, head("CONNECT other:443", line, host="other:443") + LAST)
+    received = exchange(address, make_head("CONNECT other:443", line, host="other:443") + LAST)
     assert received.startswith(b"HTTP/1.1 501 ")
     assert received.count(b"HTTP/1.1 ") == 1
     assert recorder.requests == []
@@ -185,7 +185,7 @@ BROKEN_CHUNKS = {
 def test_broken_chunk_is_400_and_ends_the_connection(
     address: Address, recorder: Recorder, body: bytes, offer: bytes
 ) -> None:
-    request = head("POST /predict", b"Transfer-Encoding: chunked", offer) + body
+    request = make_head("POST /predict", b"Transfer-Encoding: chunked", offer) + body
     received = exchange(address, request + HIDDEN + LAST)
     assert received.startswith(b"HTTP/1.1 400 ")
     assert received.count(b"HTTP/1.1 ") == 1
@@ -204,7 +204,7 @@ def test_request_of_http_1_0_needs_no_host(address: Address, recorder: Recorder)
 
 
 def test_request_before_broken_one_gets_its_own_answer(address: Address, recorder: Recorder) -> None:
-    received = exchange(address, head("GET /first") + b"GET /second HTTP/1.1\r\n\r\n" + LAST)
+    received = exchange(address, make_head("GET /first") + b"GET /second HTTP/1.1\r\n\r\n" + LAST)
     assert received.startswith(b"HTTP/1.1 200 ")
     assert received.count(b"HTTP/1.1 ") == 1
     assert recorder.requests == [("GET", "/first", b"")]
@@ -227,10 +227,10 @@ def test_every_route_answers_request_with_upgrade_once(route: str, models: Path,
     body = b"\r\n" * 100 + HIDDEN
     offers = [offer for name, offer in OFFERS.items() if name != "proxy"]  # a proxy's header makes the call non-local
     lines = (b"Content-Type: image/png", b"Content-Length: %d" % len(body))
-    with serving(app) as listening:
+    with run_server(app) as listening:
         answers = []
         for offer in (b"", *offers):
-            request = head(route, *lines, offer, host="127.0.0.1") + body + LAST
+            request = make_head(route, *lines, offer, host="127.0.0.1") + body + LAST
             answers.append(re.findall(rb"HTTP/1.1 (\d+)", exchange(listening.getsockname(), request)))
     assert answers == [answers[0]] * (1 + len(offers))
     assert answers[0][1:] in ([], [b"404"])  # some routes answer without reading the body and close
