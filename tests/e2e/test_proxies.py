@@ -86,8 +86,11 @@ BY_HEADER: tuple[str, dict[str, str]] = ("proxy_set_header X-Forwarded-Prefix /m
 
 
 @pytest.mark.skipif(not nginx.is_installed(), reason="needs nginx")
-@pytest.mark.parametrize("is_unix", [False, True], ids=["tcp", "unix"])
-@pytest.mark.parametrize(("directives", "settings"), [BY_SETTING, BY_HEADER], ids=["setting", "header"])
+@pytest.mark.parametrize(
+    ("directives", "settings", "is_unix"),
+    [(*BY_SETTING, False), (*BY_HEADER, True)],
+    ids=["setting-tcp", "header-unix"],
+)
 def test_service_works_under_a_path_prefix_of_nginx(
     directives: str, settings: dict[str, str], is_unix: bool, tmp_path: Path, models: Path, image: Path
 ) -> None:

@@ -162,10 +162,15 @@ def test_a_taken_port_is_told_before_anything_is_loaded(workers: str, tmp_path: 
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("workers", [ALONE, SEVERAL])
 @pytest.mark.parametrize(
-    ("host", "addresses"),
-    [("::1", ["::1"]), ("localhost", ["127.0.0.1", "::1"]), ("::", ["127.0.0.1", "::1"])],
+    ("workers", "host", "addresses"),
+    [
+        (ALONE, "::1", ["::1"]),
+        (ALONE, "localhost", ["127.0.0.1", "::1"]),
+        (SEVERAL, "localhost", ["127.0.0.1", "::1"]),
+        (ALONE, "::", ["127.0.0.1", "::1"]),
+        (SEVERAL, "::", ["127.0.0.1", "::1"]),
+    ],
 )
 def test_a_service_listens_on_every_address_of_its_host(
     workers: str, host: str, addresses: list[str], tmp_path: Path, models: Path
