@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN = .venv/bin
+# Three, also on two cores, because many tests wait for a server.
+TEST_PROCESSES ?= 3
 
 PROOFS = fuzz_images image_bombs fuzz_http decode_attacks connection_attacks stalled_database api_properties crash_store \
     crash_points hot_swap hostile_surroundings
@@ -23,10 +25,10 @@ serve: .venv/installed
 	@exec $(BIN)/python -m app $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(if $(UDS),--uds $(UDS))
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test-fast: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist worksteal
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

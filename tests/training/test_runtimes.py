@@ -1,6 +1,7 @@
 """Test the runtimes: every engine computes the logits of the exported file, or is refused."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,20 @@ def model(models: Path) -> Path:
     return models / "resnet" / "1" / "model.pt"
 
 
-@pytest.fixture
-def quantized(model: Path, dataset: Dataset) -> Path:
-    """The model file with a quantized int8 form beside it."""
+@pytest.fixture(scope="session")
+def int8_form(published_store: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model file and its quantized form, which takes seconds to make."""
+    model = tmp_path_factory.mktemp("int8") / "model.pt"
+    shutil.copy(published_store / "resnet" / "1" / "model.pt", model)
     quantize(model, torch.from_numpy(dataset.train.images[:8]))
+    return model.parent
+
+
+@pytest.fixture
+def quantized(model: Path, int8_form: Path) -> Path:
+    """The model file with a quantized int8 form beside it."""
+    for file in int8_form.glob("int8.*"):
+        shutil.copy(file, model.parent)
     return model
 
 
@@ -63,6 +74,7 @@ def test_an_answer_is_not_overwritten_by_the_next_one(model: Path, runtime: Runt
     np.testing.assert_array_equal(first, kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("instructions", "name"), [("avx512_vnni", "openvino-int8"), ("avx2", "openvino-")])
 def test_int8_serves_where_a_model_has_it_and_the_processor_computes_it_fast(
     quantized: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, instructions: str, name: str
@@ -78,6 +90,7 @@ def test_int8_serves_where_a_model_has_it_and_the_processor_computes_it_fast(
     np.testing.assert_allclose(engine(images), expected, atol=0.5)
 
 
+@pytest.mark.slow
 def test_a_damaged_int8_form_is_not_served(quantized: Path, caplog: pytest.LogCaptureFixture) -> None:
     quantized.with_name("int8.xml").write_text("<net/>")
     with pytest.raises(EngineError, match="int8 on cpu cannot compute"):
@@ -86,6 +99,7 @@ def test_a_damaged_int8_form_is_not_served(quantized: Path, caplog: pytest.LogCa
         assert "int8" not in selection.load(quantized, "cpu", "auto").name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [lambda logits: 1000 * logits, np.zeros_like, lambda logits: np.roll(logits, 1, axis=1), lambda _: np.nan],
@@ -236,6 +250,7 @@ def test_evaluation_computes_the_logits_of_the_exported_file(model: Path, datase
         assert torch.equal(selection.load(model, "cpu", purpose="evaluation").compute_logits(images), expected)
 
 
+@pytest.mark.slow
 def test_an_engine_for_evaluation_is_not_refused_for_its_logits(
     quantized: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
