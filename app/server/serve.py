@@ -38,11 +38,6 @@ _LEAVE_S = 7.0  # a training process has 3 s to stop and is killed within anothe
 _MAX_CONNECTIONS = 900
 _OTHER_FILES = 120  # file descriptors that are not connections
 
-# Time after which a thread that computes in Python gives way to others. A request changes threads several times, so
-# with the default of 5 ms it waits up to 100 ms beside threads that parse images made to be costly. With 0.5 ms the p99
-# of an honest client beside them halves (tests/stress/decode_attacks.py), and the rate of photos does not change.
-_SWITCH_INTERVAL_S = 0.0005
-
 
 class DrainingServer(uvicorn.Server):
     """A server that keeps serving for some seconds after SIGTERM while it reports that it is not ready.
@@ -167,7 +162,6 @@ def serve(settings: Settings, listening: Sequence[socket.socket], link: workers.
         The exit status.
     """
     bound_malloc()
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     descriptors = _allow_files()
     app = create_app(settings)
     table = ConnectionTable(max(1, min(_MAX_CONNECTIONS, descriptors - _OTHER_FILES)), settings.trusted_proxies)
