@@ -3,7 +3,7 @@
 This module imports only the standard library, so that the process that decodes costly images starts quickly.
 
 body    --uploads-->          files    MalformedBody 400, UnsupportedMediaType 415
-image   --images.decode-->    pixels   UnsupportedImage 415, DamagedImage 422, TooLarge 413
+image   --images.encoded-->   pixels   UnsupportedImage 415, DamagedImage 422, TooLarge 413
 request --decoding, batching--> logits Unavailable 503
 name    --pool, store-->      model    NotFound 404, Unavailable 503
 recipe  --training.recipes--> job      BadRequest 422, Unavailable 503

@@ -40,8 +40,9 @@ def evaluate(logits: Tensor, labels: Tensor) -> Evaluation:
         logits: float [N, classes].
         labels: int64 [N].
     """
-    correct = _top5(logits) == labels[:, None]
-    confusion = count_confusion(logits, labels).tolist()
+    top5 = _top5(logits)
+    correct = top5 == labels[:, None]
+    confusion = _count_pairs(labels, top5[:, 0], logits.shape[1]).tolist()
     return Evaluation(
         images=len(labels),
         top1=correct[:, 0].double().mean().item(),
@@ -62,9 +63,11 @@ def count_confusion(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         int64 [classes, classes]. Rows are true classes, columns are predicted classes.
     """
-    classes = logits.shape[1]
-    pairs = labels * classes + _top5(logits)[:, 0]
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    return _count_pairs(labels, _top5(logits)[:, 0], logits.shape[1])
+
+
+def _count_pairs(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
 def _top5(logits: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ In: a model version and the source of labeled images.  Out: a row in the job dat
 """
 
 import shutil
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -116,11 +117,7 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
         """Return the latest `limit` jobs, newest first, without their confusion matrices."""
         with self._transaction() as session:
             rows = session.scalars(self._select().order_by(JobRow.sequence.desc()).limit(limit)).all()
-        jobs = [self._view(row) for row in rows]
-        for job in jobs:
-            if job.result:
-                job.result.confusion = None
-        return jobs
+        return [self._view(row, {"confusion"}) for row in rows]
 
     def unfinished(self) -> list[str]:
         """Return the ids of all jobs that wait or run, oldest first."""
@@ -167,9 +164,11 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
         for row in old:
             shutil.rmtree(self.run_folder(row.id).path, ignore_errors=True)
 
-    def _view(self, row: JobRow) -> EvaluationJob:
+    def _view(self, row: JobRow, omitted: Collection[str] = ()) -> EvaluationJob:
+        """Return the job of a row, without the omitted fields of its result."""
         request = EvaluationRequest.model_validate(row.request)
-        result = EvaluationResult.model_validate(row.result) if row.result else None
+        fields = {name: value for name, value in (row.result or {}).items() if name not in omitted}
+        result = EvaluationResult.model_validate(fields) if fields else None
         progress = list(self.run_folder(row.id).metrics())
         done = progress[-1]["done"] if progress else result.images if result else 0
         return EvaluationJob(
