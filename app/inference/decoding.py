@@ -25,7 +25,7 @@ from app.clients import FairShares
 from app.exceptions import Problem, Unavailable
 from app.inference.decode_process import DecodeProcess
 from app.inference.fair_threads import FairThreads, Outcome, measure
-from app.inference.images import encoded
+from app.inference.images import encoded, jpeg
 from app.inference.images.cost import DecodeCost
 from app.inference.images.encoded import EncodedImage
 from app.machine import MIB, cpu_count
@@ -40,8 +40,10 @@ MEDIUM = DecodeCost(50, 64 * MIB)
 """Largest cost that is decoded in a thread. A costlier image is decoded in a process, which can be killed."""
 
 _SMALL = DecodeCost(5, 16 * MIB)
+_PNG, _JPEG, _BMP, _WEBP = b"\x89PNG", b"\xff\xd8", b"BM", b"RIFF"
 # Compressed chunks of a PNG. They may decompress to a thousand times their size, independent of the image size.
-_PNG, _COMPRESSED_CHUNKS = b"\x89PNG", (b"zTXt", b"iTXt", b"iCCP")
+_COMPRESSED_CHUNKS = b"zTXt", b"iTXt", b"iCCP"
+_MAX_SMALL_SEGMENTS = 64  # Pillow reads each segment of a JPEG in Python
 _MEDIUM_NICENESS = 5
 _RATE_UNIT_MS = 10  # estimated CPU time per unit of CIFAR100_PREDICT_RATE_LIMIT
 
@@ -139,14 +141,14 @@ class Decoders:
 
         Returns:
             A function that returns uint8 [3, 32, 32]. It raises `TooLarge` or `CostlyImage` if the image has too many
-            pixels, costs more than 5 ms or may have warnings. None for several images or a larger file.
+            pixels, costs more than 5 ms or may have warnings. None for several images, for a larger file, and for one
+            whose header may take long to read.
         """
         if len(files) != 1:
             return None
         _, file = files[0]
         content = file.read(self.small_bytes + 1)
-        is_large = len(content) > self.small_bytes
-        if is_large or (content.startswith(_PNG) and any(kind in content for kind in _COMPRESSED_CHUNKS)):
+        if len(content) > self.small_bytes or not _has_short_header(content):
             return None
         return partial(encoded.decode, content, self.small_bytes, self.small_pixels, _SMALL)
 
@@ -251,6 +253,15 @@ class Decoders:
             threads.close()
         for process in self._processes:
             process.close()
+
+
+def _has_short_header(content: bytes) -> bool:
+    """Return True if the header of a small file takes little time to read. It is False for GIF and TIFF."""
+    if content.startswith(_PNG):
+        return not any(kind in content for kind in _COMPRESSED_CHUNKS)
+    if content.startswith(_JPEG):
+        return jpeg.count_markers(content) <= _MAX_SMALL_SEGMENTS
+    return content.startswith((_BMP, _WEBP))
 
 
 def _late() -> Unavailable:

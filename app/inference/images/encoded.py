@@ -24,7 +24,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
 from app.inference.images import color, formats, heif, jpeg, png, samples, tiff
 from app.inference.images.cost import JPEG_SIDE, DecodeCost, estimate
-from app.machine import MIB
+from app.machine import LOOP_STEPS, MIB, let_other_threads_run
 
 SIZE = 32
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -33,11 +33,11 @@ MAX_COST = DecodeCost(2_000, 320 * MIB)
 """Largest estimated cost of an image, 2 s of CPU time and 320 MiB. Images above it are refused."""
 
 # Pillow reads a file piece by piece in Python, and the directory of a TIFF value by value. These limits keep each of
-# the two below about 50 ms. Files of up to _SMALL_BYTES cannot take longer.
+# the two below about 50 ms. Files of up to _SMALL_BYTES cannot take longer than 3 ms.
 _MAX_HEADER_PIECES = 5_000
 _MAX_PIECES = 50_000
 _MAX_TIFF_VALUES = 20_000
-_SMALL_BYTES = 64 << 10
+_SMALL_BYTES = 4 << 10
 
 _MAX_MISSING = 0.05
 """Largest part of a JPEG that may be missing at its end, as browsers show such a file."""
@@ -94,12 +94,14 @@ class CostlyImage(Exception):
 class _PieceLimitedFile(io.BytesIO):
     """An in-memory file with a limited number of calls to `read`."""
 
-    left = _MAX_HEADER_PIECES
+    limit, count = _MAX_HEADER_PIECES, 0
 
     def read(self, size: int | None = -1) -> bytes:
-        self.left -= 1
-        if self.left < 0:
+        self.count += 1
+        if self.count > self.limit:
             raise _too_many_parts()
+        if self.count % LOOP_STEPS == 0:
+            let_other_threads_run()
         return super().read(size)
 
 
@@ -303,7 +305,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     except _DECODE_ERRORS as error:
         raise DamagedImage(f"the {formats.recognize(data)} image's header is damaged: {error}") from error
     if isinstance(file, _PieceLimitedFile):
-        file.left = _MAX_PIECES
+        file.limit = _MAX_PIECES
     if any(tile.codec_name in Image.DECODERS for tile in image.tile):
         raise UnsupportedImage(f"{image.format} with this compression is not supported; save it again as a PNG")
     if isinstance(image, TiffImageFile) and not (layout := tiff.layout(data)).is_decoded_right:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.exceptions import TooLarge
+from app.machine import LOOP_STEPS, let_other_threads_run
 
 MAX_SCANS = 500
 """Largest number of scans of a JPEG. Encoders write at most a few dozen."""
@@ -83,6 +84,11 @@ def is_complete(data: bytes) -> bool:
     return True  # a file without a scan is no picture, cut off or not
 
 
+def count_markers(data: bytes) -> int:
+    """Return the number of markers of a JPEG, without restart markers. Segments may contain markers by chance."""
+    return len(_MARKER.findall(data))
+
+
 def missing_part(image: Image.Image, found: list[Scan] | None, components: bytes) -> float:
     """Return the part of a decoded picture for which a file without its end has no data, from 0 to 1.
 
@@ -134,9 +140,12 @@ def _parse_scan(data: bytes, place: int) -> Scan:
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield the marker code of each segment of a JPEG and the offset of its length field."""
-    place = 2
+    place, count = 2, 0
     while (found := _MARKER.search(data, place)) and (kind := data[found.end() - 1]) != _EOI:
         place = found.end()
         if kind not in (_SOI, _TEM):
+            count += 1
+            if count % LOOP_STEPS == 0:
+                let_other_threads_run()
             yield kind, place
             place += max(2, int.from_bytes(data[place : place + 2]))

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from app.exceptions import TooLarge, UnsupportedImage
 from app.inference.images.color import MAX_PROFILE_BYTES, SRGB, Source, cicp, from_gamma
+from app.machine import LOOP_STEPS, let_other_threads_run
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_MAX_CHUNKS = 20_000
+_MAX_CHUNKS = 10_000
 _MAX_EXIF_BYTES = 256 << 10
 _EXIF_TEXT = b"Raw profile type exif\0"  # ImageMagick and exiftool keep EXIF data as text of this name
 _CRITICAL = frozenset((b"IHDR", b"PLTE", b"IDAT", b"IEND"))
@@ -48,6 +49,8 @@ def read(data: bytes) -> Png:
         count += 1
         if count > _MAX_CHUNKS:
             raise TooLarge(f"the PNG has more than {_MAX_CHUNKS:,} chunks; save it again")
+        if count % LOOP_STEPS == 0:
+            let_other_threads_run()
         kind, start, place = data[place + 4 : place + 8], place, place + int.from_bytes(data[place : place + 4]) + 12
         if kind in _CRITICAL:
             has_pixels |= kind == b"IDAT"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from app.exceptions import TooManyRequests, Unavailable, UnsupportedImage
 from app.inference import decoding
@@ -104,6 +105,37 @@ def test_an_image_takes_the_lane_of_its_cost(gate: Gate) -> None:
 
 
 @pytest.mark.usefixtures("two_processors")
+def encode(kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (48, 48), 90).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "is_small"),
+    [
+        (encode("PNG"), True),
+        (encode("JPEG", progressive=True), True),
+        (encode("BMP"), True),
+        (encode("WEBP"), True),
+        (encode("JPEG")[:2] + 1_600 * b"\xff\xfe\0\2" + encode("JPEG")[2:], False),
+        (encode("PNG", icc_profile=b"compressed"), False),
+        (encode("GIF"), False),
+        (encode("TIFF"), False),
+        (encode("PNG") + bytes(8 << 10), False),
+    ],
+    ids=["PNG", "JPEG", "BMP", "WebP", "JPEG of many segments", "PNG with a profile", "GIF", "TIFF", "large"],
+)
+def test_only_small_images_with_a_short_header_are_decoded_with_their_batch(
+    content: bytes, is_small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.inference.decoding.cpu_count", lambda: 2)
+    decode = Decoders(Settings()).small_image_decoder([("a", io.BytesIO(content))])
+    assert (decode is not None) == is_small
+    if decode:
+        assert decode().mean() == pytest.approx(90, abs=1)
+
+
 def test_costly_images_delay_only_each_other(gate: Gate) -> None:
     async def scenario() -> None:
         decoders = Decoders(Settings())

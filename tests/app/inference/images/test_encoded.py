@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from app import machine
 from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
 from app.inference.images import encoded
 from app.inference.images.encoded import CostlyImage, EncodedImage
@@ -203,6 +204,31 @@ def test_an_image_of_endless_parts_is_refused(format: str, before: bytes, part: 
     decode(data[:place] + 100 * part + data[place:])
     with pytest.raises(TooLarge, match=r"more (parts|than)"):
         decode(data[:place] + 60_000 * part + data[place:])
+
+
+@pytest.mark.parametrize(
+    ("format", "before", "part"),
+    [
+        ("JPEG", b"\xff\xdb", b"\xff\xfe\0\x02"),
+        ("JPEG", b"\xff\xd9", b"\xff\xfe\0\x02"),
+        ("PNG", b"\0\0\0\0IEND", pngs.chunk(b"tEXt")),
+    ],
+    ids=["before the first scan", "after it", "PNG"],
+)
+def test_other_threads_run_while_an_image_of_many_parts_is_read(
+    format: str,  # noqa: A002
+    before: bytes,
+    part: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(machine.time, "sleep", pauses.append)
+    image = encode(Image.fromarray(noise(100, 100)), format, **({"progressive": True} if format == "JPEG" else {}))
+    decode(image)
+    assert not pauses
+    place = image.rindex(before)
+    decode(image[:place] + 5 * machine.LOOP_STEPS * part + image[place:])
+    assert len(pauses) >= 5
 
 
 @pytest.mark.parametrize("big", [False, True])
