@@ -127,13 +127,19 @@ class Batcher:
         niceness = _NICENESS if shares_cpu and sys.platform == "linux" else 0
         self._thread = ThreadPoolExecutor(1, engine.name, initializer=os.nice, initargs=(niceness,))
 
-    async def run(self, images: ImageSource, deadline: float | None = None) -> Scores:
+    @property
+    def engine_name(self) -> str:
+        """Name of the engine, such as openvino-int8."""
+        return self.engine.name
+
+    async def run(self, images: ImageSource, deadline: float | None = None, accepted: bool = False) -> Scores:
         """Compute the scores of images.
 
         Args:
             images: At most `max_batch` images, uint8 [N, 3, 32, 32], or a function that decodes one image. The function
                 is called when its batch starts.
             deadline: Time on the monotonic clock. Work that has not started by then is refused.
+            accepted: True for images of a request that another batcher has accepted. A full queue takes them as well.
 
         Raises:
             ValueError: There are more than `max_batch` images.
@@ -146,7 +152,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         work = _BatchItem(images, count, loop.create_future(), deadline)
         with self._lock:
-            if self._queue and self.queued + count > self.max_queue:
+            if self._queue and self.queued + count > self.max_queue and not accepted:
                 raise Unavailable(f"{self.queued} images are waiting already; try again later")
             self._queue.append(work)
             self.queued += count
