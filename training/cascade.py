@@ -118,8 +118,8 @@ def publish(
     started = time.perf_counter()
     cards = [store.source_card(member) for member in members]
     held_out = find_held_out(cards, dataset)
-    engines = [_load(store, card) for card in cards]
-    first, second = (_predict(engine, held_out) for engine in engines)
+    engines = [load_member(store, card) for card in cards]
+    first, second = (predict_split(engine, held_out) for engine in engines)
     fitted = fit(first, second, torch.from_numpy(held_out.labels))
     pinned = [PinnedMember(name=card.name, version=card.version, files=card.files) for card in cards]
     cascade = Cascade(
@@ -191,7 +191,7 @@ def load(store: Store, card: ModelCard) -> CascadeEngine:
         EngineError: No runtime can compute a member.
     """
     cascade = store.cascade(card)
-    first, second = (_load(store, store.member_card(member)) for member in cascade.members)
+    first, second = (load_member(store, store.member_card(member)) for member in cascade.members)
     return CascadeEngine(cascade, first, second)
 
 
@@ -224,11 +224,11 @@ class _Measures(NamedTuple):
 
 def _measure(cascade: Cascade, engines: Sequence[Engine], split: Split) -> _Measures:
     labels = torch.from_numpy(split.labels)
-    first = _predict(engines[0], split)
+    first = predict_split(engines[0], split)
     rows = find_sent_on(cascade, first.numpy())
     logits, uncalibrated = first, first
     if len(rows):
-        second = _predict(engines[1], split[rows])
+        second = predict_split(engines[1], split[rows])
         logits, uncalibrated = (
             torch.from_numpy(answer(each, first.numpy(), rows, second.numpy()))
             for each in (cascade, cascade.model_copy(update={"temperature": 1.0}))
@@ -236,10 +236,16 @@ def _measure(cascade: Cascade, engines: Sequence[Engine], split: Split) -> _Meas
     return _Measures(evaluate(logits, labels), expected_calibration_error(uncalibrated, labels), len(rows) / len(split))
 
 
-def _load(store: Store, card: ModelCard) -> Engine:
+def load_member(store: Store, card: ModelCard) -> Engine:
+    """Load a version with the engine that serves it on this machine.
+
+    Raises:
+        StoreError: The version is damaged.
+        EngineError: No runtime can compute it.
+    """
     return selection.load(store.verify(card) / MODEL, "auto")
 
 
-def _predict(engine: Engine, split: Split) -> Tensor:
+def predict_split(engine: Engine, split: Split) -> Tensor:
     """Compute the logits of a split, float32 [N, classes]."""
     return predict(lambda images: torch.from_numpy(engine(images.contiguous().numpy())), torch.from_numpy(split.images))
