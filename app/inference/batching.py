@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.exceptions import Unavailable
+from training.runtimes.cascade import compute_confidence
 from training.runtimes.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ Ranking = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
 class BatchOutput:
-    """Logits of a batch, float32 [N, classes], and the ranking of classes, which is computed on first use."""
+    """Logits of a batch, float32 [N, classes], and values of all its rows, which are computed on first use."""
 
     def __init__(self, logits: Logits):
         self.logits = logits
@@ -65,6 +66,11 @@ class BatchOutput:
         order = np.argsort(-exponentials, axis=1, kind="stable")
         rows = np.arange(len(order))[:, None]
         return order, exponentials[rows, order] / exponentials.sum(1, keepdims=True)
+
+    @cached_property
+    def confidence(self) -> NDArray[np.float64]:
+        """Probability of the most probable class of each row, float64 [N]."""
+        return compute_confidence(self.logits)
 
 
 class Scores(NamedTuple):
@@ -83,6 +89,11 @@ class Scores(NamedTuple):
         """Class ids and probabilities of the request's images, most probable class first."""
         order, probabilities = self.output.ranking
         return order[self.rows], probabilities[self.rows]
+
+    @property
+    def confidence(self) -> NDArray[np.float64]:
+        """Probability of the most probable class of each of the request's images, float64 [N]."""
+        return self.output.confidence[self.rows]
 
 
 @dataclass(eq=False, slots=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from app.exceptions import Unavailable
 from app.inference.batching import Batcher, BatchOutput, Images, ImageSource, Scores
-from training.runtimes.cascade import answer, find_sent_on, join_names
+from training.runtimes.cascade import answer, join_names
 from training.store import Cascade
 
 
@@ -55,14 +55,13 @@ class CascadeBatcher:
             raise Unavailable(f"{self.queued} images are waiting already; try again later")
         source = _KeptImage(images) if callable(images) else images
         scores = await self._first.run(source, deadline)
-        first = scores.logits
-        rows = find_sent_on(self._cascade, first)
+        rows = np.flatnonzero(scores.confidence < self._cascade.threshold)
         self._observe(count, len(rows))
         if not len(rows):
             return scores
         pixels = source.pixels if isinstance(source, _KeptImage) else source[rows]
         second = await self._second.run(pixels, deadline, accepted=True)
-        return Scores(BatchOutput(answer(self._cascade, first, rows, second.logits)))
+        return Scores(BatchOutput(answer(self._cascade, scores.logits, rows, second.logits)))
 
 
 class _KeptImage:

@@ -17,8 +17,9 @@ Logits = NDArray[np.float32]
 
 def compute_confidence(logits: Logits) -> NDArray[np.float64]:
     """Return the probability of the most probable class of each row, float64 [N]."""
-    probabilities: NDArray[np.float64] = np.exp(_log_softmax(logits).max(1))
-    return probabilities
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    confidence: NDArray[np.float64] = 1 / exponentials.sum(1)
+    return confidence
 
 
 def find_sent_on(cascade: Cascade, first: Logits) -> NDArray[np.intp]:
