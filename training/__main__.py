@@ -27,8 +27,8 @@ from training.progress import show_progress
 from training.recipes import RECIPES, Recipe, RecipeError, format_value, make_recipe, rename_former_fields
 from training.resources import default_device, describe_peak_memory
 from training.run import Publication, Run, RunBusy, RunError
-from training.runtimes import selection
-from training.runtimes.engine import EngineError
+from training.runtimes import Runtime, selection
+from training.runtimes.engine import Engine, EngineError
 from training.runtimes.openvino import INT8
 from training.runtimes.torchscript import ExportError
 from training.store import MODEL, ModelCard, Promotion, Store, StoreError
@@ -163,13 +163,12 @@ def evaluate(
             raise StoreError(f"{name}/{version} was trained on other classes than this data set has; change --data")
         device = torch.device("cpu") if int8 or card.cascade else default_device()
         images, labels = to_device(_split(dataset, split, card), device)
-        engine = (
-            cascade.load(store, card)
-            if card.cascade
-            else selection.load(
-                folder / MODEL, "cuda" if device.type == "cuda" else "cpu", "int8" if int8 else "auto", "evaluation"
-            )
-        )
+        engine: Engine
+        if card.cascade:
+            engine = cascade.load(store, card)
+        else:
+            runtime: Runtime = "int8" if int8 else "auto"
+            engine = selection.load(folder / MODEL, "cuda" if device.type == "cuda" else "cpu", runtime, "evaluation")
         started = time.perf_counter()
         logits = predict(engine.compute_logits, images)
         if flip:

@@ -180,7 +180,10 @@ def refit(store: Store, dataset: Dataset, promoted: Publication, promotion: Prom
     if version is None or not promoted.live:
         return None
     names = [member.name for member in store.cascade(store.card(NAME, version)).members]
-    return publish(store, dataset, names, promotion) if promoted.model in names else None
+    if promoted.model not in names:
+        return None
+    notes = f"Fitted again after {promoted.model}/{promoted.version} had gone live."
+    return publish(store, dataset, names, promotion, notes)
 
 
 def load(store: Store, card: ModelCard) -> CascadeEngine:
