@@ -49,7 +49,7 @@ class Services:
         """Create the objects. `start` makes them work."""
         store = Store(settings.models)
         metrics = Metrics()
-        pool = ModelPool(settings, store, metrics.observe_batch)
+        pool = ModelPool(settings, store, metrics.observe_batch, metrics.observe_cascade)
         database = Database(settings.runs)
         training_jobs, evaluation_jobs = TrainingQueue(settings, database), EvaluationQueue(database)
         decoders = Decoders(settings)

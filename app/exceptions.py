@@ -5,7 +5,7 @@ This module imports only the standard library, so that the process that decodes 
 body    --uploads-->          files    MalformedBody 400, UnsupportedMediaType 415
 image   --images.encoded-->   pixels   UnsupportedImage 415, DamagedImage 422, TooLarge 413
 request --decoding, batching--> logits Unavailable 503
-name    --pool, store-->      model    NotFound 404, Unavailable 503
+name    --pool, store-->      model    NotFound 404, Conflict 409, Unavailable 503
 recipe  --training.recipes--> job      BadRequest 422, Unavailable 503
 caller  --access-->           route    TooManyRequests 429, Unauthorized 401, Forbidden 403
 """
@@ -68,6 +68,12 @@ class NotFound(Problem):
     """The model, version, job or evaluation does not exist."""
 
     status = HTTPStatus.NOT_FOUND
+
+
+class Conflict(Problem):
+    """The version cannot be deleted in its present state."""
+
+    status = HTTPStatus.CONFLICT
 
 
 class Unauthorized(Problem):

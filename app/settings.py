@@ -158,7 +158,7 @@ class Settings(BaseSettings):
     network if the model has one and the CPU has int8 instructions. "openvino" never uses the int8 network.
     "torchscript" computes in float32 on the CPU."""
     default_model: str | None = None
-    """Model for requests that name none. Default: the live model with the highest accuracy."""
+    """Model for requests that name none. Default: a live cascade, or else the live model with the highest accuracy."""
 
     max_image_bytes: int = Field(default=10 * MIB, gt=0, le=GIB)
     max_image_pixels: int = Field(default=50_000_000, gt=0, le=500_000_000)
@@ -192,8 +192,8 @@ class Settings(BaseSettings):
     max_job_batch: int = Field(default=1024, gt=0, le=50_000)
     max_job_width: int = Field(default=128, gt=0, le=1024)
     keep_versions: int | None = Field(default=None, gt=0, le=1_000_000)
-    """Number of versions of a model to keep when a job publishes a new one. The live version is always kept. Default:
-    all."""
+    """Number of versions of a model to keep when a job publishes a new one. The live version and those that cascades
+    pin are always kept. Default: all."""
     training_threads: int = Field(default=0, ge=0, le=1024)
     """Threads of a training process. 0 uses all CPUs except one, which stays free for serving."""
     max_event_streams: int = Field(default=100, gt=0, le=10_000)

@@ -64,6 +64,8 @@ def main(rounds: int, seconds: float, models: Path) -> None:
     failures = []
     for name in store.names():
         version = store.live(name) or 0
+        if store.card(name, version).cascade:  # it has no engine of its own
+            continue
         file = store.folder(name, version) / MODEL
         for runtime in RUNTIMES:
             try:

@@ -4,9 +4,10 @@ The program starts each server in turn, requests the top-1 of some images, drive
 and stops it. Two servers never run at once. A server whose answers differ from TorchScript's in float32 is left out of
 the comparison. A round visits each server once; the tables show medians over the rounds. Peers run the same `model.pt`
 twice: with TorchScript, as their documentation shows, and with OpenVINO in the precision that our service uses without
-int8. In the second case the serving path is the only difference. Finally the program overloads our service with
-requests that leave on schedule, and measures it during training. It prints the tables and, if all servers took part,
-writes them to benchmarks/results/serving.md.
+int8. In the second case the serving path is the only difference. If the store has a live cascade that is at least as
+accurate on the test set as `resnet18`, our service also answers with it where the others serve `resnet18`. Finally the
+program overloads our service with requests that leave on schedule, and measures it during training. It prints the
+tables and, if all servers took part, writes them to benchmarks/results/serving.md.
 
     python benchmarks/serving.py [--servers ours mosec ...] [--rounds 3] [--seconds 3] [--models models]
         [--image-size 224]
@@ -43,8 +44,8 @@ import open_loop
 import torch
 from numpy.typing import NDArray
 from open_loop import Tally
+from peers.catalog import CASCADE, OURS, ROOT, SERVERS, Server
 from peers.catalog import HERE as PEERS
-from peers.catalog import OURS, ROOT, SERVERS, Server
 from peers.running import Load, Running, adopt, drive, resident_mib
 from PIL import Image, ImageDraw
 from results import Check, describe_run, format_table, keep
@@ -53,6 +54,7 @@ from throughput import measure_images_per_s
 
 from app.machine import cpu_affinity
 from app.settings import Settings
+from training.cascade import NAME
 from training.dataset import Dataset, load_dataset
 from training.export import quantization_images
 from training.networks import build
@@ -67,6 +69,7 @@ ENGINES = {
 }
 SHIPPED = "torchscript"
 PICTURES = 50  # distinct, so that no cache helps
+PNGS = 500  # enough that a cascade sends on about its usual share
 CHECKED = {"resnet": 1000, "resnet18": 200}  # number of images whose top-1 is compared
 SAME = 0.95  # smallest share of images with TorchScript's top-1
 WARMUP_S = 1
@@ -102,7 +105,10 @@ SCENARIOS = (
     PEAK,
     Scenario("resnet", JPEG, 32),
     Scenario("resnet18", PNG, 8),
+    Scenario("resnet18", PNG, 32),
 )
+REPLACED = "resnet18"
+"""Model whose place a cascade takes."""
 
 
 @dataclass
@@ -235,7 +241,7 @@ class Benchmark:
         self.measured: dict[tuple[Server, str], Measured] = defaultdict(Measured)
         images = dataset.test.images
         self.pictures = {
-            PNG: [png(image) for image in images[:PICTURES]],
+            PNG: [png(image) for image in images[:PNGS]],
             JPEG: [photo(seed) for seed in range(PICTURES)],
         }
         self.checks = {
@@ -257,19 +263,22 @@ class Benchmark:
 
         A failure is recorded and ends the server's visits.
         """
+        models = [REPLACED] if server.cascade else list(self.checks)
+        if server.cascade and (engine != SHIPPED or REPLACED not in self.checks):
+            return
         measured = self.measured[server, engine]
         first, *_ = self.checks
-        for model in self.checks:
+        for model in models:
             if measured.error:
                 return
             try:
                 with self._running(server, engine, model) as running:
                     if model not in measured.agreement:
                         measured.agreement[model], measured.accuracy[model] = self.checks[model].of(running)
-                        if measured.agreement[model] < SAME:
+                        if not server.cascade and measured.agreement[model] < SAME:
                             raise RuntimeError(f"only {measured.agreement[model]:.1%} of its answers are TorchScript's")
                     if server.workers is not None:
-                        measured.engines[model] = engine_of(running, model)
+                        measured.engines[model] = engine_of(running, NAME if server.cascade else model)
                     for scenario in self.scenarios:
                         if scenario.model == model:
                             load = self._drive(running, scenario)
@@ -366,6 +375,14 @@ def request_files(running: Running, model: str, pictures: Sequence[bytes], media
     return paths
 
 
+def has_cascade(store: Store) -> bool:
+    """Return whether a cascade is live that is at least as accurate on the test set as the live `resnet18`."""
+    version, replaced = store.live(NAME), store.live(REPLACED)
+    if version is None or replaced is None:
+        return False
+    return store.card(NAME, version).test.top1 >= store.card(REPLACED, replaced).test.top1
+
+
 def engine_of(running: Running, model: str) -> str:
     """Return the engine that our service uses for a model."""
     with running.client() as http:
@@ -393,7 +410,8 @@ def report(benchmark: Benchmark, rounds: int, checks: dict[str, list[Check]], no
         checks: Further tables by title.
     """
     versions = dict(line.split("==") for line in (PEERS / "requirements.txt").read_text().splitlines() if "==" in line)
-    served = " and ".join(f"{model}/{live(benchmark.store, model).name}" for model in benchmark.checks)
+    names = [*benchmark.checks, *([NAME] if (CASCADE, SHIPPED) in benchmark.measured else [])]
+    served = " and ".join(f"{model}/{live(benchmark.store, model).name}" for model in names)
     lines = [
         "# Our service and its peers",
         "",
@@ -421,6 +439,8 @@ def _loads(rows: dict[Server, Measured], scenario: Scenario) -> list[str]:
     ]
     rates, medians = {}, {}
     for server, measured in rows.items():
+        if server.cascade and scenario.model != REPLACED:
+            continue
         if not measured.loads[scenario]:
             lines.append(f"| {server.title} | {_cell(measured.error or 'not measured')} | | | | |")
             continue
@@ -433,15 +453,18 @@ def _loads(rows: dict[Server, Measured], scenario: Scenario) -> list[str]:
         rate = f"{rates[server]:.0f} ({every[0]:.0f}-{every[-1]:.0f})"
         lines.append(f"| {server.title} | {rate} | {medians[server]:.1f} | {p99:.1f} | {cpu:.2f} | {errors} |")
     peers = [server for server in rates if server.workers is None]
-    if OURS in rates and peers:
-        most = max(peers, key=rates.__getitem__)
-        soonest = min(peers, key=medians.__getitem__)
-        ahead, wait = rates[OURS] / rates[most], medians[OURS] / medians[soonest]
-        lines += [
-            "",
-            f"Ours, with {rows[OURS].engines[scenario.model]}, answers **{ahead:.2f} times** as many requests as the "
-            f"best peer, {most.title}; its p50 is **{wait:.2f}** of that of the quickest, {soonest.title}.",
-        ]
+    for ours, name in ((OURS, "Ours"), (CASCADE, "Our `cascade`")):
+        if ours in rates and peers:
+            most = max(peers, key=rates.__getitem__)
+            soonest = min(peers, key=medians.__getitem__)
+            ahead, wait = rates[ours] / rates[most], medians[ours] / medians[soonest]
+            lines += [
+                "",
+                f"{name}, with {rows[ours].engines[scenario.model]}, answers **{ahead:.2f} times** as many requests as "
+                f"the best peer, {most.title}; its p50 is **{wait:.2f}** of that of the quickest, {soonest.title}.",
+            ]
+    if OURS in rates and CASCADE in rates:
+        lines += ["", f"Our `cascade` answers **{rates[CASCADE] / rates[OURS]:.2f} times** as many as `{REPLACED}`."]
     return lines
 
 
@@ -493,6 +516,8 @@ def main(names: Sequence[str], rounds: int, seconds: int, models: Path, image_si
         store, dataset, notes = Store(models.resolve()), load_dataset(), ""
         if image_size:
             store, notes = at_size(store, Path(name), image_size, dataset)
+        if not has_cascade(store):
+            chosen = [server for server in chosen if not server.cascade]
         benchmark = Benchmark(store, dataset, seconds, Path(name), ["resnet18"] if image_size else list(CHECKED))
         for _ in range(rounds):
             for server in chosen:
@@ -507,7 +532,7 @@ def main(names: Sequence[str], rounds: int, seconds: int, models: Path, image_si
                 "Ours beside a training job": unless_it_fails(benchmark.beside_training),
             }
         lines = report(benchmark, rounds, checks, notes)
-    keep(__file__, lines, len(chosen) == len(SERVERS), f"_{image_size}" if image_size else "")
+    keep(__file__, lines, set(names) == {server.name for server in SERVERS}, f"_{image_size}" if image_size else "")
 
 
 if __name__ == "__main__":

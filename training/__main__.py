@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from training import loop, report
+from training import cascade, loop, report
 from training.dataset import DEFAULT_FOLDER, DataError, Dataset, Split, hold_out, load_dataset
 from training.encoding import restart_in_utf8_mode
 from training.evaluate import evaluate as measure
@@ -27,8 +27,8 @@ from training.progress import show_progress
 from training.recipes import RECIPES, Recipe, RecipeError, format_value, make_recipe, rename_former_fields
 from training.resources import default_device, describe_peak_memory
 from training.run import Publication, Run, RunBusy, RunError
-from training.runtimes import selection
-from training.runtimes.engine import EngineError
+from training.runtimes import Runtime, selection
+from training.runtimes.engine import Engine, EngineError
 from training.runtimes.openvino import INT8
 from training.runtimes.torchscript import ExportError
 from training.store import MODEL, ModelCard, Promotion, Store, StoreError
@@ -105,8 +105,7 @@ def train(
                     folder.discard()
                 raise
             if publish:
-                _print_publication(publish_run(folder, dataset, Store(models), promote, notes))
-                _draw_figures(folder, dataset)
+                _publish(folder, dataset, Store(models), promote, notes)
 
 
 @cli.command()
@@ -121,8 +120,22 @@ def export(
     with _report_errors():
         dataset, folder = load_dataset(data_source), Run(run)
         with folder.lock():
-            _print_publication(publish_run(folder, dataset, Store(models), promote, notes))
-            _draw_figures(folder, dataset)
+            _publish(folder, dataset, Store(models), promote, notes)
+
+
+@cli.command(name="cascade")
+def fit_cascade(
+    first: Annotated[str, typer.Argument(help="The member that sees every image: NAME, or NAME/VERSION.")] = "resnet",
+    second: Annotated[str, typer.Argument(help="The member that sees images that are sent on.")] = "resnet18",
+    promote: Promote = "if-better",
+    notes: Notes = "",
+    data_source: Data = None,
+    models: Models = Path("models"),
+) -> None:
+    """Fit a cascade of two models on images that both have held out, and publish it."""
+    with _report_errors():
+        store = Store(models)
+        _print_cascade(store, cascade.publish(store, load_dataset(data_source), (first, second), promote, notes))
 
 
 @cli.command()
@@ -137,7 +150,7 @@ def evaluate(
     data_source: Data = None,
     models: Models = Path("models"),
 ) -> None:
-    """Measure an exported model on a whole split."""
+    """Measure an exported model on a whole split. A cascade is measured with the engines that serve its members."""
     with _report_errors():
         store = Store(models)
         name, version = store.parse(model)
@@ -148,11 +161,14 @@ def evaluate(
         dataset = load_dataset(data_source)
         if card.classes != list(dataset.classes):
             raise StoreError(f"{name}/{version} was trained on other classes than this data set has; change --data")
-        device = torch.device("cpu") if int8 else default_device()
+        device = torch.device("cpu") if int8 or card.cascade else default_device()
         images, labels = to_device(_split(dataset, split, card), device)
-        engine = selection.load(
-            folder / MODEL, "cuda" if device.type == "cuda" else "cpu", "int8" if int8 else "auto", "evaluation"
-        )
+        engine: Engine
+        if card.cascade:
+            engine = cascade.load(store, card)
+        else:
+            runtime: Runtime = "int8" if int8 else "auto"
+            engine = selection.load(folder / MODEL, "cuda" if device.type == "cuda" else "cpu", runtime, "evaluation")
         started = time.perf_counter()
         logits = predict(engine.compute_logits, images)
         if flip:
@@ -250,6 +266,33 @@ def _train(folder: Run, recipe: Recipe, dataset: Dataset, store: Store) -> None:
         console.print(f"stopped; {done} epochs are kept; continue with --run {folder.path} --resume")
         raise typer.Exit(STOPPED) from None
     console.print(f"peak memory: {describe_peak_memory(device)}")
+
+
+def _publish(run: Run, dataset: Dataset, store: Store, promotion: Promotion, notes: str) -> None:
+    """Publish a run, draw its figures, and fit the live cascade again if the new version replaces one of its members.
+
+    A cascade that cannot be fitted is no failure of the run: the live one serves on with the versions that it pins.
+    """
+    published = publish_run(run, dataset, store, promotion, notes)
+    _print_publication(published)
+    _draw_figures(run, dataset)
+    try:
+        if refitted := cascade.refit(store, dataset, published, promotion):
+            _print_cascade(store, refitted)
+    except (StoreError, EngineError) as error:
+        console.print(f"the cascade is not fitted again, and the live one keeps its members: {error}")
+
+
+def _print_cascade(store: Store, published: Publication) -> None:
+    card = store.card(published.model, published.version)
+    fitted, fit = store.cascade(card), card.cascade
+    if fit:
+        console.print(
+            f"{' and '.join(fit.members)}: weights {fitted.weights[0]:g} and {fitted.weights[1]:g}, temperature "
+            f"{fitted.temperature:.3f}, threshold {fitted.threshold:.3f}; {fit.sent_on:.1%} of {fit.images} held-out "
+            f"images and {fit.test_sent_on:.1%} of the test images are sent on"
+        )
+    _print_publication(published)
 
 
 def _print_publication(published: Publication) -> None:

@@ -2,6 +2,7 @@
 
     models/<name>/<version>/card.json   model card: recipe, provenance and measures
     models/<name>/<version>/model.pt    TorchScript model; further files may accompany it
+    models/<name>/<version>/cascade.json    instead of model.pt: two pinned versions that answer together
     models/<name>/live                  the number of the version that is served
 
 `training` publishes versions and `app` reads them. A version appears by renaming a finished folder, and the pointer
@@ -13,29 +14,35 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, PositiveFloat, ValidationError, model_validator
 
 from training.files import lock_folder, sha256, sync, write_durably
 from training.text import quote, shorten
 
 CARD = "card.json"
 MODEL = "model.pt"
+CASCADE = "cascade.json"
 LIVE = "live"
 
 Promotion = Literal["if-better", "always", "never"]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 _DRAFT_EXPIRY_S = 24 * 3600
+_ROUNDING = 1e-6
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
 class StoreError(ValueError):
     """The model or version does not exist, is damaged, or cannot be used."""
+
+
+class VersionInUse(StoreError):
+    """The version cannot be deleted, because something depends on it."""
 
 
 class Evaluation(BaseModel):
@@ -66,6 +73,52 @@ class QuantizationReport(BaseModel):
     """True if the first layer stays in floating point, because int8 in all layers lost too much accuracy."""
     test: Evaluation | None
     """Measures of the quantized model on the full test set, if it was accepted."""
+
+
+class PinnedMember(BaseModel):
+    """A version that a cascade depends on."""
+
+    name: str
+    version: int
+    files: dict[str, str]
+    """sha256 of every file beside the member's card, by file name."""
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.version}"
+
+
+class Cascade(BaseModel):
+    """The content of `cascade.json`. `training.runtimes.cascade` computes the answers."""
+
+    members: tuple[PinnedMember, PinnedMember]
+    """The member that sees every image, and the member that also sees the images that are sent on."""
+    threshold: Rate
+    """An image is sent on if the probability of the first member's best class is below this value."""
+    weights: tuple[PositiveFloat, PositiveFloat]
+    """Weights of the members' calibrated probabilities in the answer to an image that is sent on. Their sum is 1."""
+    temperature: PositiveFloat
+    """Divisor of the logarithm of the weighted mean. It calibrates the answer."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if abs(sum(self.weights) - 1) > _ROUNDING:
+            raise ValueError(f"the weights {self.weights} have the sum {sum(self.weights)}, not 1")
+        return self
+
+
+class CascadeReport(BaseModel):
+    """The fit of a cascade, and the share of images that need both members."""
+
+    members: list[str]
+    """The pinned versions, such as resnet/4."""
+    engines: list[str]
+    """Names of the engines that computed the members for the fit and the test evaluation."""
+    images: int
+    """Number of images in the fit. They are held out from the training of both members."""
+    sent_on: Rate
+    """Share of these images that are sent on to the second member."""
+    test_sent_on: Rate
+    """Share of the test images that are sent on to the second member."""
 
 
 class EpochSummary(BaseModel):
@@ -102,6 +155,8 @@ class ModelCard(BaseModel):
     test_ece_uncalibrated: Rate
     int8: QuantizationReport | None = None
     """The quantized model for OpenVINO; None if the version has none."""
+    cascade: CascadeReport | None = None
+    """The fit of a cascade; None for a version with a model of its own."""
     curve: list[EpochSummary]
     training_seconds: float
     device: str
@@ -208,19 +263,56 @@ class Store:
         return card
 
     def locate(self, card: ModelCard) -> Path:
-        """Return the folder of a version that has all files of its card.
+        """Return the folder of a version that has all files of its card, and all versions that it pins.
 
         Raises:
-            StoreError: The folder or a file is missing.
+            StoreError: The folder, a file or a pinned version is missing.
         """
         folder = self.folder(card.name, card.version)
         for file in card.files:
             if Path(file).name != file or not (folder / file).is_file():
                 raise StoreError(f"{folder / file} is missing; restore it, or publish the model again")
+        if CASCADE in card.files:
+            for member in self.cascade(card).members:
+                self.locate(self.member_card(member))
         return folder
 
+    def cascade(self, card: ModelCard) -> Cascade:
+        """Read the cascade of a version.
+
+        Raises:
+            StoreError: The version is no cascade, or its file is unreadable.
+        """
+        path = self.folder(card.name, card.version) / CASCADE
+        try:
+            return Cascade.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise StoreError(f"{path} is damaged: {error}") from error
+
+    def member_card(self, member: PinnedMember) -> ModelCard:
+        """Read the card of a pinned version.
+
+        Raises:
+            StoreError: The version is missing, is a cascade itself, or has other files than those that were pinned.
+        """
+        card = self.card(member.name, member.version)
+        if card.files != member.files or MODEL not in card.files:
+            raise StoreError(f"{member} has other files than those that a cascade has pinned; fit the cascade again")
+        return card
+
+    def pins(self, name: str) -> dict[int, str]:
+        """Return the versions of a model that cascades pin, each with one of these cascades, such as cascade/1."""
+        pins = dict[int, str]()
+        for path in sorted(self.root.glob(f"*/*/{CASCADE}")):
+            if path.parent.name.isdecimal():
+                with suppress(FileNotFoundError, ValidationError):  # deleted meanwhile, or damaged and never served
+                    members = Cascade.model_validate_json(path.read_bytes()).members
+                    owner = path.parent.relative_to(self.root).as_posix()
+                    pins |= {member.version: owner for member in members if member.name == name}
+        return pins
+
     def verify(self, card: ModelCard) -> Path:
-        """Check every file of a version against its card.
+        """Check every file of a version, and of the versions that it pins, against their cards.
 
         Returns:
             The version's folder.
@@ -235,9 +327,23 @@ class Store:
         for path in folder.iterdir():
             if path.name not in (CARD, *card.files) and not path.name.startswith("."):
                 raise StoreError(f"{path} does not belong to this version: {CARD} does not list it; remove it")
-        if MODEL not in card.files:
+        if CASCADE in card.files:
+            for member in self.cascade(card).members:
+                self.verify(self.member_card(member))
+        elif MODEL not in card.files:
             raise StoreError(f"{folder / CARD} does not list {MODEL}; publish the model again")
         return folder
+
+    def source_card(self, version: str) -> ModelCard:
+        """Read the card of a version, such as resnet18/1, that has weights of its own.
+
+        Raises:
+            StoreError: The version does not exist, its card is unreadable, or it is a cascade.
+        """
+        card = self.card(*self.parse(version))
+        if CASCADE in card.files:
+            raise StoreError(f"{version} is a cascade, which has no weights of its own; give one of its members")
+        return card
 
     def verify_source(self, version: str, classes: Sequence[str], data: str, validation_images: int) -> Path:
         """Return the exported file of a version that a run uses as teacher or for its initial weights.
@@ -255,7 +361,7 @@ class Store:
             StoreError: The version does not exist, is damaged, has other classes, or was trained on images that the
                 run holds out.
         """
-        card = self.card(*self.parse(version))
+        card = self.source_card(version)
         if card.classes != list(classes):
             raise StoreError(f"{version} was trained on other classes than this data set has; give another version")
         if card.data == data and validation_images > card.held_out:
@@ -288,9 +394,28 @@ class Store:
 
         Returns:
             The published card.
+
+        Raises:
+            StoreError: The draft is a cascade, and a version that it pins is missing.
         """
-        model = self._model_folder(card.name)
         files = {path.name: sha256(path) for path in sorted(draft.iterdir()) if path.name != CARD}
+        with self._hold_members(draft / CASCADE) if CASCADE in files else nullcontext():
+            return self._rename_draft(draft, card, files)
+
+    @contextmanager
+    def _hold_members(self, file: Path) -> Iterator[None]:
+        """Hold the locks of a cascade's members, so that no other process deletes them before they are pinned."""
+        members = Cascade.model_validate_json(file.read_bytes()).members
+        with ExitStack() as locks:
+            for name in sorted({member.name for member in members}):
+                locks.enter_context(lock_folder(self._model_folder(name)))
+            for member in members:
+                self.member_card(member)
+            yield
+
+    def _rename_draft(self, draft: Path, card: ModelCard, files: dict[str, str]) -> ModelCard:
+        """Complete a draft with its card, and rename it to the next free version of its model."""
+        model = self._model_folder(card.name)
         while True:
             version = max(_list_numbers(model), default=0) + 1
             card = card.model_copy(update={"version": version, "files": files})
@@ -359,7 +484,7 @@ class Store:
         return None
 
     def prune(self, name: str, keep: int, protected: Collection[int] = ()) -> list[int]:
-        """Remove all versions except the newest `keep`. The live version always stays.
+        """Remove all versions except the newest `keep`. The live version and those that cascades pin always stay.
 
         Args:
             keep: Number of versions to keep. It is at least 1, so that no version number is assigned twice.
@@ -375,18 +500,42 @@ class Store:
             raise ValueError(f"keep={keep} would remove every version; give at least 1")
         model = self._model_folder(name)
         with lock_folder(model):
-            removed = [
-                each for each in self.versions(name)[:-keep] if each != self.live(name) and each not in protected
-            ]
-            with tempfile.TemporaryDirectory(prefix=".draft-", dir=model) as trash:
-                for version in removed:
-                    (model / str(version)).rename(Path(trash, str(version)))
+            kept = {self.live(name), *protected, *self.pins(name)}
+            removed = [each for each in self.versions(name)[:-keep] if each not in kept]
+            _remove(model, removed)
         return removed
+
+    def delete(self, name: str, version: int) -> None:
+        """Remove a version.
+
+        Raises:
+            StoreError: There is no such version.
+            VersionInUse: The version is live, a cascade pins it, or it is the newest one, whose number the next
+                publication would assign again.
+        """
+        self.folder(name, version)
+        model = self._model_folder(name)
+        with lock_folder(model):
+            self.folder(name, version)  # another process may have removed it before the lock was free
+            if version == self.live(name):
+                raise VersionInUse(f"{name}/{version} is live; promote another version first")
+            if cascade := self.pins(name).get(version):
+                raise VersionInUse(f"{cascade} pins {name}/{version}; delete {cascade} first")
+            if version == max(_list_numbers(model)):
+                raise VersionInUse(f"{name}/{version} is the newest version; its number would be assigned again")
+            _remove(model, [version])
 
     def _model_folder(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
             raise StoreError(f"{quote(name)} is not a model name; give lower-case letters, digits, - and _ only")
         return self.root / name
+
+
+def _remove(model: Path, versions: Collection[int]) -> None:
+    """Remove versions from a model's folder. Each disappears at once. The caller holds the lock of the folder."""
+    with tempfile.TemporaryDirectory(prefix=".draft-", dir=model) as trash:
+        for version in versions:
+            (model / str(version)).rename(Path(trash, str(version)))
 
 
 def _is_abandoned(path: Path) -> bool:

@@ -25,7 +25,7 @@ def load(classifier: Classifier, recipe: Recipe, store: Store, dataset: Dataset)
         RecipeError: The version has another network or normalization.
     """
     version = recipe.weights
-    recipe.require_fit(store.card(*store.parse(version)).recipe)
+    recipe.require_fit(store.source_card(version).recipe)
     file = store.verify_source(version, dataset.classes, dataset.fingerprint, recipe.validation_images)
     weights = load_weights(file)
     if not weights:

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.exceptions import Unavailable
+from training.runtimes.cascade import compute_confidence
 from training.runtimes.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ Ranking = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
 class BatchOutput:
-    """Logits of a batch, float32 [N, classes], and the ranking of classes, which is computed on first use."""
+    """Logits of a batch, float32 [N, classes], and values of all its rows, which are computed on first use."""
 
     def __init__(self, logits: Logits):
         self.logits = logits
@@ -65,6 +66,11 @@ class BatchOutput:
         order = np.argsort(-exponentials, axis=1, kind="stable")
         rows = np.arange(len(order))[:, None]
         return order, exponentials[rows, order] / exponentials.sum(1, keepdims=True)
+
+    @cached_property
+    def confidence(self) -> NDArray[np.float64]:
+        """Probability of the most probable class of each row, float64 [N]."""
+        return compute_confidence(self.logits)
 
 
 class Scores(NamedTuple):
@@ -83,6 +89,11 @@ class Scores(NamedTuple):
         """Class ids and probabilities of the request's images, most probable class first."""
         order, probabilities = self.output.ranking
         return order[self.rows], probabilities[self.rows]
+
+    @property
+    def confidence(self) -> NDArray[np.float64]:
+        """Probability of the most probable class of each of the request's images, float64 [N]."""
+        return self.output.confidence[self.rows]
 
 
 @dataclass(eq=False, slots=True)
@@ -127,13 +138,19 @@ class Batcher:
         niceness = _NICENESS if shares_cpu and sys.platform == "linux" else 0
         self._thread = ThreadPoolExecutor(1, engine.name, initializer=os.nice, initargs=(niceness,))
 
-    async def run(self, images: ImageSource, deadline: float | None = None) -> Scores:
+    @property
+    def engine_name(self) -> str:
+        """Name of the engine, such as openvino-int8."""
+        return self.engine.name
+
+    async def run(self, images: ImageSource, deadline: float | None = None, accepted: bool = False) -> Scores:
         """Compute the scores of images.
 
         Args:
             images: At most `max_batch` images, uint8 [N, 3, 32, 32], or a function that decodes one image. The function
                 is called when its batch starts.
             deadline: Time on the monotonic clock. Work that has not started by then is refused.
+            accepted: True for images of a request that another batcher has accepted. A full queue takes them as well.
 
         Raises:
             ValueError: There are more than `max_batch` images.
@@ -146,7 +163,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         work = _BatchItem(images, count, loop.create_future(), deadline)
         with self._lock:
-            if self._queue and self.queued + count > self.max_queue:
+            if self._queue and self.queued + count > self.max_queue and not accepted:
                 raise Unavailable(f"{self.queued} images are waiting already; try again later")
             self._queue.append(work)
             self.queued += count

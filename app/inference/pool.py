@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated
 
 import numpy as np
@@ -20,13 +20,14 @@ from pydantic import Field
 
 from app.exceptions import NotFound, Unavailable
 from app.inference.batching import Batcher
+from app.inference.cascade import CascadeBatcher
 from app.machine import cpu_count
 from app.settings import Settings
 from app.threads import Threads
 from training.encoding import replace_surrogates
 from training.runtimes import selection
 from training.runtimes.engine import Engine, example_images
-from training.store import CARD, LIVE, MODEL, ModelCard, Store, StoreError
+from training.store import CARD, CASCADE, LIVE, MODEL, ModelCard, Store, StoreError
 from training.text import quote
 
 log = logging.getLogger(__name__)
@@ -42,11 +43,17 @@ Version = Annotated[int, Field(ge=1, lt=10**9)]
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A loaded model version with its batcher."""
+    """A loaded model version with its batcher. A cascade keeps the versions that it pins in memory as `members`."""
 
     card: ModelCard
-    batcher: Batcher
+    batcher: Batcher | CascadeBatcher
+    members: "tuple[Model, ...]" = ()
     loaded: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @cached_property
+    def rank(self) -> tuple[bool, float]:
+        """The key by which the default model is the greatest: a cascade before others, then the accuracy."""
+        return bool(self.members), self.card.test.top1
 
 
 class ModelPool:
@@ -56,11 +63,20 @@ class ModelPool:
         settings: Device, batch and queue sizes, and poll interval.
         store: The model store.
         observe: Callback with the model name, the number of images and the seconds of each batch.
+        observe_cascade: Callback with the name of a cascade, the number of images of a request, and the number of these
+            that are sent on to the second member.
     """
 
-    def __init__(self, settings: Settings, store: Store, observe: Callable[[str, int, float], None]):
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        observe: Callable[[str, int, float], None],
+        observe_cascade: Callable[[str, int, int], None],
+    ):
         self.store = store
         self._observe = observe
+        self._observe_cascade = observe_cascade
         self.errors: dict[str, str] = {}
         """Reason why the live version of a model is not served, by model name."""
         self._settings = settings
@@ -105,7 +121,8 @@ class ModelPool:
         """Return a model to predict with. For a live model this does not yield to the event loop.
 
         Args:
-            name: Model name. The default is the configured model, or else the most accurate live one.
+            name: Model name. The default is the configured model, or else a live cascade, or else the most accurate
+                live model.
             version: Version number. The default is the live version. Other versions are loaded on demand, one at a
                 time.
             patient: If true, wait while another version is loaded. If false, raise Unavailable.
@@ -126,6 +143,8 @@ class ModelPool:
         if (name, version) in self._others:
             self._others.move_to_end((name, version))
             return self._others[name, version]
+        if pinned := self._find_loaded(name, version):
+            return pinned
         return await self._load_other(name, version, patient)
 
     async def refresh(self) -> None:
@@ -141,7 +160,8 @@ class ModelPool:
                             await self._threads.run(self._require_stored, current.card, version)
                         self.errors.pop(name, None)
                         continue
-                    model = self._others.pop((name, version), None)  # an earlier request may have loaded it
+                    model = self._find_loaded(name, version)  # by an earlier request, or pinned by a cascade
+                    self._others.pop((name, version), None)
                     if model is None:
                         failed, at = self._failures.get(name, (None, 0.0))
                         if failed == version and time.monotonic() < at + _RETRY_S:
@@ -151,7 +171,7 @@ class ModelPool:
                     self._failures.pop(name, None)
                     self._live[name] = model
                     self.errors.pop(name, None)
-                    log.info("%s version %d is live (%s)", name, version, model.batcher.engine.name)
+                    log.info("%s version %d is live (%s)", name, version, model.batcher.engine_name)
                 except (StoreError, OSError, RuntimeError) as error:
                     reason = replace_surrogates(str(error))
                     if self.errors.get(name) != reason:
@@ -202,6 +222,8 @@ class ModelPool:
     def _load(self, name: str, version: int) -> Model:
         card = self.store.card(name, version)
         folder = self.store.verify(card)
+        if CASCADE in card.files:
+            return self._load_cascade(card)
         engine = selection.load(folder / MODEL, self._settings.device, self._settings.runtime)
         _check_fit(card, engine)
         observe = partial(self._observe, name)
@@ -209,6 +231,28 @@ class ModelPool:
             engine, self._settings.max_batch, self._settings.max_queue, observe, shares_cpu=cpu_count() == 1
         )
         return Model(card, batcher)
+
+    def _load_cascade(self, card: ModelCard) -> Model:
+        cascade = self.store.cascade(card)
+        members = tuple(
+            self._find_loaded(pinned.name, pinned.version) or self._load(pinned.name, pinned.version)
+            for pinned in cascade.members
+        )
+        batchers = list[Batcher]()
+        for member in members:
+            if member.card.classes != card.classes or not isinstance(member.batcher, Batcher):
+                raise StoreError(
+                    f"{member.card.name} version {member.card.version} does not fit {card.name}; fit it again"
+                )
+            batchers.append(member.batcher)
+        observe = partial(self._observe_cascade, card.name)
+        return Model(card, CascadeBatcher(cascade, batchers[0], batchers[1], observe), members)
+
+    def _find_loaded(self, name: str, version: int) -> Model | None:
+        """Return a version that is in memory because it is live, was asked for, or is pinned by a loaded cascade."""
+        loaded = [*self._live.values(), *self._others.values()]
+        models = loaded + [member for model in loaded for member in model.members]
+        return next((model for model in models if (model.card.name, model.card.version) == (name, version)), None)
 
     async def _load_other(self, name: str, version: int, patient: bool) -> Model:
         self._require_version(name, version)
@@ -234,9 +278,9 @@ class ModelPool:
             raise NotFound(f"{error}; GET /models lists all") from None
 
     def _default(self) -> str | None:
-        """Return the name of the configured model, or else of the most accurate live one."""
-        most_accurate = max(self._live, key=lambda name: self._live[name].card.test.top1, default=None)
-        return self._settings.default_model or most_accurate
+        """Return the name of the configured model, or else of the live one with the highest rank."""
+        highest = max(self._live, key=lambda name: self._live[name].rank, default=None)
+        return self._settings.default_model or highest
 
     def _not_live_error(self, name: str) -> NotFound | Unavailable:
         if name in self.errors:

@@ -93,7 +93,7 @@ class EvaluationRunner:
             {
                 "model": model.card.name,
                 "version": model.card.version,
-                "engine": model.batcher.engine.name,
+                "engine": model.batcher.engine_name,
                 "split": split,
                 "limit": limit,
             }
@@ -205,7 +205,7 @@ class EvaluationRunner:
         try:
             model = model or await self._pool.get(request.model, request.version, patient=True)
             result = await self._measure(job_id, request, model)
-            await record(threads, self._queue.succeed, job_id, model.batcher.engine.name, result)
+            await record(threads, self._queue.succeed, job_id, model.batcher.engine_name, result)
         except asyncio.CancelledError:  # the service stops, or the job was cancelled and does not change
             with suppress(Unavailable, RuntimeError):  # the next start resumes a running job as well
                 await self._threads.run(self._queue.interrupt, job_id)

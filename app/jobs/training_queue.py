@@ -240,9 +240,8 @@ class TrainingQueue(JobQueue[TrainingJob]):
         return resources.resident_memory(holder) if holder else 0
 
     def _card(self, field: str, version: str) -> ModelCard:
-        store = Store(self._settings.models)
         try:
-            return store.card(*store.parse(version))
+            return Store(self._settings.models).source_card(version)
         except StoreError as error:
             raise BadRequest(f"{field}: {error}") from None
 

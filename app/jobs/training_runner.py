@@ -130,12 +130,17 @@ class TrainingRunner:
         if publication := await self._threads.run(run.outcome):
             await self._jobs.record_outcome(self._threads, self._jobs.succeed, job.id, publication)
             if self._settings.keep_versions:
-                required = await self._threads.run(self._jobs.required_versions, publication.model)
-                store = Store(self._settings.models)
-                await self._threads.run(store.prune, publication.model, self._settings.keep_versions, required)
+                await self._threads.run(self._prune, publication.model, self._settings.keep_versions)
             await self._on_published()
         else:
             await self._jobs.record_outcome(self._threads, self._jobs.interrupt, job.id, crash)
+
+    def _prune(self, model: str, keep: int) -> None:
+        """Remove old versions of the cascades that pin versions of a model, then old versions of the model."""
+        store = Store(self._settings.models)
+        for name in sorted({cascade.partition("/")[0] for cascade in store.pins(model).values()}):
+            store.prune(name, keep)
+        store.prune(model, keep, self._jobs.required_versions(model))
 
     async def _run_child(self, job: TrainingJobSummary, recipe: Recipe, run: Run) -> int:
         """Start a job's process and wait for it.

@@ -67,10 +67,25 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.cascade_images = Counter(
+            "cifar100_cascade_images", "Images that a cascade has received.", ("model",), registry=self.registry
+        )
+        self.sent_on_images = Counter(
+            "cifar100_sent_on_images",
+            "Images that a cascade has sent on to its second member.",
+            ("model",),
+            registry=self.registry,
+        )
+
     def observe_batch(self, model: str, images: int, seconds: float) -> None:
         """Count a batch that an engine has computed."""
         self.batch_images.labels(model).observe(images)
         self.batch_seconds.labels(model).observe(seconds)
+
+    def observe_cascade(self, model: str, images: int, sent_on: int) -> None:
+        """Count the images of a request to a cascade, and those that are sent on to its second member."""
+        self.cascade_images.labels(model).inc(images)
+        self.sent_on_images.labels(model).inc(sent_on)
 
     def count_shed(self) -> None:
         """Count a prediction that was refused with 503 before it reached the application."""

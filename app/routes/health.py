@@ -20,6 +20,8 @@ class LiveModel(BaseModel):
     engine: str
     test_top1: float
     queued_images: int
+    members: list[str]
+    """Versions that a cascade pins, such as resnet/4; empty for other models."""
 
 
 class Health(BaseModel):
@@ -51,9 +53,10 @@ async def health(request: Request, services: ServicesDependency) -> Health:
         models={
             name: LiveModel(
                 version=model.card.version,
-                engine=model.batcher.engine.name,
+                engine=model.batcher.engine_name,
                 test_top1=model.card.test.top1,
                 queued_images=model.batcher.queued,
+                members=[f"{member.card.name}/{member.card.version}" for member in model.members],
             )
             for name, model in sorted(services.pool.live().items())
         },

@@ -4,13 +4,13 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from app.dependencies import Services, ServicesDependency
-from app.exceptions import NotFound, Unavailable
+from app.exceptions import Conflict, NotFound, Unavailable
 from app.inference.pool import Version
 from app.middleware.access import OperatorOnly
 from app.routes.parameters import StrictRoute
 from app.routes.responses import json_response
 from training.encoding import replace_surrogates
-from training.store import ModelCard, StoreError
+from training.store import ModelCard, StoreError, VersionInUse
 from training.text import quote
 
 router = APIRouter(prefix="/models", tags=["models"], route_class=StrictRoute)
@@ -97,6 +97,26 @@ async def promote(name: str, live: LiveVersion, services: ServicesDependency) ->
     except OSError as error:
         raise Unavailable(f"the model store cannot be changed: {error.strerror}") from error
     await services.pool.refresh()
+    return await services.store_threads.read(_details, services, name)
+
+
+@router.delete("/{name}/{version:int}", dependencies=[OperatorOnly], summary="Delete a version")
+async def delete_version(name: str, version: Version, services: ServicesDependency) -> ModelSummary:
+    """Delete a version.
+
+    The live version, the newest one, one that a cascade pins, and one that a waiting training job needs are kept.
+    """
+    jobs = services.training_jobs
+    if version in await jobs.threads.read(jobs.required_versions, name):
+        raise Conflict(f"a waiting training job needs {name}/{version}; cancel the job first")
+    try:
+        await services.store_threads.run(services.store.delete, name, version)
+    except VersionInUse as error:
+        raise Conflict(str(error)) from None
+    except StoreError as error:
+        raise NotFound(f"{error}; GET /models lists all") from None
+    except OSError as error:
+        raise Unavailable(f"the model store cannot be changed: {error.strerror}") from error
     return await services.store_threads.read(_details, services, name)
 
 

@@ -44,7 +44,9 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
 class PredictQuery(BaseModel, frozen=True):
     """The parameters of a prediction, in the query or as text fields of the form."""
 
-    model: str | None = Field(default=None, description="Default: the configured model, or the most accurate live one.")
+    model: str | None = Field(
+        default=None, description="Default: the configured model, or a live cascade, or the most accurate live model."
+    )
     version: Version | None = Field(default=None, description="Default: the live version.")
     top_k: int = Field(default=5, ge=1, le=100, description="Number of classes per image.")
 

@@ -60,6 +60,7 @@ class Server:
         message: Function from an image and its media type to a request.
         workers: Number of processes of our service, 0 for one per processor; None for a peer.
         device: Device on which our service computes.
+        cascade: True if our service answers with its cascade where the others serve `resnet18`.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Server:
     message: Callable[[bytes, str], Message] = raw
     workers: int | None = None
     device: str = "cpu"
+    cascade: bool = False
 
     def command(self, port: int, folder: Path, engine: str, runs: Path) -> tuple[list[str], dict[str, str]]:
         """Return the command line and the environment of the server.
@@ -110,8 +112,10 @@ def _first_prediction(answer: Any) -> str:
 
 
 OURS = Server("ours", "", "**ours**", "/predict?model={model}", _first_prediction, workers=0)
+CASCADE = replace(OURS, name="ours-cascade", title="ours, `cascade`", path="/predict?model=cascade", cascade=True)
 SERVERS = (
     OURS,
+    CASCADE,
     replace(OURS, name="ours-alone", title="ours as one process", workers=1),
     Server("fastapi", "fastapi", "plain FastAPI", "/predict", _first_class),
     Server("litserve", "litserve", "LitServe", "/predict", _first_class),

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cascades import add_second_member
+from server import DATA
+from tiny_models import make_store
 from typer.testing import CliRunner, Result
 
 from training.__main__ import cli
@@ -257,3 +260,38 @@ def test_a_version_that_is_no_number_is_an_error(models: Path) -> None:
 def test_an_error_names_a_path_with_brackets_in_full(tmp_path: Path) -> None:
     result = typed("evaluate", "resnet", "--data", "synthetic:1", "--models", str(tmp_path / "[old]"))
     assert "[old]" in result.output
+
+
+def test_cascade_is_fitted_evaluated_and_fitted_again_after_a_member_is_promoted(models: Path, tmp_path: Path) -> None:
+    store, common = Store(models), ("--data", "synthetic:4", "--models", str(models))
+    add_second_member(store)
+    fitted = typed("cascade", *common)
+    assert fitted.exit_code == 0, fitted.output
+    card = store.card("cascade", 1)
+    assert "resnet/1 and resnet18/1: weights" in said(fitted)
+    assert f"published cascade/1: test top-1 {card.test.top1:.2%}" in said(fitted)
+    measured = typed("evaluate", "cascade", *common)
+    assert f"cascade/1 on 100 test images: top-1 {card.test.top1:.2%}" in said(measured)
+    held_out = typed("evaluate", "cascade", "--split", "validation", *common)
+    assert "cascade/1 on 100 validation images" in said(held_out)
+    assert "cascade/1 has no int8 form" in said(typed("evaluate", "cascade", "--int8", *common))
+
+    words = ("train", "resnet", "width=8", "epochs=1", "int8=False", "--promote", "always", *common)
+    trained = typed(*words, "validation_images=100", "--run", str(tmp_path / "run"))
+    assert trained.exit_code == 0, trained.output
+    assert "resnet/2 and resnet18/1: weights" in said(trained)
+    assert (store.live("resnet"), store.live("cascade")) == (2, 2)
+
+    trained = typed(*words, "validation_images=0", "--run", str(tmp_path / "other"))
+    assert trained.exit_code == 0, trained.output
+    assert "the live one keeps its members: resnet/3 has held out 0 images" in said(trained)
+    assert (store.live("resnet"), store.live("cascade")) == (3, 2)
+
+
+def test_cascade_refuses_members_without_common_held_out_images(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    add_second_member(store)
+    refused = typed("cascade", "--data", DATA, "--models", str(store.root))
+    assert refused.exit_code == 1
+    assert "has held out 0 images" in said(refused)
+    assert "cascade" not in store.names()

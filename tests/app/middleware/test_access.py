@@ -29,6 +29,7 @@ COSTLY = {
     ("POST", "/train"): 422,
     ("DELETE", "/train/x"): 404,
     ("PUT", "/models/resnet/live"): 422,
+    ("DELETE", "/models/resnet/9"): 404,
     ("POST", "/evaluate"): 200,
     ("DELETE", "/evaluate/x"): 404,
 }

@@ -1,0 +1,78 @@
+"""Serve a cascade: two batchers, and the images that the first one sends on to the second.
+
+    run(images) -> batcher of the first member --confident--> scores
+                                               --else-------> batcher of the second member -> mean -> scores
+
+Each request waits for its own images only. An image that is sent on joins the queue of the second member, and the rest
+of its batch is answered meanwhile. The batchers also serve the members on their own, so both kinds of requests share
+queues and batches.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.exceptions import Unavailable
+from app.inference.batching import Batcher, BatchOutput, Images, ImageSource, Scores
+from training.runtimes.cascade import answer, join_names
+from training.store import Cascade
+
+
+class CascadeBatcher:
+    """The batchers of both members of a cascade. It has the interface of `Batcher`.
+
+    Args:
+        cascade: Threshold, weights and temperature.
+        first: Batcher of the first member, which computes every image.
+        second: Batcher of the second member, which computes the images that are sent on.
+        observe: Callback with the number of images of a request and the number of these that are sent on.
+    """
+
+    def __init__(self, cascade: Cascade, first: Batcher, second: Batcher, observe: Callable[[int, int], None]):
+        self.engine_name = join_names(first.engine_name, second.engine_name)
+        self.max_batch = min(first.max_batch, second.max_batch)
+        self.max_queue = first.max_queue
+        self._cascade = cascade
+        self._first = first
+        self._second = second
+        self._observe = observe
+
+    @property
+    def queued(self) -> int:
+        """Number of images that wait for either member, including those of requests for a member alone."""
+        return self._first.queued + self._second.queued
+
+    async def run(self, images: ImageSource, deadline: float | None = None) -> Scores:
+        """Compute the scores of images, see `Batcher.run`.
+
+        A request is refused if both queues together are full. An image that is sent on is never refused for a full
+        queue, because its request was accepted. The queue of the second member may thus exceed `max_queue` by one
+        batch. The deadline holds for the start of both parts.
+        """
+        count = 1 if callable(images) else len(images)
+        if self.queued and self.queued + count > self.max_queue:
+            raise Unavailable(f"{self.queued} images are waiting already; try again later")
+        source = _KeptImage(images) if callable(images) else images
+        scores = await self._first.run(source, deadline)
+        rows = np.flatnonzero(scores.confidence < self._cascade.threshold)
+        self._observe(count, len(rows))
+        if not len(rows):
+            return scores
+        pixels = source.pixels if isinstance(source, _KeptImage) else source[rows]
+        second = await self._second.run(pixels, deadline, accepted=True)
+        return Scores(BatchOutput(answer(self._cascade, scores.logits, rows, second.logits)))
+
+
+class _KeptImage:
+    """A function that decodes an image as another one does, and keeps its pixels for the second member."""
+
+    def __init__(self, decode: Callable[[], NDArray[np.uint8]]):
+        self._decode = decode
+        self.pixels: Images = np.empty((0, 3, 32, 32), np.uint8)
+        """uint8 [1, 3, 32, 32] after the call."""
+
+    def __call__(self) -> NDArray[np.uint8]:
+        image = self._decode()
+        self.pixels = image[None]
+        return image
