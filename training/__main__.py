@@ -20,13 +20,14 @@ from training.dataset import DEFAULT_FOLDER, DataError, Dataset, Split, hold_out
 from training.encoding import restart_in_utf8_mode
 from training.evaluate import evaluate as measure
 from training.evaluate import predict
-from training.export import publish as publish_run
+from training.export import export as export_run
 from training.loop import TrainingError, to_device
 from training.networks.transfer import WeightsError
+from training.phase_report import record_reports
 from training.progress import show_progress
 from training.recipes import RECIPES, Recipe, RecipeError, format_value, make_recipe, rename_former_fields
 from training.resources import default_device, describe_peak_memory
-from training.run import Publication, Run, RunBusy, RunError
+from training.run import Run, RunBusy, RunError
 from training.runtimes import selection
 from training.runtimes.engine import EngineError
 from training.runtimes.openvino import INT8
@@ -105,7 +106,7 @@ def train(
                     folder.discard()
                 raise
             if publish:
-                _print_publication(publish_run(folder, dataset, Store(models), promote, notes))
+                _publish(folder, dataset, Store(models), promote, notes)
                 _draw_figures(folder, dataset)
 
 
@@ -121,7 +122,7 @@ def export(
     with _report_errors():
         dataset, folder = load_dataset(data_source), Run(run)
         with folder.lock():
-            _print_publication(publish_run(folder, dataset, Store(models), promote, notes))
+            _publish(folder, dataset, Store(models), promote, notes)
             _draw_figures(folder, dataset)
 
 
@@ -252,7 +253,9 @@ def _train(folder: Run, recipe: Recipe, dataset: Dataset, store: Store) -> None:
     console.print(f"peak memory: {describe_peak_memory(device)}")
 
 
-def _print_publication(published: Publication) -> None:
+def _publish(folder: Run, dataset: Dataset, store: Store, promote: Promotion, notes: str) -> None:
+    reports = record_reports(export_run(folder, dataset, store, promote, notes), folder)
+    published = show_progress(reports, console)
     test = published.test
     console.print(
         f"published {published.model}/{published.version}: test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}, "

@@ -6,7 +6,7 @@ In: a model version and the source of labeled images.  Out: a row in the job dat
 import shutil
 from collections.abc import Collection
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from sqlalchemy import func, select
@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from app.exceptions import Unavailable
 from app.jobs.database import EVALUATION, WRITES, JobRow
 from app.jobs.queue import UNFINISHED, JobQueue, State
+from training.run import RunPhase
 from training.store import Evaluation
 
 MAX_UNFINISHED = 8
@@ -55,6 +56,8 @@ class EvaluationJob(BaseModel):
 
     id: str
     state: State
+    phase: RunPhase | None = None
+    """loading while images are read, then measuring; None unless the state is running."""
     model: str
     version: int
     engine: str
@@ -65,6 +68,8 @@ class EvaluationJob(BaseModel):
     finished: datetime | None = None
     done: int = 0
     """Number of images computed so far."""
+    images: int | None = None
+    """Number of images to compute; None before they are read."""
     result: EvaluationResult | None = None
     error: str | None = None
 
@@ -169,16 +174,20 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
         request = EvaluationRequest.model_validate(row.request)
         fields = {name: value for name, value in (row.result or {}).items() if name not in omitted}
         result = EvaluationResult.model_validate(fields) if fields else None
-        progress = list(self.run_folder(row.id).metrics())
-        done = progress[-1]["done"] if progress else result.images if result else 0
+        metrics = list(self.run_folder(row.id).metrics())
+        measured = result.images if result else 0
+        progress: dict[str, Any] = metrics[-1] if metrics else {"done": measured, "images": measured or None}
+        phase: RunPhase = "measuring" if metrics else "loading"
         return EvaluationJob(
             **request.model_dump(exclude={"limit"}),
             id=row.id,
             state=State(row.state),
+            phase=phase if row.state == State.RUNNING else None,
             created=row.created,
             started=row.started,
             finished=row.finished,
-            done=done,
+            done=progress["done"],
+            images=progress["images"],
             result=result,
             error=row.error,
         )

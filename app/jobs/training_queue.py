@@ -18,7 +18,7 @@ from app.settings import Settings
 from training import resources
 from training.dataset import split_sizes
 from training.recipes import RECIPES, Recipe, RecipeError, make_recipe, parse_recipe
-from training.run import Publication
+from training.run import Publication, RunPhase
 from training.store import ModelCard, Promotion, Store, StoreError
 from training.text import quote
 
@@ -47,6 +47,8 @@ class TrainingJobSummary(BaseModel, from_attributes=True):
 
     id: str
     state: State
+    phase: RunPhase | None = None
+    """Work that the job does now; None unless its state is running."""
     request: TrainingRequest
     created: datetime
     started: datetime | None
@@ -63,7 +65,7 @@ class TrainingJob(TrainingJobSummary):
     epochs: int
     """Number of epochs to train, including fine-tuning."""
     progress: dict[str, Any] | None = None
-    """The latest metrics: epoch, step, loss, accuracy, images/s, remaining seconds."""
+    """The latest report: the metrics of a tick or an epoch, or the progress of another phase."""
     history: list[dict[str, Any]] = Field(default_factory=list)
     """The metrics of every finished epoch."""
 
@@ -134,7 +136,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
         """Return the latest `limit` jobs, newest first."""
         with self._transaction() as session:
             rows = session.scalars(self._select().order_by(JobRow.sequence.desc()).limit(limit)).all()
-        return [TrainingJobSummary.model_validate(row) for row in rows]
+        return [self._summarize(row) for row in rows]
 
     def running(self) -> str | None:
         """Return the id of the running job. Returns None if no job runs or the database cannot be used."""
@@ -249,14 +251,31 @@ class TrainingQueue(JobQueue[TrainingJob]):
     def _before_cancel(self, job_id: str) -> None:
         self.run_folder(job_id).request_stop()  # stops the process even if this server crashes first
 
+    def _summarize(self, row: JobRow) -> TrainingJobSummary:
+        summary = TrainingJobSummary.model_validate(row)
+        if row.state == State.RUNNING:  # at most one job, so a list reads the metrics of one run
+            summary.phase = _phase_of(list(self.run_folder(row.id).metrics()))
+        return summary
+
     def _view(self, row: JobRow) -> TrainingJob:
         metrics = list(self.run_folder(row.id).metrics())
+        summary = TrainingJobSummary.model_validate(row)
+        summary.phase = _phase_of(metrics) if row.state == State.RUNNING else None
         progress = metrics[-1] if metrics else None
         if progress and State(row.state).finished:
             progress |= {"remaining_s": 0.0}  # the latest metrics estimate the export
         return TrainingJob(
-            **TrainingJobSummary.model_validate(row).model_dump(),
+            **summary.model_dump(),
             epochs=row.recipe["epochs"] + row.recipe["finetune_epochs"],
             progress=progress,
             history=[line for line in metrics if line["event"] == "epoch"],
         )
+
+
+def _phase_of(metrics: list[dict[str, Any]]) -> RunPhase:
+    """Return the phase of a running job. Its process loads its libraries before it reports anything."""
+    if not metrics:
+        return "loading"
+    before: RunPhase = "features" if metrics[-1]["event"] == "preparation" else "training"
+    phase: RunPhase = metrics[-1].get("phase", before)  # releases up to 0.2.0 record no phase
+    return phase

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import AsyncMock
@@ -28,6 +29,7 @@ from app.main import create_app
 from app.routes.responses import EventStream
 from app.settings import Settings
 from app.threads import Threads
+from training.phase_report import PhaseReport
 from training.recipes import make_recipe
 from training.run import Publication
 from training.store import Store
@@ -82,6 +84,26 @@ def test_jobs_run_in_the_order_they_came_and_an_interrupted_one_first(jobs: Trai
     assert claimed(jobs).id == second.id
     assert [job.id for job in jobs.newest(10)] == [second.id, first.id]
     assert [job.id for job in jobs.newest(1)] == [second.id]
+
+
+def test_a_running_job_has_the_phase_of_its_latest_report(jobs: TrainingQueue, publication: Publication) -> None:
+    job_id = jobs.submit(REQUEST).id
+    assert jobs.get(job_id).phase is None
+    claimed(jobs)
+    assert jobs.get(job_id).phase == "loading"
+    run = jobs.run_folder(job_id)
+    run.path.mkdir()
+    for report, phase in (
+        (PhaseReport("features", "computing"), "features"),
+        ({"event": "preparation", "epoch": 0}, "features"),  # releases up to 0.2.0 record no phase
+        ({"event": "tick", "epoch": 1}, "training"),
+        (PhaseReport("quantizing", "comparing", 3, 9, epoch=1), "quantizing"),
+    ):
+        run.record(report if isinstance(report, dict) else asdict(report))
+        assert (jobs.get(job_id).phase, jobs.newest(1)[0].phase) == (phase, phase)
+    assert (jobs.get(job_id).progress or {})["done"] == 3
+    jobs.succeed(job_id, publication)
+    assert jobs.get(job_id).phase is None
 
 
 def test_only_a_finished_job_has_no_time_left(jobs: TrainingQueue, publication: Publication) -> None:
