@@ -85,7 +85,12 @@ def _add_head_routes(app: FastAPI, router: APIRouter) -> None:
     for route in router.routes:
         if isinstance(route, APIRoute) and route.methods == {"GET"} and route.response_class is not StreamingResponse:
             app.router.add_api_route(
-                route.path, route.endpoint, methods=["HEAD"], include_in_schema=False, route_class_override=type(route)
+                route.path,
+                route.endpoint,
+                methods=["HEAD"],
+                dependencies=route.dependencies,
+                include_in_schema=False,
+                route_class_override=type(route),
             )
 
 

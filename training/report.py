@@ -7,6 +7,7 @@ The sheet of mistakes shows images of the data set. The other figures show measu
 """
 
 from collections.abc import Generator, Iterable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from training.dataset import Dataset
 from training.evaluate import CALIBRATION_BINS, compute_calibration_bins, evaluate, expected_calibration_error
+from training.files import write_durably
 from training.loop import Epoch, Event
 from training.run import FIGURES, Run
 
@@ -70,8 +72,10 @@ def draw_figures(run: Run, dataset: Dataset) -> list[Path]:
     run.pictures.mkdir(exist_ok=True)
     files = []
     for name, figure in zip(FIGURES, figures, strict=True):
+        content = BytesIO()
+        figure.savefig(content, format="png", dpi=DPI)
         files.append(run.pictures / f"{name}.png")
-        figure.savefig(files[-1], dpi=DPI)
+        write_durably(files[-1], content.getvalue())  # a reader never sees a part of it
     return files
 
 

@@ -38,6 +38,9 @@ exported files on the test set; publishing: the version in the store and the fig
 FIGURES = ("curves", "superclasses", "reliability", "classes", "mistakes")
 """Names of the PNG files in the folder `pictures` of an exported run."""
 
+OUTPUT = "output.log"
+"""File with the output of the process that trains, if the service started it."""
+
 TICK_S = 5.0  # seconds between two lines of metrics within an epoch
 START_TIMEOUT_S = 60.0  # upper bound for a child with an inherited lock to load its libraries and write its pid
 
@@ -80,8 +83,14 @@ class Run:
         self.logits_file = path / "test_logits.pt"
         self.announcement_file = path / "publishing.sha256"
         self.publication_file = path / "published.json"
-        self.output_file = path / "output.log"
+        self.output_file = path / OUTPUT
         self.pictures = path / "pictures"
+
+    def files(self) -> dict[str, Path]:
+        """Return the existing files that people read, by name: recipe, metrics, publication, output and figures."""
+        known = [self.recipe_file, self.metrics_file, self.publication_file, self.output_file]
+        known += [self.pictures / f"{name}.png" for name in FIGURES]
+        return {file.name: file for file in known if file.is_file()}
 
     @contextmanager
     def lock(self, inherited: int | None = None) -> Iterator[None]:

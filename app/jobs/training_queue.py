@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 from sqlalchemy import func, select
 
-from app.exceptions import BadRequest, Unavailable
+from app.exceptions import BadRequest, NotFound, Unavailable
 from app.jobs.database import TRAINING, WRITES, Database, JobRow
 from app.jobs.queue import UNFINISHED, WAITING, JobQueue, State, new_job_id
 from app.settings import Settings
@@ -68,6 +68,8 @@ class TrainingJob(TrainingJobSummary):
     """The latest report: the metrics of a tick or an epoch, or the progress of another phase."""
     history: list[dict[str, Any]] = Field(default_factory=list)
     """The metrics of every finished epoch."""
+    files: list[str] = Field(default_factory=list)
+    """Names of the files of the run that `GET /train/{id}/files/{name}` returns."""
 
 
 class TrainingQueue(JobQueue[TrainingJob]):
@@ -137,6 +139,19 @@ class TrainingQueue(JobQueue[TrainingJob]):
         with self._transaction() as session:
             rows = session.scalars(self._select().order_by(JobRow.sequence.desc()).limit(limit)).all()
         return [self._summarize(row) for row in rows]
+
+    def read_file(self, job_id: str, name: str) -> bytes:
+        """Return the content of a file of a job's run.
+
+        Raises:
+            NotFound: There is no such job, or its run has no such file.
+            Unavailable: The database or the file cannot be read.
+        """
+        self.state(job_id)
+        files = self.run_folder(job_id).files()
+        if name not in files:
+            raise NotFound(f"the job has no file {quote(name)}; it has: {', '.join(files) or 'none yet'}")
+        return files[name].read_bytes()
 
     def running(self) -> str | None:
         """Return the id of the running job. Returns None if no job runs or the database cannot be used."""
@@ -269,6 +284,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
             epochs=row.recipe["epochs"] + row.recipe["finetune_epochs"],
             progress=progress,
             history=[line for line in metrics if line["event"] == "epoch"],
+            files=list(self.run_folder(row.id).files()),
         )
 
 

@@ -1,19 +1,23 @@
 """Serve /train: submit, list, follow and cancel training jobs."""
 
 from http import HTTPStatus
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from app.dependencies import ServicesDependency
 from app.jobs.training_queue import TrainingJob, TrainingJobSummary, TrainingRequest
 from app.middleware.access import OperatorOnly
 from app.routes.parameters import StrictRoute
 from app.routes.responses import EventStream, json_response
+from training.run import OUTPUT
 
 router = APIRouter(prefix="/train", tags=["train"], route_class=StrictRoute)
 
+_MEDIA_TYPES = {".png": "image/png", ".json": "application/json", ".jsonl": "application/x-ndjson"}
+_FILES: dict[int | str, dict[str, Any]] = {200: {"content": {kind: {} for kind in _MEDIA_TYPES.values()}}}
 _TO_JOB = {"parameters": {"job_id": "$response.body#/id"}}
 _LINKS = {operation: {"operationId": operation, **_TO_JOB} for operation in ("job", "events", "cancel")}
 
@@ -62,6 +66,26 @@ async def cancel(job_id: str, services: ServicesDependency) -> TrainingJob:
     """Cancel a job at once. Its process, if there is one, ends within a few seconds."""
     jobs = services.training_jobs
     return await jobs.threads.run(jobs.cancel, job_id)
+
+
+@router.get(
+    f"/{{job_id}}/files/{OUTPUT}",
+    dependencies=[OperatorOnly],
+    response_class=PlainTextResponse,
+    summary="The output of a job's process",
+)
+async def output(job_id: str, services: ServicesDependency) -> Response:
+    """Return the log of the process that trains. Only operators may read it, because it has paths and tracebacks."""
+    jobs = services.training_jobs
+    return PlainTextResponse(await jobs.threads.read(jobs.read_file, job_id, OUTPUT))
+
+
+@router.get("/{job_id}/files/{name}", response_class=Response, responses=_FILES, summary="A file of a job's run")
+async def file(job_id: str, name: str, services: ServicesDependency) -> Response:
+    """Return a picture of the run, its recipe, its metrics or its publication. `files` of the job lists the names."""
+    jobs = services.training_jobs
+    content = await jobs.threads.read(jobs.read_file, job_id, name)
+    return Response(content, media_type=_MEDIA_TYPES[Path(name).suffix])
 
 
 @router.get("/{job_id}/events", response_class=StreamingResponse, summary="A job's progress as server-sent events")

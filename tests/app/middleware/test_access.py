@@ -28,6 +28,7 @@ KEYS = ("first-secret-0123456789", "second-secret-0123456789")
 COSTLY = {
     ("POST", "/train"): 422,
     ("DELETE", "/train/x"): 404,
+    ("GET", "/train/x/files/output.log"): 404,
     ("PUT", "/models/resnet/live"): 422,
     ("POST", "/evaluate"): 200,
     ("DELETE", "/evaluate/x"): 404,
