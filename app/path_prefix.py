@@ -6,6 +6,7 @@ OWN_PATHS = {
     "/docs",
     "/evaluate",
     "/evaluate/jobs",
+    "/explain",
     "/health",
     "/health/live",
     "/health/ready",

@@ -6,6 +6,7 @@ A batch starts at once when the engine is idle. There is no timer, so a lone req
 takes the next batch itself, so it does not idle while the event loop answers the previous batch. It wakes the event
 loop once per batch. On a single processor the event loop computes a lone image itself if that takes little time.
 The queue is bounded. Work whose deadline has passed or whose client has disconnected is dropped before it is computed.
+Work in the background, such as masked images of an explanation, waits until no prediction does.
 
 Decoding images or ranking classes for a whole batch in one loop takes half the time of the same work done request by
 request, because other code evicts the processor's caches between two requests.
@@ -43,12 +44,15 @@ _BRIEF_S = 0.005
 # overload. Without it they would wait tens of milliseconds. Linux gives each thread its own nice value.
 _NICENESS = 5
 
+_BACKGROUND_BATCH = 16  # images in a batch of background work; a prediction may wait for one such batch
+
 Images = NDArray[np.uint8]
 ImageSource = Images | Callable[[], NDArray[np.uint8]]
 """Images, uint8 [N, 3, 32, 32], or a fast function that decodes one image to uint8 [3, 32, 32]."""
 
 Logits = NDArray[np.float32]
-Ranking = tuple[NDArray[np.int64], NDArray[np.float64]]
+Probabilities = NDArray[np.float64]
+Ranking = tuple[NDArray[np.int64], Probabilities]
 """Class ids [N, classes], most probable first, and their probabilities [N, classes]."""
 
 
@@ -59,12 +63,18 @@ class BatchOutput:
         self.logits = logits
 
     @cached_property
+    def probabilities(self) -> Probabilities:
+        """Probabilities of all rows, float64 [N, classes], in the order of the class ids."""
+        exponentials = np.exp(self.logits.astype(np.float64) - self.logits.max(1, keepdims=True))
+        probabilities: Probabilities = exponentials / exponentials.sum(1, keepdims=True)
+        return probabilities
+
+    @cached_property
     def ranking(self) -> Ranking:
         """Class ids and probabilities of all rows, most probable class first."""
-        exponentials = np.exp(self.logits.astype(np.float64) - self.logits.max(1, keepdims=True))
-        order = np.argsort(-exponentials, axis=1, kind="stable")
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")
         rows = np.arange(len(order))[:, None]
-        return order, exponentials[rows, order] / exponentials.sum(1, keepdims=True)
+        return order, self.probabilities[rows, order]
 
 
 class Scores(NamedTuple):
@@ -83,6 +93,11 @@ class Scores(NamedTuple):
         """Class ids and probabilities of the request's images, most probable class first."""
         order, probabilities = self.output.ranking
         return order[self.rows], probabilities[self.rows]
+
+    @property
+    def probabilities(self) -> Probabilities:
+        """Probabilities of the request's images, float64 [N, classes], in the order of the class ids."""
+        return self.output.probabilities[self.rows]
 
 
 @dataclass(eq=False, slots=True)
@@ -118,14 +133,22 @@ class Batcher:
         self.max_batch = max_batch
         self.max_queue = max_queue
         self.queued = 0
-        """Number of waiting images."""
+        """Number of waiting images, without those in the background."""
+        self.queued_in_background = 0
+        """Number of images that wait in the background."""
         self._queue: deque[_BatchItem] = deque()
+        self._background: deque[_BatchItem] = deque()
         self._busy = False  # a thread or the event loop will look into the queue again
         self._brief_s = _BRIEF_S if shares_cpu else 0.0
         self._lone_s = math.inf  # duration of the last batch of one image
         self._lock = threading.Lock()
         niceness = _NICENESS if shares_cpu and sys.platform == "linux" else 0
         self._thread = ThreadPoolExecutor(1, engine.name, initializer=os.nice, initargs=(niceness,))
+
+    @property
+    def waiting(self) -> int:
+        """Number of all waiting images."""
+        return self.queued + self.queued_in_background
 
     async def run(self, images: ImageSource, deadline: float | None = None) -> Scores:
         """Compute the scores of images.
@@ -159,14 +182,54 @@ class Batcher:
             self._forget(work)
             raise
 
+    async def run_in_background(self, images: Images, deadline: float | None = None) -> Probabilities:
+        """Compute the probabilities of images in small batches, each of them when no prediction waits.
+
+        Args:
+            images: uint8 [N, 3, 32, 32].
+            deadline: Time on the monotonic clock. Batches that have not started by then are refused.
+
+        Returns:
+            float64 [N, classes], in the order of the class ids.
+
+        Raises:
+            Unavailable: The queue is full, or the deadline has passed.
+            Exception: The error that the engine raised.
+        """
+        loop, size = asyncio.get_running_loop(), min(_BACKGROUND_BATCH, self.max_batch)
+        chunks = (images[start : start + size] for start in range(0, len(images), size))
+        works = [_BatchItem(chunk, len(chunk), loop.create_future(), deadline) for chunk in chunks]
+        with self._lock:
+            if self.waiting and self.waiting + len(images) > self.max_queue:
+                raise Unavailable(f"{self.waiting} images are waiting already; try again later")
+            self._background.extend(works)
+            self.queued_in_background += len(images)
+            idle, self._busy = not self._busy, True
+        if idle:
+            loop.call_soon(self._start, loop)
+        try:
+            scores = await asyncio.gather(*(work.result for work in works))
+        except BaseException:
+            self._forget_background(works)
+            raise
+        return np.concatenate([each.probabilities for each in scores])
+
     def _forget(self, work: _BatchItem) -> None:
         """Remove work from the queue, if it still waits, to free its place."""
         with self._lock, suppress(ValueError):
             self._queue.remove(work)
             self.queued -= work.count
 
+    def _forget_background(self, works: list[_BatchItem]) -> None:
+        with self._lock:
+            for work in works:
+                work.result.cancel()
+                with suppress(ValueError):
+                    self._background.remove(work)
+                    self.queued_in_background -= work.count
+
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self.queued == 1 and self._lone_s < self._brief_s:
+        if self.queued == 1 and not self._background and self._lone_s < self._brief_s:
             self._run_batches(loop)
         else:
             self._thread.submit(self._run_batches, loop)
@@ -212,6 +275,12 @@ class Batcher:
                     continue
                 batch.append(work)
                 room -= work.count
+            while self._background and not batch:
+                work = self._background.popleft()
+                self.queued_in_background -= work.count
+                if work.result.done():
+                    continue
+                (late if work.deadline is not None and now > work.deadline else batch).append(work)
             self._busy = bool(batch)
         if late:
             _call_in_loop(loop, _set_late, late)

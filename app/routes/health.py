@@ -53,7 +53,7 @@ async def health(request: Request, services: ServicesDependency) -> Health:
                 version=model.card.version,
                 engine=model.batcher.engine.name,
                 test_top1=model.card.test.top1,
-                queued_images=model.batcher.queued,
+                queued_images=model.batcher.waiting,
             )
             for name, model in sorted(services.pool.live().items())
         },

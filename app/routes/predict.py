@@ -4,62 +4,31 @@ A request passes the access check first. Its body is a form or one raw image. A 
 other images are decoded by `Decoders`. The `Batcher` of the model computes the scores.
 """
 
-import asyncio
-import io
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Annotated, Any, cast
+from functools import partial
+from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, Field
-from pydantic_core import to_json
-from starlette.requests import ClientDisconnect
-from typing_extensions import override
+from fastapi import APIRouter, Query, Request
+from pydantic import Field
 
 from app.dependencies import Services, services_of
-from app.exceptions import TooLarge, UnsupportedImage, UnsupportedMediaType
+from app.exceptions import TooLarge
 from app.inference.batching import ImageSource, Scores
 from app.inference.decoding import File
 from app.inference.images.encoded import CostlyImage
-from app.inference.pool import Model, Version
+from app.inference.pool import Model
 from app.middleware.access import access_of, authorize_prediction, client_of
+from app.routes.images import ImageRoute, ModelQuery, describe_body, read_images
 from app.routes.parameters import parse_parameters
-from app.routes.uploads import MULTIPART, URLENCODED, form_schema, media_type, read_form
-from app.server.protocol import ON_DISCONNECT
-from app.settings import Settings
 from training.store import ModelCard
-from training.text import quote
-
-_UNKNOWN_TYPES = ("", URLENCODED)  # clients send these for bodies of any kind
-_BINARY_TYPES = ("application/octet-stream", "binary/octet-stream")
-_HOW_TO_SEND = "send multipart/form-data with a field 'file', or an image as the body with its image/* type"
-_EXAMPLE = "curl -F file=@photo.jpg"
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
-class PredictQuery(BaseModel, frozen=True):
+class PredictQuery(ModelQuery, frozen=True):
     """The parameters of a prediction, in the query or as text fields of the form."""
 
-    model: str | None = Field(default=None, description="Default: the configured model, or the most accurate live one.")
-    version: Version | None = Field(default=None, description="Default: the live version.")
     top_k: int = Field(default=5, ge=1, le=100, description="Number of classes per image.")
-
-
-_DESCRIPTION: dict[str, Any] = {
-    "security": [{}, {"HTTPBearer": []}],  # the API key is required if one is configured
-    "requestBody": {
-        "required": True,
-        "content": {
-            MULTIPART: {"schema": form_schema({"type": "array", "items": _BINARY["schema"]}, PredictQuery)},
-            "image/*": _BINARY,
-            "application/octet-stream": _BINARY,
-        },
-    },
-}
 
 
 @dataclass(slots=True)  # frozen dataclasses take three times as long to create
@@ -94,49 +63,16 @@ class Predictions:
     predictions: list[Prediction]
 
 
-class PredictRoute(APIRoute):
-    """A route that parses the query itself and cancels a request whose client disconnects.
-
-    FastAPI's dependencies and validation would take as long as all other work outside the network. The OpenAPI document
-    comes from the endpoint's signature, as usual.
-    """
-
-    @override
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        return self._respond
-
-    @staticmethod
-    async def _respond(request: Request) -> Response:
-        """Run `predict` and serialize its result. Cancel it if the client disconnects."""
-        task, has_left = cast("asyncio.Task[None]", asyncio.current_task()), False
-
-        def cancel() -> None:
-            nonlocal has_left
-            has_left = True
-            task.cancel()
-
-        request.scope[ON_DISCONNECT] = cancel
-        try:
-            predictions = await predict(request, _parse_query(request.scope["query_string"]))
-        except asyncio.CancelledError:
-            if not has_left:
-                raise
-            task.uncancel()
-            raise ClientDisconnect from None
-        finally:
-            del request.scope[ON_DISCONNECT]
-        return Response(to_json(predictions), media_type="application/json")
+router = APIRouter(tags=["predict"], route_class=ImageRoute)
 
 
-router = APIRouter(tags=["predict"], route_class=PredictRoute)
-
-
-@router.post("/predict", openapi_extra=_DESCRIPTION, summary="Classify images")
+@router.post("/predict", openapi_extra=describe_body(PredictQuery), summary="Classify images")
 async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Predictions:
     """Classify the images of the multipart fields `file`, or one image that is sent as the raw body."""
     authorize_prediction(request)
     services = services_of(request)
-    async with _read_images(request, services.settings) as (files, fields):
+    max_images = min(services.settings.max_images, services.settings.max_batch)
+    async with read_images(request, services.settings.max_image_bytes, max_images) as (files, fields):
         if fields:
             query = parse_parameters(PredictQuery, request.scope["query_string"], fields)
         started = time.perf_counter()
@@ -173,11 +109,6 @@ async def _compute_scores(
     return *await compute(images.pixels), images.warnings
 
 
-@lru_cache(256)
-def _parse_query(query: bytes) -> PredictQuery:
-    return parse_parameters(PredictQuery, query)
-
-
 def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[PredictedClass]]:
     """Return the `top_k` most probable classes of each image, best first."""
     order, probabilities = (each[:, :top_k].tolist() for each in scores.ranking)
@@ -188,36 +119,3 @@ def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[Predic
         ]
         for best in map(zip, order, probabilities)
     ]
-
-
-@asynccontextmanager
-async def _read_images(request: Request, settings: Settings) -> AsyncIterator[tuple[list[File], list[tuple[str, str]]]]:
-    """Read the request body. Yield the names and contents of its images, and the text fields of its form.
-
-    A body without a Content-Type, or with the default type of several clients, is an image if its bytes are one. The
-    larger files of a form are on disk. They are closed at the end of the context.
-
-    Raises:
-        UnsupportedMediaType: The content type is not supported.
-        Problem: The errors of `read_form`.
-    """
-    content_type = media_type(request)
-    if content_type == MULTIPART:
-        form = await read_form(request, min(settings.max_images, settings.max_batch), _EXAMPLE)
-        try:
-            yield [(upload.filename, upload.file) for upload in form.files], form.fields
-        finally:
-            await form.close()
-    elif content_type.startswith("image/") or content_type in (*_BINARY_TYPES, *_UNKNOWN_TYPES):
-        content = bytearray()
-        async for chunk in request.stream():
-            if len(content) <= settings.max_image_bytes:  # read the rest, so that the client gets the response
-                content += chunk
-        try:
-            yield [(None, io.BytesIO(content))], []
-        except UnsupportedImage as error:
-            if content_type in _UNKNOWN_TYPES:
-                error.detail += f"; the content type is {quote(content_type or '(none)')}: {_HOW_TO_SEND}"
-            raise
-    else:
-        raise UnsupportedMediaType(f"the content type {quote(content_type)} is not supported; {_HOW_TO_SEND}")
