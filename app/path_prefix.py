@@ -4,6 +4,7 @@ import re
 
 OWN_PATHS = {
     "/docs",
+    "/errors",
     "/evaluate",
     "/evaluate/jobs",
     "/explain",

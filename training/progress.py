@@ -49,7 +49,9 @@ def _show_in_bar(bar: Progress, task: TaskID, event: Event) -> None:
 def _format_line(event: Event) -> str:
     if isinstance(event, PhaseReport):
         line = f"{event.phase}: {event.message}"
-        return f"{line}  image {event.done}/{event.images}  {_format_measures(event)}" if event.images else line
+        return (
+            f"{line}  image {event.done}/{event.images}  {_format_measures(event)}".rstrip() if event.images else line
+        )
     if isinstance(event, Tick):
         return f"epoch {event.epoch}/{event.epochs}  step {event.step}/{event.steps}  {_format_measures(event)}"
     return (

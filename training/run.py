@@ -45,14 +45,17 @@ TICK_S = 5.0  # seconds between two lines of metrics within an epoch
 START_TIMEOUT_S = 60.0  # upper bound for a child with an inherited lock to load its libraries and write its pid
 
 
-class Publication(BaseModel):
+class Publication(BaseModel, use_attribute_docstrings=True):
     """The result of exporting a run."""
 
     model: str
+    """Name of the model."""
     version: int
+    """Number of the new version."""
     live: bool
     """True if the new version was made live."""
     test: Evaluation
+    """Measures of the exported file on the full test set."""
     epoch: int | None = None
     """Epoch of the exported checkpoint; None in files of earlier releases."""
 

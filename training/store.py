@@ -38,12 +38,15 @@ class StoreError(ValueError):
     """The model or version does not exist, is damaged, or cannot be used."""
 
 
-class Evaluation(BaseModel):
+class Evaluation(BaseModel, use_attribute_docstrings=True):
     """Measures over one split. Rates are in 0-1."""
 
     images: int
+    """Number of images."""
     top1: Rate
+    """Fraction of the images whose most probable class is right."""
     top5: Rate
+    """Fraction of the images whose class is among the five most probable ones."""
     loss: FiniteFloat
     """Mean cross-entropy in nats."""
     ece: Rate
@@ -52,7 +55,7 @@ class Evaluation(BaseModel):
     """Top-1 accuracy of each class; None for a class without images in the split."""
 
 
-class QuantizationReport(BaseModel):
+class QuantizationReport(BaseModel, use_attribute_docstrings=True):
     """The accuracy cost of quantization to int8."""
 
     accepted: bool
@@ -68,31 +71,46 @@ class QuantizationReport(BaseModel):
     """Measures of the quantized model on the full test set, if it was accepted."""
 
 
-class EpochSummary(BaseModel):
+class EpochSummary(BaseModel, use_attribute_docstrings=True):
     """One point of the training curve."""
 
     epoch: int
+    """Number of the epoch, counted from 1."""
     train_loss: float
+    """Mean training loss of the epoch."""
     train_accuracy: float
+    """Top-1 accuracy on the augmented training images, 0-1."""
     split: str
+    """Evaluated split: "validation" if the recipe holds images out, otherwise "test"."""
     loss: float
+    """Mean cross-entropy of the evaluated split in nats."""
     top1: float
+    """Top-1 accuracy of the evaluated split, 0-1."""
     top5: float
+    """Top-5 accuracy of the evaluated split, 0-1."""
     seconds: float
+    """Wall time of the epoch, including its evaluation."""
 
 
-class ModelCard(BaseModel):
+class ModelCard(BaseModel, use_attribute_docstrings=True):
     """The metadata of one version of a model."""
 
     name: str
+    """Name of the model."""
     version: int
+    """Number of the version."""
     created: datetime
+    """Time of the export."""
     recipe: dict[str, Any]
+    """Recipe of the run, by its fields."""
     classes: list[str]
+    """Labels of the classes, in the order of the logits."""
     superclasses: list[str]
     """Superclass of each class, in the order of `classes`."""
     parameters: int
+    """Number of weights and biases."""
     seed: int
+    """Seed of the run."""
     data: str
     """Fingerprint of the data set: sha256 over its images, labels and class names."""
     temperature: float
@@ -100,15 +118,21 @@ class ModelCard(BaseModel):
     test: Evaluation
     """Measures of the exported file on the full test set, with calibrated logits."""
     test_ece_uncalibrated: Rate
+    """Expected calibration error on the test set before calibration."""
     int8: QuantizationReport | None = None
     """The quantized model for OpenVINO; None if the version has none."""
     curve: list[EpochSummary]
+    """Measures of every epoch."""
     training_seconds: float
+    """Wall time of all epochs."""
     device: str
+    """Device that trained."""
     libraries: dict[str, str]
+    """Versions of the libraries that trained, by name."""
     commit: str | None
     """Git commit of the code that trained the model, if known."""
     notes: str = ""
+    """Free text."""
     files: dict[str, str]
     """sha256 of every file beside the card, by file name."""
 

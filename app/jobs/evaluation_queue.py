@@ -51,27 +51,37 @@ class EvaluationRequest(BaseModel):
     """Number of images of the split. None means all."""
 
 
-class EvaluationJob(BaseModel):
+class EvaluationJob(BaseModel, use_attribute_docstrings=True):
     """One evaluation job and its progress."""
 
     id: str
+    """Id of the evaluation."""
     state: State
+    """State of the evaluation."""
     phase: RunPhase | None = None
     """loading while images are read, then measuring; None unless the state is running."""
     model: str
+    """Name of the model."""
     version: int
+    """Version of the model."""
     engine: str
+    """Name of the engine that computes the logits."""
     split: str | None = None
     """Source of the images: test, train or zip."""
     created: datetime
+    """Time of the request."""
     started: datetime | None = None
+    """Time at which the evaluation first ran; None before."""
     finished: datetime | None = None
+    """Time at which the state became final; None before."""
     done: int = 0
     """Number of images computed so far."""
     images: int | None = None
     """Number of images to compute; None before they are read."""
     result: EvaluationResult | None = None
+    """The measures; None before the evaluation has succeeded."""
     error: str | None = None
+    """Reason of a failure; None otherwise."""
 
 
 class EvaluationQueue(JobQueue[EvaluationJob]):

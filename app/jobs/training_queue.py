@@ -27,7 +27,7 @@ _HEALTH_WAIT_S = 0.1
 _FIELDS = {field: schema for field, schema in Recipe.model_json_schema()["properties"].items() if field != "name"}
 
 
-class TrainingRequest(BaseModel, extra="forbid"):
+class TrainingRequest(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """A request for a training job."""
 
     recipe: str = Field(examples=["resnet"], json_schema_extra={"enum": list(RECIPES)})
@@ -42,21 +42,29 @@ class TrainingRequest(BaseModel, extra="forbid"):
     """Condition under which the trained model goes live."""
 
 
-class TrainingJobSummary(BaseModel, from_attributes=True):
+class TrainingJobSummary(BaseModel, from_attributes=True, use_attribute_docstrings=True):
     """One training job."""
 
     id: str
+    """Id of the job, which is also the name of its run folder."""
     state: State
+    """State of the job."""
     phase: RunPhase | None = None
     """Work that the job does now; None unless its state is running."""
     request: TrainingRequest
+    """The request, with converted values."""
     created: datetime
+    """Time of the request."""
     started: datetime | None
+    """Time at which the job first ran; None before."""
     finished: datetime | None
+    """Time at which the state became final; None before."""
     crashes: int
     """Number of times that the job's process crashed and was resumed."""
     error: str | None
+    """Reason of a failure; None otherwise."""
     published: Publication | None
+    """The published version; None before."""
 
 
 class TrainingJob(TrainingJobSummary):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
@@ -19,7 +19,7 @@ from app.dependencies import services_of
 from app.exceptions import BadRequest, Unavailable
 from app.inference import explanation
 from app.middleware.access import access_of, authorize_prediction, client_of
-from app.routes.images import ImageRoute, ModelQuery, describe_body, read_images
+from app.routes.images import DESCRIBED, ImageRoute, ModelQuery, describe_body, read_images
 from app.routes.parameters import parse_parameters
 from training.store import ModelCard
 from training.text import quote, suggest
@@ -42,14 +42,22 @@ class ExplainQuery(ModelQuery, frozen=True):
 class Explanation:
     """How much each region of an image speaks for a class."""
 
+    __pydantic_config__: ClassVar = DESCRIBED
+
     model: str
+    """Name of the model that answered."""
     version: int
+    """Version of the model that answered."""
     milliseconds: float
     """Time from the end of the body to the response."""
     file: str | None
+    """Name of the file in the form; None for a raw body."""
     class_id: int
+    """Index of the explained class in the card of the model."""
     label: str
+    """Label of the explained class."""
     superclass: str
+    """Superclass of the explained class."""
     probability: float
     """Probability of the class for the whole image."""
     map: list[list[float]]

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from typing_extensions import override
@@ -24,6 +24,9 @@ from app.routes.parameters import parse_parameters
 from app.routes.uploads import MULTIPART, URLENCODED, form_schema, media_type, read_form
 from app.server.protocol import ON_DISCONNECT
 from training.text import quote
+
+DESCRIBED = ConfigDict(use_attribute_docstrings=True)
+"""Configuration of dataclasses whose docstrings of fields are descriptions in the OpenAPI document."""
 
 _UNKNOWN_TYPES = ("", URLENCODED)  # clients send these for bodies of any kind
 _BINARY_TYPES = ("application/octet-stream", "binary/octet-stream")

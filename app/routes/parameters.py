@@ -90,8 +90,9 @@ def _explain(fault: dict[str, Any], fields: Collection[str]) -> dict[str, Any]:
     match fault:
         case {"type": "extra_forbidden", "loc": ("body", str(name))}:
             return {**fault, "msg": f"there is no such field; {suggest(name, fields)}"}
-        case {"type": "json_invalid", "ctx": {"error": reason}}:
-            return {**fault, "msg": f"{fault['msg']}: {reason}"}
+        case {"type": "json_invalid", "ctx": {"error": reason}, "loc": ("body", position)}:
+            place = f" at character {position}" if position else ""
+            return {**fault, "msg": f"the body is not valid JSON: {reason}; correct it{place} and send it again"}
     return fault
 
 

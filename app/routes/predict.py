@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
@@ -20,7 +20,7 @@ from app.inference.decoding import File
 from app.inference.images.encoded import CostlyImage
 from app.inference.pool import Model
 from app.middleware.access import access_of, authorize_prediction, client_of
-from app.routes.images import ImageRoute, ModelQuery, describe_body, read_images
+from app.routes.images import DESCRIBED, ImageRoute, ModelQuery, describe_body, read_images
 from app.routes.parameters import parse_parameters
 from training.store import ModelCard
 
@@ -35,32 +35,46 @@ class PredictQuery(ModelQuery, frozen=True):
 class PredictedClass:
     """One class and its calibrated probability."""
 
+    __pydantic_config__: ClassVar = DESCRIBED
+
     class_id: int
+    """Index of the class in the card of the model."""
     label: str
+    """Label of the class."""
     superclass: str
+    """Superclass of the class."""
     probability: float
+    """Calibrated probability, 0-1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The most probable classes of one image, best first, and the name of its file.
+    """The most probable classes of one image."""
 
-    Warnings name missing parts of a damaged image that was classified nevertheless.
-    """
+    __pydantic_config__: ClassVar = DESCRIBED
 
     file: str | None
+    """Name of the file in the form; None for a raw body."""
     classes: list[PredictedClass]
+    """The most probable classes, best first."""
     warnings: list[str]
+    """Missing parts of a damaged image that was classified nevertheless."""
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """The predictions in the order of the images, and the milliseconds from the end of the body to the response."""
+    """The predictions of one request."""
+
+    __pydantic_config__: ClassVar = DESCRIBED
 
     model: str
+    """Name of the model that answered."""
     version: int
+    """Version of the model that answered."""
     milliseconds: float
+    """Time from the end of the body to the response."""
     predictions: list[Prediction]
+    """The predictions in the order of the images."""
 
 
 router = APIRouter(tags=["predict"], route_class=ImageRoute)
