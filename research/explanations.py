@@ -1,9 +1,9 @@
 """Check the maps of POST /explain: hiding the regions that speak for a class must lower its probability.
 
 For each image the program explains the predicted class, hides the tenth of the pixels with the highest values under the
-mean color of the image, and computes the probability again. It compares the fall with that of two random tenths: the
-same shape moved to a random place (with wrap-around), and pixels that are scattered at random. Scattered pixels are the
-harder comparison, because they also add edges that no photo has.
+mean color of the image, and computes the probability again. It compares the fall with that of three random tenths: the
+same shape moved to a random place (with wrap-around), random cells of the map, and pixels that are scattered at random.
+Scattered pixels do the most harm, because they leave no region intact and add edges that no photo has.
 
     python research/explanations.py resnet/4 resnet18/5 [--split test] [--images 200] [--models models]
 
@@ -45,6 +45,13 @@ def hide(image: NDArray[np.uint8], hidden: NDArray[np.bool_]) -> NDArray[np.uint
     return np.where(hidden, image.mean((1, 2)).round().astype(np.uint8)[:, None, None], image)
 
 
+def find_top_tenth(cells: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which pixels are in the tenth with the highest values of a map, bool [32, 32]."""
+    values = cells.repeat(CELL, 0).repeat(CELL, 1)
+    ranks = np.argsort(np.argsort(-values.ravel(), kind="stable"))
+    return (ranks < _TENTH * ranks.size).reshape(values.shape)
+
+
 def measure(version: str, store: Store, dataset: Dataset, split: str, count: int) -> str:
     """Return the table row of one version."""
     card = store.card(*store.parse(version))
@@ -57,11 +64,11 @@ def measure(version: str, store: Store, dataset: Dataset, split: str, count: int
         probabilities = compute_probabilities(engine, occlude(image))
         label = probabilities[0].argmax()
         cells = importance_map(probabilities[:, label])
-        ranks = np.argsort(np.argsort(-cells.repeat(CELL, 0).repeat(CELL, 1).ravel(), kind="stable"))
-        highest = (ranks < _TENTH * ranks.size).reshape(image.shape[1:])
+        highest = find_top_tenth(cells)
+        other_cells = find_top_tenth(random.permutation(cells.ravel()).reshape(cells.shape))
         moved = np.roll(highest, random.integers(0, len(highest), 2), (0, 1))
         scattered = random.permutation(highest.ravel()).reshape(highest.shape)
-        hidden = np.stack([hide(image, each) for each in (highest, moved, scattered)])
+        hidden = np.stack([hide(image, each) for each in (highest, moved, other_cells, scattered)])
         falls.append(probabilities[0, label] - compute_probabilities(engine, hidden)[:, label])
     mean = " | ".join(f"{fall:.3f}" for fall in np.mean(falls, 0))
     wins = " | ".join(f"{share:.0%}" for share in (np.array(falls)[:, :1] > np.array(falls)[:, 1:]).mean(0))
@@ -75,9 +82,9 @@ def main(versions: list[str], split: str, count: int, models: Path) -> None:
         f"Mean fall of the probability of the predicted class if a tenth of the pixels is hidden, and the share of the "
         f"images for which the top tenth costs more; {count} images of {source}; {describe_run()}.",
         "",
-        "| model | engine | top tenth of the map | same shape elsewhere | scattered pixels | more than elsewhere | "
-        "more than scattered |",
-        "| --- | --- | --: | --: | --: | --: | --: |",
+        "| model | engine | top tenth of the map | same shape elsewhere | random cells | scattered pixels | "
+        "more than elsewhere | more than random cells | more than scattered |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
         *(measure(version, store, dataset, split, count) for version in versions),
     ]
     keep(__file__, lines, split == "test")

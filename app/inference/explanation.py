@@ -18,7 +18,7 @@ CELL = 4
 """Side of a cell of the map in pixels, which is also the distance of two windows."""
 
 _WINDOW = 8  # side of a window in pixels
-_OVERLAY = 256  # side of the overlay in pixels
+_OVERLAY = 128  # side of the overlay in pixels
 _FOR, _AGAINST = (255, 96, 0), (0, 96, 255)  # colors of regions that speak for the class, and against it
 _OPACITY = 0.8  # of the region that speaks most
 
@@ -70,7 +70,7 @@ def importance_map(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def draw_overlay(importance: NDArray[np.float64]) -> bytes:
-    """Draw a map as a transparent PNG of 256x256 pixels, to be laid over the square that the network sees.
+    """Draw a map as a transparent PNG of 128x128 pixels, to be laid over the square that the network sees.
 
     Regions that speak for the class are orange, those that speak against it are blue. The region that speaks most has
     the highest opacity.
