@@ -19,7 +19,7 @@ from training import loop, report
 from training.dataset import DEFAULT_FOLDER, DataError, Dataset, Split, hold_out, load_dataset
 from training.encoding import restart_in_utf8_mode
 from training.evaluate import evaluate as measure
-from training.evaluate import predict
+from training.evaluate import fit_familiarity, predict
 from training.export import export as export_run
 from training.loop import TrainingError, to_device
 from training.networks.transfer import WeightsError
@@ -164,6 +164,26 @@ def evaluate(
         console.print(
             f"{name}/{version} on {views}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
             f"loss {result.loss:.4f}, ECE {result.ece:.2%} ({result.images / seconds:.0f} images/s)"
+        )
+
+
+@cli.command()
+def familiarity(
+    model: Annotated[str, typer.Argument(help="NAME for the live version, or NAME/VERSION.")],
+    data_source: Data = None,
+    models: Models = Path("models"),
+) -> None:
+    """Add the threshold of familiar images to the card of a version of an earlier release."""
+    with _report_errors():
+        store = Store(models)
+        card = store.card(*store.parse(model))
+        images, _ = to_device(_split(load_dataset(data_source), "validation", card), torch.device("cpu"))
+        engine = selection.load(store.verify(card) / MODEL, "cpu", purpose="evaluation")
+        threshold = fit_familiarity(predict(engine.compute_logits, images))
+        store.amend(card.model_copy(update={"familiarity": threshold}))
+        console.print(
+            f"{card.name}/{card.version}: {threshold.kept:.1%} of {threshold.images} held-out images have a score of "
+            f"at least {threshold.threshold:.4f}"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from training.dataset import Dataset, Split, hold_out
-from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
+from training.evaluate import evaluate, expected_calibration_error, fit_familiarity, fit_temperature, predict
 from training.files import sha256
 from training.loop import make_splits, to_device
 from training.networks import Classifier, build
@@ -27,7 +27,7 @@ from training.recipes import Recipe
 from training.run import Publication, Run, State
 from training.runtimes import openvino, selection, torchscript
 from training.runtimes.openvino import INT8, OpenVinoEngine
-from training.store import MODEL, EpochSummary, ModelCard, Promotion, QuantizationReport, Store
+from training.store import MODEL, EpochSummary, FamiliarityThreshold, ModelCard, Promotion, QuantizationReport, Store
 
 STATISTICS_IMAGES = 5120
 STATISTICS_BATCH = 128
@@ -76,7 +76,7 @@ def export(
     classifier, state = restore(run, recipe, dataset)
     exporting = PhaseReport("exporting", "renewing the statistics and calibrating", epoch=state["epoch"])
     yield exporting
-    temperature = _round_and_calibrate(classifier, recipe, dataset, state["epoch"])
+    temperature, familiarity = _round_and_calibrate(classifier, recipe, dataset, state["epoch"])
     with store.draft(recipe.model) as draft:
         yield replace(exporting, message=f"writing {MODEL}")
         torchscript.save(classifier, draft / MODEL)
@@ -106,6 +106,7 @@ def export(
             test=evaluate(logits, labels),
             test_ece_uncalibrated=expected_calibration_error(logits * temperature, labels),
             int8=quantization,
+            familiarity=familiarity,
             curve=curve,
             training_seconds=sum(point.seconds for point in curve),
             **(state.get("provenance") or collect_provenance()),  # runs of earlier releases lack it
@@ -119,16 +120,25 @@ def export(
     return _promote_and_record(run, store, card, promotion)
 
 
-def _round_and_calibrate(classifier: Classifier, recipe: Recipe, dataset: Dataset, epoch: int) -> float:
-    """Round the weights, recompute the batch-normalization statistics, and set the temperature, which is returned."""
+def _round_and_calibrate(
+    classifier: Classifier, recipe: Recipe, dataset: Dataset, epoch: int
+) -> tuple[float, FamiliarityThreshold | None]:
+    """Round the weights, recompute the batch-normalization statistics, and set the temperature.
+
+    Returns:
+        The temperature, and the threshold of familiar images if the recipe holds images out.
+    """
     torchscript.round_weights(classifier)
     training, _, validation = make_splits(recipe, dataset)
     if not recipe.trains_in_evaluation_mode(epoch):  # weights of that mode fit the frozen statistics already
         recompute_batch_norm(classifier, sample(training, STATISTICS_IMAGES))
-    if recipe.validation_images:
-        images, labels = to_device(validation, CPU)
-        classifier.temperature.fill_(fit_temperature(predict(classifier, images), labels))
-    return classifier.temperature.item()
+    if not recipe.validation_images:
+        return classifier.temperature.item(), None
+    images, labels = to_device(validation, CPU)
+    logits = predict(classifier, images)
+    classifier.temperature.fill_(fit_temperature(logits, labels))
+    temperature = classifier.temperature.item()
+    return temperature, fit_familiarity(logits / temperature)
 
 
 def _promote_and_record(run: Run, store: Store, card: ModelCard, promotion: Promotion) -> Publication:

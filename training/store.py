@@ -71,6 +71,20 @@ class QuantizationReport(BaseModel, use_attribute_docstrings=True):
     """Measures of the quantized model on the full test set, if it was accepted."""
 
 
+class FamiliarityThreshold(BaseModel, use_attribute_docstrings=True):
+    """The score below which an image is probably none of the classes."""
+
+    score: Literal["energy"] = "energy"
+    """Score of an image: the logarithm of the sum of the exponentials of its calibrated logits, which is the negative
+    energy of Liu et al. 2020, arXiv:2010.03759."""
+    threshold: FiniteFloat
+    """Lowest score of a familiar image."""
+    kept: Rate
+    """Fraction of the held-out images whose score is at least the threshold."""
+    images: int
+    """Number of held-out images."""
+
+
 class EpochSummary(BaseModel, use_attribute_docstrings=True):
     """One point of the training curve."""
 
@@ -121,6 +135,8 @@ class ModelCard(BaseModel, use_attribute_docstrings=True):
     """Expected calibration error on the test set before calibration."""
     int8: QuantizationReport | None = None
     """The quantized model for OpenVINO; None if the version has none."""
+    familiarity: FamiliarityThreshold | None = None
+    """The threshold of familiar images; None if the recipe holds no images out, and in cards of earlier releases."""
     curve: list[EpochSummary]
     """Measures of every epoch."""
     training_seconds: float
@@ -331,6 +347,18 @@ class Store:
                 continue  # another process published this number first
             sync(model)
             return card
+
+    def amend(self, card: ModelCard) -> None:
+        """Replace the card of a published version. A service that has loaded the version keeps the former card.
+
+        Raises:
+            StoreError: There is no such version, or the new card lists other files.
+        """
+        with lock_folder(self._model_folder(card.name)):
+            if self.card(card.name, card.version).files != card.files:
+                raise StoreError(f"the card of {card.name} version {card.version} cannot list other files")
+            content = card.model_dump_json(indent=1) + "\n"
+            write_durably(self.folder(card.name, card.version) / CARD, content.encode())
 
     def promote(self, name: str, version: int) -> None:
         """Make a version live.

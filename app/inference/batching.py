@@ -63,11 +63,22 @@ class BatchOutput:
         self.logits = logits
 
     @cached_property
+    def _softmax(self) -> tuple[Probabilities, NDArray[np.float64]]:
+        """Probabilities of all rows, and the logarithm of the sum of the exponentials of their logits, [N, 1]."""
+        highest = self.logits.max(1, keepdims=True)
+        exponentials = np.exp(self.logits.astype(np.float64) - highest)
+        sums = exponentials.sum(1, keepdims=True)
+        return exponentials / sums, highest + np.log(sums)
+
+    @property
     def probabilities(self) -> Probabilities:
         """Probabilities of all rows, float64 [N, classes], in the order of the class ids."""
-        exponentials = np.exp(self.logits.astype(np.float64) - self.logits.max(1, keepdims=True))
-        probabilities: Probabilities = exponentials / exponentials.sum(1, keepdims=True)
-        return probabilities
+        return self._softmax[0]
+
+    @property
+    def familiarity(self) -> NDArray[np.float64]:
+        """Score of all rows, float64 [N], see `training.store.FamiliarityThreshold`."""
+        return self._softmax[1][:, 0]
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -98,6 +109,11 @@ class Scores(NamedTuple):
     def probabilities(self) -> Probabilities:
         """Probabilities of the request's images, float64 [N, classes], in the order of the class ids."""
         return self.output.probabilities[self.rows]
+
+    @property
+    def familiarity(self) -> NDArray[np.float64]:
+        """Score of the request's images, float64 [N], see `training.store.FamiliarityThreshold`."""
+        return self.output.familiarity[self.rows]
 
 
 @dataclass(eq=False, slots=True)

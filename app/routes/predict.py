@@ -57,6 +57,11 @@ class Prediction:
     """Name of the file in the form; None for a raw body."""
     classes: list[PredictedClass]
     """The most probable classes, best first."""
+    familiar: bool | None
+    """False if the image is probably none of the classes: its score is below the threshold in the card of the model.
+    None if the card has no threshold."""
+    familiarity: float
+    """Score of the image. The card of the model describes it."""
     warnings: list[str]
     """Missing parts of a damaged image that was classified nevertheless."""
 
@@ -92,14 +97,19 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
         started = time.perf_counter()
         deadline = time.monotonic() + services.settings.deadline_s
         model, scores, warnings = await _compute_scores(request, services, query, files, deadline)
+    threshold = model.card.familiarity.threshold if model.card.familiarity else None
     return Predictions(
         model=model.card.name,
         version=model.card.version,
         milliseconds=round((time.perf_counter() - started) * 1000, 3),
         predictions=[
-            Prediction(name, classes, image_warnings)
-            for (name, _), classes, image_warnings in zip(
-                files, top_classes(scores, model.card, query.top_k), warnings, strict=True
+            Prediction(name, classes, None if threshold is None else score >= threshold, score, image_warnings)
+            for (name, _), classes, score, image_warnings in zip(
+                files,
+                top_classes(scores, model.card, query.top_k),
+                scores.familiarity.tolist(),
+                warnings,
+                strict=True,
             )
         ],
     )

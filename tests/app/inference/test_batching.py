@@ -175,6 +175,9 @@ def test_classes_are_ranked_for_the_whole_batch() -> None:
     softmax = np.exp(logits[1:].astype(float)) / np.exp(logits[1:].astype(float)).sum(1, keepdims=True)
     np.testing.assert_allclose(probabilities, -np.sort(-softmax))
     assert computed.ranking is computed.ranking
+    np.testing.assert_allclose(
+        Scores(computed, slice(1, 3)).familiarity, np.log(np.exp(logits[1:].astype(float)).sum(1))
+    )
 
 
 def test_a_full_queue_refuses_at_once() -> None:
