@@ -34,6 +34,8 @@ class Services:
     evaluation_jobs: EvaluationQueue
     evaluations: EvaluationRunner
     decoders: Decoders
+    masked_images: FairShares
+    """Number of masked images of explanations that are computed or wait, by client."""
     shedder: LoadShedder
     metrics: Metrics
     event_streams: FairShares
@@ -63,6 +65,7 @@ class Services:
             evaluation_jobs=evaluation_jobs,
             evaluations=EvaluationRunner(settings, evaluation_jobs, pool),
             decoders=decoders,
+            masked_images=FairShares(settings.max_queue),
             shedder=LoadShedder(pool, decoders, bool(settings.trusted_proxies), metrics.count_shed),
             metrics=metrics,
             event_streams=FairShares(settings.max_event_streams),

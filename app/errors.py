@@ -12,14 +12,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.exceptions import Problem, Unavailable
 from training.encoding import replace_surrogates
-from training.text import shorten
+from training.text import quote, shorten
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +46,44 @@ _NO_THREAD = "can't start new thread"  # part of the message of Python's Runtime
 class ProblemDetails(BaseModel):
     """Problem details as in RFC 9457. Some problems have additional members."""
 
-    type: str
-    title: str
-    status: int
-    detail: str
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
+    type: str
+    """Address of the description of this status, relative to the root of the service, such as /errors#404."""
+    title: str
+    """Phrase of the status."""
+    status: int
+    """HTTP status of the response."""
+    detail: str
+    """The error, the value that caused it, and a remedy."""
+
+
+ERRORS_PATH = "/errors"
+"""Path of the page that describes every status in `MEANINGS`."""
+
+MEANINGS = {
+    400: "The form is malformed, incomplete or has too many files, a gzip body is damaged, the request head is "
+    "ambiguous, or X-Forwarded-Prefix is invalid. Correct what the detail names, and send the request again.",
+    401: "The API key is missing or wrong. Send one of the keys of the service as 'Authorization: Bearer KEY'.",
+    403: "No API key is configured, and the call does not come from this machine. Make the call on the machine of the "
+    "service, or start the service with CIFAR100_API_KEYS.",
+    404: "There is no such path, model, version, job, evaluation or file. The detail names the call that lists what "
+    "there is.",
+    405: "The path has no such method. The detail and the header Allow name the methods that it has.",
+    408: "The body arrives too slowly. Send it faster, or send a smaller one.",
+    413: "The body, an image or a zip is larger or more costly than a limit. Send a smaller one.",
+    415: "The body is not an image of a supported format, not a zip in a form, or not JSON, or its content coding is "
+    "not supported. Send it in the form that the detail names.",
+    422: "A parameter, a recipe or an image is invalid, or a parameter is unknown. Correct what the detail names. For "
+    "parameters the member `errors` lists each field with its fault.",
+    429: "The client is over a rate limit. Try again after the seconds in the header Retry-After.",
+    431: "The request line and headers are too large. Send fewer or shorter headers.",
+    500: "An unexpected error occurred. The log of the service has it, with the X-Request-ID of the response.",
+    501: "The service does not support the method CONNECT. Send the request to the service itself.",
+    503: "The service is overloaded, not ready, stopping, or lacks disk, memory or its database. Try again after the "
+    "seconds in the header Retry-After.",
+}
+"""Meaning of every status of a problem, and what to do."""
 
 _RESPONSE = {"content": {"application/problem+json": {"schema": ProblemDetails.model_json_schema()}}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -63,7 +96,13 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 def problem_response(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
     """Return a problem+json response. `more` adds members. Shorten a long detail, because it may quote the client."""
     detail = shorten(replace_surrogates(detail), _MAX_DETAIL)
-    content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
+    content = {
+        "type": f"{ERRORS_PATH}#{status:d}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        **more,
+    }
     return JSONResponse(content, status, headers, media_type="application/problem+json")
 
 
@@ -98,13 +137,15 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
             headers, detail = dict(error.headers or {}), error.detail
             if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and "Allow" in headers:
                 detail = f"{request.method} is not supported here; use {headers['Allow']}"
+            if error.status_code == HTTPStatus.NOT_FOUND:  # routes raise `NotFound` instead
+                detail = f"there is no path {quote(request.url.path)}; GET /docs describes all calls"
             return problem_response(error.status_code, detail, headers)
         case RequestValidationError():
             found = error.errors()
             faults = [
                 {
                     "field": shorten(replace_surrogates(".".join(map(str, fault["loc"]))), _MAX_FAULT),
-                    "message": shorten(replace_surrogates(fault["msg"]), _MAX_FAULT),
+                    "message": shorten(replace_surrogates(_describe_fault(fault)), _MAX_FAULT),
                 }
                 for fault in found[:_MAX_FAULTS]
             ]
@@ -115,6 +156,27 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
         log.warning("%s %s was refused: %s (%s)", request.method, request.url.path, shortage, error)
         return problem_response(Unavailable.status, f"{shortage}; try again later", dict(Unavailable.default_headers))
     raise error
+
+
+def _describe_fault(fault: dict[str, Any]) -> str:
+    """Return what is wrong with a value, and what to give instead."""
+    context, given = fault.get("ctx", {}), quote(str(fault.get("input", "")))
+    match fault["type"]:
+        case "greater_than_equal":
+            return f"{given} is too small; give at least {context['ge']}"
+        case "less_than_equal":
+            return f"{given} is too large; give at most {context['le']}"
+        case "less_than":
+            return f"{given} is too large; give less than {context['lt']}"
+        case "int_parsing" | "int_type" | "int_from_float":
+            return f"{given} is not a whole number; give one such as 5"
+        case "int_parsing_size":
+            return f"{given} is not a number that fits; give a smaller one"
+        case "missing" if fault["loc"] == ("body",):
+            return "the body is missing; send JSON with the header 'Content-Type: application/json'"
+        case "missing":
+            return "the field is missing; add it"
+    return str(fault["msg"])
 
 
 def add_exception_handlers(app: FastAPI) -> None:

@@ -19,7 +19,7 @@ from app.middleware.metrics import MetricsMiddleware
 from app.middleware.proxy import ProxyMiddleware
 from app.middleware.request_log import RequestLogMiddleware
 from app.middleware.security_headers import SecurityHeadersMiddleware
-from app.routes import evaluate, health, metrics, models, page, predict, train
+from app.routes import evaluate, explain, health, metrics, models, page, predict, train
 from app.settings import Settings
 
 DESCRIPTION = "Classifies images with residual networks trained on CIFAR-100, and trains them."
@@ -58,7 +58,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.services = services
     app.state.access = Access(settings)
     errors.add_exception_handlers(app)
-    for resource in (predict, evaluate, train, models, health, metrics, page):
+    for resource in (predict, explain, evaluate, train, models, health, metrics, page):
         app.include_router(resource.router)
         _add_head_routes(app, resource.router)
     app.mount("/static", StaticFiles(directory=page.STATIC))
@@ -85,7 +85,12 @@ def _add_head_routes(app: FastAPI, router: APIRouter) -> None:
     for route in router.routes:
         if isinstance(route, APIRoute) and route.methods == {"GET"} and route.response_class is not StreamingResponse:
             app.router.add_api_route(
-                route.path, route.endpoint, methods=["HEAD"], include_in_schema=False, route_class_override=type(route)
+                route.path,
+                route.endpoint,
+                methods=["HEAD"],
+                dependencies=route.dependencies,
+                include_in_schema=False,
+                route_class_override=type(route),
             )
 
 

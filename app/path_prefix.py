@@ -4,8 +4,10 @@ import re
 
 OWN_PATHS = {
     "/docs",
+    "/errors",
     "/evaluate",
     "/evaluate/jobs",
+    "/explain",
     "/health",
     "/health/live",
     "/health/ready",

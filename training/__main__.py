@@ -19,10 +19,11 @@ from training import cascade, loop, report
 from training.dataset import DEFAULT_FOLDER, DataError, Dataset, Split, hold_out, load_dataset
 from training.encoding import restart_in_utf8_mode
 from training.evaluate import evaluate as measure
-from training.evaluate import predict
-from training.export import publish as publish_run
+from training.evaluate import fit_familiarity, predict
+from training.export import export as export_run
 from training.loop import TrainingError, to_device
 from training.networks.transfer import WeightsError
+from training.phase_report import record_reports
 from training.progress import show_progress
 from training.recipes import RECIPES, Recipe, RecipeError, format_value, make_recipe, rename_former_fields
 from training.resources import default_device, describe_peak_memory
@@ -183,6 +184,26 @@ def evaluate(
 
 
 @cli.command()
+def familiarity(
+    model: Annotated[str, typer.Argument(help="NAME for the live version, or NAME/VERSION.")],
+    data_source: Data = None,
+    models: Models = Path("models"),
+) -> None:
+    """Add the threshold of familiar images to the card of a version of an earlier release."""
+    with _report_errors():
+        store = Store(models)
+        card = store.card(*store.parse(model))
+        images, _ = to_device(_split(load_dataset(data_source), "validation", card), torch.device("cpu"))
+        engine = selection.load(store.verify(card) / MODEL, "cpu", purpose="evaluation")
+        threshold = fit_familiarity(predict(engine.compute_logits, images))
+        store.amend(card.model_copy(update={"familiarity": threshold}))
+        console.print(
+            f"{card.name}/{card.version}: {threshold.kept:.1%} of {threshold.images} held-out images have a score of "
+            f"at least {threshold.threshold:.4f}"
+        )
+
+
+@cli.command()
 def recipes() -> None:
     """List the recipes and all fields that FIELD=VALUE can change."""
     table = Table(Column("field", no_wrap=True), "values", Column("meaning", min_width=32))
@@ -273,7 +294,7 @@ def _publish(run: Run, dataset: Dataset, store: Store, promotion: Promotion, not
 
     A cascade that cannot be fitted is no failure of the run: the live one serves on with the versions that it pins.
     """
-    published = publish_run(run, dataset, store, promotion, notes)
+    published = show_progress(record_reports(export_run(run, dataset, store, promotion, notes), run), console)
     _print_publication(published)
     _draw_figures(run, dataset)
     try:

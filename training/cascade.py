@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.dataset import Dataset, Split, hold_out
-from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
+from training.evaluate import evaluate, expected_calibration_error, fit_familiarity, fit_temperature, predict
 from training.provenance import collect_provenance
 from training.run import Publication
 from training.runtimes import selection
@@ -142,6 +142,7 @@ def publish(
         temperature=cascade.temperature,
         test=test.evaluation,
         test_ece_uncalibrated=test.ece_uncalibrated,
+        familiarity=fit_familiarity(first),
         cascade=CascadeReport(
             members=[str(member) for member in pinned],
             engines=[engine.name for engine in engines],

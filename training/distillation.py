@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.dataset import Dataset
-from training.evaluate import BATCH_SIZES
-from training.preparation import Preparation, ProgressCounter
+from training.phase_report import PhaseReport, predict_with_reports
 from training.recipes import Recipe
 from training.run import Run
 from training.runtimes.selection import Purpose, load
@@ -61,7 +60,7 @@ def load_teacher(recipe: Recipe, store: Store, dataset: Dataset, device: torch.d
 
 def compute_teacher_logits(
     name: str, load: Callable[[], Teacher], images: Tensor, fingerprint: str, run: Run
-) -> Generator[Preparation, None, Tensor]:
+) -> Generator[PhaseReport, None, Tensor]:
     """Compute the teacher's logits of all training images, or load them from the run folder.
 
     Args:
@@ -80,18 +79,15 @@ def compute_teacher_logits(
     if (saved := run.teacher_logits(name, fingerprint)) is not None and len(saved) == len(images):
         return saved.to(images.device)
     teacher = load()
+
+    def compute_mirrored_mean(pixels: Tensor) -> Tensor:
+        return (teacher(pixels) + teacher(pixels.flip(3))) / 2
+
     message = f"computing the logits of {name} on the training images"
-    yield Preparation(message, 0, len(images))
-    parts, progress = list[Tensor](), ProgressCounter(message, len(images))
-    for batch in images.split(BATCH_SIZES[images.device.type]):
-        pixels = batch.permute(0, 3, 1, 2)
-        with torch.inference_mode():
-            parts.append((teacher(pixels) + teacher(pixels.flip(3))) / 2)
-        if report := progress.advance(len(batch)):
-            yield report
-    logits = torch.cat(parts)
-    run.save_teacher_logits(logits.cpu(), name, fingerprint)
-    return logits
+    start = PhaseReport("features", message, images=len(images))
+    logits = yield from predict_with_reports(compute_mirrored_mean, images, start)
+    run.save_teacher_logits(logits, name, fingerprint)
+    return logits.to(images.device)
 
 
 def compute_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

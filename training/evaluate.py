@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.store import Evaluation
+from training.store import Evaluation, FamiliarityThreshold
 
 CALIBRATION_BINS = 15
+FAMILIAR = 0.95
+"""Fraction of the held-out images that the threshold of familiar images keeps."""
 BATCH_SIZES = {"cpu": 100, "cuda": 500}
 """Batch size without gradients, by device type."""
 MIN_TEMPERATURE = 0.05  # predictions without errors would drive it to zero
@@ -116,6 +118,18 @@ def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
     """
     bins = compute_calibration_bins(logits, labels)
     return (bins.images * (bins.accuracy - bins.confidence).abs()).sum().item() / len(labels)
+
+
+def fit_familiarity(logits: Tensor) -> FamiliarityThreshold:
+    """Fit the score below which an image is probably none of the classes, see `FamiliarityThreshold`.
+
+    Args:
+        logits: float [N, classes], calibrated logits of held-out images.
+    """
+    scores = logits.double().logsumexp(1)
+    threshold = scores.quantile(1 - FAMILIAR).item()
+    kept = (scores >= threshold).double().mean().item()
+    return FamiliarityThreshold(threshold=threshold, kept=kept, images=len(scores))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

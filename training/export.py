@@ -7,24 +7,27 @@ Input: a run folder with a checkpoint.
 Output: `models/<name>/<version>/`, which is made live if the promotion rule allows it.
 """
 
+from collections.abc import Generator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from training.dataset import Dataset, Split, hold_out
-from training.evaluate import evaluate, expected_calibration_error, fit_temperature, predict
+from training.evaluate import evaluate, expected_calibration_error, fit_familiarity, fit_temperature, predict
 from training.files import sha256
 from training.loop import make_splits, to_device
 from training.networks import Classifier, build
+from training.phase_report import PhaseReport, predict_with_reports, record_reports
 from training.provenance import collect_provenance
 from training.recipes import Recipe
 from training.run import Publication, Run, State
 from training.runtimes import openvino, selection, torchscript
-from training.runtimes.openvino import OpenVinoEngine
-from training.store import MODEL, EpochSummary, ModelCard, Promotion, QuantizationReport, Store
+from training.runtimes.openvino import INT8, OpenVinoEngine
+from training.store import MODEL, EpochSummary, FamiliarityThreshold, ModelCard, Promotion, QuantizationReport, Store
 
 STATISTICS_IMAGES = 5120
 STATISTICS_BATCH = 128
@@ -37,6 +40,18 @@ CPU = torch.device("cpu")
 def publish(
     run: Run, dataset: Dataset, store: Store, promotion: Promotion = "if-better", notes: str = ""
 ) -> Publication:
+    """Export a run's last checkpoint as `export` does, and record the progress in the run's metrics."""
+    steps = record_reports(export(run, dataset, store, promotion, notes), run)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return cast(Publication, stop.value)
+
+
+def export(
+    run: Run, dataset: Dataset, store: Store, promotion: Promotion = "if-better", notes: str = ""
+) -> Generator[PhaseReport, None, Publication]:
     """Export a run's last checkpoint, measure the exported file on the test set, and publish it.
 
     Args:
@@ -45,6 +60,9 @@ def publish(
         store: The model store that receives the version.
         promotion: Rule for making the version live, see `Store.promote_if`.
         notes: Free text for the model card.
+
+    Yields:
+        Progress.
 
     Raises:
         RunError: The run has no checkpoint, or was trained on other data.
@@ -56,12 +74,22 @@ def publish(
         # The last attempt crashed just after publishing.
         return _promote_and_record(run, store, card, promotion)
     classifier, state = restore(run, recipe, dataset)
-    temperature = _round_and_calibrate(classifier, recipe, dataset, state["epoch"])
+    exporting = PhaseReport("exporting", "renewing the statistics and calibrating", epoch=state["epoch"])
+    yield exporting
+    temperature, familiarity = _round_and_calibrate(classifier, recipe, dataset, state["epoch"])
     with store.draft(recipe.model) as draft:
+        yield replace(exporting, message=f"writing {MODEL}")
         torchscript.save(classifier, draft / MODEL)
+        quantization = (yield from quantize(draft / MODEL, recipe, dataset, state["epoch"])) if recipe.int8 else None
         images, labels = to_device(dataset.test, CPU)
-        logits = predict(selection.load(draft / MODEL, "cpu", purpose="evaluation").compute_logits, images)
-        int8 = quantize(draft / MODEL, recipe, dataset) if recipe.int8 else None
+        measuring = PhaseReport("measuring", f"measuring {MODEL}", images=len(images), epoch=state["epoch"])
+        engine = selection.load(draft / MODEL, "cpu", purpose="evaluation")
+        logits = yield from predict_with_reports(engine.compute_logits, images, measuring)
+        if quantization and quantization.accepted:
+            measuring = replace(measuring, message=f"measuring {INT8}")
+            int8 = OpenVinoEngine(draft / INT8).compute_logits
+            test = evaluate((yield from predict_with_reports(int8, images, measuring)), labels)
+            quantization = quantization.model_copy(update={"test": test})
         curve = [EpochSummary.model_validate(metrics) for metrics in run.epochs() if metrics["epoch"] <= state["epoch"]]
         card = ModelCard(
             name=recipe.model,
@@ -77,29 +105,40 @@ def publish(
             temperature=temperature,
             test=evaluate(logits, labels),
             test_ece_uncalibrated=expected_calibration_error(logits * temperature, labels),
-            int8=int8,
+            int8=quantization,
+            familiarity=familiarity,
             curve=curve,
             training_seconds=sum(point.seconds for point in curve),
             **(state.get("provenance") or collect_provenance()),  # runs of earlier releases lack it
             notes=notes,
             files={},
         )
+        yield PhaseReport("publishing", f"publishing {recipe.model}", epoch=state["epoch"])
         run.save_test_logits(logits, temperature)
         run.announce_publication(sha256(draft / MODEL))
         card = store.publish(draft, card)
     return _promote_and_record(run, store, card, promotion)
 
 
-def _round_and_calibrate(classifier: Classifier, recipe: Recipe, dataset: Dataset, epoch: int) -> float:
-    """Round the weights, recompute the batch-normalization statistics, and set the temperature, which is returned."""
+def _round_and_calibrate(
+    classifier: Classifier, recipe: Recipe, dataset: Dataset, epoch: int
+) -> tuple[float, FamiliarityThreshold | None]:
+    """Round the weights, recompute the batch-normalization statistics, and set the temperature.
+
+    Returns:
+        The temperature, and the threshold of familiar images if the recipe holds images out.
+    """
     torchscript.round_weights(classifier)
     training, _, validation = make_splits(recipe, dataset)
     if not recipe.trains_in_evaluation_mode(epoch):  # weights of that mode fit the frozen statistics already
         recompute_batch_norm(classifier, sample(training, STATISTICS_IMAGES))
-    if recipe.validation_images:
-        images, labels = to_device(validation, CPU)
-        classifier.temperature.fill_(fit_temperature(predict(classifier, images), labels))
-    return classifier.temperature.item()
+    if not recipe.validation_images:
+        return classifier.temperature.item(), None
+    images, labels = to_device(validation, CPU)
+    logits = predict(classifier, images)
+    classifier.temperature.fill_(fit_temperature(logits, labels))
+    temperature = classifier.temperature.item()
+    return temperature, fit_familiarity(logits / temperature)
 
 
 def _promote_and_record(run: Run, store: Store, card: ModelCard, promotion: Promotion) -> Publication:
@@ -110,31 +149,36 @@ def _promote_and_record(run: Run, store: Store, card: ModelCard, promotion: Prom
     return published
 
 
-def quantize(model: Path, recipe: Recipe, dataset: Dataset) -> QuantizationReport:
+def quantize(
+    model: Path, recipe: Recipe, dataset: Dataset, epoch: int
+) -> Generator[PhaseReport, None, QuantizationReport]:
     """Write an int8 model beside an exported file, if its accuracy drops by at most `MAX_ACCURACY_DROP`.
 
     Accuracy is the mean over four views of each held-out image, mirrored and shifted, because a drop of a few tenths of
     a point is within the noise of a single view. If int8 in all layers loses too much, the first layer stays in
     floating point. The reason is that upsampled images have little energy in high frequencies, so that high-frequency
     filters mostly see the rounding error of the pixels.
+
+    Returns:
+        The report, without measures on the test set.
     """
     samples, comparison = quantization_images(recipe, dataset)
     images, labels = to_device(comparison, CPU)
-    before = _measure_top1_in_views(OpenVinoEngine(model), images, labels)
+    comparing = PhaseReport("quantizing", f"measuring {MODEL} on held-out images", epoch=epoch)
+    before = yield from _measure_top1_in_views(OpenVinoEngine(model), images, labels, comparing)
     for float_first_layer in (False, True):
+        layers = "all layers but the first" if float_first_layer else "all layers"
+        yield replace(comparing, message=f"quantizing {layers} to int8")
         file = openvino.quantize(model, samples, float_layers=[0] if float_first_layer else [])
-        int8 = OpenVinoEngine(file)
-        drop = before - _measure_top1_in_views(int8, images, labels)
+        comparing = replace(comparing, message=f"measuring {INT8} on held-out images")
+        after = yield from _measure_top1_in_views(OpenVinoEngine(file), images, labels, comparing)
+        drop = before - after
         if accepted := drop <= MAX_ACCURACY_DROP:
             break
-    test = None
-    if accepted:
-        images, labels = to_device(dataset.test, CPU)
-        test = evaluate(predict(int8.compute_logits, images), labels)
-    else:
+    if not accepted:
         openvino.delete_quantized(file)
     return QuantizationReport(
-        accepted=accepted, images=len(comparison), lost_top1=drop, float_first_layer=float_first_layer, test=test
+        accepted=accepted, images=len(comparison), lost_top1=drop, float_first_layer=float_first_layer, test=None
     )
 
 
@@ -179,10 +223,13 @@ def recompute_batch_norm(classifier: Classifier, images: Tensor) -> None:
     classifier.eval()
 
 
-def _measure_top1_in_views(engine: OpenVinoEngine, images: Tensor, labels: Tensor) -> float:
+def _measure_top1_in_views(
+    engine: OpenVinoEngine, images: Tensor, labels: Tensor, report: PhaseReport
+) -> Generator[PhaseReport, None, float]:
     views = [view.roll(shift, (1, 2)) for view in (images, images.flip(2)) for shift in ((0, 0), (2, 2))]
-    accuracies = [(predict(engine.compute_logits, view).argmax(1) == labels).double().mean() for view in views]
-    return torch.stack(accuracies).mean().item()
+    report = replace(report, images=len(views) * len(images))
+    logits = yield from predict_with_reports(engine.compute_logits, torch.cat(views), report)
+    return (logits.argmax(1) == labels.repeat(len(views))).double().mean().item()
 
 
 def restore(run: Run, recipe: Recipe, dataset: Dataset) -> tuple[Classifier, State]:

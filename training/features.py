@@ -30,7 +30,7 @@ from torch import Tensor
 from training.augment import sample_augmentation
 from training.evaluate import BATCH_SIZES
 from training.networks import Classifier, TransferResNet18
-from training.preparation import Preparation, ProgressCounter
+from training.phase_report import PhaseReport, ProgressCounter
 from training.recipes import Recipe
 from training.resources import SPARE_BYTES, features_folder
 
@@ -66,7 +66,7 @@ class Features:
 
 def prepare(
     recipe: Recipe, classifier: Classifier, images: Tensor, evaluation: Tensor, dtype: torch.dtype
-) -> Generator[Preparation, None, Features | None]:
+) -> Generator[PhaseReport, None, Features | None]:
     """Compute the features of a run, or load them from the cache.
 
     Args:
@@ -116,11 +116,11 @@ def prepare(
 
 def _compute_in_memory(
     description: str, computed: Iterator[Tensor], values: Tensor
-) -> Generator[Preparation, None, Tensor]:
+) -> Generator[PhaseReport, None, Tensor]:
     """Fill a GPU tensor with features and yield progress."""
     message = f"computing {description}, which stay in GPU memory"
-    yield Preparation(message, 0, len(values))
-    progress = ProgressCounter(message, len(values))
+    yield (start := PhaseReport("features", message, images=len(values)))
+    progress = ProgressCounter(start)
     for features in computed:
         values[progress.done : progress.done + len(features)] = features
         if report := progress.advance(len(features)):
@@ -130,7 +130,7 @@ def _compute_in_memory(
 
 def _load_or_compute_file(
     description: str, computed: Iterator[Tensor], shape: tuple[int, ...], file: Path
-) -> Generator[Preparation, None, Tensor | None]:
+) -> Generator[PhaseReport, None, Tensor | None]:
     """Memory-map the file of features and yield progress. If the file does not exist, compute and write it first.
 
     Returns:
@@ -139,7 +139,7 @@ def _load_or_compute_file(
     total, folder = shape[0], file.parent
     with suppress(OSError), file.open("rb") as cached:
         values = _memory_map(cached, shape)
-        yield Preparation(f"loading {description} from {file}", total, total)
+        yield PhaseReport("features", f"loading {description} from {file}", total, total)
         return values
 
     partial: Path | None = None
@@ -147,11 +147,12 @@ def _load_or_compute_file(
         folder.mkdir(parents=True, exist_ok=True)
         _delete_other_files(folder)
         if 2 * prod(shape) + SPARE_BYTES > shutil.disk_usage(folder).free:
-            yield Preparation(f"{folder} has no room for {description}; computing them in every epoch instead", 0, 0)
+            message = f"{folder} has no room for {description}; computing them in every epoch instead"
+            yield PhaseReport("features", message)
             return None
         message = f"computing {description} into {file}"
-        yield Preparation(message, 0, total)
-        progress = ProgressCounter(message, total)
+        yield (start := PhaseReport("features", message, images=total))
+        progress = ProgressCounter(start)
         with tempfile.NamedTemporaryFile("w+b", dir=folder, suffix=".partial", delete=False) as output:
             partial = Path(output.name)
             fcntl.flock(output, fcntl.LOCK_EX)
@@ -165,7 +166,7 @@ def _load_or_compute_file(
             partial.replace(file)
     except OSError as error:
         reason = f"{partial or folder} cannot be written ({error.strerror})"
-        yield Preparation(f"{reason}; computing the features in every epoch instead", 0, 0)
+        yield PhaseReport("features", f"{reason}; computing the features in every epoch instead")
         return None
     finally:
         if partial:

@@ -21,11 +21,11 @@ from training.dataset import Dataset, Split, hold_out
 from training.evaluate import evaluate, predict
 from training.networks import Classifier, build
 from training.phase import make_phase
-from training.preparation import Preparation, record_reports
+from training.phase_report import PhaseReport, record_reports
 from training.provenance import collect_provenance
 from training.recipes import Recipe
 from training.resources import choose_dtype
-from training.run import TICK_S, Run
+from training.run import TICK_S, Run, RunPhase
 from training.schedule import learning_rate
 from training.step import TrainStep
 from training.store import Evaluation, Store
@@ -54,6 +54,7 @@ class Tick:
     images_per_s: float
     remaining_s: float
     """Estimated seconds until the end of the run, including the evaluations and the export. Above 0."""
+    phase: RunPhase = "training"
     event: str = "tick"
 
 
@@ -78,10 +79,11 @@ class Epoch:
     """Wall time of the epoch, including its evaluation."""
     remaining_s: float
     """Estimated seconds until the end of the run, including the export. Above 0."""
+    phase: RunPhase = "training"
     event: str = "epoch"
 
 
-Event = Preparation | Tick | Epoch
+Event = PhaseReport | Tick | Epoch
 
 
 def train(
@@ -110,17 +112,19 @@ def train(
     torch.backends.cudnn.allow_tf32 = recipe.precision != "float32"
     torch.backends.cudnn.benchmark = True  # benchmarks the algorithms of each convolution
     checkpoint = run.load(dataset.fingerprint) if run.checkpoint_file.exists() else None
+    finished = checkpoint["epoch"] if checkpoint else 0
+    run.drop_metrics_after(finished)
+    loading = PhaseReport("loading", f"loading the images and the weights onto {device}")
+    run.record(asdict(loading))
+    yield loading
     classifier = _make_classifier(recipe, dataset, device, store, resumed=checkpoint is not None)
     split, evaluated_split, evaluation = make_splits(recipe, dataset)
     images, labels = to_device(split, device)
     evaluation_images, _ = to_device(evaluation, device)
     dtype = choose_dtype(recipe, device)
     step = TrainStep(recipe, classifier, labels, dtype)
-    finished = 0
     if checkpoint is not None:
         step.load_state_dict(checkpoint)
-        finished = checkpoint["epoch"]
-    run.drop_metrics_after(finished)
     fixed_state = {"data": dataset.fingerprint, "provenance": collect_provenance()}
     yield from record_reports(_prepare_teacher(step, dataset, images, run, store), run)
 
@@ -241,7 +245,7 @@ def _make_classifier(
 
 def _prepare_teacher(
     step: TrainStep, dataset: Dataset, images: Tensor, run: Run, store: Store | None
-) -> Generator[Preparation, None, None]:
+) -> Generator[PhaseReport, None, None]:
     """Give the step its teacher, or a teacher's logits on all training images."""
     recipe = step.recipe
     if not recipe.teachers:

@@ -14,7 +14,7 @@ from torch import Tensor
 from training import augment
 from training.features import prepare
 from training.networks import Classifier, TransferResNet18
-from training.preparation import Preparation
+from training.phase_report import PhaseReport
 from training.recipes import Recipe
 
 
@@ -43,7 +43,7 @@ class Phase:
 
 def make_phase(
     recipe: Recipe, epoch: int, classifier: Classifier, images: Tensor, evaluation: Tensor, dtype: torch.dtype
-) -> Generator[Preparation, None, Phase]:
+) -> Generator[PhaseReport, None, Phase]:
     """Make the phase that begins with an epoch, and make its stages of the network trainable.
 
     Args:

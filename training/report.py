@@ -6,7 +6,8 @@ Output: PNG files in RUN/pictures and TensorBoard events in RUN/tensorboard.
 The sheet of mistakes shows images of the data set. The other figures show measures only.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,15 @@ from torch import Tensor
 
 from training.dataset import Dataset
 from training.evaluate import CALIBRATION_BINS, compute_calibration_bins, evaluate, expected_calibration_error
+from training.files import write_durably
 from training.loop import Epoch, Event
-from training.run import Run
+from training.run import FIGURES, Run
 
 DPI = 110
 MISTAKES_GRID = (4, 8)  # rows and columns of the sheet of mistakes
 
 
-def log_scalars(events: Iterable[Event], folder: Path) -> Iterator[Event]:
+def log_scalars(events: Iterable[Event], folder: Path) -> Generator[Event, None, None]:
     """Pass a run's events on, and write the measures of every epoch as TensorBoard scalars.
 
     An epoch that is measured again after a crash replaces its earlier scalars and those of later epochs.
@@ -53,26 +55,27 @@ def draw_figures(run: Run, dataset: Dataset) -> list[Path]:
     """Draw all figures of a published run.
 
     Returns:
-        The PNG files: curves, superclasses, reliability, classes, mistakes.
+        The PNG files, with the names in `run.FIGURES`.
 
     Raises:
         RunError: The run has not been exported yet.
     """
     logits, temperature = run.test_logits()
     labels = torch.from_numpy(dataset.test.labels)
-    figures = {
-        "curves": plot_curves(run),
-        "superclasses": plot_superclass_confusion(logits, labels, dataset.superclasses),
-        "reliability": plot_reliability(logits, labels, temperature),
-        "classes": plot_class_accuracy(logits, labels, dataset),
-        "mistakes": plot_mistakes(logits, labels, dataset),
-    }
-    folder = run.path / "pictures"
-    folder.mkdir(exist_ok=True)
+    figures = (
+        plot_curves(run),
+        plot_superclass_confusion(logits, labels, dataset.superclasses),
+        plot_reliability(logits, labels, temperature),
+        plot_class_accuracy(logits, labels, dataset),
+        plot_mistakes(logits, labels, dataset),
+    )
+    run.pictures.mkdir(exist_ok=True)
     files = []
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=DPI)
-        files.append(folder / f"{name}.png")
+    for name, figure in zip(FIGURES, figures, strict=True):
+        content = BytesIO()
+        figure.savefig(content, format="png", dpi=DPI)
+        files.append(run.pictures / f"{name}.png")
+        write_durably(files[-1], content.getvalue())  # a reader never sees a part of it
     return files
 
 

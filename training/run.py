@@ -1,7 +1,7 @@
 """`Run` reads and writes the folder of a training run.
 
 The folder holds recipe.json, metrics.jsonl, checkpoint.pt, teacher_logits.pt, test_logits.pt, published.json, and
-`stop` if the run must end.
+`stop` if the run must end. The export adds the folder pictures, and a job of the service output.log.
 
 Input: a recipe and, for every epoch, metrics and training state.
 Output: the same data, read back to resume, watch or export the run.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, Literal, TextIO, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -28,18 +28,34 @@ from training.store import Evaluation
 
 State = dict[str, Any]
 Parsed = TypeVar("Parsed")
+RunPhase = Literal["loading", "features", "training", "exporting", "quantizing", "measuring", "publishing"]
+"""The work that a run does now, in the order of a run.
+
+loading: weights, data and a checkpoint; features: outputs of frozen stages and logits of a teacher; exporting:
+batch-normalization statistics, calibration and `model.pt`; quantizing: the int8 form and its comparison; measuring: the
+exported files on the test set; publishing: the version in the store and the figures of the run.
+"""
+FIGURES = ("curves", "superclasses", "reliability", "classes", "mistakes")
+"""Names of the PNG files in the folder `pictures` of an exported run."""
+
+OUTPUT = "output.log"
+"""File with the output of the process that trains, if the service started it."""
+
 TICK_S = 5.0  # seconds between two lines of metrics within an epoch
 START_TIMEOUT_S = 60.0  # upper bound for a child with an inherited lock to load its libraries and write its pid
 
 
-class Publication(BaseModel):
+class Publication(BaseModel, use_attribute_docstrings=True):
     """The result of exporting a run."""
 
     model: str
+    """Name of the model."""
     version: int
+    """Number of the new version."""
     live: bool
     """True if the new version was made live."""
     test: Evaluation
+    """Measures of the exported file on the full test set."""
     epoch: int | None = None
     """Epoch of the exported checkpoint; None in files of earlier releases."""
 
@@ -70,6 +86,14 @@ class Run:
         self.logits_file = path / "test_logits.pt"
         self.announcement_file = path / "publishing.sha256"
         self.publication_file = path / "published.json"
+        self.output_file = path / OUTPUT
+        self.pictures = path / "pictures"
+
+    def files(self) -> dict[str, Path]:
+        """Return the existing files that people read, by name: recipe, metrics, publication, output and figures."""
+        known = [self.recipe_file, self.metrics_file, self.publication_file, self.output_file]
+        known += [self.pictures / f"{name}.png" for name in FIGURES]
+        return {file.name: file for file in known if file.is_file()}
 
     @contextmanager
     def lock(self, inherited: int | None = None) -> Iterator[None]:

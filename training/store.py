@@ -45,12 +45,15 @@ class VersionInUse(StoreError):
     """The version cannot be deleted, because something depends on it."""
 
 
-class Evaluation(BaseModel):
+class Evaluation(BaseModel, use_attribute_docstrings=True):
     """Measures over one split. Rates are in 0-1."""
 
     images: int
+    """Number of images."""
     top1: Rate
+    """Fraction of the images whose most probable class is right."""
     top5: Rate
+    """Fraction of the images whose class is among the five most probable ones."""
     loss: FiniteFloat
     """Mean cross-entropy in nats."""
     ece: Rate
@@ -59,7 +62,7 @@ class Evaluation(BaseModel):
     """Top-1 accuracy of each class; None for a class without images in the split."""
 
 
-class QuantizationReport(BaseModel):
+class QuantizationReport(BaseModel, use_attribute_docstrings=True):
     """The accuracy cost of quantization to int8."""
 
     accepted: bool
@@ -75,7 +78,7 @@ class QuantizationReport(BaseModel):
     """Measures of the quantized model on the full test set, if it was accepted."""
 
 
-class PinnedMember(BaseModel):
+class PinnedMember(BaseModel, use_attribute_docstrings=True):
     """A version that a cascade depends on."""
 
     name: str
@@ -87,7 +90,7 @@ class PinnedMember(BaseModel):
         return f"{self.name}/{self.version}"
 
 
-class Cascade(BaseModel):
+class Cascade(BaseModel, use_attribute_docstrings=True):
     """The content of `cascade.json`. `training.runtimes.cascade` computes the answers."""
 
     members: tuple[PinnedMember, PinnedMember]
@@ -106,7 +109,7 @@ class Cascade(BaseModel):
         return self
 
 
-class CascadeReport(BaseModel):
+class CascadeReport(BaseModel, use_attribute_docstrings=True):
     """The fit of a cascade, and the share of images that need both members."""
 
     members: list[str]
@@ -121,31 +124,60 @@ class CascadeReport(BaseModel):
     """Share of the test images that are sent on to the second member."""
 
 
-class EpochSummary(BaseModel):
+class FamiliarityThreshold(BaseModel, use_attribute_docstrings=True):
+    """The score below which an image is probably none of the classes."""
+
+    score: Literal["energy"] = "energy"
+    """Score of an image: the logarithm of the sum of the exponentials of its calibrated logits, which is the negative
+    energy of Liu et al. 2020, arXiv:2010.03759."""
+    threshold: FiniteFloat
+    """Lowest score of a familiar image."""
+    kept: Rate
+    """Fraction of the held-out images whose score is at least the threshold."""
+    images: int
+    """Number of held-out images."""
+
+
+class EpochSummary(BaseModel, use_attribute_docstrings=True):
     """One point of the training curve."""
 
     epoch: int
+    """Number of the epoch, counted from 1."""
     train_loss: float
+    """Mean training loss of the epoch."""
     train_accuracy: float
+    """Top-1 accuracy on the augmented training images, 0-1."""
     split: str
+    """Evaluated split: "validation" if the recipe holds images out, otherwise "test"."""
     loss: float
+    """Mean cross-entropy of the evaluated split in nats."""
     top1: float
+    """Top-1 accuracy of the evaluated split, 0-1."""
     top5: float
+    """Top-5 accuracy of the evaluated split, 0-1."""
     seconds: float
+    """Wall time of the epoch, including its evaluation."""
 
 
-class ModelCard(BaseModel):
+class ModelCard(BaseModel, use_attribute_docstrings=True):
     """The metadata of one version of a model."""
 
     name: str
+    """Name of the model."""
     version: int
+    """Number of the version."""
     created: datetime
+    """Time of the export."""
     recipe: dict[str, Any]
+    """Recipe of the run, by its fields."""
     classes: list[str]
+    """Labels of the classes, in the order of the logits."""
     superclasses: list[str]
     """Superclass of each class, in the order of `classes`."""
     parameters: int
+    """Number of weights and biases."""
     seed: int
+    """Seed of the run."""
     data: str
     """Fingerprint of the data set: sha256 over its images, labels and class names."""
     temperature: float
@@ -153,17 +185,25 @@ class ModelCard(BaseModel):
     test: Evaluation
     """Measures of the exported file on the full test set, with calibrated logits."""
     test_ece_uncalibrated: Rate
+    """Expected calibration error on the test set before calibration."""
     int8: QuantizationReport | None = None
     """The quantized model for OpenVINO; None if the version has none."""
     cascade: CascadeReport | None = None
     """The fit of a cascade; None for a version with a model of its own."""
+    familiarity: FamiliarityThreshold | None = None
+    """The threshold of familiar images; None if the recipe holds no images out, and in cards of earlier releases."""
     curve: list[EpochSummary]
+    """Measures of every epoch."""
     training_seconds: float
+    """Wall time of all epochs."""
     device: str
+    """Device that trained."""
     libraries: dict[str, str]
+    """Versions of the libraries that trained, by name."""
     commit: str | None
     """Git commit of the code that trained the model, if known."""
     notes: str = ""
+    """Free text."""
     files: dict[str, str]
     """sha256 of every file beside the card, by file name."""
 
@@ -432,6 +472,18 @@ class Store:
                 continue  # another process published this number first
             sync(model)
             return card
+
+    def amend(self, card: ModelCard) -> None:
+        """Replace the card of a published version. A service that has loaded the version keeps the former card.
+
+        Raises:
+            StoreError: There is no such version, or the new card lists other files.
+        """
+        with lock_folder(self._model_folder(card.name)):
+            if self.card(card.name, card.version).files != card.files:
+                raise StoreError(f"the card of {card.name} version {card.version} cannot list other files")
+            content = card.model_dump_json(indent=1) + "\n"
+            write_durably(self.folder(card.name, card.version) / CARD, content.encode())
 
     def promote(self, name: str, version: int) -> None:
         """Make a version live.

@@ -6,6 +6,7 @@ A batch starts at once when the engine is idle. There is no timer, so a lone req
 takes the next batch itself, so it does not idle while the event loop answers the previous batch. It wakes the event
 loop once per batch. On a single processor the event loop computes a lone image itself if that takes little time.
 The queue is bounded. Work whose deadline has passed or whose client has disconnected is dropped before it is computed.
+Work in the background, such as masked images of an explanation, waits until no prediction does.
 
 Decoding images or ranking classes for a whole batch in one loop takes half the time of the same work done request by
 request, because other code evicts the processor's caches between two requests.
@@ -44,28 +45,54 @@ _BRIEF_S = 0.005
 # overload. Without it they would wait tens of milliseconds. Linux gives each thread its own nice value.
 _NICENESS = 5
 
+_BACKGROUND_BATCH = 16  # images in a batch of background work; a prediction may wait for one such batch
+
 Images = NDArray[np.uint8]
 ImageSource = Images | Callable[[], NDArray[np.uint8]]
 """Images, uint8 [N, 3, 32, 32], or a fast function that decodes one image to uint8 [3, 32, 32]."""
 
 Logits = NDArray[np.float32]
-Ranking = tuple[NDArray[np.int64], NDArray[np.float64]]
+Probabilities = NDArray[np.float64]
+Ranking = tuple[NDArray[np.int64], Probabilities]
 """Class ids [N, classes], most probable first, and their probabilities [N, classes]."""
 
 
 class BatchOutput:
-    """Logits of a batch, float32 [N, classes], and values of all its rows, which are computed on first use."""
+    """Logits of a batch, float32 [N, classes], and values of all its rows, which are computed on first use.
 
-    def __init__(self, logits: Logits):
+    Args:
+        logits: The logits.
+        familiarity: Scores of the rows, if another output than these logits gives them.
+    """
+
+    def __init__(self, logits: Logits, familiarity: NDArray[np.float64] | None = None):
         self.logits = logits
+        self._familiarity = familiarity
+
+    @cached_property
+    def _softmax(self) -> tuple[Probabilities, NDArray[np.float64]]:
+        """Probabilities of all rows, and the logarithm of the sum of the exponentials of their logits, [N, 1]."""
+        highest = self.logits.max(1, keepdims=True)
+        exponentials = np.exp(self.logits.astype(np.float64) - highest)
+        sums = exponentials.sum(1, keepdims=True)
+        return exponentials / sums, highest + np.log(sums)
+
+    @property
+    def probabilities(self) -> Probabilities:
+        """Probabilities of all rows, float64 [N, classes], in the order of the class ids."""
+        return self._softmax[0]
+
+    @property
+    def familiarity(self) -> NDArray[np.float64]:
+        """Score of all rows, float64 [N], see `training.store.FamiliarityThreshold`."""
+        return self._softmax[1][:, 0] if self._familiarity is None else self._familiarity
 
     @cached_property
     def ranking(self) -> Ranking:
         """Class ids and probabilities of all rows, most probable class first."""
-        exponentials = np.exp(self.logits.astype(np.float64) - self.logits.max(1, keepdims=True))
-        order = np.argsort(-exponentials, axis=1, kind="stable")
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")
         rows = np.arange(len(order))[:, None]
-        return order, exponentials[rows, order] / exponentials.sum(1, keepdims=True)
+        return order, self.probabilities[rows, order]
 
     @cached_property
     def confidence(self) -> NDArray[np.float64]:
@@ -94,6 +121,16 @@ class Scores(NamedTuple):
     def confidence(self) -> NDArray[np.float64]:
         """Probability of the most probable class of each of the request's images, float64 [N]."""
         return self.output.confidence[self.rows]
+
+    @property
+    def probabilities(self) -> Probabilities:
+        """Probabilities of the request's images, float64 [N, classes], in the order of the class ids."""
+        return self.output.probabilities[self.rows]
+
+    @property
+    def familiarity(self) -> NDArray[np.float64]:
+        """Score of the request's images, float64 [N], see `training.store.FamiliarityThreshold`."""
+        return self.output.familiarity[self.rows]
 
 
 @dataclass(eq=False, slots=True)
@@ -129,8 +166,11 @@ class Batcher:
         self.max_batch = max_batch
         self.max_queue = max_queue
         self.queued = 0
-        """Number of waiting images."""
+        """Number of waiting images, without those in the background."""
+        self.queued_in_background = 0
+        """Number of images that wait in the background."""
         self._queue: deque[_BatchItem] = deque()
+        self._background: deque[_BatchItem] = deque()
         self._busy = False  # a thread or the event loop will look into the queue again
         self._brief_s = _BRIEF_S if shares_cpu else 0.0
         self._lone_s = math.inf  # duration of the last batch of one image
@@ -142,6 +182,11 @@ class Batcher:
     def engine_name(self) -> str:
         """Name of the engine, such as openvino-int8."""
         return self.engine.name
+
+    @property
+    def waiting(self) -> int:
+        """Number of all waiting images."""
+        return self.queued + self.queued_in_background
 
     async def run(self, images: ImageSource, deadline: float | None = None, accepted: bool = False) -> Scores:
         """Compute the scores of images.
@@ -176,14 +221,54 @@ class Batcher:
             self._forget(work)
             raise
 
+    async def run_in_background(self, images: Images, deadline: float | None = None) -> Probabilities:
+        """Compute the probabilities of images in small batches, each of them when no prediction waits.
+
+        Args:
+            images: uint8 [N, 3, 32, 32].
+            deadline: Time on the monotonic clock. Batches that have not started by then are refused.
+
+        Returns:
+            float64 [N, classes], in the order of the class ids.
+
+        Raises:
+            Unavailable: The queue is full, or the deadline has passed.
+            Exception: The error that the engine raised.
+        """
+        loop, size = asyncio.get_running_loop(), min(_BACKGROUND_BATCH, self.max_batch)
+        chunks = (images[start : start + size] for start in range(0, len(images), size))
+        works = [_BatchItem(chunk, len(chunk), loop.create_future(), deadline) for chunk in chunks]
+        with self._lock:
+            if self.waiting and self.waiting + len(images) > self.max_queue:
+                raise Unavailable(f"{self.waiting} images are waiting already; try again later")
+            self._background.extend(works)
+            self.queued_in_background += len(images)
+            idle, self._busy = not self._busy, True
+        if idle:
+            loop.call_soon(self._start, loop)
+        try:
+            scores = await asyncio.gather(*(work.result for work in works))
+        except BaseException:
+            self._forget_background(works)
+            raise
+        return np.concatenate([each.probabilities for each in scores])
+
     def _forget(self, work: _BatchItem) -> None:
         """Remove work from the queue, if it still waits, to free its place."""
         with self._lock, suppress(ValueError):
             self._queue.remove(work)
             self.queued -= work.count
 
+    def _forget_background(self, works: list[_BatchItem]) -> None:
+        with self._lock:
+            for work in works:
+                work.result.cancel()
+                with suppress(ValueError):
+                    self._background.remove(work)
+                    self.queued_in_background -= work.count
+
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self.queued == 1 and self._lone_s < self._brief_s:
+        if self.queued == 1 and not self._background and self._lone_s < self._brief_s:
             self._run_batches(loop)
         else:
             self._thread.submit(self._run_batches, loop)
@@ -229,6 +314,12 @@ class Batcher:
                     continue
                 batch.append(work)
                 room -= work.count
+            while self._background and not batch:
+                work = self._background.popleft()
+                self.queued_in_background -= work.count
+                if work.result.done():
+                    continue
+                (late if work.deadline is not None and now > work.deadline else batch).append(work)
             self._busy = bool(batch)
         if late:
             _call_in_loop(loop, _set_late, late)

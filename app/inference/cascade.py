@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.exceptions import Unavailable
-from app.inference.batching import Batcher, BatchOutput, Images, ImageSource, Scores
+from app.inference.batching import Batcher, BatchOutput, Images, ImageSource, Logits, Probabilities, Scores
 from training.runtimes.cascade import answer, join_names
 from training.store import Cascade
 
@@ -43,6 +43,11 @@ class CascadeBatcher:
         """Number of images that wait for either member, including those of requests for a member alone."""
         return self._first.queued + self._second.queued
 
+    @property
+    def waiting(self) -> int:
+        """Number of images that wait for either member, including those in the background."""
+        return self._first.waiting + self._second.waiting
+
     async def run(self, images: ImageSource, deadline: float | None = None) -> Scores:
         """Compute the scores of images, see `Batcher.run`.
 
@@ -61,7 +66,20 @@ class CascadeBatcher:
             return scores
         pixels = source.pixels if isinstance(source, _KeptImage) else source[rows]
         second = await self._second.run(pixels, deadline, accepted=True)
-        return Scores(BatchOutput(answer(self._cascade, scores.logits, rows, second.logits)))
+        return Scores(BatchOutput(answer(self._cascade, scores.logits, rows, second.logits), scores.familiarity))
+
+    async def run_in_background(self, images: Images, deadline: float | None = None) -> Probabilities:
+        """Compute the probabilities of images in the background, see `Batcher.run_in_background`."""
+        first = await self._first.run_in_background(images, deadline)
+        rows = np.flatnonzero(first.max(1) < self._cascade.threshold)
+        if not len(rows):
+            return first
+        second = await self._second.run_in_background(images[rows], deadline)
+        return BatchOutput(answer(self._cascade, _log(first), rows, _log(second))).probabilities
+
+
+def _log(probabilities: Probabilities) -> Logits:
+    return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
 class _KeptImage:

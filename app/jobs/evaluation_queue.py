@@ -6,7 +6,7 @@ In: a model version and the source of labeled images.  Out: a row in the job dat
 import shutil
 from collections.abc import Collection
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from sqlalchemy import func, select
@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from app.exceptions import Unavailable
 from app.jobs.database import EVALUATION, WRITES, JobRow
 from app.jobs.queue import UNFINISHED, JobQueue, State
+from training.run import RunPhase
 from training.store import Evaluation
 
 MAX_UNFINISHED = 8
@@ -50,23 +51,37 @@ class EvaluationRequest(BaseModel):
     """Number of images of the split. None means all."""
 
 
-class EvaluationJob(BaseModel):
+class EvaluationJob(BaseModel, use_attribute_docstrings=True):
     """One evaluation job and its progress."""
 
     id: str
+    """Id of the evaluation."""
     state: State
+    """State of the evaluation."""
+    phase: RunPhase | None = None
+    """loading while images are read, then measuring; None unless the state is running."""
     model: str
+    """Name of the model."""
     version: int
+    """Version of the model."""
     engine: str
+    """Name of the engine that computes the logits."""
     split: str | None = None
     """Source of the images: test, train or zip."""
     created: datetime
+    """Time of the request."""
     started: datetime | None = None
+    """Time at which the evaluation first ran; None before."""
     finished: datetime | None = None
+    """Time at which the state became final; None before."""
     done: int = 0
     """Number of images computed so far."""
+    images: int | None = None
+    """Number of images to compute; None before they are read."""
     result: EvaluationResult | None = None
+    """The measures; None before the evaluation has succeeded."""
     error: str | None = None
+    """Reason of a failure; None otherwise."""
 
 
 class EvaluationQueue(JobQueue[EvaluationJob]):
@@ -169,16 +184,20 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
         request = EvaluationRequest.model_validate(row.request)
         fields = {name: value for name, value in (row.result or {}).items() if name not in omitted}
         result = EvaluationResult.model_validate(fields) if fields else None
-        progress = list(self.run_folder(row.id).metrics())
-        done = progress[-1]["done"] if progress else result.images if result else 0
+        metrics = list(self.run_folder(row.id).metrics())
+        measured = result.images if result else 0
+        progress: dict[str, Any] = metrics[-1] if metrics else {"done": measured, "images": measured or None}
+        phase: RunPhase = "measuring" if metrics else "loading"
         return EvaluationJob(
             **request.model_dump(exclude={"limit"}),
             id=row.id,
             state=State(row.state),
+            phase=phase if row.state == State.RUNNING else None,
             created=row.created,
             started=row.started,
             finished=row.finished,
-            done=done,
+            done=progress["done"],
+            images=progress["images"],
             result=result,
             error=row.error,
         )

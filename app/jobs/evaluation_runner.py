@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -236,16 +236,22 @@ class EvaluationRunner:
         done = 0
 
         async def record_progress() -> None:
+            tick: dict[str, Any] = {"event": "tick", "phase": "measuring", "done": done, "images": len(labeled.labels)}
+            with suppress(OSError):
+                await self._threads.run(run.record, tick)
+
+        async def record_periodically() -> None:
             while True:
                 await asyncio.sleep(_PROGRESS_S)
-                with suppress(Unavailable, OSError):
-                    await self._threads.run(run.record, {"event": "tick", "done": done, "images": len(labeled.labels)})
+                with suppress(Unavailable):
+                    await record_progress()
                     if await self._threads.run(self._queue.state, job_id) is State.CANCELLED:
                         self._tasks[job_id].cancel()
 
         try:
             labeled = await self._threads.run(read, stop_event)
-            recording = asyncio.create_task(record_progress())
+            await record_progress()
+            recording = asyncio.create_task(record_periodically())
             try:
                 chunk = min(_CHUNK, model.batcher.max_batch)
                 logits = []
@@ -254,8 +260,7 @@ class EvaluationRunner:
                     done = start + len(logits[-1])
             finally:
                 recording.cancel()
-            with suppress(OSError):
-                await self._threads.run(run.record, {"event": "tick", "done": done, "images": done})
+            await record_progress()
             all_logits, labels = torch.from_numpy(np.concatenate(logits)), torch.from_numpy(labeled.labels)
             return await self._threads.run(_compute_result, all_logits, labels, model.card.classes)
         finally:

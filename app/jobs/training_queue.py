@@ -11,14 +11,14 @@ from typing import Any
 from pydantic import BaseModel, Field
 from sqlalchemy import func, select
 
-from app.exceptions import BadRequest, Unavailable
+from app.exceptions import BadRequest, NotFound, Unavailable
 from app.jobs.database import TRAINING, WRITES, Database, JobRow
 from app.jobs.queue import UNFINISHED, WAITING, JobQueue, State, new_job_id
 from app.settings import Settings
 from training import resources
 from training.dataset import split_sizes
 from training.recipes import RECIPES, Recipe, RecipeError, make_recipe, parse_recipe
-from training.run import Publication
+from training.run import Publication, RunPhase
 from training.store import ModelCard, Promotion, Store, StoreError
 from training.text import quote
 
@@ -27,7 +27,7 @@ _HEALTH_WAIT_S = 0.1
 _FIELDS = {field: schema for field, schema in Recipe.model_json_schema()["properties"].items() if field != "name"}
 
 
-class TrainingRequest(BaseModel, extra="forbid"):
+class TrainingRequest(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """A request for a training job."""
 
     recipe: str = Field(examples=["resnet"], json_schema_extra={"enum": list(RECIPES)})
@@ -42,19 +42,29 @@ class TrainingRequest(BaseModel, extra="forbid"):
     """Condition under which the trained model goes live."""
 
 
-class TrainingJobSummary(BaseModel, from_attributes=True):
+class TrainingJobSummary(BaseModel, from_attributes=True, use_attribute_docstrings=True):
     """One training job."""
 
     id: str
+    """Id of the job, which is also the name of its run folder."""
     state: State
+    """State of the job."""
+    phase: RunPhase | None = None
+    """Work that the job does now; None unless its state is running."""
     request: TrainingRequest
+    """The request, with converted values."""
     created: datetime
+    """Time of the request."""
     started: datetime | None
+    """Time at which the job first ran; None before."""
     finished: datetime | None
+    """Time at which the state became final; None before."""
     crashes: int
     """Number of times that the job's process crashed and was resumed."""
     error: str | None
+    """Reason of a failure; None otherwise."""
     published: Publication | None
+    """The published version; None before."""
 
 
 class TrainingJob(TrainingJobSummary):
@@ -63,9 +73,11 @@ class TrainingJob(TrainingJobSummary):
     epochs: int
     """Number of epochs to train, including fine-tuning."""
     progress: dict[str, Any] | None = None
-    """The latest metrics: epoch, step, loss, accuracy, images/s, remaining seconds."""
+    """The latest report: the metrics of a tick or an epoch, or the progress of another phase."""
     history: list[dict[str, Any]] = Field(default_factory=list)
     """The metrics of every finished epoch."""
+    files: list[str] = Field(default_factory=list)
+    """Names of the files of the run that `GET /train/{id}/files/{name}` returns."""
 
 
 class TrainingQueue(JobQueue[TrainingJob]):
@@ -134,7 +146,20 @@ class TrainingQueue(JobQueue[TrainingJob]):
         """Return the latest `limit` jobs, newest first."""
         with self._transaction() as session:
             rows = session.scalars(self._select().order_by(JobRow.sequence.desc()).limit(limit)).all()
-        return [TrainingJobSummary.model_validate(row) for row in rows]
+        return [self._summarize(row) for row in rows]
+
+    def read_file(self, job_id: str, name: str) -> bytes:
+        """Return the content of a file of a job's run.
+
+        Raises:
+            NotFound: There is no such job, or its run has no such file.
+            Unavailable: The database or the file cannot be read.
+        """
+        self.state(job_id)
+        files = self.run_folder(job_id).files()
+        if name not in files:
+            raise NotFound(f"the job has no file {quote(name)}; it has: {', '.join(files) or 'none yet'}")
+        return files[name].read_bytes()
 
     def running(self) -> str | None:
         """Return the id of the running job. Returns None if no job runs or the database cannot be used."""
@@ -248,14 +273,32 @@ class TrainingQueue(JobQueue[TrainingJob]):
     def _before_cancel(self, job_id: str) -> None:
         self.run_folder(job_id).request_stop()  # stops the process even if this server crashes first
 
+    def _summarize(self, row: JobRow) -> TrainingJobSummary:
+        summary = TrainingJobSummary.model_validate(row)
+        if row.state == State.RUNNING:  # at most one job, so a list reads the metrics of one run
+            summary.phase = _phase_of(list(self.run_folder(row.id).metrics()))
+        return summary
+
     def _view(self, row: JobRow) -> TrainingJob:
         metrics = list(self.run_folder(row.id).metrics())
+        summary = TrainingJobSummary.model_validate(row)
+        summary.phase = _phase_of(metrics) if row.state == State.RUNNING else None
         progress = metrics[-1] if metrics else None
         if progress and State(row.state).finished:
             progress |= {"remaining_s": 0.0}  # the latest metrics estimate the export
         return TrainingJob(
-            **TrainingJobSummary.model_validate(row).model_dump(),
+            **summary.model_dump(),
             epochs=row.recipe["epochs"] + row.recipe["finetune_epochs"],
             progress=progress,
             history=[line for line in metrics if line["event"] == "epoch"],
+            files=list(self.run_folder(row.id).files()),
         )
+
+
+def _phase_of(metrics: list[dict[str, Any]]) -> RunPhase:
+    """Return the phase of a running job. Its process loads its libraries before it reports anything."""
+    if not metrics:
+        return "loading"
+    before: RunPhase = "features" if metrics[-1]["event"] == "preparation" else "training"
+    phase: RunPhase = metrics[-1].get("phase", before)  # releases up to 0.2.0 record no phase
+    return phase

@@ -38,7 +38,6 @@ _POLL_S = 0.3
 _TERM_GRACE_S = 3.0
 _LEASE_POLL_S = 2.0
 _PATIENCE_S = 60.0  # only the queue uses this thread, so a call waits for a slow disk at most
-_OUTPUT = "output.log"
 _INTERRUPTED = 130  # exit status of a training process that a signal stopped
 _SECRETS = ("CIFAR100_API_KEYS",)  # environment variables that a training process must not see
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "MemoryError")
@@ -116,7 +115,7 @@ class TrainingRunner:
                 if code == os.EX_TEMPFAIL:  # another process holds the folder; the job will be claimed again
                     return
                 if code > 0 and code != _INTERRUPTED and not await self._threads.run(run.outcome):
-                    said = await self._threads.run(_last_line, run.path / _OUTPUT)
+                    said = await self._threads.run(_last_line, run.output_file)
                     await self._jobs.record_outcome(self._threads, self._jobs.fail, job.id, said)
                     return
                 crash = _describe_exit(code, _count_oom_kills() > killed)
@@ -158,7 +157,7 @@ class TrainingRunner:
         # This process takes the lock and the child inherits it. If the child took the lock, a server that replaces this
         # one before the child has loaded its libraries would find the folder unlocked and no process to end.
         try:
-            with run.lock_for_child() as lock, (run.path / _OUTPUT).open("ab") as output:
+            with run.lock_for_child() as lock, run.output_file.open("ab") as output:
                 child = await asyncio.create_subprocess_exec(
                     *self._command(job, recipe, run),
                     *("--lock", str(lock.fileno())),

@@ -92,16 +92,16 @@ class Access:
         holder = self._authenticate(request, _bearer_key(request)) if self._settings.predict_needs_key else ""
         self._charge(self._settings.predict_rate_limit, "predictions", _client(request), holder)
 
-    def charge_prediction(self, request: Request, units: int) -> None:
-        """Charge additional units to the prediction rate limit, because the images are costly to decode.
+    def charge_prediction(self, request: Request, units: int, remedy: str = "send fewer or smaller images") -> None:
+        """Charge additional units to the prediction rate limit, because a request is more costly than a small image.
 
         Raises:
             TooManyRequests: The client is over the rate limit, or the request costs more than the whole limit.
         """
         limit, key = self._settings.predict_rate_limit, _bearer_key(request)
         if limit and units >= limit.amount:
-            detail = f"decoding the images of this request costs {units + 1} units of the rate limit of {limit}"
-            raise TooManyRequests(f"{detail}; send fewer or smaller ones", limit.get_expiry())
+            detail = f"this request costs {units + 1} units of the rate limit of {limit}"
+            raise TooManyRequests(f"{detail}; {remedy}", limit.get_expiry())
         holder = _digest(key).hex() if key and self._settings.predict_needs_key else ""
         self._charge(limit, "predictions", _client(request), holder, units=units)
 

@@ -42,6 +42,7 @@ class BodyLimitMiddleware:
         self.app = app
         self.limits = {
             "/predict": settings.max_predict_bytes + _MULTIPART_OVERHEAD,
+            "/explain": settings.max_predict_bytes + _MULTIPART_OVERHEAD,
             "/evaluate": settings.max_archive_bytes + _MULTIPART_OVERHEAD,
         }
         self.pending = FairShares(settings.max_pending_bytes)

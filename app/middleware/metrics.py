@@ -109,7 +109,7 @@ class Metrics:
     def _sample(self, pool: ModelPool) -> None:
         for name, model in pool.live().items():
             self.version.labels(name).set(model.card.version)
-            self.queued.labels(name).set(model.batcher.queued)
+            self.queued.labels(name).set(model.batcher.waiting)
 
 
 class MetricsMiddleware:

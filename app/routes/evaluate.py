@@ -3,7 +3,7 @@
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
@@ -13,7 +13,7 @@ from app.inference.pool import Version
 from app.jobs.evaluation_queue import EvaluationJob
 from app.middleware.access import OperatorOnly
 from app.routes.parameters import StrictRoute, parse_parameters
-from app.routes.responses import EventStream, json_response
+from app.routes.responses import EventStream, LastEventId, describe_events, json_response
 from app.routes.uploads import MULTIPART, URLENCODED, form_schema, has_body, media_type, read_form
 from training.store import Evaluation
 from training.text import quote
@@ -28,11 +28,19 @@ class EvaluateQuery(BaseModel):
 
     model: str | None = Field(default=None, description="Default: the same as for /predict.")
     version: Version | None = Field(default=None, description="Default: the live version.")
-    split: Literal["test", "train"] = Field(default="test", description="Split of the data set; not for a zip.")
+    split: Literal["test", "train"] = Field(
+        default="test", description="Split of the data set; not for a zip.", examples=["test"]
+    )
     limit: int | None = Field(
-        default=None, ge=1, description="Number of images of the split to measure on; not for a zip. Default: all."
+        default=None,
+        ge=1,
+        description="Number of images of the split to measure on; not for a zip. Default: all.",
+        examples=[1000],
     )
 
+
+EvaluationId = Annotated[str, Path(description="Id of an evaluation.")]
+EvaluationLimit = Annotated[int, Query(ge=1, le=100, description="Largest number of evaluations.")]
 
 _BODY: dict[str, Any] = {
     "requestBody": {
@@ -42,13 +50,17 @@ _BODY: dict[str, Any] = {
 _LINKS = {"evaluation": {"operationId": "evaluation", "parameters": {"evaluation_id": "$response.body#/id"}}}
 
 
-class RecordedEvaluation(BaseModel):
+class RecordedEvaluation(BaseModel, use_attribute_docstrings=True):
     """The recorded test result of a live model."""
 
     model: str
+    """Name of the model."""
     version: int
+    """Live version of the model."""
     recipe: str
+    """Name of the recipe that trained it."""
     test: Evaluation
+    """Measures on the full test set."""
 
 
 @router.get("", summary="Recorded accuracy of every live model")
@@ -112,21 +124,21 @@ async def evaluate(
 
 
 @router.get("/jobs", response_model=list[EvaluationJob], summary="The latest evaluations, newest first")
-async def evaluations(services: ServicesDependency, limit: Annotated[int, Query(ge=1, le=100)] = 100) -> Response:
+async def evaluations(services: ServicesDependency, limit: EvaluationLimit = 100) -> Response:
     """List the unfinished evaluations and the last 100 finished ones."""
     jobs = services.evaluation_jobs
     return await jobs.threads.read(lambda: json_response(jobs.newest(limit)))
 
 
 @router.get("/{evaluation_id}", response_model=EvaluationJob, summary="An evaluation's state, progress and result")
-async def evaluation(evaluation_id: str, services: ServicesDependency) -> Response:
+async def evaluation(evaluation_id: EvaluationId, services: ServicesDependency) -> Response:
     """Return one evaluation."""
     jobs = services.evaluation_jobs
     return await jobs.threads.read(lambda: json_response(jobs.get(evaluation_id)))
 
 
 @router.delete("/{evaluation_id}", dependencies=[OperatorOnly], summary="Cancel an evaluation")
-async def cancel_evaluation(evaluation_id: str, services: ServicesDependency) -> EvaluationJob:
+async def cancel_evaluation(evaluation_id: EvaluationId, services: ServicesDependency) -> EvaluationJob:
     """Cancel an evaluation. A finished one does not change."""
     return await services.evaluations.cancel(evaluation_id)
 
@@ -134,12 +146,13 @@ async def cancel_evaluation(evaluation_id: str, services: ServicesDependency) ->
 @router.get(
     "/{evaluation_id}/events",
     response_class=StreamingResponse,
+    responses=describe_events("tick"),
     summary="An evaluation's progress as server-sent events",
 )
 async def evaluation_events(
-    evaluation_id: str, services: ServicesDependency, last_event_id: Annotated[int, Header(ge=0, lt=2**31)] = 0
+    evaluation_id: EvaluationId, services: ServicesDependency, last_event_id: LastEventId = 0
 ) -> StreamingResponse:
-    """Stream the evaluation's progress. The last event, `end`, holds the evaluation."""
+    """Stream the evaluation's progress: `tick` has the images so far. The last event, `end`, holds the evaluation."""
     jobs = services.evaluation_jobs
     await jobs.threads.read(jobs.state, evaluation_id)  # an unknown evaluation gets 404 before the stream begins
     stream = jobs.events(evaluation_id, last_event_id, lambda: services.draining)

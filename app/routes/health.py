@@ -13,34 +13,43 @@ from app.routes.parameters import StrictRoute
 router = APIRouter(tags=["health"], route_class=StrictRoute)
 
 
-class LiveModel(BaseModel):
+class LiveModel(BaseModel, use_attribute_docstrings=True):
     """A model in memory."""
 
     version: int
+    """Version that is served."""
     engine: str
+    """Runtime, device and precision, such as openvino-int8."""
     test_top1: float
+    """Top-1 accuracy on the full test set, 0-1."""
     queued_images: int
+    """Number of images that wait for the engine."""
     members: list[str]
     """Versions that a cascade pins, such as resnet/4; empty for other models."""
 
 
-class Health(BaseModel):
+class Health(BaseModel, use_attribute_docstrings=True):
     """The state of the service."""
 
     status: Literal["ready", "not ready"]
+    """Readiness, as /health/ready reports it."""
     version: str
+    """Version of the service."""
     uptime_s: float
+    """Seconds since the start of this server process."""
     models: dict[str, LiveModel]
+    """The models in memory, by name."""
     errors: dict[str, str]
     """Reasons why live versions cannot be served, by model name."""
     training: str | None
     """Id of the running training job, or the last known one if the job database does not answer."""
 
 
-class Status(BaseModel):
+class Status(BaseModel, use_attribute_docstrings=True):
     """The result of a probe. The status code has the same meaning."""
 
     status: Literal["alive", "ready", "not ready"]
+    """Result of the probe."""
 
 
 @router.get("/health", summary="State of the service")
@@ -55,7 +64,7 @@ async def health(request: Request, services: ServicesDependency) -> Health:
                 version=model.card.version,
                 engine=model.batcher.engine_name,
                 test_top1=model.card.test.top1,
-                queued_images=model.batcher.queued,
+                queued_images=model.batcher.waiting,
                 members=[f"{member.card.name}/{member.card.version}" for member in model.members],
             )
             for name, model in sorted(services.pool.live().items())

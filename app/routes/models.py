@@ -1,6 +1,8 @@
 """Serve /models: the versions of each model, their cards, and the live version."""
 
-from fastapi import APIRouter, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel
 
 from app.dependencies import Services, ServicesDependency
@@ -16,13 +18,15 @@ from training.text import quote
 router = APIRouter(prefix="/models", tags=["models"], route_class=StrictRoute)
 
 
-class ModelSummary(BaseModel):
+class ModelSummary(BaseModel, use_attribute_docstrings=True):
     """A model and its versions."""
 
     name: str
+    """Name of the model."""
     live: int | None
-    """Version that is served now."""
+    """Version that is served now; None if there is none."""
     versions: list[int]
+    """All versions, oldest first."""
     error: str | None
     """Reason why the live version is not served, and errors of damaged versions."""
 
@@ -31,15 +35,20 @@ class ModelDetails(ModelSummary):
     """A model with the card of every readable version, oldest first."""
 
     cards: list[ModelCard]
+    """Cards of the readable versions, oldest first."""
 
+
+ModelName = Annotated[str, Path(description="Name of a model.")]
+VersionNumber = Annotated[Version, Path(description="Number of a version.")]
 
 _SUMMARY = set(ModelSummary.model_fields)
 
 
-class LiveVersion(BaseModel, extra="forbid"):
+class LiveVersion(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """The version to serve."""
 
     version: Version
+    """Number of a version that the store has."""
 
 
 @router.get("", response_model=list[ModelSummary], summary="All models")
@@ -54,7 +63,7 @@ async def models(services: ServicesDependency) -> Response:
 
 
 @router.get("/{name}", response_model=ModelDetails, summary="One model with its cards")
-async def model(name: str, services: ServicesDependency) -> Response:
+async def model(name: ModelName, services: ServicesDependency) -> Response:
     """Return a model with the cards of its versions."""
 
     def read() -> Response:
@@ -65,7 +74,7 @@ async def model(name: str, services: ServicesDependency) -> Response:
 
 
 @router.get("/{name}/{version:int}", response_model=ModelCard, summary="The card of one version")
-async def card(name: str, version: Version, services: ServicesDependency) -> Response:
+async def card(name: ModelName, version: VersionNumber, services: ServicesDependency) -> Response:
     """Return the card of a version."""
 
     def read() -> Response:
@@ -82,7 +91,7 @@ async def card(name: str, version: Version, services: ServicesDependency) -> Res
 
 
 @router.put("/{name}/live", dependencies=[OperatorOnly], summary="Promote or roll back")
-async def promote(name: str, live: LiveVersion, services: ServicesDependency) -> ModelSummary:
+async def promote(name: ModelName, live: LiveVersion, services: ServicesDependency) -> ModelSummary:
     """Make a version live. It serves all later requests. Requests in progress finish on the version they started with.
 
     Other workers, and other servers on the same store, switch within about a second.

@@ -1,22 +1,22 @@
 """Serve the web pages: / to try the service, and /docs with the OpenAPI document."""
 
-import base64
-import hashlib
-import re
 from functools import lru_cache
+from html import escape
+from http import HTTPStatus
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+
+from app.errors import ERRORS_PATH, MEANINGS
+from app.openapi import build_document
 
 router = APIRouter(include_in_schema=False)
 
 STATIC = Path(__file__).parents[1] / "static"
 _NOTHING_ELSE = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'; "
 _INDEX_POLICY = _NOTHING_ELSE + "script-src 'self'; style-src 'self'; img-src 'self' blob:"
-_OPENAPI = "/openapi.json"
-_SWAGGER = "https://cdn.jsdelivr.net"
+_DOCS_POLICY = _NOTHING_ELSE + "script-src 'self'; style-src 'self'; img-src 'self' data:"
 
 
 @router.get("/")
@@ -25,7 +25,22 @@ async def index() -> FileResponse:
     return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": _INDEX_POLICY})
 
 
-@router.get(_OPENAPI)
+@router.get(ERRORS_PATH)
+async def errors() -> HTMLResponse:
+    """Return the descriptions of all problems. The types of problems are addresses of its sections."""
+    return HTMLResponse(_describe_errors(), headers={"Content-Security-Policy": _INDEX_POLICY})
+
+
+@lru_cache(1)
+def _describe_errors() -> str:
+    sections = "".join(
+        f'<section id="{status}"><h2>{status} {HTTPStatus(status).phrase}</h2><p>{escape(meaning)}</p></section>\n'
+        for status, meaning in MEANINGS.items()
+    )
+    return (STATIC / "errors.html").read_text().replace("<!-- sections -->", sections)
+
+
+@router.get("/openapi.json")
 async def openapi(request: Request) -> Response:
     """Return the OpenAPI document. It is serialized once for each path prefix, which takes a millisecond."""
     return Response(_document(request.app, request.scope["root_path"]), media_type="application/json")
@@ -34,18 +49,10 @@ async def openapi(request: Request) -> Response:
 @lru_cache(8)
 def _document(app: FastAPI, root_path: str) -> bytes:
     servers = {"servers": [{"url": root_path}]} if root_path else {}
-    return bytes(JSONResponse(app.openapi() | servers).body)
+    return bytes(JSONResponse(build_document(app) | servers).body)
 
 
 @router.get("/docs")
-async def docs(request: Request) -> HTMLResponse:
-    """Return Swagger UI, which loads from its public CDN. The policy allows the inline script by its checksum."""
-    url = request.scope["root_path"] + _OPENAPI
-    page = get_swagger_ui_html(openapi_url=url, title=request.app.title, swagger_favicon_url="data:,")
-    script = re.search(rb"<script>(.*?)</script>", bytes(page.body), re.DOTALL)
-    checksum = base64.b64encode(hashlib.sha256(script[1] if script else b"").digest()).decode()
-    page.headers["Content-Security-Policy"] = (
-        f"{_NOTHING_ELSE}script-src {_SWAGGER} 'sha256-{checksum}'; "
-        f"style-src {_SWAGGER} 'unsafe-inline'; img-src 'self' data: {_SWAGGER}"
-    )
-    return page
+async def docs() -> FileResponse:
+    """Return Swagger UI, which shows the OpenAPI document. It is part of the service and needs no other host."""
+    return FileResponse(STATIC / "docs.html", headers={"Content-Security-Policy": _DOCS_POLICY})

@@ -63,8 +63,10 @@ def _query_names(dependant: Dependant) -> Iterator[str]:
 
 
 def _model_fields(kind: Any) -> list[str]:
-    """Return the names of the fields of a pydantic model. Empty for other types."""
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+    """Return the names of the fields of a pydantic model, as clients send them. Empty for other types."""
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return []
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
 class _JsonRequest(Request):
@@ -88,8 +90,9 @@ def _explain(fault: dict[str, Any], fields: Collection[str]) -> dict[str, Any]:
     match fault:
         case {"type": "extra_forbidden", "loc": ("body", str(name))}:
             return {**fault, "msg": f"there is no such field; {suggest(name, fields)}"}
-        case {"type": "json_invalid", "ctx": {"error": reason}}:
-            return {**fault, "msg": f"{fault['msg']}: {reason}"}
+        case {"type": "json_invalid", "ctx": {"error": reason}, "loc": ("body", position)}:
+            place = f" at character {position}" if position else ""
+            return {**fault, "msg": f"the body is not valid JSON: {reason}; correct it{place} and send it again"}
     return fault
 
 
@@ -106,7 +109,7 @@ def parse_parameters(model: type[Model], query: bytes, fields: Iterable[tuple[st
         RequestValidationError: A parameter is unknown or invalid, or is given twice with different values.
     """
     given = [*_query_items(query), *(("form", name, value) for name, value in fields)]
-    found = _collect(given, model.model_fields)
+    found = _collect(given, _model_fields(model))
     values = {name: value for name, (source, value) in found.items() if value or source == "query"}
     try:
         return model.model_validate(values)

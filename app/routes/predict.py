@@ -4,154 +4,112 @@ A request passes the access check first. Its body is a form or one raw image. A 
 other images are decoded by `Decoders`. The `Batcher` of the model computes the scores.
 """
 
-import asyncio
-import io
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Annotated, Any, cast
+from functools import partial
+from typing import Annotated, ClassVar
 
-from fastapi import APIRouter, Query, Request, Response
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, Field
-from pydantic_core import to_json
-from starlette.requests import ClientDisconnect
-from typing_extensions import override
+from fastapi import APIRouter, Query, Request
+from pydantic import Field
 
 from app.dependencies import Services, services_of
-from app.exceptions import TooLarge, UnsupportedImage, UnsupportedMediaType
+from app.exceptions import TooLarge
 from app.inference.batching import ImageSource, Scores
 from app.inference.decoding import File
 from app.inference.images.encoded import CostlyImage
-from app.inference.pool import Model, Version
+from app.inference.pool import Model
 from app.middleware.access import access_of, authorize_prediction, client_of
+from app.routes.images import DESCRIBED, ImageRoute, ModelQuery, describe_body, read_images
 from app.routes.parameters import parse_parameters
-from app.routes.uploads import MULTIPART, URLENCODED, form_schema, media_type, read_form
-from app.server.protocol import ON_DISCONNECT
-from app.settings import Settings
 from training.store import ModelCard
-from training.text import quote
-
-_UNKNOWN_TYPES = ("", URLENCODED)  # clients send these for bodies of any kind
-_BINARY_TYPES = ("application/octet-stream", "binary/octet-stream")
-_HOW_TO_SEND = "send multipart/form-data with a field 'file', or an image as the body with its image/* type"
-_EXAMPLE = "curl -F file=@photo.jpg"
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
-class PredictQuery(BaseModel, frozen=True):
+class PredictQuery(ModelQuery, frozen=True):
     """The parameters of a prediction, in the query or as text fields of the form."""
 
-    model: str | None = Field(
-        default=None, description="Default: the configured model, or a live cascade, or the most accurate live model."
-    )
-    version: Version | None = Field(default=None, description="Default: the live version.")
     top_k: int = Field(default=5, ge=1, le=100, description="Number of classes per image.")
-
-
-_DESCRIPTION: dict[str, Any] = {
-    "security": [{}, {"HTTPBearer": []}],  # the API key is required if one is configured
-    "requestBody": {
-        "required": True,
-        "content": {
-            MULTIPART: {"schema": form_schema({"type": "array", "items": _BINARY["schema"]}, PredictQuery)},
-            "image/*": _BINARY,
-            "application/octet-stream": _BINARY,
-        },
-    },
-}
 
 
 @dataclass(slots=True)  # frozen dataclasses take three times as long to create
 class PredictedClass:
     """One class and its calibrated probability."""
 
+    __pydantic_config__: ClassVar = DESCRIBED
+
     class_id: int
+    """Index of the class in the card of the model."""
     label: str
+    """Label of the class."""
     superclass: str
+    """Superclass of the class."""
     probability: float
+    """Calibrated probability, 0-1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The most probable classes of one image, best first, and the name of its file.
+    """The most probable classes of one image."""
 
-    Warnings name missing parts of a damaged image that was classified nevertheless.
-    """
+    __pydantic_config__: ClassVar = DESCRIBED
 
     file: str | None
+    """Name of the file in the form; None for a raw body."""
     classes: list[PredictedClass]
+    """The most probable classes, best first."""
+    familiar: bool | None
+    """False if the image is probably none of the classes: its score is below the threshold in the card of the model.
+    None if the card has no threshold."""
+    familiarity: float
+    """Score of the image. The card of the model describes it."""
     warnings: list[str]
+    """Missing parts of a damaged image that was classified nevertheless."""
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """The predictions in the order of the images, and the milliseconds from the end of the body to the response."""
+    """The predictions of one request."""
+
+    __pydantic_config__: ClassVar = DESCRIBED
 
     model: str
+    """Name of the model that answered."""
     version: int
+    """Version of the model that answered."""
     milliseconds: float
+    """Time from the end of the body to the response."""
     predictions: list[Prediction]
+    """The predictions in the order of the images."""
 
 
-class PredictRoute(APIRoute):
-    """A route that parses the query itself and cancels a request whose client disconnects.
-
-    FastAPI's dependencies and validation would take as long as all other work outside the network. The OpenAPI document
-    comes from the endpoint's signature, as usual.
-    """
-
-    @override
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        return self._respond
-
-    @staticmethod
-    async def _respond(request: Request) -> Response:
-        """Run `predict` and serialize its result. Cancel it if the client disconnects."""
-        task, has_left = cast("asyncio.Task[None]", asyncio.current_task()), False
-
-        def cancel() -> None:
-            nonlocal has_left
-            has_left = True
-            task.cancel()
-
-        request.scope[ON_DISCONNECT] = cancel
-        try:
-            predictions = await predict(request, _parse_query(request.scope["query_string"]))
-        except asyncio.CancelledError:
-            if not has_left:
-                raise
-            task.uncancel()
-            raise ClientDisconnect from None
-        finally:
-            del request.scope[ON_DISCONNECT]
-        return Response(to_json(predictions), media_type="application/json")
+router = APIRouter(tags=["predict"], route_class=ImageRoute)
 
 
-router = APIRouter(tags=["predict"], route_class=PredictRoute)
-
-
-@router.post("/predict", openapi_extra=_DESCRIPTION, summary="Classify images")
+@router.post("/predict", openapi_extra=describe_body(PredictQuery), summary="Classify images")
 async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Predictions:
     """Classify the images of the multipart fields `file`, or one image that is sent as the raw body."""
     authorize_prediction(request)
     services = services_of(request)
-    async with _read_images(request, services.settings) as (files, fields):
+    max_images = min(services.settings.max_images, services.settings.max_batch)
+    async with read_images(request, services.settings.max_image_bytes, max_images) as (files, fields):
         if fields:
             query = parse_parameters(PredictQuery, request.scope["query_string"], fields)
         started = time.perf_counter()
         deadline = time.monotonic() + services.settings.deadline_s
         model, scores, warnings = await _compute_scores(request, services, query, files, deadline)
+    threshold = model.card.familiarity.threshold if model.card.familiarity else None
     return Predictions(
         model=model.card.name,
         version=model.card.version,
         milliseconds=round((time.perf_counter() - started) * 1000, 3),
         predictions=[
-            Prediction(name, classes, image_warnings)
-            for (name, _), classes, image_warnings in zip(
-                files, top_classes(scores, model.card, query.top_k), warnings, strict=True
+            Prediction(name, classes, None if threshold is None else score >= threshold, score, image_warnings)
+            for (name, _), classes, score, image_warnings in zip(
+                files,
+                top_classes(scores, model.card, query.top_k),
+                scores.familiarity.tolist(),
+                warnings,
+                strict=True,
             )
         ],
     )
@@ -175,11 +133,6 @@ async def _compute_scores(
     return *await compute(images.pixels), images.warnings
 
 
-@lru_cache(256)
-def _parse_query(query: bytes) -> PredictQuery:
-    return parse_parameters(PredictQuery, query)
-
-
 def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[PredictedClass]]:
     """Return the `top_k` most probable classes of each image, best first."""
     order, probabilities = (each[:, :top_k].tolist() for each in scores.ranking)
@@ -190,36 +143,3 @@ def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[Predic
         ]
         for best in map(zip, order, probabilities)
     ]
-
-
-@asynccontextmanager
-async def _read_images(request: Request, settings: Settings) -> AsyncIterator[tuple[list[File], list[tuple[str, str]]]]:
-    """Read the request body. Yield the names and contents of its images, and the text fields of its form.
-
-    A body without a Content-Type, or with the default type of several clients, is an image if its bytes are one. The
-    larger files of a form are on disk. They are closed at the end of the context.
-
-    Raises:
-        UnsupportedMediaType: The content type is not supported.
-        Problem: The errors of `read_form`.
-    """
-    content_type = media_type(request)
-    if content_type == MULTIPART:
-        form = await read_form(request, min(settings.max_images, settings.max_batch), _EXAMPLE)
-        try:
-            yield [(upload.filename, upload.file) for upload in form.files], form.fields
-        finally:
-            await form.close()
-    elif content_type.startswith("image/") or content_type in (*_BINARY_TYPES, *_UNKNOWN_TYPES):
-        content = bytearray()
-        async for chunk in request.stream():
-            if len(content) <= settings.max_image_bytes:  # read the rest, so that the client gets the response
-                content += chunk
-        try:
-            yield [(None, io.BytesIO(content))], []
-        except UnsupportedImage as error:
-            if content_type in _UNKNOWN_TYPES:
-                error.detail += f"; the content type is {quote(content_type or '(none)')}: {_HOW_TO_SEND}"
-            raise
-    else:
-        raise UnsupportedMediaType(f"the content type {quote(content_type)} is not supported; {_HOW_TO_SEND}")

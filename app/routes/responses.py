@@ -1,8 +1,9 @@
 """Build responses: JSON that is serialized in a thread, and the events of a job as server-sent events."""
 
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
+from fastapi import Header
 from fastapi.responses import Response, StreamingResponse
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
@@ -11,7 +12,21 @@ from app.clients import FairShares, client_network
 from app.exceptions import Unavailable
 from app.jobs.queue import JobEvent
 
+LastEventId = Annotated[
+    int, Header(ge=0, lt=2**31, description="Number of the last event that the client has received. Default: none.")
+]
+"""The header with which a client continues a stream of events."""
+
 _STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would buffer events
+
+
+def describe_events(names: str) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI description of a stream whose events have these names, besides `end`."""
+    description = (
+        f"Server-sent events (HTML standard, section 9.2): {names}, and at last end. An event has its number as id, "
+        "except end, and a JSON object as data. A comment keeps the connection open after 15 s without an event."
+    )
+    return {200: {"description": description, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 def json_response(value: Any) -> Response:

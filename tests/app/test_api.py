@@ -36,7 +36,7 @@ from training.dataset import Dataset
 from training.evaluate import evaluate, predict
 from training.runtimes import selection, torchscript
 from training.runtimes.engine import Engine, EngineError
-from training.store import Store
+from training.store import FamiliarityThreshold, Store
 
 
 @pytest.fixture
@@ -85,6 +85,29 @@ def test_predict_equals_offline_evaluation_bit_for_bit(client: TestClient, model
             }
             for each in np.argsort(-logits, kind="stable").tolist()
         ]
+
+
+def test_an_image_is_familiar_if_its_score_reaches_the_threshold_of_the_card(
+    models: Path, tmp_path: Path, dataset: Dataset
+) -> None:
+    def predictions(threshold: FamiliarityThreshold | None) -> list[dict[str, Any]]:
+        store = Store(models)
+        store.amend(store.card("resnet", 1).model_copy(update={"familiarity": threshold}))
+        with make_local_client(create_app(Settings(models=models, runs=tmp_path))) as client:
+            answer = client.post("/predict", files=[("file", encode_png(dataset, row)) for row in range(3)])
+            found: list[dict[str, Any]] = answer.json()["predictions"]
+            return found
+
+    without = predictions(None)
+    assert [each["familiar"] for each in without] == [None] * 3
+    scores = [each["familiarity"] for each in without]
+    images = torch.from_numpy(dataset.test.images[:3]).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        logits = torchscript.load(models / "resnet" / "1" / "model.pt")(images)
+    assert scores == pytest.approx(logits.double().logsumexp(1).tolist(), abs=1e-5)
+    for threshold in scores:
+        fitted = FamiliarityThreshold(threshold=threshold, kept=0.95, images=100)
+        assert [each["familiar"] for each in predictions(fitted)] == [score >= threshold for score in scores]
 
 
 def test_five_classes_by_default_and_top_k_on_request(client: TestClient, image: bytes) -> None:

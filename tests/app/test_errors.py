@@ -48,7 +48,8 @@ def warnings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 def client(models: Path, tmp_path: Path) -> Iterator[TestClient]:
-    with make_local_client(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
+    settings = Settings(models=models, runs=tmp_path / "runs", data="synthetic:4", store_poll_s=600)
+    with make_local_client(create_app(settings)) as client:
         yield client
 
 

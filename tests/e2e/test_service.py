@@ -41,10 +41,11 @@ def test_predict_evaluate_and_train_until_the_new_version_is_live(tmp_path: Path
 
         events = client.get(f"{place}/events").text  # the stream ends with the job
         kinds = re.findall(r"^event: (\w+)$", events, re.MULTILINE)
-        assert kinds[0] == "tick"
-        assert kinds[-2:] == ["epoch", "end"]
-        replayed = client.get(f"{place}/events", headers={"Last-Event-ID": "1"}).text
-        assert re.findall(r"^event: (\w+)$", replayed, re.MULTILINE) == ["epoch", "end"]
+        assert list(dict.fromkeys(kinds)) == ["phase", "tick", "epoch", "end"]
+        phases = re.findall(r'"phase": "(\w+)"', events)
+        assert list(dict.fromkeys(phases)) == ["loading", "training", "exporting", "measuring", "publishing"]
+        replayed = client.get(f"{place}/events", headers={"Last-Event-ID": "3"}).text
+        assert re.findall(r"^event: (\w+)$", replayed, re.MULTILINE) == kinds[3:]
         job = client.get(place).json()
         assert job["state"] == "succeeded", log.read_text()
         assert job["published"]["version"] == 2

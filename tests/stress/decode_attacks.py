@@ -9,8 +9,8 @@ one connection each. The attackers also send forms of 32 images. The service is 
     python tests/stress/decode_attacks.py --only mixture               # one kind of image; the table is not kept
 
 Time: 50 minutes with the default options, two hours with rounds of 30 s.
-Result: in five rounds of 10 s for each attack, 100 % of the honest client's requests succeeded, with a p99 of at most 6.6
-times its quiet one beside one attacking address (AMD EPYC, 2 cores, 2026-11-29).
+Result: in five rounds of 10 s for each attack, 100 % of the honest client's requests succeeded, with a p99 of
+at most 6.6 times its quiet one beside one attacking address (AMD EPYC, 2 cores, 2026-11-29).
 Table: results/decode_attacks.md.
 """
 

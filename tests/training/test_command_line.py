@@ -60,6 +60,25 @@ def test_train_publishes_and_evaluate_measures_the_same(tmp_path: Path) -> None:
         assert f"resnet/1 on 100 test images: top-1 {card.test.top1:.2%}, top-5 {card.test.top5:.2%}" in said(measured)
 
 
+def test_the_threshold_of_familiar_images_is_added_to_a_card_that_lacks_it(models: Path) -> None:
+    store, words = Store(models), ("familiarity", "resnet", "--data", "synthetic:4", "--models", str(models))
+    exported = store.card("resnet", 1)
+    assert exported.familiarity
+    store.amend(exported.model_copy(update={"familiarity": None}))
+    added = typed(*words)
+    assert added.exit_code == 0, added.output
+    assert "resnet/1: 95.0% of 100 held-out images have a score of at least" in said(added)
+    measured = store.card("resnet", 1).familiarity
+    assert measured
+    assert measured.threshold == pytest.approx(exported.familiarity.threshold, abs=1e-4)
+
+    recipe = exported.recipe | {"validation_images": 0}
+    store.amend(exported.model_copy(update={"recipe": recipe}))
+    refused = typed(*words)
+    assert refused.exit_code == 1
+    assert "has held out none of these images" in said(refused)
+
+
 def test_a_run_that_is_finished_and_published_is_not_published_again(tmp_path: Path) -> None:
     models = tmp_path / "models"
     words = ("train", "resnet", "--run", str(tmp_path / "run"), "--data", "synthetic:1", "--models", str(models))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from preparing import collect_events
+from phase_reports import collect_events
 from torch import Tensor
 
 from training import distillation
@@ -16,7 +16,7 @@ from training.evaluate import predict
 from training.export import restore
 from training.loop import Epoch, train
 from training.networks import Classifier
-from training.preparation import Preparation
+from training.phase_report import PhaseReport
 from training.recipes import RecipeError, make_recipe
 from training.run import Run
 from training.runtimes import selection
@@ -37,7 +37,7 @@ def started(path: Path, **fields: Any) -> Run:
 
 def compute_logits(
     run: Run, teacher: distillation.Teacher, images: Tensor, name: str = "resnet/1", data: str = "d"
-) -> tuple[Tensor, list[Preparation]]:
+) -> tuple[Tensor, list[PhaseReport]]:
     return collect_events(distillation.compute_teacher_logits(name, lambda: teacher, images, data, run))
 
 
@@ -113,10 +113,10 @@ def test_a_run_with_a_teacher_goes_on_without_asking_it_again(dataset: Dataset, 
     assert next(event for event in events if isinstance(event, Epoch)).epoch == 1
     events.close()
     resumed = list(train(run.recipe(), dataset, run, CPU, Store(models)))
-    assert not any(isinstance(event, Preparation) for event in resumed)
+    assert "features" not in {event.phase for event in resumed}
 
     whole = started(tmp_path / "whole", teacher="resnet/1")
-    assert sum(isinstance(event, Preparation) for event in train(whole.recipe(), dataset, whole, CPU, Store(models)))
+    assert "features" in {event.phase for event in train(whole.recipe(), dataset, whole, CPU, Store(models))}
     for name, value in whole.load()["classifier"].items():
         assert torch.equal(value, run.load()["classifier"][name]), name
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.evaluate import count_confusion, evaluate, expected_calibration_error, fit_temperature, predict
+from training.evaluate import (
+    count_confusion,
+    evaluate,
+    expected_calibration_error,
+    fit_familiarity,
+    fit_temperature,
+    predict,
+)
 
 
 def logits_of(probabilities: list[list[float]]) -> Tensor:
@@ -76,6 +83,13 @@ def test_the_fitted_temperature_undoes_a_known_scale(scale: float) -> None:
     logits = 2 * torch.randn(5000, 100, generator=random)
     labels = torch.multinomial(logits.softmax(1), 1, generator=random)[:, 0]  # calibrated by construction
     assert fit_temperature(scale * logits, labels) == pytest.approx(scale, rel=0.03)
+
+
+def test_the_threshold_of_familiar_images_keeps_95_percent() -> None:
+    logits = torch.arange(100.0)[:, None] + torch.tensor([0.0, 1.0])  # the score of row n is n + log(1 + e)
+    fitted = fit_familiarity(logits[torch.randperm(100)])
+    assert fitted.threshold == pytest.approx(0.05 * 99 + math.log(1 + math.e))
+    assert (fitted.kept, fitted.images) == (0.95, 100)
 
 
 def test_the_temperature_of_faultless_predictions_stays_within_reason() -> None:

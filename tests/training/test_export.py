@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import shutil
 import warnings
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from training.evaluate import evaluate, expected_calibration_error, predict
 from training.export import publish, recompute_batch_norm, restore, sample
 from training.loop import make_splits, train
 from training.networks import Classifier, build
+from training.phase_report import PhaseReport
 from training.provenance import describe_device
 from training.recipes import make_recipe, parse_recipe
 from training.run import Publication, Run, RunError
@@ -215,12 +217,24 @@ def test_a_quantized_form_is_published_if_it_is_as_accurate(
 ) -> None:
     if top1:  # replaces the measured top-1: first of the floating-point form, then of each int8 form that is tried
         measured = iter(top1)
-        monkeypatch.setattr(export, "_measure_top1_in_views", lambda *_: next(measured))
+
+        def measure(*_: object) -> Generator[PhaseReport, None, float]:
+            yield from ()
+            return next(measured)
+
+        monkeypatch.setattr(export, "_measure_top1_in_views", measure)
     monkeypatch.setattr(export, "MAX_ACCURACY_DROP", most_lost)
     monkeypatch.setattr(export, "CALIBRATION_IMAGES", 8)
     run = Run(shutil.copytree(finished_run.path, tmp_path / "run"))
     run.recipe_file.write_text(run.recipe().model_copy(update={"int8": True}).model_dump_json())
+    before = len(list(run.metrics()))  # the run may have been published before
     publish(run, dataset, Store(tmp_path / "models"))
+    reports = [line for _, line in run.numbered_metrics(before)]
+    assert list(dict.fromkeys(line["phase"] for line in reports)) == [
+        "exporting", "quantizing", "measuring", "publishing"
+    ]  # fmt: skip
+    measuring = [line for line in reports if line["phase"] == "measuring"]
+    assert (measuring[0]["done"], measuring[-1]["done"], measuring[-1]["images"]) == (0, 100, 100)
     folder = tmp_path / "models" / "resnet" / "1"
     card = Store(tmp_path / "models").card("resnet", 1)
     assert card.int8 is not None

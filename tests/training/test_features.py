@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from preparing import collect_events
+from phase_reports import collect_events
 from torch import Tensor
 
 from training import augment
@@ -18,7 +18,7 @@ from training.dataset import Dataset, load_dataset
 from training.features import Features, prepare
 from training.loop import Epoch, to_device, train
 from training.networks import Classifier, TransferResNet18, build
-from training.preparation import Preparation
+from training.phase_report import PhaseReport
 from training.recipes import Recipe, make_recipe
 from training.run import Run
 
@@ -49,7 +49,7 @@ def built(recipe: Recipe, seed: int = 0) -> Classifier:
     return build(recipe)
 
 
-def prepared(recipe: Recipe, classifier: Classifier, dataset: Dataset) -> tuple[Features | None, list[Preparation]]:
+def prepared(recipe: Recipe, classifier: Classifier, dataset: Dataset) -> tuple[Features | None, list[PhaseReport]]:
     images, evaluation = to_device(dataset.train, CPU)[0], to_device(dataset.test, CPU)[0]
     return collect_events(prepare(recipe, classifier, images, evaluation, torch.float32))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from training.store import Evaluation, ModelCard, Promotion, Store, StoreError
+from training.store import Evaluation, FamiliarityThreshold, ModelCard, Promotion, Store, StoreError
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,6 +71,18 @@ def test_a_published_card_is_read_back_as_it_was(store: Store) -> None:
     assert store.card("resnet", 1) == original
     assert store.verify(original) == store.root / "resnet" / "1"
     assert original.test.top1 == 0.25
+
+
+def test_a_card_is_amended_but_lists_the_same_files(store: Store) -> None:
+    first = published(store)
+    threshold = FamiliarityThreshold(threshold=4.5, kept=0.95, images=100)
+    store.amend(first.model_copy(update={"familiarity": threshold}))
+    assert store.card("resnet", 1).familiarity == threshold
+    store.verify(store.card("resnet", 1))
+    with pytest.raises(StoreError, match="cannot list other files"):
+        store.amend(first.model_copy(update={"files": {}}))
+    with pytest.raises(StoreError, match="there is no version 2"):
+        store.amend(first.model_copy(update={"version": 2}))
 
 
 def test_publishing_leaves_no_draft_behind_and_makes_nothing_live(store: Store) -> None:

@@ -175,6 +175,9 @@ def test_classes_are_ranked_for_the_whole_batch() -> None:
     softmax = np.exp(logits[1:].astype(float)) / np.exp(logits[1:].astype(float)).sum(1, keepdims=True)
     np.testing.assert_allclose(probabilities, -np.sort(-softmax))
     assert computed.ranking is computed.ranking
+    np.testing.assert_allclose(
+        Scores(computed, slice(1, 3)).familiarity, np.log(np.exp(logits[1:].astype(float)).sum(1))
+    )
 
 
 def test_a_full_queue_refuses_at_once() -> None:
@@ -268,5 +271,66 @@ def test_an_engine_failure_reaches_its_batch_only() -> None:
         with pytest.raises(RuntimeError, match="poisoned"):
             await batcher.run(pictures(255))
         assert (await batcher.run(pictures(7))).logits.tolist() == [[7]]
+
+    asyncio.run(scenario())
+
+
+def test_background_work_waits_until_no_prediction_does() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, max_batch=8, max_queue=100)
+        first = await busy(batcher, engine)
+        background = asyncio.create_task(batcher.run_in_background(pictures(*range(20))))
+        await asyncio.sleep(0)
+        predictions = [asyncio.create_task(batcher.run(pictures(*range(6)))) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert (batcher.queued, batcher.queued_in_background, batcher.waiting) == (12, 20, 32)
+        engine.gate.set()
+        await asyncio.gather(first, *predictions)
+        assert (await background).tolist() == [[1]] * 20  # the engine of this test has one class
+        assert engine.batches == [1, 6, 6, 8, 8, 4]
+        assert batcher.waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_background_work_takes_no_place_of_a_prediction_and_is_refused_if_the_queue_is_full() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=8)
+        first = await busy(batcher, engine)
+        background = asyncio.create_task(batcher.run_in_background(pictures(*range(6))))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="6 images are waiting"):
+            await batcher.run_in_background(pictures(1, 2, 3))
+        predictions = [asyncio.create_task(batcher.run(pictures(value, value))) for value in range(4)]
+        await asyncio.sleep(0)
+        assert batcher.waiting == 14
+        engine.gate.set()
+        await asyncio.gather(first, background, *predictions)
+
+    asyncio.run(scenario())
+
+
+def test_background_work_that_is_late_cancelled_or_fails_leaves_nothing_behind() -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        batcher = Batcher(engine, max_batch=4, max_queue=100)
+        first = await busy(batcher, engine)
+        late = asyncio.create_task(batcher.run_in_background(pictures(*range(6)), time.monotonic() - 1))
+        failing = asyncio.create_task(batcher.run_in_background(pictures(255, *range(8))))
+        gone = asyncio.create_task(batcher.run_in_background(pictures(*range(6))))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert batcher.queued_in_background == 15
+        engine.gate.set()
+        await first
+        with pytest.raises(Unavailable, match="deadline"):
+            await late
+        with pytest.raises(RuntimeError, match="poisoned"):
+            await failing
+        assert (await batcher.run(pictures(3))).logits.tolist() == [[3]]
+        assert batcher.waiting == 0
 
     asyncio.run(scenario())

@@ -222,7 +222,12 @@ def test_the_events_of_an_evaluation_end_with_the_result(settings: Settings) -> 
         job = client.post("/evaluate?limit=4").json()
         done = finish(client, job["id"])
         *_, tick, end = client.get(f"/evaluate/{job['id']}/events").text.strip().split("\n\n")
-        assert json.loads(tick.partition("data: ")[2]) == {"event": "tick", "done": 4, "images": 4}
+        assert json.loads(tick.partition("data: ")[2]) == {
+            "event": "tick",
+            "phase": "measuring",
+            "done": 4,
+            "images": 4,
+        }
         assert json.loads(end.partition("data: ")[2]) == done
 
 

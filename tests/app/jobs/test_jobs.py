@@ -3,12 +3,14 @@
 import asyncio
 import json
 import logging
+import shutil
 import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import AsyncMock
@@ -16,6 +18,7 @@ from unittest.mock import AsyncMock
 import pytest
 from fastapi.testclient import TestClient
 from local_client import make_local_client
+from pydantic import SecretStr
 
 from app.clients import FairShares
 from app.dependencies import Services
@@ -28,12 +31,14 @@ from app.main import create_app
 from app.routes.responses import EventStream
 from app.settings import Settings
 from app.threads import Threads
+from training.phase_report import PhaseReport
 from training.recipes import make_recipe
-from training.run import Publication
+from training.run import Publication, Run
 from training.store import Store
 
 pytestmark = pytest.mark.slow
 
+KEY = "the-secret-of-this-test"
 REQUEST = TrainingRequest(recipe="resnet", overrides={"epochs": 2})
 
 
@@ -82,6 +87,54 @@ def test_jobs_run_in_the_order_they_came_and_an_interrupted_one_first(jobs: Trai
     assert claimed(jobs).id == second.id
     assert [job.id for job in jobs.newest(10)] == [second.id, first.id]
     assert [job.id for job in jobs.newest(1)] == [second.id]
+
+
+def test_a_running_job_has_the_phase_of_its_latest_report(jobs: TrainingQueue, publication: Publication) -> None:
+    job_id = jobs.submit(REQUEST).id
+    assert jobs.get(job_id).phase is None
+    claimed(jobs)
+    assert jobs.get(job_id).phase == "loading"
+    run = jobs.run_folder(job_id)
+    run.path.mkdir()
+    for report, phase in (
+        (PhaseReport("features", "computing"), "features"),
+        ({"event": "preparation", "epoch": 0}, "features"),  # releases up to 0.2.0 record no phase
+        ({"event": "tick", "epoch": 1}, "training"),
+        (PhaseReport("quantizing", "comparing", 3, 9, epoch=1), "quantizing"),
+    ):
+        run.record(report if isinstance(report, dict) else asdict(report))
+        assert (jobs.get(job_id).phase, jobs.newest(1)[0].phase) == (phase, phase)
+    assert (jobs.get(job_id).progress or {})["done"] == 3
+    jobs.succeed(job_id, publication)
+    assert jobs.get(job_id).phase is None
+
+
+def test_known_files_of_a_run_are_served_and_its_log_to_operators_only(finished_run: Run, tmp_path: Path) -> None:
+    settings = Settings(models=tmp_path / "models", runs=tmp_path / "runs", api_keys=(SecretStr(KEY),))
+    with TestClient(create_app(settings)) as client:
+        jobs = services_of(client).training_jobs
+        job = jobs.submit(REQUEST)
+        jobs.cancel(job.id)
+        folder, url = jobs.run_folder(job.id).path, f"/train/{job.id}"
+        assert client.get(url).json()["files"] == []
+        shutil.copytree(finished_run.path, folder)
+        (folder / "pictures").mkdir(exist_ok=True)
+        (folder / "pictures" / "curves.png").write_bytes(b"a picture")
+        (folder / "output.log").write_text("a traceback")
+        files = client.get(url).json()["files"]
+        assert files[:4] == ["recipe.json", "metrics.jsonl", "published.json", "output.log"]
+        picture = client.get(f"{url}/files/curves.png")
+        assert (picture.content, picture.headers["content-type"]) == (b"a picture", "image/png")
+        assert client.get(f"{url}/files/recipe.json").json()["name"] == "resnet"
+        for name in ("checkpoint.pt", "pictures", "..%2Frecipe.json", "stop"):
+            unknown = client.get(f"{url}/files/{name}")
+            assert unknown.status_code == 404, name
+        assert "it has: recipe.json" in client.get(f"{url}/files/checkpoint.pt").json()["detail"]
+        for name in ("output.log", "output%2Elog"):
+            for method in ("GET", "HEAD"):
+                assert client.request(method, f"{url}/files/{name}").status_code == 401
+        log = client.get(f"{url}/files/output.log", headers={"Authorization": f"Bearer {KEY}"})
+        assert log.text == "a traceback"
 
 
 def test_only_a_finished_job_has_no_time_left(jobs: TrainingQueue, publication: Publication) -> None:

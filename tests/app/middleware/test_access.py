@@ -28,6 +28,7 @@ KEYS = ("first-secret-0123456789", "second-secret-0123456789")
 COSTLY = {
     ("POST", "/train"): 422,
     ("DELETE", "/train/x"): 404,
+    ("GET", "/train/x/files/output.log"): 404,
     ("PUT", "/models/resnet/live"): 422,
     ("DELETE", "/models/resnet/9"): 404,
     ("POST", "/evaluate"): 200,
@@ -440,7 +441,7 @@ def test_too_many_costly_calls_are_429_per_client(models: Path, tmp_path: Path) 
 
 def test_answers_carry_security_headers_and_pages_load_only_what_they_need(models: Path, tmp_path: Path) -> None:
     with client(models, tmp_path) as service:
-        for path in ("/", "/docs", "/health", "/nowhere", "/static/page.js"):
+        for path in ("/", "/docs", "/errors", "/health", "/nowhere", "/static/page.js"):
             headers = service.get(path).headers
             assert headers["x-content-type-options"] == "nosniff"
             assert headers["x-frame-options"] == "DENY"
@@ -449,8 +450,9 @@ def test_answers_carry_security_headers_and_pages_load_only_what_they_need(model
             assert "frame-ancestors 'none'" in policy
             assert "access-control-allow-origin" not in headers
             scripts = re.search("script-src ([^;]*)", policy)
-            assert (scripts is not None) == (path in ("/", "/docs"))
-            assert not scripts or "unsafe" not in scripts[1]
+            assert (scripts is not None) == (path in ("/", "/docs", "/errors"))
+            assert "unsafe" not in policy
+            assert "http" not in policy
 
 
 def test_other_sites_may_call_only_where_that_is_set(models: Path, tmp_path: Path) -> None:

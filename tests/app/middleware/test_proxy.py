@@ -50,7 +50,10 @@ def test_every_url_of_an_answer_has_the_prefix(
         script = client.get(f"{passed}/static/page.js").text
         assert set(re.findall(r"json\([\"`]([^\"`?]+)", script)) == {"./health", "./predict"}
 
-        assert "url: '/ml/openapi.json'" in client.get(f"{passed}/docs").text
+        for path in ("docs", "errors"):
+            for link in re.findall('(?:href|src)="([^"]+)"', client.get(f"{passed}/{path}").text):
+                assert client.get(passed + str(httpx.URL("/").join(link))).status_code == 200, link
+        assert 'new URL("./openapi.json", location)' in client.get(f"{passed}/static/docs.js").text
         document = client.get(f"{passed}/openapi.json").json()
         assert document["servers"] == [{"url": "/ml"}]
         assert "/predict" in document["paths"]
@@ -99,7 +102,6 @@ def test_bare_prefix_is_redirected_to_the_page(
 @pytest.mark.parametrize("settings", [{}, {"trusted_proxies": "192.0.2.2"}, {"trusted_proxies": "unix"}])
 def test_prefix_of_others_is_ignored(settings: dict[str, str], published_store: Path, tmp_path: Path) -> None:
     with service(published_store, tmp_path, {"X-Forwarded-Prefix": "/ml"}, **settings) as client:
-        assert "url: '/openapi.json'" in client.get("/docs").text
         assert "servers" not in client.get("/openapi.json").json()
         assert client.get("/ml/health").status_code == 404
 

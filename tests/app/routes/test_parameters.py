@@ -110,8 +110,8 @@ def test_form_fields_work_as_the_query(client: TestClient, image: bytes) -> None
     assert send({"top_k": ["3", "3"]}).json()["predictions"] == answer["predictions"]
     assert send({"model": "", "version": "", "top_k": "3"}).json()["predictions"] == answer["predictions"]
     assert_problem(send({"model": "vgg"}), 404, "vgg")
-    assert_problem(send({"top_k": "0"}), 422, "form.top_k: Input should be greater than or equal to 1")
-    assert_problem(send({"top_k": "x"}), 422, "form.top_k: Input should be a valid integer")
+    assert_problem(send({"top_k": "0"}), 422, "form.top_k: '0' is too small; give at least 1")
+    assert_problem(send({"top_k": "x"}), 422, "form.top_k: 'x' is not a whole number; give one such as 5")
     assert_problem(send({"top_k": "1"}, "/predict?top_k=2"), 422, "form.top_k: the parameter has two values, '2' and")
     assert_problem(send({"top_k": ["1", "2"]}), 422, "form.top_k: the parameter has two values, '1' and '2'")
     assert_problem(send({"modell": "resnet"}), 422, "form.modell: there is no such parameter; did you mean model?")
@@ -150,7 +150,7 @@ def test_body_without_a_form_that_an_evaluation_would_ignore_is_refused(client: 
         ('{"recipe": "resnet", "recipe": "resnet18"}', "the field 'recipe' has two values"),
         ('{"recipe": "resnet", "overrides": {"epochs": 1, "epochs": 2}}', "the field 'epochs' has two values"),
         ("{'recipe': 'resnet'}", "Expecting property name enclosed in double quotes"),
-        ("", "body: Field required"),
+        ("", "body: the body is missing; send JSON"),
     ],
 )
 def test_json_fields_are_never_ignored(client: TestClient, body: str, words: str) -> None:

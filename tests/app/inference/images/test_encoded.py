@@ -222,7 +222,7 @@ def test_other_threads_run_while_an_image_of_many_parts_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(machine.time, "sleep", pauses.append)
+    monkeypatch.setattr("app.machine.time.sleep", pauses.append)
     image = encode(Image.fromarray(noise(100, 100)), format, **({"progressive": True} if format == "JPEG" else {}))
     decode(image)
     assert not pauses

@@ -1,0 +1,143 @@
+"""What the routes that take images share: their bodies, their parameters, and cancellation when a client disconnects.
+
+request --read_images--> files and text fields --route--> result --ImageRoute--> response
+"""
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from functools import lru_cache, partial
+from typing import Any, cast
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
+from typing_extensions import override
+
+from app.exceptions import UnsupportedImage, UnsupportedMediaType
+from app.inference.decoding import File
+from app.inference.pool import Version
+from app.routes.parameters import parse_parameters
+from app.routes.uploads import MULTIPART, URLENCODED, form_schema, media_type, read_form
+from app.server.protocol import ON_DISCONNECT
+from training.text import quote
+
+DESCRIBED = ConfigDict(use_attribute_docstrings=True)
+"""Configuration of dataclasses whose docstrings of fields are descriptions in the OpenAPI document."""
+
+_UNKNOWN_TYPES = ("", URLENCODED)  # clients send these for bodies of any kind
+_BINARY_TYPES = ("application/octet-stream", "binary/octet-stream")
+_HOW_TO_SEND = "send multipart/form-data with a field 'file', or an image as the body with its image/* type"
+_EXAMPLE = "curl -F file=@photo.jpg"
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+class ModelQuery(BaseModel, frozen=True):
+    """The parameters that choose a model."""
+
+    model: str | None = Field(
+        default=None, description="Default: the configured model, or a live cascade, or the most accurate live model."
+    )
+    version: Version | None = Field(default=None, description="Default: the live version.")
+
+
+def describe_body(query: type[BaseModel], max_images: int | None = None) -> dict[str, Any]:
+    """Return the OpenAPI description of a body with images.
+
+    Args:
+        query: Parameters of the route, which may be text fields of the form.
+        max_images: 1 if the form has one image, None if it may have several.
+    """
+    files = _BINARY["schema"] if max_images == 1 else {"type": "array", "items": _BINARY["schema"]}
+    return {
+        "security": [{}, {"HTTPBearer": []}],  # the API key is required if one is configured
+        "requestBody": {
+            "required": True,
+            "content": {
+                MULTIPART: {"schema": form_schema(files, query)},
+                "image/*": _BINARY,
+                "application/octet-stream": _BINARY,
+            },
+        },
+    }
+
+
+class ImageRoute(APIRoute):
+    """A route that parses the query itself and cancels a request whose client disconnects.
+
+    FastAPI's dependencies and validation would take as long as all other work outside the network. The OpenAPI document
+    comes from the endpoint's signature, as usual. The endpoint takes the request and its parsed query, the only
+    parameter with a pydantic model. Its result is a response, or is serialized to JSON.
+    """
+
+    @override
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        (query,) = self.dependant.query_params
+        return partial(_respond, self.endpoint, cast("type[BaseModel]", query.field_info.annotation))
+
+
+async def _respond(
+    endpoint: Callable[..., Coroutine[Any, Any, Any]], query: type[BaseModel], request: Request
+) -> Response:
+    """Run an endpoint and serialize its result. Cancel it if the client disconnects."""
+    task, has_left = cast("asyncio.Task[None]", asyncio.current_task()), False
+
+    def cancel() -> None:
+        nonlocal has_left
+        has_left = True
+        task.cancel()
+
+    request.scope[ON_DISCONNECT] = cancel
+    try:
+        result = await endpoint(request, _parse_query(query, request.scope["query_string"]))
+    except asyncio.CancelledError:
+        if not has_left:
+            raise
+        task.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        del request.scope[ON_DISCONNECT]
+    return result if isinstance(result, Response) else Response(to_json(result), media_type="application/json")
+
+
+@lru_cache(256)
+def _parse_query(model: type[BaseModel], query: bytes) -> BaseModel:
+    return parse_parameters(model, query)
+
+
+@asynccontextmanager
+async def read_images(
+    request: Request, max_bytes: int, max_images: int
+) -> AsyncIterator[tuple[list[File], list[tuple[str, str]]]]:
+    """Read the request body. Yield the names and contents of its images, and the text fields of its form.
+
+    A body without a Content-Type, or with the default type of several clients, is an image if its bytes are one. The
+    larger files of a form are on disk. They are closed at the end of the context.
+
+    Raises:
+        UnsupportedMediaType: The content type is not supported.
+        Problem: The errors of `read_form`.
+    """
+    content_type = media_type(request)
+    if content_type == MULTIPART:
+        form = await read_form(request, max_images, _EXAMPLE)
+        try:
+            yield [(upload.filename, upload.file) for upload in form.files], form.fields
+        finally:
+            await form.close()
+    elif content_type.startswith("image/") or content_type in (*_BINARY_TYPES, *_UNKNOWN_TYPES):
+        content = bytearray()
+        async for chunk in request.stream():
+            if len(content) <= max_bytes:  # read the rest, so that the client gets the response
+                content += chunk
+        try:
+            yield [(None, io.BytesIO(content))], []
+        except UnsupportedImage as error:
+            if content_type in _UNKNOWN_TYPES:
+                error.detail += f"; the content type is {quote(content_type or '(none)')}: {_HOW_TO_SEND}"
+            raise
+    else:
+        raise UnsupportedMediaType(f"the content type {quote(content_type)} is not supported; {_HOW_TO_SEND}")
