@@ -71,6 +71,7 @@ MEANINGS = {
     "there is.",
     405: "The path has no such method. The detail and the header Allow name the methods that it has.",
     408: "The body arrives too slowly. Send it faster, or send a smaller one.",
+    409: "The version is in use and cannot be deleted. The detail says what uses it.",
     413: "The body, an image or a zip is larger or more costly than a limit. Send a smaller one.",
     415: "The body is not an image of a supported format, not a zip in a form, or not JSON, or its content coding is "
     "not supported. Send it in the form that the detail names.",

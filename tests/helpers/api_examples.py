@@ -217,6 +217,9 @@ def _read_models(recorder: Recorder, client: TestClient) -> None:
     )
     recorder.call(client, "model", 404, path={"name": "vgg"})
     recorder.call(client, "card", 404, path=path | {"version": 9})
+    recorder.call(client, "delete_version", 404, path=path | {"version": 9})
+    recorder.call(client, "delete_version", 409, path=path | {"version": 4})
+    recorder.call(client, "delete_version", 200, path=path | {"version": 3})
 
 
 def _train(recorder: Recorder, client: TestClient, job_id: str) -> None:
