@@ -6,7 +6,7 @@ sent on and the accuracy lost against the mean of both members. It prints the ta
 
     python research/cascade.py [resnet resnet18] [--splits 100] [--models models]
 
-Time: one minute.
+Time: not recorded.
 """
 
 import argparse
