@@ -45,7 +45,7 @@ MAX_ITEMS = 3
 _JSON = ("application/json", "application/problem+json")
 # Members whose values depend on the machine, or on the moment at which a job is read.
 _FREE = {"commit", "device", "engine", "libraries", "title", "version"}
-_FREE |= {"done", "files", "images", "phase", "progress", "started"}
+_FREE |= {"done", "files", "images", "phase", "progress", "started", "state"}
 _CHANGING = re.compile(r"[0-9a-f]{8,}|\d+(?:[.,:]\d+)*")
 
 Examples = dict[str, dict[str, Any]]
