@@ -110,7 +110,7 @@ async def promote(name: ModelName, live: LiveVersion, services: ServicesDependen
 
 
 @router.delete("/{name}/{version:int}", dependencies=[OperatorOnly], summary="Delete a version")
-async def delete_version(name: str, version: Version, services: ServicesDependency) -> ModelSummary:
+async def delete_version(name: ModelName, version: VersionNumber, services: ServicesDependency) -> ModelSummary:
     """Delete a version.
 
     The live version, the newest one, one that a cascade pins, and one that a waiting training job needs are kept.
