@@ -28,6 +28,8 @@ class Health(BaseModel):
     status: Literal["ready", "not ready"]
     version: str
     uptime_s: float
+    store: str
+    """Folder of the model store, as CIFAR100_MODELS names it."""
     models: dict[str, LiveModel]
     errors: dict[str, str]
     """Reasons why live versions cannot be served, by model name."""
@@ -48,6 +50,7 @@ async def health(request: Request, services: ServicesDependency) -> Health:
         status="ready" if services.ready else "not ready",
         version=request.app.version,
         uptime_s=round((datetime.now(UTC) - services.started).total_seconds(), 1),
+        store=str(services.settings.models),
         models={
             name: LiveModel(
                 version=model.card.version,

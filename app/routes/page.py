@@ -9,20 +9,34 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.types import Scope
+from typing_extensions import override
 
 router = APIRouter(include_in_schema=False)
 
 STATIC = Path(__file__).parents[1] / "static"
 _NOTHING_ELSE = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'; "
 _INDEX_POLICY = _NOTHING_ELSE + "script-src 'self'; style-src 'self'; img-src 'self' blob:"
+_REVALIDATE = {"Cache-Control": "no-cache"}  # a browser never combines files of two releases
 _OPENAPI = "/openapi.json"
 _SWAGGER = "https://cdn.jsdelivr.net"
+
+
+class PageFiles(StaticFiles):
+    """The files of the page. A browser asks each time whether its copies are still valid."""
+
+    @override
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(_REVALIDATE)
+        return response
 
 
 @router.get("/")
 async def index() -> FileResponse:
     """Return the page."""
-    return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": _INDEX_POLICY})
+    return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": _INDEX_POLICY, **_REVALIDATE})
 
 
 @router.get(_OPENAPI)

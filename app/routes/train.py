@@ -1,21 +1,33 @@
 """Serve /train: submit, list, follow and cancel training jobs."""
 
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 
 from app.dependencies import ServicesDependency
 from app.jobs.training_queue import TrainingJob, TrainingJobSummary, TrainingRequest
 from app.middleware.access import OperatorOnly
 from app.routes.parameters import StrictRoute
 from app.routes.responses import EventStream, json_response
+from training.recipes import RECIPES
 
 router = APIRouter(prefix="/train", tags=["train"], route_class=StrictRoute)
 
 _TO_JOB = {"parameters": {"job_id": "$response.body#/id"}}
 _LINKS = {operation: {"operationId": operation, **_TO_JOB} for operation in ("job", "events", "cancel")}
+
+
+class RecipeDetails(BaseModel):
+    """A recipe and the values of its fields."""
+
+    name: str
+    model: str
+    """Name of the trained model in the store."""
+    fields: dict[str, Any]
+    """Values of the fields that apply to the network of the recipe."""
 
 
 @router.post(
@@ -48,6 +60,19 @@ async def jobs(services: ServicesDependency, limit: Annotated[int, Query(ge=1, l
     """List the latest jobs without their metrics."""
     jobs = services.training_jobs
     return await jobs.threads.read(lambda: json_response(jobs.newest(limit)))
+
+
+@router.get("/recipes", summary="The recipes")
+async def recipes() -> list[RecipeDetails]:
+    """List the recipes with the fields that apply to them. The schema of `overrides` describes the fields."""
+    return [
+        RecipeDetails(
+            name=recipe.name,
+            model=recipe.model,
+            fields=recipe.model_dump(mode="json", include=set(recipe.applicable_fields)),
+        )
+        for recipe in RECIPES.values()
+    ]
 
 
 @router.get("/{job_id}", response_model=TrainingJob, summary="A job's state, progress and history")

@@ -614,7 +614,7 @@ def test_metrics_count_requests(client: TestClient, image: bytes) -> None:
 def test_the_page_and_its_files_are_served(client: TestClient) -> None:
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
-    for file in ("/static/page.js", "/static/style.css", "/static/icon.svg"):
+    for file in ("/static/main.js", "/static/style.css", "/static/icon.svg"):
         assert file in page.text
         assert client.get(file).status_code == 200
     assert client.get("/static/../main.py").status_code == 404
