@@ -42,7 +42,7 @@ function row(answer, predicted, explain) {
   const item = h("li", {},
     h("span", { class: "name" }, words(label), " ", h("small", {}, superclassWords(superclass))),
     h("span", { class: "share" }, percent(probability)),
-    h("span", { class: "bar" }, h("span", { style: { width: percent(probability).replace(" ", "") } })));
+    h("span", { class: "bar" }, h("span", { style: { width: `${100 * probability}%` } })));
   offers("explain").then((does) => does && item.append(h("button", {
     type: "button", class: "why", "aria-pressed": "false", "aria-label": `Why ${words(label)}?`,
     onclick: (event) => explain(answer, predicted, event.currentTarget),

@@ -8,7 +8,7 @@ const MARGIN = { left: 48, right: 8, top: 8, bottom: 32 };
 const TICKS = 4;
 
 export const twoDecimals = (value) => value.toFixed(2);
-export const wholePercent = (share) => `${Math.round(100 * share)} %`;
+export const shortPercent = (share) => `${Number((100 * share).toFixed(1))}\u00a0%`;
 
 /**
  * Return a figure with one or several curves.

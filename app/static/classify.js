@@ -4,9 +4,7 @@
 //
 // The address keeps the sample, the model and the square, so that a link shows the same again.
 
-import { showAnswers, showWaiting } from "./answer.js";
 import { call } from "./api.js";
-import { CropBox } from "./crop.js";
 import { byId, h, notify, percent, problem, sentence, words } from "./dom.js";
 import { drawHalo } from "./halo.js";
 import { centerCrop, drawPreview, encodeCrop, limitCrop, NETWORK_SIDE, openPicture } from "./pictures.js";
@@ -24,12 +22,8 @@ let model = ""; // "" for the service's default, or ALL
 let wanted = {}; // what the address asks for
 let running = new AbortController();
 let timer = 0;
+let parts = null; // what only a picture needs: { box, showAnswers, showWaiting }
 let drawSeen = () => {}; // copies the pixels of the selected item into the answer
-
-const box = new CropBox(byId("stage"), moved, () => {
-  clearTimeout(timer);
-  timer = setTimeout(() => classify([selected]), PAUSE_MS);
-});
 
 /** Show the view with the parameters of the address: sample, model and crop. */
 export async function show(parameters) {
@@ -39,6 +33,14 @@ export async function show(parameters) {
   await listModels();
   if (parameters.sample && selected?.sample !== parameters.sample) await chooseSample(parameters.sample);
   else if (parameters.crop && !selected) byId("hint").textContent = "This link keeps a model and a square. Choose the photo.";
+}
+
+async function loadParts() {
+  const [{ CropBox }, answer] = await Promise.all([import("./crop.js"), import("./answer.js")]);
+  parts ??= { ...answer, box: new CropBox(byId("stage"), moved, () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => classify([selected]), PAUSE_MS);
+  }) };
 }
 
 async function listModels() {
@@ -83,7 +85,9 @@ export async function chooseFiles(files, sample = "") {
   notify("");
   byId("problem").replaceChildren();
   view.dataset.busy = "";
+  const loading = loadParts();
   const opened = await Promise.allSettled([...files].slice(0, MAX_PICTURES).map(openPicture));
+  await loading;
   delete view.dataset.busy;
   const refusals = opened.filter(({ reason }) => reason).map(({ reason }) => sentence(reason.message));
   if (files.length > MAX_PICTURES) {
@@ -141,7 +145,7 @@ function select(item) {
   view.dataset.state = "picture";
   for (const each of items) each.button.setAttribute("aria-pressed", each === item);
   byId("gallery").replaceChildren(...(items.length > 1 ? items.map(({ button }) => button) : []));
-  box.show(item.picture, item.crop);
+  parts.box.show(item.picture, item.crop);
   for (const button of byId("samples").children) {
     button.setAttribute("aria-pressed", button.dataset.name === item.sample);
   }
@@ -198,8 +202,8 @@ function render(isWaiting = false) {
     "aria-label": "The 32×32 pixels that the network sees" });
   drawSeen = () => preview.getContext("2d").drawImage(canvas, 0, 0);
   drawSeen();
-  if (isWaiting && !answers) showWaiting(byId("answer"), preview);
-  else if (answers) showAnswers(byId("answer"), preview, answers, explain);
+  if (isWaiting && !answers) parts.showWaiting(byId("answer"), preview);
+  else if (answers) parts.showAnswers(byId("answer"), preview, answers, explain);
   else byId("answer").replaceChildren();
   byId("answer").setAttribute("aria-busy", isWaiting);
   if (answers && !isWaiting) {
@@ -221,7 +225,7 @@ async function explain({ model: name, version }, { label }, button) {
     const query = new URLSearchParams({ model: name, version, class: label });
     const { map } = await call(`explain?${query}`, { method: "POST", body: form });
     if (item !== selected) return;
-    box.cover(drawMap(map));
+    parts.box.cover(drawMap(map));
     button.setAttribute("aria-pressed", true);
     const legend = byId("legend");
     legend.hidden = false;
@@ -234,7 +238,7 @@ async function explain({ model: name, version }, { label }, button) {
 }
 
 function hideExplanation() {
-  box.cover(null);
+  parts.box.cover(null);
   byId("legend").hidden = true;
   for (const pressed of byId("answer").querySelectorAll('[aria-pressed="true"]')) pressed.setAttribute("aria-pressed", false);
 }
@@ -253,9 +257,9 @@ function setUp() {
   drawHalo(byId("halo"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawHalo(byId("halo")));
   byId("tools").append(
-    h("button", { type: "button", "aria-label": "Smaller square", onclick: () => box.scale(1 / 1.25) }, "−"),
-    h("button", { type: "button", "aria-label": "Larger square", onclick: () => box.scale(1.25) }, "+"),
-    h("button", { type: "button", onclick: () => box.reset() }, "Center"),
+    h("button", { type: "button", "aria-label": "Smaller square", onclick: () => parts.box.scale(1 / 1.25) }, "−"),
+    h("button", { type: "button", "aria-label": "Larger square", onclick: () => parts.box.scale(1.25) }, "+"),
+    h("button", { type: "button", onclick: () => parts.box.reset() }, "Center"),
     h("button", { type: "button", class: "primary", onclick: () => byId("file").click() }, "Other photos"),
     h("p", { class: "quiet", id: "crop-keys" }, "The network sees the square. Drag it or its corners. Keys: arrows, + and −."));
   byId("samples").append(...SAMPLES.map(({ name, title }, i) => h("button", { type: "button", class: "tile", "data-name": name,

@@ -27,7 +27,7 @@ export const add = (element, ...children) => fill(element, {}, children);
 export const byId = (id) => document.getElementById(id);
 
 /** Return a share in 0-1 as a percentage with one decimal. */
-export const percent = (share) => (share == null ? "–" : `${(100 * share).toFixed(1)} %`);
+export const percent = (share) => (share == null ? "–" : `${(100 * share).toFixed(1)}\u00a0%`);
 
 export const words = (name) => name.replaceAll("_", " ");
 

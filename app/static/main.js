@@ -1,7 +1,7 @@
 // Shows the view that the address names, and takes files that are dropped or pasted anywhere.
 
 import { chooseFiles, show as showClassify } from "./classify.js";
-import { byId, notify, problem } from "./dom.js";
+import { byId, h, notify, problem } from "./dom.js";
 
 const VIEWS = {
   train: { title: "Train", load: () => import("./train.js") },
@@ -9,12 +9,21 @@ const VIEWS = {
   evaluate: { title: "Evaluate", load: () => import("./evaluate.js") },
 };
 
+let styles = null; // those of the views that are loaded later
 let leave = null; // ends what the view before has started
 
 /** Split an address such as #/models/resnet/4?with=resnet18/5 into its path and its parameters. */
 function readAddress() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
   return { path: path.split("/").filter(Boolean).map(decodeURIComponent), parameters: Object.fromEntries(new URLSearchParams(query)) };
+}
+
+function loadStyles() {
+  styles ??= new Promise((resolve, reject) => {
+    document.head.append(h("link", { rel: "stylesheet", href: "./static/views.css", onload: resolve,
+      onerror: () => reject(new Error("The page cannot be loaded. Check the connection to the service.")) }));
+  });
+  return styles;
 }
 
 async function route(event) {
@@ -37,7 +46,7 @@ async function route(event) {
     place.className = `view ${name}`;
     place.setAttribute("aria-busy", true);
     try {
-      const { show } = await view.load();
+      const [{ show }] = await Promise.all([view.load(), loadStyles()]);
       place.replaceChildren();
       leave = await show(place, path, parameters);
     } catch (error) {

@@ -1,7 +1,7 @@
 // The view Models: all versions, the card of one version, and two versions side by side.
 
 import { call, sendJson } from "./api.js";
-import { bars, bySuperclass, confusion, curves, twoDecimals, wholePercent } from "./charts.js";
+import { bars, bySuperclass, confusion, curves, twoDecimals, shortPercent } from "./charts.js";
 import { add, count, h, notify, percent, problem, superclassWords, table, when, words } from "./dom.js";
 import { pictures } from "./train.js";
 
@@ -55,12 +55,12 @@ async function showCard(place, card, cards, other) {
         location.hash = `#/models/${card.id}${target.value ? `?with=${target.value}` : ""}`;
       } }, h("option", { value: "" }, "nothing"), cards.filter(({ id }) => id !== card.id).map(({ id }) =>
         h("option", { value: id, selected: id === other?.id }, id)))),
-    other ? table("Figures", ["", ...shown.map(({ id }) => id)], facts(card).map(([name], i) => [name, ...shown.map((each) => facts(each)[i][1])]))
+    other ? table("Figures", ["Figure", ...shown.map(({ id }) => id)], facts(card).map(([name], i) => [name, ...shown.map((each) => facts(each)[i][1])]))
       : h("dl", { class: "facts" }, facts(card).map(([name, value]) => h("div", {}, h("dt", { class: "quiet" }, name), h("dd", {}, value)))),
     card.notes && !other && h("p", { class: "quiet" }, card.notes),
     h("h2", {}, "Training"),
     h("div", { class: "charts" },
-      curves("Accuracy", shown.flatMap((each) => curve(each, "top1", shown.length > 1)), percent, wholePercent),
+      curves("Accuracy", shown.flatMap((each) => curve(each, "top1", shown.length > 1)), percent, shortPercent),
       curves("Loss", shown.flatMap((each) => curve(each, "loss", shown.length > 1)), twoDecimals)),
     h("details", {}, h("summary", {}, "The recipe"), recipeTable(shown)),
     h("h2", {}, "Accuracy by class"),

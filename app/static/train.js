@@ -4,7 +4,7 @@
 //   GET /train/{id}/events --> curves, phase and time left until the event `end`
 
 import { call, describeService, sendJson, text } from "./api.js";
-import { curves, twoDecimals, wholePercent } from "./charts.js";
+import { curves, twoDecimals, shortPercent } from "./charts.js";
 import { duration, h, notify, percent, problem, sentence, when, words } from "./dom.js";
 
 const MAIN_FIELDS = ["epochs", "learning_rate", "batch_size", "width", "image_size"];
@@ -44,7 +44,7 @@ async function showForm(place) {
         } }, recipes.map(({ name }) => h("option", { selected: name === recipe.name }, name))),
         h("span", { class: "quiet" }, `Publishes a version of the model ${recipe.model}.`)),
       h("div", { class: "pairs" }, main.map(({ element }) => element)),
-      h("details", {}, h("summary", {}, `${others.length} more settings`), h("div", { class: "fields" }, others.map(({ element }) => element))),
+      h("details", {}, h("summary", {}, `${others.length} more settings`), h("div", { class: "pairs" }, others.map(({ element }) => element))),
       h("p", { class: "field" }, h("label", { for: "promote" }, "Make it live"),
         h("select", { id: "promote", name: "promote" }, Object.entries(PROMOTE).map(([value, label]) => h("option", { value }, label)))),
       h("div", { class: "fault" }),
@@ -189,7 +189,7 @@ function drawJob(body, job, epochs, ticks, cancel) {
       curves("Accuracy", [
         { name: "training", points: training.map(({ epoch, accuracy }) => [epoch, accuracy]) },
         { name: "evaluation", points: epochs.map(({ epoch, top1 }) => [epoch, top1]) },
-      ], percent, wholePercent),
+      ], percent, shortPercent),
       curves("Loss", [
         { name: "training", points: training.map(({ epoch, loss }) => [epoch, loss]) },
         { name: "evaluation", points: epochs.map(({ epoch, loss }) => [epoch, loss]) },
