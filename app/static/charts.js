@@ -83,7 +83,7 @@ export function confusion(labels, counts) {
     h("figcaption", {}, "Rows are the true classes, columns the answers in the same order."),
     h("div", { class: "matrix" },
       h("ol", { class: "quiet" }, labels.map((label) => h("li", {}, words(label)))),
-      svg("svg", { viewBox: `0 0 ${size} ${size}`, role: "img", "aria-label": `Confusion matrix of ${size} classes` },
+      svg("svg", { style: { "max-width": `${8 + 2 * size}rem` }, viewBox: `0 0 ${size} ${size}`, role: "img", "aria-label": `Confusion matrix of ${size} classes` },
         counts.map((row, truth) => row.map((number, answer) => number > 0 && svg("rect", {
           class: truth === answer ? "right" : "wrong", x: answer, y: truth, width: 1, height: 1,
           "fill-opacity": 0.15 + (0.85 * number) / totals[truth],

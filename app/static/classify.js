@@ -67,7 +67,7 @@ function showNoModel({ store, errors }) {
 
 function showControls() {
   const names = Object.keys(live).sort((a, b) => live[b].test_top1 - live[a].test_top1);
-  if (model !== ALL && !names.includes(model)) model = names[0] ?? "";
+  if (!(model === ALL && names.length > 1) && !names.includes(model)) model = names[0] ?? "";
   const select = h("select", { id: "model", onchange: () => {
     model = select.value;
     keepInAddress();
@@ -146,6 +146,7 @@ function select(item) {
   for (const each of items) each.button.setAttribute("aria-pressed", each === item);
   byId("gallery").replaceChildren(...(items.length > 1 ? items.map(({ button }) => button) : []));
   parts.box.show(item.picture, item.crop);
+  hideExplanation();
   for (const button of byId("samples").children) {
     button.setAttribute("aria-pressed", button.dataset.name === item.sample);
   }
@@ -164,6 +165,7 @@ function moved(crop) {
 async function classify(changed) {
   const wantedItems = changed.filter((item) => items.includes(item));
   if (wantedItems.length === 0) return;
+  hideExplanation();
   running.abort(); // an answer about another square or of another model
   running = new AbortController();
   const { signal } = running;
@@ -218,13 +220,14 @@ async function explain({ model: name, version }, { label }, button) {
   hideExplanation();
   button.setAttribute("aria-busy", true);
   const item = selected;
+  const { crop } = item;
   try {
     const { drawMap } = await import("./explanation.js");
     const form = new FormData();
-    form.append("file", await encodeCrop(item.picture, item.crop));
+    form.append("file", await encodeCrop(item.picture, crop));
     const query = new URLSearchParams({ model: name, version, class: label });
     const { map } = await call(`explain?${query}`, { method: "POST", body: form });
-    if (item !== selected) return;
+    if (item !== selected || crop !== item.crop) return;
     parts.box.cover(drawMap(map));
     button.setAttribute("aria-pressed", true);
     const legend = byId("legend");

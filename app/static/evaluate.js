@@ -2,7 +2,7 @@
 
 import { call } from "./api.js";
 import { bySuperclass, confusion } from "./charts.js";
-import { count, h, notify, percent, problem, sentence, superclassWords, table, when, words } from "./dom.js";
+import { add, count, h, notify, percent, problem, sentence, superclassWords, table, when, words } from "./dom.js";
 
 const MAX_CLASSES = 30; // a larger matrix is shown by superclass
 const POLL_MS = 1000;
@@ -31,6 +31,11 @@ async function showForm(place, { model, version }) {
   const fault = h("div", {});
   if (offered) input.files = fileList(offered);
   offered = null;
+
+  if (versions.length === 0) {
+    add(place, h("h1", { tabindex: -1 }, "Evaluate a model"), h("p", {}, "There is no model to evaluate yet. ", h("a", { href: "#/train" }, "Start a training"), "."));
+    return;
+  }
 
   const measure = (query, body) => async (event) => {
     event.preventDefault();

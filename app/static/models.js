@@ -17,7 +17,8 @@ export async function show(place, [name, version], { with: other }) {
 
 function showAll(place, models) {
   place.append(h("h1", { tabindex: -1 }, "Models"),
-    h("p", { class: "buttons" }, h("a", { class: "button", href: "#/evaluate" }, "Evaluate on your own photos")));
+    h("p", { class: "buttons" }, h("a", { class: "button", href: "#/evaluate" }, "Evaluate on your own photos"),
+      h("span", { class: "quiet" }, "Promoting and evaluating need a key if the service has keys.")));
   if (models.length === 0) place.append(h("div", { class: "problem" },
     h("p", {}, "The store has no model yet. ", h("a", { href: "#/train" }, "Start a training"), "; its result appears here.")));
   const rows = models.flatMap(({ name, live, cards }) => [...cards].reverse().map((card) => [
@@ -55,8 +56,8 @@ async function showCard(place, card, cards, other) {
         location.hash = `#/models/${card.id}${target.value ? `?with=${target.value}` : ""}`;
       } }, h("option", { value: "" }, "nothing"), cards.filter(({ id }) => id !== card.id).map(({ id }) =>
         h("option", { value: id, selected: id === other?.id }, id)))),
-    other ? table("Figures", ["Figure", ...shown.map(({ id }) => id)], facts(card).map(([name], i) => [name, ...shown.map((each) => facts(each)[i][1])]))
-      : h("dl", { class: "facts" }, facts(card).map(([name, value]) => h("div", {}, h("dt", { class: "quiet" }, name), h("dd", {}, value)))),
+    other ? table("Figures", ["Figure", ...shown.map(({ id }) => id)], facts(shown))
+      : h("dl", { class: "facts" }, facts(shown).map(([name, value]) => h("div", {}, h("dt", { class: "quiet" }, name), h("dd", {}, value)))),
     card.notes && !other && h("p", { class: "quiet" }, card.notes),
     h("h2", {}, "Training"),
     h("div", { class: "charts" },
@@ -74,19 +75,25 @@ async function showCard(place, card, cards, other) {
   }
 }
 
-function facts(card) {
-  const { test, int8, temperature } = card;
-  return [
-    ["Test images right", percent(test.top1)],
-    ["Right among the first five", percent(test.top5)],
-    ["Calibration error", `${percent(test.ece)}, ${percent(card.test_ece_uncalibrated)} before calibration`],
-    ["Cost of int8", int8 ? int8.accepted ? `${(100 * int8.lost_top1).toFixed(2)} points on ${count(int8.images)} images` : "too high, so there is none" : "no int8 form"],
-    ["Parameters", card.parameters ? count(card.parameters) : "–"],
-    ["Published", when(card.created)],
-    ["Trained on", card.device ?? "–"],
-    ["Status", card.live ? "live" : "not live"],
-    ["Temperature", temperature?.toFixed(2) ?? "–"],
+/** Return rows of a name and the value of each card. A row that no card has is left out. */
+function facts(cards) {
+  const rows = [
+    ["Test images right", ({ test }) => percent(test.top1)],
+    ["Right among the first five", ({ test }) => percent(test.top5)],
+    ["Calibration error", (card) => `${percent(card.test.ece)}, ${percent(card.test_ece_uncalibrated)} before calibration`],
+    ["Cost of int8", ({ int8 }) => int8 && (int8.accepted
+      ? `${(100 * int8.lost_top1).toFixed(2)} points on ${count(int8.images)} images` : "too high, so there is no int8 form")],
+    ["Members", ({ cascade }) => cascade && `${cascade.members.join(" and ")}; ${percent(cascade.test_sent_on)} of the images need both`],
+    ["Called none of the classes", ({ familiarity }) => familiarity && `${percent(1 - familiarity.kept)} of ${count(familiarity.images)} held-out images`],
+    ["Parameters", ({ parameters }) => parameters && count(parameters)],
+    ["Published", ({ created }) => when(created)],
+    ["Trained on", ({ device }) => device],
+    ["Temperature", ({ temperature }) => temperature?.toFixed(2)],
+    ["Status", ({ live }) => (live ? "live" : "not live")],
   ];
+  return rows.map(([name, read]) => [name, ...cards.map((card) => read(card) || null)])
+    .filter(([, ...values]) => values.some(Boolean))
+    .map((row) => row.map((value) => value ?? "–"));
 }
 
 function curve({ curve: epochs = [], id }, measure, isOneOfTwo) {

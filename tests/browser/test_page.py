@@ -6,9 +6,8 @@ Each state of the page is audited with axe-core in light and dark colors.
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -20,10 +19,9 @@ from app.inference.images.encoded import decode
 from app.routes.page import STATIC
 
 pytest.importorskip("axe_playwright_python")
-sync_api = pytest.importorskip("playwright.sync_api")
 
-from axe_playwright_python.sync_playwright import Axe  # noqa: E402
-from playwright.sync_api import Page, Route, expect  # noqa: E402
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, Route, expect
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +44,7 @@ _TRANSFER = """([kind, files]) => {
 
 
 def audit(page: Page) -> None:
-    """Assert that axe-core finds no violation in light and in dark colors, and that nothing is wider than the screen."""
+    """Assert that axe-core finds no violation in light and dark colors, and that nothing is wider than the screen."""
     for scheme in ("dark", "light"):
         page.emulate_media(color_scheme=scheme)
         results = Axe().run(page)
@@ -171,7 +169,9 @@ def test_what_the_browser_shows_is_converted_and_the_rest_refused(page: Page) ->
     expect(page.locator("#problem")).to_contain_text("This browser cannot show a.heic. Save it as a JPEG or PNG")
     expect(page.locator("#hint")).to_be_visible()
     audit(page)
-    drawing = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle cx="4" cy="4" r="4" fill="red"/></svg>'
+    drawing = (
+        b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle cx="4" cy="4" r="4" fill="red"/></svg>'
+    )
     huge = encode(Image.new("L", (10_000, 6_000), 99), "PNG")
     for name, media_type, content in (("a.svg", "image/svg+xml", drawing), ("huge.png", "image/png", huge)):
         page.set_input_files("#file", {"name": name, "mimeType": media_type, "buffer": content})
