@@ -7,33 +7,35 @@ const HEIGHT = 200;
 const MARGIN = { left: 48, right: 8, top: 8, bottom: 32 };
 const TICKS = 4;
 
-export const twoDecimals = (value) => value.toFixed(2);
-export const shortPercent = (share) => `${Number((100 * share).toFixed(1))}\u00a0%`;
+/** Formats of values and of grid lines, which have as many decimals as they need. */
+export const SHARES = { value: percent, level: (share, decimals) => `${(100 * share).toFixed(Math.max(0, decimals - 2))}\u00a0%` };
+export const LOSSES = { value: (loss) => loss.toFixed(2), level: (loss, decimals) => loss.toFixed(decimals) };
 
 /**
  * Return a figure with one or several curves.
  *
  * @param title what the figure shows
  * @param series a list of { name, points }, where points are pairs of an epoch and a value
- * @param format turns a value into text
- * @param formatLevel turns the value of a grid line into text
+ * @param format SHARES or LOSSES
+ * @param extent the first and the last epoch of the axis, if the curves are to grow into it
  */
-export function curves(title, series, format, formatLevel = format) {
+export function curves(title, series, format, extent = []) {
   const points = series.flatMap((each) => each.points);
   if (points.length === 0) return h("figure", { class: "chart" }, h("figcaption", {}, title), h("p", { class: "quiet" }, "No values yet."));
-  const [left, right] = bounds(points.map(([x]) => x));
+  const [left, right] = bounds([...points.map(([x]) => x), ...extent]);
   const [bottom, top] = bounds(points.map(([, y]) => y));
   const x = (value) => MARGIN.left + ((value - left) / (right - left)) * (WIDTH - MARGIN.left - MARGIN.right);
   const y = (value) => HEIGHT - MARGIN.bottom - ((value - bottom) / (top - bottom)) * (HEIGHT - MARGIN.top - MARGIN.bottom);
   const step = niceStep((top - bottom) / TICKS);
+  const decimals = Math.max(0, -Math.floor(Math.log10(step)));
   const levels = Array.from({ length: Math.floor(top / step) - Math.ceil(bottom / step) + 1 }, (_, i) => (Math.ceil(bottom / step) + i) * step);
-  const last = series.filter((each) => each.points.length).map(({ name, points: all }) => `${name} ${format(all.at(-1)[1])}`);
+  const last = series.filter((each) => each.points.length).map(({ name, points: all }) => `${name} ${format.value(all.at(-1)[1])}`);
   return h("figure", { class: "chart" },
     h("figcaption", {}, title),
     svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${title}. At the end: ${last.join(", ")}.` },
       levels.map((level) => [
         svg("line", { class: "grid", x1: MARGIN.left, x2: WIDTH - MARGIN.right, y1: y(level), y2: y(level) }),
-        svg("text", { x: MARGIN.left - 8, y: y(level) + 4, "text-anchor": "end" }, formatLevel(level)),
+        svg("text", { x: MARGIN.left - 8, y: y(level) + 4, "text-anchor": "end" }, format.level(level, decimals)),
       ]),
       svg("text", { x: MARGIN.left, y: HEIGHT - 8 }, `epoch ${round(left)}`),
       svg("text", { x: WIDTH - MARGIN.right, y: HEIGHT - 8, "text-anchor": "end" }, round(right)),

@@ -1,7 +1,7 @@
 // The view Models: all versions, the card of one version, and two versions side by side.
 
 import { call, sendJson } from "./api.js";
-import { bars, bySuperclass, confusion, curves, twoDecimals, shortPercent } from "./charts.js";
+import { bars, bySuperclass, confusion, curves, LOSSES, SHARES } from "./charts.js";
 import { add, count, h, notify, percent, problem, superclassWords, table, when, words } from "./dom.js";
 import { pictures } from "./train.js";
 
@@ -61,8 +61,8 @@ async function showCard(place, card, cards, other) {
     card.notes && !other && h("p", { class: "quiet" }, card.notes),
     h("h2", {}, "Training"),
     h("div", { class: "charts" },
-      curves("Accuracy", shown.flatMap((each) => curve(each, "top1", shown.length > 1)), percent, shortPercent),
-      curves("Loss", shown.flatMap((each) => curve(each, "loss", shown.length > 1)), twoDecimals)),
+      curves("Accuracy", shown.flatMap((each) => curve(each, "top1", shown.length > 1)), SHARES),
+      curves("Loss", shown.flatMap((each) => curve(each, "loss", shown.length > 1)), LOSSES)),
     h("details", {}, h("summary", {}, "The recipe"), recipeTable(shown)),
     h("h2", {}, "Accuracy by class"),
     other && h("p", { class: "key quiet" }, shown.map(({ id }, i) => [h("span", { class: `swatch s${i}` }), id])),

@@ -4,7 +4,7 @@
 //   GET /train/{id}/events --> curves, phase and time left until the event `end`
 
 import { call, describeService, sendJson, text } from "./api.js";
-import { curves, twoDecimals, shortPercent } from "./charts.js";
+import { curves, LOSSES, SHARES } from "./charts.js";
 import { duration, h, notify, percent, problem, sentence, when, words } from "./dom.js";
 
 const MAIN_FIELDS = ["epochs", "learning_rate", "batch_size", "width", "image_size"];
@@ -173,6 +173,7 @@ function drawJob(body, job, epochs, ticks, cancel) {
   const isFinished = FINISHED.includes(state);
   const changes = Object.entries(job.request.overrides).map(([name, value]) => `${words(name)} ${value}`);
   const live = ticks.map(({ epoch, step, steps, loss, accuracy }) => ({ epoch: epoch - 1 + step / steps, loss, accuracy }));
+  const extent = isFinished ? [] : [0, job.epochs];
   const training = live.length ? live : epochs.map(({ epoch, train_loss, train_accuracy }) => ({ epoch, loss: train_loss, accuracy: train_accuracy }));
   body.replaceChildren(
     h("div", { class: "card" },
@@ -189,11 +190,11 @@ function drawJob(body, job, epochs, ticks, cancel) {
       curves("Accuracy", [
         { name: "training", points: training.map(({ epoch, accuracy }) => [epoch, accuracy]) },
         { name: "evaluation", points: epochs.map(({ epoch, top1 }) => [epoch, top1]) },
-      ], percent, shortPercent),
+      ], SHARES, extent),
       curves("Loss", [
         { name: "training", points: training.map(({ epoch, loss }) => [epoch, loss]) },
         { name: "evaluation", points: epochs.map(({ epoch, loss }) => [epoch, loss]) },
-      ], twoDecimals)),
+      ], LOSSES, extent)),
     ...pictures(job));
 }
 
