@@ -6,6 +6,7 @@ const WIDTH = 480;
 const HEIGHT = 200;
 const MARGIN = { left: 48, right: 8, top: 8, bottom: 32 };
 const TICKS = 4;
+const CELL = 1.75; // of a confusion matrix, in rem
 
 /** Formats of values and of grid lines, which have as many decimals as they need. */
 export const SHARES = { value: percent, level: (share, decimals) => `${(100 * share).toFixed(Math.max(0, decimals - 2))}\u00a0%` };
@@ -46,10 +47,10 @@ export function curves(title, series, format, extent = []) {
     h("p", { class: "key quiet" }, series.map(({ name }, i) => [h("span", { class: `swatch s${i}` }), name])));
 }
 
-/** Return the smallest of 1, 2, 5, 10, … times a power of ten that is not below a value. */
+/** Return 1, 2, 5 or 10 times a power of ten, near a value. */
 function niceStep(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return power * [1, 2, 5, 10].find((factor) => factor * power >= value);
+  return power * [1, 2, 5, 10].find((factor) => factor * power >= value / 1.5);
 }
 
 const round = (value) => Math.round(10 * value) / 10;
@@ -84,12 +85,12 @@ export function confusion(labels, counts) {
   return h("figure", { class: "confusion" },
     h("figcaption", {}, "Rows are the true classes, columns the answers in the same order."),
     h("div", { class: "matrix" },
-      h("ol", { class: "quiet" }, labels.map((label) => h("li", {}, words(label)))),
-      svg("svg", { style: { "max-width": `${8 + 2 * size}rem` }, viewBox: `0 0 ${size} ${size}`, role: "img", "aria-label": `Confusion matrix of ${size} classes` },
+      h("ol", { class: "quiet" }, labels.map((label) => h("li", { style: { "min-height": `${CELL}rem` } }, words(label)))),
+      h("div", { style: { "max-width": `${CELL * size}rem` } }, svg("svg", { viewBox: `0 0 ${size} ${size}`, preserveAspectRatio: "none", role: "img", "aria-label": `Confusion matrix of ${size} classes` },
         counts.map((row, truth) => row.map((number, answer) => number > 0 && svg("rect", {
           class: truth === answer ? "right" : "wrong", x: answer, y: truth, width: 1, height: 1,
           "fill-opacity": 0.15 + (0.85 * number) / totals[truth],
-        }, svg("title", {}, `${words(labels[truth])}, answered as ${words(labels[answer])}: ${number} of ${totals[truth]}`)))))),
+        }, svg("title", {}, `${words(labels[truth])}, answered as ${words(labels[answer])}: ${number} of ${totals[truth]}`))))))),
     pairs.length > 0 && h("p", {}, "Most often: ", pairs.slice(0, 5).map(({ truth, answer, number }) =>
       `${words(labels[truth])} answered as ${words(labels[answer])} (${number})`).join(", "), "."));
 }

@@ -128,7 +128,8 @@ async function showResult(body, { model, version, engine, result }) {
   };
   body.replaceChildren(
     h("dl", { class: "facts" }, [
-      ["Right", `${percent(top1)}, ${count(Math.round(top1 * images))} of ${count(images)}`],
+      ["Right", percent(top1)],
+      ["Images", `${count(Math.round(top1 * images))} of ${count(images)} right`],
       ["Right among the first five", percent(top5)],
       ["Calibration error", percent(ece)],
       ["Computed by", engine],

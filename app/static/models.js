@@ -23,13 +23,14 @@ function showAll(place, models) {
     h("p", {}, "The store has no model yet. ", h("a", { href: "#/train" }, "Start a training"), "; its result appears here.")));
   const rows = models.flatMap(({ name, live, cards }) => [...cards].reverse().map((card) => [
     h("a", { href: `#/models/${name}/${card.version}` }, `${name}/${card.version}`),
-    percent(card.test.top1), percent(card.test.top5), percent(card.test.ece), card.parameters ? count(card.parameters) : "–",
-    when(card.created), String(card.recipe.name ?? "–"),
+    percent(card.test.top1),
     card.version === live ? h("strong", { class: "live" }, "Live") : promoteButton(name, card.version, live),
+    percent(card.test.top5), percent(card.test.ece), card.parameters ? count(card.parameters) : "–",
+    when(card.created), String(card.recipe.name ?? "–"),
   ]));
   add(place, models.filter(({ error }) => error).map(({ name, error }) => problem(new Error(`${name}: ${error}`))),
     rows.length > 0 && h("div", { class: "card" }, table("Versions of all models",
-      ["Version", "Top-1", "Top-5", "Calibration error", "Parameters", "Published", "Recipe", "Status"], rows)));
+      ["Version", "Top-1", "Status", "Top-5", "Calibration error", "Parameters", "Published", "Recipe"], rows)));
 }
 
 function promoteButton(name, version, live) {
