@@ -5,7 +5,7 @@
 // The address keeps the sample, the model and the square, so that a link shows the same again.
 
 import { call } from "./api.js";
-import { byId, h, notify, percent, problem, sentence, words } from "./dom.js";
+import { byId, h, load, notify, percent, problem, sentence, words } from "./dom.js";
 import { drawHalo } from "./halo.js";
 import { centerCrop, drawPreview, encodeCrop, limitCrop, NETWORK_SIDE, openPicture } from "./pictures.js";
 import { SAMPLES } from "./samples.js";
@@ -36,7 +36,7 @@ export async function show(parameters) {
 }
 
 async function loadParts() {
-  const [{ CropBox }, answer] = await Promise.all([import("./crop.js"), import("./answer.js")]);
+  const [{ CropBox }, answer] = await load(import("./crop.js"), import("./answer.js"));
   parts ??= { ...answer, box: new CropBox(byId("stage"), moved, () => {
     clearTimeout(timer);
     timer = setTimeout(() => classify([selected]), PAUSE_MS);
@@ -48,6 +48,7 @@ async function listModels() {
     const health = await call("health");
     live = health.models;
     showControls();
+    byId("problem").replaceChildren();
     if (Object.keys(live).length === 0) showNoModel(health);
   } catch (error) {
     showProblem(error, listModels);
@@ -62,7 +63,7 @@ function showNoModel({ store, errors }) {
     h("p", {}, "Train one: ", h("a", { href: "#/train" }, "start a training"),
       ", or run ", h("code", {}, "python -m training train resnet"),
       ". To use models that you have, set ", h("code", {}, "CIFAR100_MODELS"), " to their folder and start the service again."),
-    h("p", {}, h("button", { type: "button", onclick: () => { byId("problem").replaceChildren(); listModels(); } }, "Look again"))));
+    h("p", {}, h("button", { type: "button", onclick: listModels }, "Look again"))));
 }
 
 function showControls() {
@@ -85,15 +86,19 @@ export async function chooseFiles(files, sample = "") {
   notify("");
   byId("problem").replaceChildren();
   view.dataset.busy = "";
-  const loading = loadParts();
+  const loading = loadParts().catch((error) => error);
   const opened = await Promise.allSettled([...files].slice(0, MAX_PICTURES).map(openPicture));
-  await loading;
+  const failure = await loading;
   delete view.dataset.busy;
+  if (failure) {
+    showProblem(failure, () => chooseFiles(files, sample));
+    return;
+  }
   const refusals = opened.filter(({ reason }) => reason).map(({ reason }) => sentence(reason.message));
   if (files.length > MAX_PICTURES) {
     refusals.push(`${MAX_PICTURES} photos at a time are the limit. The other ${files.length - MAX_PICTURES} are left out.`);
   }
-  if (refusals.length) byId("problem").replaceChildren(h("div", { class: "problem" }, refusals.map((each) => h("p", {}, each))));
+  byId("refused").replaceChildren(...(refusals.length ? [h("div", { class: "problem" }, refusals.map((each) => h("p", {}, each)))] : []));
   const pictures = opened.filter(({ value }) => value).map(({ value }) => value);
   if (pictures.length === 0) return;
   items.splice(0, items.length, ...pictures.map((picture) => newItem(picture, sample)));
@@ -104,7 +109,7 @@ export async function chooseFiles(files, sample = "") {
 
 function newItem(picture, sample) {
   const canvas = h("canvas", { width: NETWORK_SIDE, height: NETWORK_SIDE, "aria-hidden": "true" });
-  const item = { picture, sample, canvas, crop: readCrop(picture) ?? centerCrop(picture), answers: null, error: null };
+  const item = { picture, sample, canvas, crop: readCrop(picture) ?? centerCrop(picture), answers: null };
   item.label = h("span", {}, "…");
   item.button = h("button", { type: "button", onclick: () => select(item) }, canvas, item.label);
   drawPreview(canvas, picture, item.crop);
@@ -132,11 +137,11 @@ async function chooseSample(name) {
   const sample = SAMPLES.find((each) => each.name === name);
   if (!sample) return;
   try {
-    const response = await fetch(`./static/samples/${name}.jpg`);
-    if (!response.ok) throw new Error("the sample cannot be loaded");
-    await chooseFiles([new File([await response.blob()], `${name}.jpg`, { type: "image/jpeg" })], name);
-  } catch {
-    showProblem(new Error("The sample cannot be loaded. Check the connection to the service."), () => chooseSample(name));
+    const [response] = await load(fetch(`./static/samples/${name}.jpg`));
+    const file = new File([await response.blob()], `${name}.jpg`, { type: "image/jpeg" });
+    await chooseFiles([file], name);
+  } catch (error) {
+    showProblem(error, () => chooseSample(name));
   }
 }
 
@@ -163,25 +168,25 @@ function moved(crop) {
 
 /** Send the squares of these items to /predict, once per model, and show the answer of the selected one. */
 async function classify(changed) {
-  const wantedItems = changed.filter((item) => items.includes(item));
-  if (wantedItems.length === 0) return;
+  const batch = changed.filter((item) => items.includes(item));
+  if (batch.length === 0) return;
   hideExplanation();
   running.abort(); // an answer about another square or of another model
   running = new AbortController();
   const { signal } = running;
-  wantedItems.push(...items.filter((item) => !item.answers && !wantedItems.includes(item)));
+  batch.push(...items.filter((item) => !item.answers && !batch.includes(item)));
   keepInAddress();
   render(true);
   try {
     const form = new FormData();
-    for (const item of wantedItems) form.append("file", await encodeCrop(item.picture, item.crop));
+    for (const item of batch) form.append("file", await encodeCrop(item.picture, item.crop));
     const names = model === ALL ? Object.keys(live) : [model];
     const answers = [];
     for (const name of names) {
       const query = new URLSearchParams(name ? { model: name } : {});
       answers.push(await call(`predict?${query}`, { method: "POST", body: form, signal }));
     }
-    for (const [i, item] of wantedItems.entries()) {
+    for (const [i, item] of batch.entries()) {
       item.answers = answers.map(({ predictions, ...rest }) => ({ ...rest, ...predictions[i] }));
       item.label.textContent = words(item.answers[0].classes[0].label);
     }
@@ -190,7 +195,7 @@ async function classify(changed) {
   } catch (error) {
     if (signal.aborted) return;
     render();
-    showProblem(error, () => classify(wantedItems));
+    showProblem(error, () => classify(batch));
   }
 }
 
@@ -222,7 +227,7 @@ async function explain({ model: name, version }, { label }, button) {
   const item = selected;
   const { crop } = item;
   try {
-    const { drawMap } = await import("./explanation.js");
+    const [{ drawMap }] = await load(import("./explanation.js"));
     const form = new FormData();
     form.append("file", await encodeCrop(item.picture, crop));
     const query = new URLSearchParams({ model: name, version, class: label });
@@ -274,8 +279,12 @@ function setUp() {
     });
   }
   byId("classes").addEventListener("click", async () => {
-    const { showClasses } = await import("./classes.js");
-    showClasses(live);
+    try {
+      const [{ showClasses }] = await load(import("./classes.js"));
+      showClasses(live);
+    } catch (error) {
+      notify(error.message);
+    }
   });
 }
 

@@ -66,6 +66,15 @@ export function problem(error, retry) {
     retry && h("p", {}, h("button", { type: "button", onclick: retry }, "Try again")));
 }
 
+/** Wait for modules that are loaded when they are needed. Reject with a sentence if they cannot be loaded. */
+export async function load(...modules) {
+  try {
+    return await Promise.all(modules);
+  } catch {
+    throw new Error("A part of the page cannot be loaded. Check the connection to the service, then try again.");
+  }
+}
+
 /** Return a table in a region that scrolls where the screen is narrow. */
 export function table(caption, head, rows) {
   return h("div", { class: "scroll", role: "region", tabindex: 0, "aria-label": caption },

@@ -1,12 +1,12 @@
 // Shows the view that the address names, and takes files that are dropped or pasted anywhere.
 
 import { chooseFiles, show as showClassify } from "./classify.js";
-import { byId, h, notify, problem } from "./dom.js";
+import { byId, h, load, notify, problem } from "./dom.js";
 
 const VIEWS = {
-  train: { title: "Train", load: () => import("./train.js") },
-  models: { title: "Models", load: () => import("./models.js") },
-  evaluate: { title: "Evaluate", load: () => import("./evaluate.js") },
+  train: { title: "Train", open: () => import("./train.js") },
+  models: { title: "Models", open: () => import("./models.js") },
+  evaluate: { title: "Evaluate", open: () => import("./evaluate.js") },
 };
 
 let styles = null; // those of the views that are loaded later
@@ -21,7 +21,7 @@ function readAddress() {
 function loadStyles() {
   styles ??= new Promise((resolve, reject) => {
     document.head.append(h("link", { rel: "stylesheet", href: "./static/views.css", onload: resolve,
-      onerror: () => reject(new Error("The page cannot be loaded. Check the connection to the service.")) }));
+      onerror: () => { styles = null; reject(); } }));
   });
   return styles;
 }
@@ -46,7 +46,7 @@ async function route(event) {
     place.className = `view ${name}`;
     place.setAttribute("aria-busy", true);
     try {
-      const [{ show }] = await Promise.all([view.load(), loadStyles()]);
+      const [{ show }] = await load(view.open(), loadStyles());
       place.replaceChildren();
       leave = await show(place, path, parameters);
     } catch (error) {
@@ -60,7 +60,7 @@ async function route(event) {
 async function takeFiles(files) {
   const zip = files.find(({ name, type }) => /zip/.test(type) || /\.zip$/i.test(name));
   if (zip) {
-    const { offerZip } = await import("./evaluate.js");
+    const [{ offerZip }] = await load(import("./evaluate.js"));
     offerZip(zip);
     if (location.hash === "#/evaluate") route();
     else location.hash = "#/evaluate";

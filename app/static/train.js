@@ -177,7 +177,7 @@ function drawJob(body, job, epochs, ticks, cancel) {
   const training = live.length ? live : epochs.map(({ epoch, train_loss, train_accuracy }) => ({ epoch, loss: train_loss, accuracy: train_accuracy }));
   body.replaceChildren(
     h("div", { class: "card" },
-      h("p", {}, h("strong", { class: `state ${state}` }, STATES[state] ?? state), ` ${when(job.created)}`),
+      h("p", {}, h("strong", { class: `state ${state}` }, STATES[state] ?? state), ` ${timesOf(job)}`),
       changes.length > 0 && h("p", { class: "quiet" }, `Changed: ${changes.join(", ")}.`),
       !isFinished && progressOf(job, progress, epochs.length),
       error && h("div", { class: "problem" }, h("p", {}, sentence(error))),
@@ -198,6 +198,11 @@ function drawJob(body, job, epochs, ticks, cancel) {
     ...pictures(job));
 }
 
+function timesOf({ created, started, finished }) {
+  if (!finished) return `since ${when(started ?? created)}`;
+  return when(finished) + (started ? `, after ${duration((new Date(finished) - new Date(started)) / 1000)}` : "");
+}
+
 function progressOf({ state, phase, epochs }, progress, done) {
   if (state !== "running") return h("p", {}, "It starts when the trainings before it have ended.");
   const now = phase ?? (progress?.epoch ? "training" : "loading");
@@ -215,10 +220,12 @@ function progressOf({ state, phase, epochs }, progress, done) {
 
 /** Return the pictures of a finished run, where the service has them. */
 export function pictures({ id, files = [] }) {
-  const names = files.filter((name) => name.endsWith(".png"));
+  const names = files.filter((name) => name.endsWith(".png") && name !== "curves.png"); // the page draws the curves itself
   return names.length === 0 ? [] : [h("h2", {}, "Pictures of the run"), h("div", { class: "pictures" }, names.map((name) => {
     const title = words(name.replace(".png", ""));
-    return h("figure", {}, h("img", { src: `./train/${id}/files/${name}`, alt: `Diagram of the run: ${title}`, loading: "lazy" }), h("figcaption", {}, title));
+    const address = `./train/${id}/files/${name}`;
+    return h("figure", {}, h("a", { href: address }, h("img", { src: address, alt: `Diagram of the run: ${title}`, loading: "lazy" })),
+      h("figcaption", {}, title));
   }))];
 }
 
