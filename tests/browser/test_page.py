@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from api import make_zip
-from PIL import Image
+from PIL import ExifTags, Image
 
 from app.inference.images.encoded import decode
 from app.routes.page import STATIC
@@ -34,6 +34,7 @@ MAX_PROBABILITY = 0.03  # difference of the answer to a picture that the browser
 TRAINING_MS = 200_000
 COLOR_SCHEMES: dict[Literal["dark", "light"], Any] = {"dark": {"runOnly": ["color-contrast"]}, "light": {}}
 """Color schemes, with the rules of axe-core that depend on them, or all rules."""
+CLOCKWISE = 6  # orientation of a photo that has to be turned by 90 degrees
 TINY = {"width": 8, "epochs": 2, "validation_images": 0}
 
 # Creates the event of a drop or a paste with files, or with the address of a picture.
@@ -78,9 +79,9 @@ def best(page: Page) -> tuple[str, float]:
     return name.replace(" ", "_"), float(share.removesuffix("\u00a0%")) / 100
 
 
-def encode(image: Image.Image, kind: str) -> bytes:
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     content = io.BytesIO()
-    image.save(content, kind)
+    image.save(content, kind, **options)
     return content.getvalue()
 
 
@@ -106,9 +107,15 @@ def test_first_view_is_small_and_explains_itself(page: Page) -> None:
 
 @pytest.mark.parametrize("name", ["rocket", "castle", "chair"])
 def test_scaling_in_the_browser_keeps_the_answer(name: str, page: Page, client: httpx.Client) -> None:
-    """A photo of 12 megapixels is scaled down before it is sent. The service gets the original for comparison."""
+    """A photo of 12 megapixels, stored on its side, is turned and scaled down before it is sent.
+
+    The service gets the original for comparison.
+    """
     sample = Image.open(SAMPLES / f"{name}.jpg")
-    original = encode(sample.resize((4000, 3000), Image.Resampling.BICUBIC), "JPEG")
+    photo = sample.resize((4000, 3000), Image.Resampling.BICUBIC).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = CLOCKWISE
+    original = encode(photo, "JPEG", exif=exif)
     page.goto("/")
     page.set_input_files("#file", {"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": original})
     wait_for_answer(page)
