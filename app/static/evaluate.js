@@ -26,8 +26,8 @@ async function showForm(place, { model, version }) {
   const wanted = model ? `${model}/${version}` : "";
   const select = h("select", { id: "version" }, versions.sort((a, b) => b.isLive - a.isLive).map(({ name, version: each, isLive }) =>
     h("option", { selected: `${name}/${each}` === wanted }, `${name}/${each}`, isLive && " (live)")));
-  const input = h("input", { type: "file", id: "zip", accept: ".zip,application/zip" });
-  const limit = h("input", { type: "number", id: "limit", min: 1, step: 1, value: 1000 });
+  const input = h("input", { type: "file", id: "zip", required: true, accept: ".zip,application/zip" });
+  const limit = h("input", { type: "number", id: "limit", required: true, min: 1, step: 1, value: 1000 });
   const fault = h("div", {});
   if (offered) input.files = fileList(offered);
   offered = null;
