@@ -23,7 +23,7 @@ MAX_UNFINISHED = 8
 _KEPT = 100  # finished evaluations that stay available
 
 
-class Mistake(BaseModel):
+class Mistake(BaseModel, use_attribute_docstrings=True):
     """An image whose most probable class is wrong."""
 
     file: str

@@ -20,10 +20,11 @@ _TO_JOB = {"parameters": {"job_id": "$response.body#/id"}}
 _LINKS = {operation: {"operationId": operation, **_TO_JOB} for operation in ("job", "events", "cancel")}
 
 
-class RecipeDetails(BaseModel):
+class RecipeDetails(BaseModel, use_attribute_docstrings=True):
     """A recipe and the values of its fields."""
 
     name: str
+    """Name of the recipe."""
     model: str
     """Name of the trained model in the store."""
     fields: dict[str, Any]
