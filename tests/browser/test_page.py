@@ -256,7 +256,7 @@ def test_strange_picture_is_called_none_of_the_classes(page: Page) -> None:
         route.fulfill(response=response, json=answer)
 
     page.route("**/predict*", tell)
-    choose(page, "bricks")
+    choose(page, "cat")
     expect(page.locator("#answer")).to_contain_text("Probably none of the 100 classes.")
     audit(page)
 
