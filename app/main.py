@@ -9,7 +9,6 @@ from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
-from fastapi.staticfiles import StaticFiles
 
 from app import errors
 from app.dependencies import Services
@@ -61,7 +60,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for resource in (predict, explain, evaluate, train, models, health, metrics, page):
         app.include_router(resource.router)
         _add_head_routes(app, resource.router)
-    app.mount("/static", StaticFiles(directory=page.STATIC))
+    app.mount("/static", page.PageFiles(directory=page.STATIC))
     # The middleware that is added last sees a request first.
     app.add_middleware(BodyLimitMiddleware, settings=settings)
     app.add_middleware(errors.ErrorMiddleware)

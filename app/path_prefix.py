@@ -17,6 +17,7 @@ OWN_PATHS = {
     "/predict",
     "/static",
     "/train",
+    "/train/recipes",
 }
 """Paths of the service. They are ambiguous as prefixes, because a proxy may remove the prefix or pass it on."""
 

@@ -182,6 +182,12 @@ class Recipe(BaseModel):
         return bool(getattr(self, field) != Recipe.model_fields[field].default)
 
     @property
+    def applicable_fields(self) -> list[str]:
+        """The names of the fields that may be changed while the network stays the same."""
+        fields = [field for field in type(self).model_fields if field not in ("name", "network")]
+        return [field for field in fields if self.network in _APPLIES_TO.get(field, (self.network,))]
+
+    @property
     def model(self) -> str:
         """The name of the trained model in the store."""
         return {"shared-resnet": "resnet-seed", "resnet": "resnet", "resnet18": "resnet18"}[self.network]

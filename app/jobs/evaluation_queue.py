@@ -24,6 +24,19 @@ MAX_UNFINISHED = 8
 _KEPT = 100  # finished evaluations that stay available
 
 
+class Mistake(BaseModel, use_attribute_docstrings=True):
+    """An image whose most probable class is wrong."""
+
+    file: str
+    """Name in the zip, or the split and the number of the image in it, such as test/17."""
+    label: str
+    """Its class."""
+    predicted: str
+    """Its most probable class."""
+    probability: float
+    """Probability of that class."""
+
+
 class EvaluationResult(Evaluation):
     """The measures of an evaluation job, with the figures of each class in the order of `classes`.
 
@@ -36,6 +49,8 @@ class EvaluationResult(Evaluation):
     """Number of images of each class."""
     confusion: list[list[int]] | None = None
     """Number of images by true class (row) and predicted class (column). Lists of jobs leave it out."""
+    mistakes: list[Mistake] | None = None
+    """The most confident mistakes, the worst first. Lists of jobs leave them out."""
 
 
 class EvaluationRequest(BaseModel):
@@ -129,10 +144,10 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
             raise Unavailable(f"{count} evaluations are waiting or running; try again later")
 
     def newest(self, limit: int) -> list[EvaluationJob]:
-        """Return the latest `limit` jobs, newest first, without their confusion matrices."""
+        """Return the latest `limit` jobs, newest first, without their confusion matrices and mistakes."""
         with self._transaction() as session:
             rows = session.scalars(self._select().order_by(JobRow.sequence.desc()).limit(limit)).all()
-        return [self._view(row, {"confusion"}) for row in rows]
+        return [self._view(row, {"confusion", "mistakes"}) for row in rows]
 
     def unfinished(self) -> list[str]:
         """Return the ids of all jobs that wait or run, oldest first."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +24,7 @@ from torch import Tensor
 from app.errors import describe_shortage
 from app.exceptions import Problem, Unavailable
 from app.inference.pool import Model, ModelPool
-from app.jobs.evaluation_queue import EvaluationJob, EvaluationQueue, EvaluationRequest, EvaluationResult
+from app.jobs.evaluation_queue import EvaluationJob, EvaluationQueue, EvaluationRequest, EvaluationResult, Mistake
 from app.jobs.labeled_images import LabeledImages, read_split, read_zip
 from app.jobs.queue import State, new_job_id
 from app.settings import Settings
@@ -39,6 +39,7 @@ ZIP = "images.zip"
 
 _CHUNK = 16  # images per turn in the model's queue
 _MAX_RUNNING = 4
+_MAX_MISTAKES = 20
 _PROGRESS_S = 1.0  # interval at which a running evaluation records its progress and looks whether it is cancelled
 _POLL_S = 2.0  # interval at which a server looks for jobs that wait
 _WAIT_POLL_S = 0.1
@@ -262,7 +263,7 @@ class EvaluationRunner:
                 recording.cancel()
             await record_progress()
             all_logits, labels = torch.from_numpy(np.concatenate(logits)), torch.from_numpy(labeled.labels)
-            return await self._threads.run(_compute_result, all_logits, labels, model.card.classes)
+            return await self._threads.run(_compute_result, all_logits, labels, labeled.names, model.card.classes)
         finally:
             stop_event.set()
 
@@ -288,15 +289,29 @@ async def _compute_logits(model: Model, images: NDArray[np.uint8]) -> NDArray[np
             await asyncio.sleep(_BUSY_S)
 
 
-def _compute_result(logits: Tensor, labels: Tensor, classes: list[str]) -> EvaluationResult:
-    """Compute the measures from logits float32 [N, classes] and labels int64 [N]."""
+def _compute_result(logits: Tensor, labels: Tensor, names: list[str], classes: list[str]) -> EvaluationResult:
+    """Compute the measures from logits float32 [N, classes], labels int64 [N] and N names of images."""
     confusion = count_confusion(logits, labels)
     return EvaluationResult(
         **evaluate(logits, labels).model_dump(),
         classes=classes,
         images_per_class=confusion.sum(1).tolist(),
         confusion=confusion.tolist(),
+        mistakes=list(_find_mistakes(logits, labels, names, classes)),
     )
+
+
+def _find_mistakes(logits: Tensor, labels: Tensor, names: list[str], classes: list[str]) -> Iterator[Mistake]:
+    """Iterate over the `_MAX_MISTAKES` most confident mistakes, the worst first."""
+    probabilities, predicted = logits.softmax(1).max(1)
+    wrong = (predicted != labels).nonzero().flatten()
+    for index in wrong[probabilities[wrong].argsort(descending=True)][:_MAX_MISTAKES].tolist():
+        yield Mistake(
+            file=names[index],
+            label=classes[labels[index]],
+            predicted=classes[predicted[index]],
+            probability=float(probabilities[index]),
+        )
 
 
 def _delete_zip(run: Run) -> None:

@@ -19,6 +19,7 @@ from app.inference.images import encoded
 from app.machine import MIB
 from app.settings import Settings
 from training.dataset import DataError, load_dataset
+from training.encoding import replace_surrogates
 from training.text import quote
 
 # Python decompresses data of other methods at once, with unbounded memory.
@@ -45,10 +46,14 @@ _SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume informat
 
 
 class LabeledImages(BaseModel, arbitrary_types_allowed=True):
-    """Labeled images: uint8 [N, 3, 32, 32], with class ids int64 [N]."""
+    """Labeled images: uint8 [N, 3, 32, 32], with class ids int64 [N] and N names.
+
+    The name of an image of a split is the split and the number of the image in it, such as test/17.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
+    names: list[str]
     split: str
 
 
@@ -79,8 +84,10 @@ def read_split(
         raise BadRequest("the classes of the model differ from those of the data set")
     part = dataset.test if split == "test" else dataset.train
     order = np.random.default_rng(0).permutation(len(part))[:limit]
-    chosen = part[np.sort(order)]
-    return LabeledImages(images=chosen.images.transpose(0, 3, 1, 2), labels=chosen.labels, split=split)
+    order.sort()
+    chosen = part[order]
+    names = [f"{split}/{number}" for number in order]
+    return LabeledImages(images=chosen.images.transpose(0, 3, 1, 2), labels=chosen.labels, names=names, split=split)
 
 
 def read_zip(settings: Settings, file: BinaryIO, classes: list[str], stop_event: threading.Event) -> LabeledImages:
@@ -99,7 +106,7 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], stop_event:
         Problem: An image cannot be decoded.
     """
     ids = {_folder_name(label): number for number, label in enumerate(classes)}
-    pixels, labels = [], []
+    pixels, labels, names = [], [], []
     limits = settings.max_image_bytes, settings.max_image_pixels
     if _directory_entries(file) > settings.max_archive_images:
         raise TooLarge(f"the zip has more than {settings.max_archive_images:,} entries")
@@ -130,11 +137,12 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], stop_event:
                     error.detail = f"{entry.filename}: {error.detail}"
                     raise
                 labels.append(ids[_folder_name(folder)])
+                names.append(replace_surrogates(entry.filename))
     except _ZIP_ERRORS as error:
         raise BadRequest(f"the zip cannot be read: {error}") from None
     if not pixels:
         raise BadRequest("the zip has no images; put them into folders named by class, such as apple/1.png")
-    return LabeledImages(images=np.stack(pixels), labels=np.array(labels, np.int64), split="zip")
+    return LabeledImages(images=np.stack(pixels), labels=np.array(labels, np.int64), names=names, split="zip")
 
 
 def _decode(content: bytes, limits: tuple[int, int], process: DecodeProcess) -> NDArray[np.uint8]:

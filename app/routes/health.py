@@ -37,6 +37,8 @@ class Health(BaseModel, use_attribute_docstrings=True):
     """Version of the service."""
     uptime_s: float
     """Seconds since the start of this server process."""
+    store: str | None
+    """Folder of the model store, as CIFAR100_MODELS names it; None unless no model is live."""
     models: dict[str, LiveModel]
     """The models in memory, by name."""
     errors: dict[str, str]
@@ -55,10 +57,12 @@ class Status(BaseModel, use_attribute_docstrings=True):
 @router.get("/health", summary="State of the service")
 async def health(request: Request, services: ServicesDependency) -> Health:
     """Return the state with status 200. The status code of /health/ready reports readiness."""
+    live = services.pool.live()
     return Health(
         status="ready" if services.ready else "not ready",
         version=request.app.version,
         uptime_s=round((datetime.now(UTC) - services.started).total_seconds(), 1),
+        store=None if live else str(services.settings.models),
         models={
             name: LiveModel(
                 version=model.card.version,
@@ -67,7 +71,7 @@ async def health(request: Request, services: ServicesDependency) -> Health:
                 queued_images=model.batcher.waiting,
                 members=[f"{member.card.name}/{member.card.version}" for member in model.members],
             )
-            for name, model in sorted(services.pool.live().items())
+            for name, model in sorted(live.items())
         },
         errors=services.pool.errors,
         training=await services.training_jobs.running_soon(),

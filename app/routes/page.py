@@ -7,6 +7,9 @@ from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.types import Scope
+from typing_extensions import override
 
 from app.errors import ERRORS_PATH, MEANINGS
 from app.openapi import build_document
@@ -17,12 +20,23 @@ STATIC = Path(__file__).parents[1] / "static"
 _NOTHING_ELSE = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'; "
 _INDEX_POLICY = _NOTHING_ELSE + "script-src 'self'; style-src 'self'; img-src 'self' blob:"
 _DOCS_POLICY = _NOTHING_ELSE + "script-src 'self'; style-src 'self'; img-src 'self' data:"
+_REVALIDATE = {"Cache-Control": "no-cache"}  # a browser never combines files of two releases
+
+
+class PageFiles(StaticFiles):
+    """The files of the page. A browser asks each time whether its copies are still valid."""
+
+    @override
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(_REVALIDATE)
+        return response
 
 
 @router.get("/")
 async def index() -> FileResponse:
     """Return the page."""
-    return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": _INDEX_POLICY})
+    return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": _INDEX_POLICY, **_REVALIDATE})
 
 
 @router.get(ERRORS_PATH)

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi import Path as Parameter
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from pydantic import BaseModel
 
 from app.dependencies import ServicesDependency
 from app.jobs.training_queue import TrainingJob, TrainingJobSummary, TrainingRequest
 from app.middleware.access import OperatorOnly
 from app.routes.parameters import StrictRoute
 from app.routes.responses import EventStream, LastEventId, describe_events, json_response
+from training.recipes import RECIPES
 from training.run import OUTPUT
 
 router = APIRouter(prefix="/train", tags=["train"], route_class=StrictRoute)
@@ -33,6 +35,17 @@ _MEDIA_TYPES = {".png": "image/png", ".json": "application/json", ".jsonl": "app
 _FILES: dict[int | str, dict[str, Any]] = {200: {"content": {kind: {} for kind in _MEDIA_TYPES.values()}}}
 _TO_JOB = {"parameters": {"job_id": "$response.body#/id"}}
 _LINKS = {operation: {"operationId": operation, **_TO_JOB} for operation in ("job", "events", "cancel")}
+
+
+class RecipeDetails(BaseModel, use_attribute_docstrings=True):
+    """A recipe and the values of its fields."""
+
+    name: str
+    """Name of the recipe."""
+    model: str
+    """Name of the trained model in the store."""
+    fields: dict[str, Any]
+    """Values of the fields that apply to the network of the recipe."""
 
 
 @router.post(
@@ -65,6 +78,19 @@ async def jobs(services: ServicesDependency, limit: JobLimit = 100) -> Response:
     """List the latest jobs without their metrics."""
     jobs = services.training_jobs
     return await jobs.threads.read(lambda: json_response(jobs.newest(limit)))
+
+
+@router.get("/recipes", summary="The recipes")
+async def recipes() -> list[RecipeDetails]:
+    """List the recipes with the fields that apply to them. The schema of `overrides` describes the fields."""
+    return [
+        RecipeDetails(
+            name=recipe.name,
+            model=recipe.model,
+            fields=recipe.model_dump(mode="json", include=set(recipe.applicable_fields)),
+        )
+        for recipe in RECIPES.values()
+    ]
 
 
 @router.get("/{job_id}", response_model=TrainingJob, summary="A job's state, progress and history")

@@ -34,6 +34,7 @@ from app.routes import predict as predict_route
 from app.settings import Settings
 from training.dataset import Dataset
 from training.evaluate import evaluate, predict
+from training.recipes import RECIPES
 from training.runtimes import selection, torchscript
 from training.runtimes.engine import Engine, EngineError
 from training.store import FamiliarityThreshold, Store
@@ -338,9 +339,19 @@ def test_evaluate_measures_a_zip_of_labelled_folders(client: TestClient, models:
     np.add.at(confusion, (dataset.test.labels[:20], logits.argmax(1).numpy()), 1)
     assert result["confusion"] == confusion.tolist()
     totals = confusion.sum(1)
+    probabilities, predicted = logits.softmax(1).max(1)
+    wrong = np.flatnonzero(predicted.numpy() != dataset.test.labels[:20])
+    worst = max(wrong, key=lambda row: float(probabilities[row]))
+    assert len(result["mistakes"]) == len(wrong)
+    assert result["mistakes"][0] == {
+        "file": names[worst],
+        "label": dataset.classes[dataset.test.labels[worst]],
+        "predicted": dataset.classes[predicted[worst]],
+        "probability": pytest.approx(float(probabilities[worst]), abs=1e-4),
+    }
     assert result["per_class"] == [confusion[row, row] / totals[row] if totals[row] else None for row in range(100)]
     (listed,) = client.get("/evaluate/jobs").json()
-    assert listed["result"] == result | {"confusion": None}  # a matrix of 100 by 100 numbers for each job
+    assert listed["result"] == result | {"confusion": None, "mistakes": None}
 
 
 def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:
@@ -445,11 +456,24 @@ def test_bad_training_requests_are_refused_before_anything_starts(client: TestCl
     assert_problem(client.get("/train/x/events", headers={"Last-Event-ID": "1" + 20 * "0"}), 422, "last-event-id")
 
 
+def test_recipes_have_the_fields_of_their_network(client: TestClient) -> None:
+    recipes = {recipe["name"]: recipe for recipe in client.get("/train/recipes").json()}
+    assert list(recipes) == list(RECIPES)
+    assert recipes["resnet-seed"]["model"] == "resnet-seed"
+    assert recipes["resnet18"]["fields"]["trainable"] == ["layer4", "fc"]
+    assert "width" not in recipes["resnet18"]["fields"]
+    assert "image_size" not in recipes["resnet"]["fields"]
+    schema = client.get("/openapi.json").json()["components"]["schemas"]["TrainingRequest"]["properties"]["overrides"]
+    for recipe in recipes.values():
+        assert set(recipe["fields"]) <= set(schema["properties"])
+
+
 def test_health_and_readiness(client: TestClient) -> None:
     assert client.get("/health/live").json() == {"status": "alive"}
     assert client.get("/health/ready").json() == {"status": "ready"}
     health = client.get("/health").json()
     assert health["status"] == "ready"
+    assert health["store"] is None
     assert health["models"]["resnet"]["version"] == 1
     assert health["models"]["resnet"]["engine"].startswith("torchscript")
     for path in ("/", "/docs", "/health", "/health/ready", "/metrics", "/models/resnet", "/train"):
@@ -464,6 +488,7 @@ def test_without_models_the_service_is_alive_but_not_ready(tmp_path: Path, image
         assert client.get("/health/ready").status_code == 503
         assert client.get("/models").json() == []
         assert_problem(client.post("/predict", files={"file": image}), 503, "no model is live")
+        assert client.get("/health").json()["store"] == str(tmp_path)
 
 
 def test_a_damaged_version_never_goes_live(client: TestClient, models: Path, image: bytes) -> None:
@@ -637,9 +662,13 @@ def test_metrics_count_requests(client: TestClient, image: bytes) -> None:
 def test_the_page_and_its_files_are_served(client: TestClient) -> None:
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
-    for file in ("/static/page.js", "/static/style.css", "/static/icon.svg"):
+    assert page.headers["cache-control"] == "no-cache"
+    for file in ("/static/main.js", "/static/style.css", "/static/icon.svg"):
         assert file in page.text
-        assert client.get(file).status_code == 200
+        answer = client.get(file)
+        assert answer.status_code == 200
+        assert answer.headers["cache-control"] == "no-cache"
+        assert client.get(file, headers={"If-None-Match": answer.headers["etag"]}).status_code == 304
     assert client.get("/static/../main.py").status_code == 404
 
 

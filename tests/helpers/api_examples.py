@@ -234,6 +234,7 @@ def _train(recorder: Recorder, client: TestClient, job_id: str) -> None:
     recorder.call(client, "submit", 202, json=TRAINING, headers={"Idempotency-Key": "nightly-1"})
     recorder.call(client, "submit", 415, content=b"recipe=resnet", headers={"Content-Type": "text/plain"})
     recorder.call(client, "submit", 422, json={"recipe": "resnet", "overrides": {"epoch": 3}})
+    recorder.call(client, "recipes", 200)
     recorder.call(client, "jobs", 200, params={"limit": 2})
     recorder.call(client, "jobs", 422, params={"limit": 0})
     (queued, _) = (job["id"] for job in client.get("/train").json())

@@ -44,7 +44,7 @@ MAX_SLOPE = 2.0  # MiB per minute and worker
 MAX_MORE_FILES = 4
 JOB = {"recipe": NAME, "overrides": TINY | {"epochs": 20}, "promote": "always"}
 SIZES = ((32, 32), (640, 480), (3000, 2000), (33, 900))
-PAGES = ("/", "/docs", "/openapi.json", "/static/page.js", "/metrics")
+PAGES = ("/", "/docs", "/openapi.json", "/static/main.js", "/metrics")
 ROUTES = ("/health", "/health/live", "/health/ready", "/models", f"/models/{NAME}", "/evaluate", "/train")
 ABSENT = (
     "/models/nothing",

@@ -490,7 +490,7 @@ def test_database_that_does_not_answer_holds_up_jobs_only(models: Path, tmp_path
             answers = [readers.submit(client.get, "/train") for _ in range(60)]
             try:
                 assert client.get("/").status_code == 200
-                assert client.get("/static/page.js").status_code == 200
+                assert client.get("/static/main.js").status_code == 200
                 assert [model["live"] for model in client.get("/models").json()] == [1]
                 large = client.post("/predict", files={"file": bytes(2_000_000)})
                 assert large.status_code == 415

@@ -441,7 +441,7 @@ def test_too_many_costly_calls_are_429_per_client(models: Path, tmp_path: Path) 
 
 def test_answers_carry_security_headers_and_pages_load_only_what_they_need(models: Path, tmp_path: Path) -> None:
     with client(models, tmp_path) as service:
-        for path in ("/", "/docs", "/errors", "/health", "/nowhere", "/static/page.js"):
+        for path in ("/", "/docs", "/errors", "/health", "/nowhere", "/static/main.js"):
             headers = service.get(path).headers
             assert headers["x-content-type-options"] == "nosniff"
             assert headers["x-frame-options"] == "DENY"

@@ -47,7 +47,7 @@ def test_every_operation_refuses_an_unknown_query_parameter(client: TestClient) 
 
 
 def test_pages_files_and_metrics_take_any_query(client: TestClient) -> None:
-    for path in ("/", "/docs", "/openapi.json", "/static/page.js", "/metrics"):
+    for path in ("/", "/docs", "/openapi.json", "/static/main.js", "/metrics"):
         for method in ("GET", "HEAD"):
             assert client.request(method, f"{path}?surplus=1").status_code == 200, path
 

@@ -1,0 +1,51 @@
+// Shows the answer of /predict for one picture: the most probable classes of one model, or of several side by side.
+
+import { offers } from "./api.js";
+import { h, percent, sentence, superclassWords, words } from "./dom.js";
+
+const SHOWN = 5;
+
+/** Show the place of an answer that has been asked for. */
+export function showWaiting(place, preview) {
+  place.className = "answer waiting";
+  place.replaceChildren(seen(preview), h("ol", { class: "bars", "aria-label": "The answer is on its way" },
+    Array.from({ length: SHOWN }, () => h("li", {}, h("span", { class: "name" }, " "), h("span", { class: "bar" })))));
+}
+
+/**
+ * Show answers, each with model, version, milliseconds, classes and warnings. `explain` is called with an answer, a
+ * class and the button, where the service can explain.
+ */
+export function showAnswers(place, preview, answers, explain) {
+  place.className = `answer${answers.length > 1 ? " several" : ""}`;
+  place.replaceChildren(seen(preview), ...answers.map((answer) => showAnswer(answer, answers.length > 1, explain)));
+}
+
+function seen(preview) {
+  return h("figure", { class: "seen" }, preview, h("figcaption", { class: "quiet" }, "What the network sees"));
+}
+
+function showAnswer(answer, isOneOfSeveral, explain) {
+  const { model, version, milliseconds, classes, warnings, familiar } = answer;
+  const list = h("ol", { class: "bars" }, classes.slice(0, SHOWN).map((each) => row(answer, each, explain)));
+  return h("div", { class: "one" },
+    isOneOfSeveral && h("h2", {}, model),
+    familiar === false && h("p", { class: "strange" },
+      h("strong", {}, "Probably none of the 100 classes."), " These are the nearest:"),
+    list,
+    h("p", { class: "quiet" }, `${model}, version ${version}. ${milliseconds.toFixed(1)} ms on the server.`),
+    warnings.map((warning) => h("p", { class: "quiet" }, sentence(warning))));
+}
+
+function row(answer, predicted, explain) {
+  const { label, superclass, probability } = predicted;
+  const item = h("li", {},
+    h("span", { class: "name" }, words(label), " ", h("small", {}, superclassWords(superclass))),
+    h("span", { class: "share" }, percent(probability)),
+    h("span", { class: "bar" }, h("span", { style: { width: `${100 * probability}%` } })));
+  offers("explain").then((does) => does && item.append(h("button", {
+    type: "button", class: "why", "aria-pressed": "false", "aria-label": `Why ${words(label)}?`,
+    onclick: (event) => explain(answer, predicted, event.currentTarget),
+  }, "Why?")), () => {});
+  return item;
+}

@@ -1,0 +1,24 @@
+// Lists the classes of a model by superclass, in a dialog.
+
+import { call } from "./api.js";
+import { h, problem, words } from "./dom.js";
+
+/** Show the classes of the first live model. */
+export async function showClasses(live) {
+  const body = h("div", { class: "groups" });
+  const dialog = h("dialog", { class: "wide", "aria-labelledby": "classes-title", onclose: () => dialog.remove() },
+    h("form", { method: "dialog" }, h("h2", { id: "classes-title" }, "The classes"), h("button", {}, "Close")), body);
+  document.body.append(dialog);
+  dialog.showModal();
+  const [name] = Object.keys(live);
+  if (!name) return body.append(h("p", {}, "No model is live, so there are no classes to list."));
+  try {
+    const { classes, superclasses } = await call(`models/${name}/${live[name].version}`);
+    const groups = Map.groupBy(classes.keys(), (id) => superclasses[id]);
+    for (const [superclass, ids] of [...groups].sort()) {
+      body.append(h("section", {}, h("h3", {}, words(superclass)), h("p", {}, ids.map((id) => words(classes[id])).join(", "))));
+    }
+  } catch (error) {
+    body.append(problem(error));
+  }
+}
