@@ -488,7 +488,7 @@ def test_without_models_the_service_is_alive_but_not_ready(tmp_path: Path, image
         assert client.get("/health/ready").status_code == 503
         assert client.get("/models").json() == []
         assert_problem(client.post("/predict", files={"file": image}), 503, "no model is live")
-        assert client.get("/health").json()["store"] == str(tmp_path)
+        assert client.get("/health").json()["store"] == str(tmp_path / "none")
 
 
 def test_a_damaged_version_never_goes_live(client: TestClient, models: Path, image: bytes) -> None:
