@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.clients import FairShares, client_network
-from app.errors import problem_response
+from app.errors import is_open_inference, problem_response
 from app.exceptions import Problem
 from app.machine import MIB
 from app.middleware.gzip_body import GzipBody
@@ -53,7 +53,9 @@ class BodyLimitMiddleware:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        limit = self.limits.get(route_path(scope), _OTHER_BYTES)
+        path = route_path(scope)
+        is_inference = is_open_inference(path) and path.endswith("/infer")
+        limit = self.limits.get("/predict" if is_inference else path, _OTHER_BYTES)
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             await _too_large(limit)(scope, receive, send)

@@ -1,35 +1,33 @@
 """Serve POST /predict, which takes images and returns the most probable classes of each.
 
-A request passes the access check first. Its body is a form or one raw image. A small image is decoded with its batch,
-other images are decoded by `Decoders`. The `Batcher` of the model computes the scores.
+A request passes the access check first. Its body is a form or one raw image. `compute_scores` decodes and scores the
+images.
 """
 
-import asyncio
 import io
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Annotated, Any, cast
+from functools import lru_cache
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from pydantic_core import to_json
-from starlette.requests import ClientDisconnect
 from typing_extensions import override
 
-from app.dependencies import Services, services_of
-from app.exceptions import TooLarge, UnsupportedImage, UnsupportedMediaType
-from app.inference.batching import ImageSource, Scores
+from app.dependencies import services_of
+from app.exceptions import UnsupportedImage, UnsupportedMediaType
+from app.inference.batching import Scores
 from app.inference.decoding import File
-from app.inference.images.encoded import CostlyImage
-from app.inference.pool import Model, Version
-from app.middleware.access import access_of, authorize_prediction, client_of
+from app.inference.pool import Version
+from app.middleware.access import authorize_prediction
+from app.routes.disconnects import run_until_disconnect
 from app.routes.parameters import parse_parameters
+from app.routes.scoring import compute_scores
 from app.routes.uploads import MULTIPART, URLENCODED, form_schema, media_type, read_form
-from app.server.protocol import ON_DISCONNECT
 from app.settings import Settings
 from training.store import ModelCard
 from training.text import quote
@@ -108,23 +106,8 @@ class PredictRoute(APIRoute):
     @staticmethod
     async def _respond(request: Request) -> Response:
         """Run `predict` and serialize its result. Cancel it if the client disconnects."""
-        task, has_left = cast("asyncio.Task[None]", asyncio.current_task()), False
-
-        def cancel() -> None:
-            nonlocal has_left
-            has_left = True
-            task.cancel()
-
-        request.scope[ON_DISCONNECT] = cancel
-        try:
-            predictions = await predict(request, _parse_query(request.scope["query_string"]))
-        except asyncio.CancelledError:
-            if not has_left:
-                raise
-            task.uncancel()
-            raise ClientDisconnect from None
-        finally:
-            del request.scope[ON_DISCONNECT]
+        query = _parse_query(request.scope["query_string"])
+        predictions = await run_until_disconnect(request, predict(request, query))
         return Response(to_json(predictions), media_type="application/json")
 
 
@@ -141,7 +124,7 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
             query = parse_parameters(PredictQuery, request.scope["query_string"], fields)
         started = time.perf_counter()
         deadline = time.monotonic() + services.settings.deadline_s
-        model, scores, warnings = await _compute_scores(request, services, query, files, deadline)
+        model, scores, warnings = await compute_scores(request, services, query.model, query.version, files, deadline)
     return Predictions(
         model=model.card.name,
         version=model.card.version,
@@ -153,24 +136,6 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
             )
         ],
     )
-
-
-async def _compute_scores(
-    request: Request, services: Services, query: PredictQuery, files: list[File], deadline: float
-) -> tuple[Model, Scores, list[list[str]]]:
-    """Return the model, the scores of the images, and the warnings about each image."""
-
-    async def compute(images: ImageSource) -> tuple[Model, Scores]:
-        model = await services.pool.get(query.model, query.version)
-        # No other task runs between these two lines, so the model cannot be swapped in between.
-        return model, await model.batcher.run(images, deadline)
-
-    if decode := services.decoders.small_image_decoder(files):
-        with suppress(TooLarge, CostlyImage):  # a file with few bytes may have many pixels or scans
-            return *await compute(decode), [[]]
-    charge = partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None
-    images = await services.decoders.decode(files, client_of(request), deadline, charge)
-    return *await compute(images.pixels), images.warnings
 
 
 @lru_cache(256)
