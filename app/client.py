@@ -44,9 +44,11 @@ Value = TypeVar("Value")
 class PillowImage(Protocol):
     """An image of Pillow."""
 
-    mode: str
+    @property
+    def mode(self) -> str:
+        """Type of the pixels, such as RGB."""
 
-    def save(self, fp: Any, format: str, **params: Any) -> None:  # noqa: A002  the name is Pillow's
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:  # noqa: A002  the name is Pillow's
         """Write the image to a file."""
 
 
