@@ -264,7 +264,7 @@ def _parse(kind: type[Value], data: dict[str, Any], **more: Any) -> Value:
     return kind(**values | more)
 
 
-def _parse_predictions(answer: dict[str, Any]) -> list[Prediction]:
+def _parse_predictions(answer: dict[str, Any], names: list[str | None]) -> list[Prediction]:
     return [
         _parse(
             Prediction,
@@ -272,8 +272,9 @@ def _parse_predictions(answer: dict[str, Any]) -> list[Prediction]:
             classes=tuple(_parse(PredictedClass, one) for one in each["classes"]),
             model=answer["model"],
             version=answer["version"],
+            file=name,
         )
-        for each in answer["predictions"]
+        for name, each in zip(names, answer["predictions"], strict=True)
     ]
 
 
@@ -397,9 +398,11 @@ class _Calls:
         predictions: list[Prediction] = []
         for start in range(0, len(todo), _MAX_IMAGES):
             part = todo[start : start + _MAX_IMAGES]
-            files = yield partial(_encode_files, part, start)
+            encoded = yield partial(_encode_images, part)
+            # A field without a file name is no file.
+            files = [("file", (name or f"image {number}", each)) for number, (name, each) in enumerate(encoded, start)]
             answer = yield from self.send("POST", "/predict", params=params, files=files)
-            predictions += _parse_predictions(answer)
+            predictions += _parse_predictions(answer, [name for name, _ in encoded])
         return predictions if are_several else predictions[0]
 
     def evaluate(
@@ -436,10 +439,8 @@ class _Calls:
         return _parse(ModelSummary, answer)
 
 
-def _encode_files(images: list[Image], start: int) -> list[tuple[str, tuple[str, bytes]]]:
-    """Return images as fields of a form. An image without a file name is named by its number."""
-    encoded = map(encode_image, images)
-    return [("file", (name or f"image {number}", content)) for number, (name, content) in enumerate(encoded, start)]
+def _encode_images(images: list[Image]) -> list[tuple[str | None, bytes]]:
+    return [encode_image(image) for image in images]
 
 
 def _without_none(**params: Any) -> dict[str, Any]:

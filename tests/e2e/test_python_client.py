@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +57,15 @@ def test_every_kind_of_image_gets_the_same_classes_also_without_a_server(
     with Image.open(image) as opened, Client(str(server.address)) as client:
         pixels = opened.convert("RGB")
         kinds: list[module.Image] = [str(image), image, image.read_bytes(), pixels, np.asarray(pixels)]
-        expected = client.predict(image).classes
-        assert [each.classes for each in client.predict(kinds)] == [expected] * len(kinds)
+        expected = client.predict(image)
+        names = [image.name, image.name, None, None, None]
+        alone = [client.predict(each) for each in kinds]
+        assert alone == [replace(expected, file=name) for name in names]
+        together = client.predict(kinds)
+        assert [(each.label, each.file) for each in together] == [(expected.label, name) for name in names]
         local = load("resnet", models, runtime="torchscript")
-        assert [each.classes for each in local.predict(kinds)] == [expected] * len(kinds)
-        assert local.predict(image, top_k=5) == client.predict(image)
+        assert [local.predict(each) for each in kinds] == alone
+        assert [each.file for each in local.predict(kinds)] == names
         with pytest.raises(ServiceError) as ours:
             local.predict(b"text")
         with pytest.raises(ServiceError) as theirs:
@@ -71,7 +76,7 @@ def test_every_kind_of_image_gets_the_same_classes_also_without_a_server(
         async with AsyncClient(str(server.address)) as service:
             return await asyncio.gather(*(service.predict(each) for each in kinds))
 
-    assert [each.classes for each in asyncio.run(predict())] == [expected] * len(kinds)
+    assert [(each.label, each.file) for each in asyncio.run(predict())] == [(expected.label, name) for name in names]
 
 
 def test_train_follow_evaluate_promote(server: Server, image: Path) -> None:
