@@ -1,4 +1,4 @@
-"""Turns every failure into an application/problem+json response (RFC 9457).
+"""Turns every failure into an application/problem+json response (RFC 9457), or JSON under /v2.
 
 Input: problems of `app.exceptions`, errors of Starlette and FastAPI, and resource shortages of the machine.
 """
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing_extensions import override
 
 from app.exceptions import Problem, Unavailable
 from training.encoding import replace_surrogates
@@ -62,8 +63,9 @@ ERRORS_PATH = "/errors"
 """Path of the page that describes every status in `MEANINGS`."""
 
 MEANINGS = {
-    400: "The form is malformed, incomplete or has too many files, a gzip body is damaged, the request head is "
-    "ambiguous, or X-Forwarded-Prefix is invalid. Correct what the detail names, and send the request again.",
+    400: "The form is malformed, incomplete or has too many files, a compressed body is damaged, the binary tensor "
+    "data do not fit their JSON, the request head is ambiguous, or X-Forwarded-Prefix is invalid. Correct what the "
+    "detail names, and send the request again.",
     401: "The API key is missing or wrong. Send one of the keys of the service as 'Authorization: Bearer KEY'.",
     403: "No API key is configured, and the call does not come from this machine. Make the call on the machine of the "
     "service, or start the service with CIFAR100_API_KEYS.",
@@ -86,25 +88,70 @@ MEANINGS = {
 }
 """Meaning of every status of a problem, and what to do."""
 
-_RESPONSE = {"content": {"application/problem+json": {"schema": ProblemDetails.model_json_schema()}}}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "The request cannot be fulfilled. `detail` gives the reason.", **_RESPONSE},
-    "5XX": {"description": "The service cannot fulfill the request now.", **_RESPONSE},
-}
+
+class InferenceError(ProblemDetails):
+    """An error in the form of the Open Inference Protocol."""
+
+    error: str
+    """The same text as `detail`."""
+
+
+def _describe(media_type: str, model: type[ProblemDetails]) -> dict[int | str, dict[str, Any]]:
+    content = {"content": {media_type: {"schema": model.model_json_schema()}}}
+    return {
+        "4XX": {"description": "The request cannot be fulfilled. `detail` gives the reason.", **content},
+        "5XX": {"description": "The service cannot fulfill the request now.", **content},
+    }
+
+
+RESPONSES = _describe("application/problem+json", ProblemDetails)
 """OpenAPI descriptions of the error responses that every operation can return."""
 
+OPEN_INFERENCE_RESPONSES = _describe("application/json", InferenceError)
+"""The same for the operations of the Open Inference Protocol."""
 
-def problem_response(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
+
+class ProblemResponse(JSONResponse):
+    """A problem+json response. To a path of the Open Inference Protocol it is plain JSON with the detail as `error`.
+
+    Clients of this protocol look for `error`, and some of them only in a body of type application/json.
+    """
+
+    media_type = "application/problem+json"
+
+    def __init__(self, problem: dict[str, Any], status: int, headers: dict[str, str] | None = None):
+        super().__init__(problem, status, headers)
+        self._problem = problem
+
+    def for_open_inference(self) -> JSONResponse:
+        """Return the response in the form of the Open Inference Protocol."""
+        headers = {name: value for name, value in self.headers.items() if not name.startswith("content-")}
+        return JSONResponse({"error": self._problem["detail"], **self._problem}, self.status_code, headers)
+
+    @override
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if is_open_inference(scope["path"].removeprefix(scope.get("root_path", ""))):
+            await self.for_open_inference()(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def is_open_inference(path: str) -> bool:
+    """Return whether a path, without the prefix of the service, is one of the Open Inference Protocol."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
+def problem_response(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> ProblemResponse:
     """Return a problem+json response. `more` adds members. Shorten a long detail, because it may quote the client."""
     detail = shorten(replace_surrogates(detail), _MAX_DETAIL)
-    content = {
+    problem = {
         "type": f"{ERRORS_PATH}#{status:d}",
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
         **more,
     }
-    return JSONResponse(content, status, headers, media_type="application/problem+json")
+    return ProblemResponse(problem, status, headers)
 
 
 EXPECTED = (Problem, HTTPException, RequestValidationError, OSError, MemoryError, RuntimeError)

@@ -12,7 +12,6 @@ from fastapi import FastAPI
 
 EXAMPLES = Path(__file__).with_name("examples.json")
 
-_PROBLEM = "application/problem+json"
 _MULTIPART = "multipart/form-data"
 
 
@@ -47,5 +46,5 @@ def _add_examples(operation: dict[str, Any], example: dict[str, Any]) -> None:
         for kind, value in contents.items():
             operation["responses"][status]["content"][kind]["example"] = value
     for status, problem in example["problems"].items():
-        content = operation["responses"][f"{status[0]}XX"]["content"][_PROBLEM]
+        (content,) = operation["responses"][f"{status[0]}XX"]["content"].values()
         content.setdefault("examples", {})[status] = {"summary": problem["title"], "value": problem}

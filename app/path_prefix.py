@@ -18,6 +18,10 @@ OWN_PATHS = {
     "/static",
     "/train",
     "/train/recipes",
+    "/v2",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/v2/models/stats",
 }
 """Paths of the service. They are ambiguous as prefixes, because a proxy may remove the prefix or pass it on."""
 

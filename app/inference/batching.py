@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -133,12 +133,24 @@ class Scores(NamedTuple):
         return self.output.familiarity[self.rows]
 
 
+class BatchTimes(NamedTuple):
+    """The size of a computed batch and the seconds that its parts took."""
+
+    images: int
+    requests: int
+    waiting_s: float
+    """Time in the queue, summed over the requests."""
+    decoding_s: float
+    computing_s: float
+
+
 @dataclass(eq=False, slots=True)
 class _BatchItem:
     images: ImageSource
     count: int
     result: asyncio.Future[Scores]
     deadline: float | None
+    arrived: float = field(default_factory=time.perf_counter)
 
 
 class Batcher:
@@ -148,8 +160,7 @@ class Batcher:
         engine: The engine. It is called with up to `max_batch` images, by one thread at a time.
         max_batch: Largest number of images in a batch.
         max_queue: Largest number of waiting images.
-        observe: Callback with the number of images and the seconds of each batch. It runs in the thread that computed
-            the batch.
+        observe: Callback with the times of each batch. It runs in the thread that computed the batch.
         shares_cpu: True if the engine thread and the event loop share a single CPU.
     """
 
@@ -158,7 +169,7 @@ class Batcher:
         engine: Engine,
         max_batch: int,
         max_queue: int,
-        observe: Callable[[int, float], None] = lambda *_: None,
+        observe: Callable[[BatchTimes], None] = lambda _: None,
         shares_cpu: bool = False,
     ):
         self.engine = engine
@@ -280,21 +291,25 @@ class Batcher:
             pixels, batch = _decode_batch(loop, batch)
             if not batch:
                 continue
-            self._compute(loop, pixels, batch)
+            self._compute(loop, pixels, batch, started)
             if len(pixels) == len(pixels[0]) == 1:
                 self._lone_s = time.perf_counter() - started
 
-    def _compute(self, loop: asyncio.AbstractEventLoop, pixels: list[Images], batch: list[_BatchItem]) -> None:
-        started = time.perf_counter()
+    def _compute(
+        self, loop: asyncio.AbstractEventLoop, pixels: list[Images], batch: list[_BatchItem], started: float
+    ) -> None:
+        decoded = time.perf_counter()
         try:
             images = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
             output = BatchOutput(self.engine(images))
         except Exception as error:  # every request of the batch gets the engine's error
             _call_in_loop(loop, _set_error, batch, error)
             return
+        computed = time.perf_counter()
         _call_in_loop(loop, _set_results, batch, output)
+        waiting_s = sum(started - work.arrived for work in batch)
         try:
-            self._observe(len(images), time.perf_counter() - started)
+            self._observe(BatchTimes(len(images), len(batch), waiting_s, decoded - started, computed - decoded))
         except Exception:  # a failing metric must not stop the engine
             log.exception("the metrics of a batch could not be recorded")
 

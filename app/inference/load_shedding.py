@@ -3,11 +3,14 @@
 import asyncio
 from collections.abc import Callable
 from functools import lru_cache
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote_to_bytes
 
 from app.clients import client_network
 from app.inference.decoding import Decoders
 from app.inference.pool import ModelPool
+
+PREDICT = "/predict"
+INFER = "/v2/models/{name}/infer"
 
 
 class LoadShedder:
@@ -18,10 +21,10 @@ class LoadShedder:
         decoders: Decoders with the shares of their clients.
         is_behind_proxy: True if the service trusts a proxy. The client address is then known only after the request has
             reached the application, so no client exceeds its share here.
-        count: Callback for each refused prediction.
+        count: Callback with the path of the route for each refused prediction.
     """
 
-    def __init__(self, pool: ModelPool, decoders: Decoders, is_behind_proxy: bool, count: Callable[[], None]):
+    def __init__(self, pool: ModelPool, decoders: Decoders, is_behind_proxy: bool, count: Callable[[str], None]):
         self._pool = pool
         self._decoders = decoders
         self._is_behind_proxy = is_behind_proxy
@@ -41,14 +44,18 @@ class LoadShedder:
         """
         path, _, query = url.partition(b"?")
         # A proxy may put a prefix before the path. Each version has its own queue.
-        if not path.endswith(b"/predict") or b"version" in query:
+        if path.endswith(b"/predict") and b"version" not in query:
+            route, name = PREDICT, _model_name(query)
+        elif path.endswith(b"/infer") and b"/v2/models/" in path and b"/versions/" not in path:
+            route, name = INFER, _model_in_path(path)
+        else:
             return False
-        model = self._pool.peek(_model_name(query))
+        model = self._pool.peek(name)
         if model is None:
             return False
         is_full = model.batcher.queued + self._arriving >= model.batcher.max_queue
         if is_full or self.exceeds_share(client):
-            self._count()
+            self._count(route)
             return True
         self._arriving += 1
         asyncio.get_running_loop().call_soon(self._count_arrived)
@@ -65,3 +72,8 @@ class LoadShedder:
 @lru_cache(256)
 def _model_name(query: bytes) -> str | None:
     return dict(parse_qsl(query.decode("latin-1"))).get("model")
+
+
+@lru_cache(256)
+def _model_in_path(path: bytes) -> str:
+    return unquote_to_bytes(path.rsplit(b"/", 2)[-2]).decode("latin-1")

@@ -19,8 +19,9 @@ import numpy as np
 from pydantic import Field
 
 from app.exceptions import NotFound, Unavailable
-from app.inference.batching import Batcher
+from app.inference.batching import Batcher, BatchTimes
 from app.inference.cascade import CascadeBatcher
+from app.inference.statistics import ModelStatistics
 from app.machine import cpu_count
 from app.settings import Settings
 from app.threads import Threads
@@ -48,6 +49,7 @@ class Model:
     card: ModelCard
     batcher: Batcher | CascadeBatcher
     members: "tuple[Model, ...]" = ()
+    statistics: ModelStatistics = field(default_factory=ModelStatistics)
     loaded: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @cached_property
@@ -62,7 +64,7 @@ class ModelPool:
     Args:
         settings: Device, batch and queue sizes, and poll interval.
         store: The model store.
-        observe: Callback with the model name, the number of images and the seconds of each batch.
+        observe: Callback with the model name and the times of each batch.
         observe_cascade: Callback with the name of a cascade, the number of images of a request, and the number of these
             that are sent on to the second member.
     """
@@ -71,7 +73,7 @@ class ModelPool:
         self,
         settings: Settings,
         store: Store,
-        observe: Callable[[str, int, float], None],
+        observe: Callable[[str, BatchTimes], None],
         observe_cascade: Callable[[str, int, int], None],
     ):
         self.store = store
@@ -113,9 +115,17 @@ class ModelPool:
         """Return the live models by name."""
         return dict(self._live)
 
-    def peek(self, name: str | None) -> Model | None:
-        """Return the live model of this name, or None. The default name is that of `get`."""
-        return self._live.get(name or self._default() or "")
+    def loaded(self) -> list[Model]:
+        """Return the models in memory: the live ones, and other versions that requests asked for."""
+        return [*self._live.values(), *self._others.values()]
+
+    def peek(self, name: str | None, version: int | None = None) -> Model | None:
+        """Return a model that is in memory, or None. The default name and version are those of `get`."""
+        name = name or self._default() or ""
+        model = self._live.get(name)
+        if version is None or (model and model.card.version == version):
+            return model
+        return self._others.get((name, version))
 
     async def get(self, name: str | None = None, version: int | None = None, patient: bool = False) -> Model:
         """Return a model to predict with. For a live model this does not yield to the event loop.
@@ -226,11 +236,16 @@ class ModelPool:
             return self._load_cascade(card)
         engine = selection.load(folder / MODEL, self._settings.device, self._settings.runtime)
         _check_fit(card, engine)
-        observe = partial(self._observe, name)
+        statistics = ModelStatistics()
+
+        def observe(times: BatchTimes) -> None:
+            statistics.count_batch(times)
+            self._observe(name, times)
+
         batcher = Batcher(
             engine, self._settings.max_batch, self._settings.max_queue, observe, shares_cpu=cpu_count() == 1
         )
-        return Model(card, batcher)
+        return Model(card, batcher, statistics=statistics)
 
     def _load_cascade(self, card: ModelCard) -> Model:
         cascade = self.store.cascade(card)

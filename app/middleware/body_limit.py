@@ -1,6 +1,7 @@
 """Limits request bodies while they arrive: the size and pace of each body, and the total size of all bodies.
 
-A gzip body (Content-Encoding) is decoded here, so that all limits of size hold for its decoded bytes as well.
+A body with the content coding gzip or deflate is decoded here, so that all limits of size hold for its decoded bytes
+as well.
 """
 
 import asyncio
@@ -14,10 +15,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.clients import FairShares, client_network
-from app.errors import problem_response
+from app.errors import is_open_inference, problem_response
 from app.exceptions import Problem
 from app.machine import MIB
-from app.middleware.gzip_body import GzipBody
+from app.middleware.compressed_body import Coding, CompressedBody
 from app.middleware.proxy import route_path
 from app.server.connections import SLOWEST_BYTES_PER_S
 from app.server.protocol import BODY_RECEIVED
@@ -25,6 +26,7 @@ from app.settings import Settings
 from training.text import quote
 
 _OTHER_BYTES = MIB
+_SUPPORTED: dict[str, Coding] = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate"}
 _MULTIPART_OVERHEAD = 64 << 10
 # Time budget of a body, in seconds. Waiting for data uses it up; each 64 KiB received adds one second, up to 30 s.
 _BUDGET_S = 30.0
@@ -34,8 +36,8 @@ class BodyLimitMiddleware:
     """ASGI middleware that refuses bodies over the limit of their route (413), too slow (408) or too many (503).
 
     A body whose Content-Length is over the limit is refused before it is read. A chunked body is refused as soon as it
-    exceeds the limit, and so is a gzip body as soon as its decoded bytes do. Other content codings are refused with 415
-    and the supported ones (RFC 9110, section 15.5.16).
+    exceeds the limit, and so is a compressed body as soon as its decoded bytes do. Other content codings are refused
+    with 415 and the supported ones (RFC 9110, section 15.5.16).
     """
 
     def __init__(self, app: ASGIApp, settings: Settings):
@@ -54,17 +56,21 @@ class BodyLimitMiddleware:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        limit = self.limits.get(route_path(scope), _OTHER_BYTES)
+        path = route_path(scope)
+        is_inference = is_open_inference(path) and path.endswith("/infer")
+        limit = self.limits.get("/predict" if is_inference else path, _OTHER_BYTES)
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             await _too_large(limit)(scope, receive, send)
             return
         is_empty = declared == b"0" and b"transfer-encoding" not in headers
         codings = _codings(scope) if b"content-encoding" in headers and not is_empty else []
-        if codings not in ([], ["gzip"], ["x-gzip"]):
+        if len(codings) > 1 or not _SUPPORTED.keys() >= set(codings):
             await _unsupported(codings)(scope, receive, send)
             return
-        body = _LimitedBody(scope, receive, send, limit, self.pending, is_empty, is_gzip=bool(codings))
+        body = _LimitedBody(
+            scope, receive, send, limit, self.pending, is_empty, _SUPPORTED[codings[0]] if codings else None
+        )
         try:
             await self.app(scope, body.receive, body.send)
         except ClientDisconnect:
@@ -86,7 +92,7 @@ class _LimitedBody:
         limit: Largest size of the body in bytes.
         pending: Bytes of all bodies in progress.
         is_complete: True if the request has no body.
-        is_gzip: True if the body is encoded with gzip.
+        coding: Content coding of the body, None if it has none.
     """
 
     def __init__(
@@ -97,7 +103,7 @@ class _LimitedBody:
         limit: int,
         pending: FairShares,
         is_complete: bool,
-        is_gzip: bool,
+        coding: Coding | None,
     ):
         self.refusal: JSONResponse | None = None
         """The response to send instead of the application's response."""
@@ -108,7 +114,7 @@ class _LimitedBody:
         self._pending = pending
         self._client = client_network(scope["client"][0] if scope.get("client") else "")
         self._is_complete = is_complete
-        self._receive_piece = GzipBody(self._receive_part).receive if is_gzip else self._receive_part
+        self._receive_piece = CompressedBody(self._receive_part, coding).receive if coding else self._receive_part
         self._received = 0  # bytes on the wire
         self._pending_bytes = 0  # bytes that the application has received
         self._budget_s = _BUDGET_S
@@ -183,9 +189,9 @@ def _codings(scope: Scope) -> list[str]:
 
 
 def _unsupported(codings: list[str]) -> JSONResponse:
-    detail = f"the Content-Encoding {quote(', '.join(codings))} is not supported; send gzip, or no coding"
+    detail = f"the Content-Encoding {quote(', '.join(codings))} is not supported; send gzip, deflate, or no coding"
     refusal = _refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, detail)
-    refusal.headers["Accept-Encoding"] = "gzip, identity"
+    refusal.headers["Accept-Encoding"] = "gzip, deflate, identity"
     return refusal
 
 

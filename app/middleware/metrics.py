@@ -12,6 +12,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.exceptions import Unavailable
+from app.inference.batching import BatchTimes
 from app.inference.pool import ModelPool
 from app.middleware.request_log import CLIENT_CLOSED_REQUEST
 from app.server.workers import METRICS
@@ -43,7 +44,6 @@ class Metrics:
         self.requests = Counter(
             "cifar100_requests", "HTTP requests.", ("method", "route", "status"), registry=self.registry
         )
-        self._shed = self.requests.labels("POST", "/predict", str(Unavailable.status.value))
         self.latency = Histogram(
             "cifar100_request_seconds",
             "Time from a request's headers to the end of its answer.",
@@ -77,19 +77,19 @@ class Metrics:
             registry=self.registry,
         )
 
-    def observe_batch(self, model: str, images: int, seconds: float) -> None:
+    def observe_batch(self, model: str, times: BatchTimes) -> None:
         """Count a batch that an engine has computed."""
-        self.batch_images.labels(model).observe(images)
-        self.batch_seconds.labels(model).observe(seconds)
+        self.batch_images.labels(model).observe(times.images)
+        self.batch_seconds.labels(model).observe(times.computing_s)
 
     def observe_cascade(self, model: str, images: int, sent_on: int) -> None:
         """Count the images of a request to a cascade, and those that are sent on to its second member."""
         self.cascade_images.labels(model).inc(images)
         self.sent_on_images.labels(model).inc(sent_on)
 
-    def count_shed(self) -> None:
-        """Count a prediction that was refused with 503 before it reached the application."""
-        self._shed.inc()
+    def count_shed(self, route: str) -> None:
+        """Count a prediction that was refused with 503 before it reached the application, by the path of its route."""
+        self.requests.labels("POST", route, str(Unavailable.status.value)).inc()
 
     def render(self, pool: ModelPool) -> bytes:
         """Return the metrics of all workers in the Prometheus text format."""

@@ -3,7 +3,6 @@
 request --read_images--> files and text fields --route--> result --ImageRoute--> response
 """
 
-import asyncio
 import io
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -14,15 +13,14 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
-from starlette.requests import ClientDisconnect
 from typing_extensions import override
 
 from app.exceptions import UnsupportedImage, UnsupportedMediaType
 from app.inference.decoding import File
 from app.inference.pool import Version
+from app.routes.disconnects import run_until_disconnect
 from app.routes.parameters import parse_parameters
 from app.routes.uploads import MULTIPART, URLENCODED, form_schema, media_type, read_form
-from app.server.protocol import ON_DISCONNECT
 from training.text import quote
 
 DESCRIBED = ConfigDict(use_attribute_docstrings=True)
@@ -83,23 +81,8 @@ async def _respond(
     endpoint: Callable[..., Coroutine[Any, Any, Any]], query: type[BaseModel], request: Request
 ) -> Response:
     """Run an endpoint and serialize its result. Cancel it if the client disconnects."""
-    task, has_left = cast("asyncio.Task[None]", asyncio.current_task()), False
-
-    def cancel() -> None:
-        nonlocal has_left
-        has_left = True
-        task.cancel()
-
-    request.scope[ON_DISCONNECT] = cancel
-    try:
-        result = await endpoint(request, _parse_query(query, request.scope["query_string"]))
-    except asyncio.CancelledError:
-        if not has_left:
-            raise
-        task.uncancel()
-        raise ClientDisconnect from None
-    finally:
-        del request.scope[ON_DISCONNECT]
+    parsed = _parse_query(query, request.scope["query_string"])
+    result = await run_until_disconnect(request, endpoint(request, parsed))
     return result if isinstance(result, Response) else Response(to_json(result), media_type="application/json")
 
 

@@ -77,17 +77,7 @@ async def model(name: ModelName, services: ServicesDependency) -> Response:
 async def card(name: ModelName, version: VersionNumber, services: ServicesDependency) -> Response:
     """Return the card of a version."""
 
-    def read() -> Response:
-        try:
-            services.store.folder(name, version)
-        except StoreError as error:
-            raise NotFound(f"{error}; GET /models lists all") from None
-        try:
-            return json_response(services.store.card(name, version))
-        except StoreError as error:
-            raise Unavailable(str(error)) from None
-
-    return await services.store_threads.read(read)
+    return await services.store_threads.read(lambda: json_response(read_card(services, name, version)))
 
 
 @router.put("/{name}/live", dependencies=[OperatorOnly], summary="Promote or roll back")
@@ -127,6 +117,23 @@ async def delete_version(name: ModelName, version: VersionNumber, services: Serv
     except OSError as error:
         raise Unavailable(f"the model store cannot be changed: {error.strerror}") from error
     return await services.store_threads.read(_details, services, name)
+
+
+def read_card(services: Services, name: str, version: int) -> ModelCard:
+    """Read the card of a version from the store. Call this in a thread.
+
+    Raises:
+        NotFound: There is no such version.
+        Unavailable: The card is damaged.
+    """
+    try:
+        services.store.folder(name, version)
+    except StoreError as error:
+        raise NotFound(f"{error}; GET /models lists all") from None
+    try:
+        return services.store.card(name, version)
+    except StoreError as error:
+        raise Unavailable(str(error)) from None
 
 
 def _names(services: Services) -> list[str]:

@@ -1,27 +1,22 @@
 """Serve POST /predict, which takes images and returns the most probable classes of each.
 
-A request passes the access check first. Its body is a form or one raw image. A small image is decoded with its batch,
-other images are decoded by `Decoders`. The `Batcher` of the model computes the scores.
+A request passes the access check first. Its body is a form or one raw image. `compute_scores` decodes and scores the
+images.
 """
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, ClassVar
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
-from app.dependencies import Services, services_of
-from app.exceptions import TooLarge
-from app.inference.batching import ImageSource, Scores
-from app.inference.decoding import File
-from app.inference.images.encoded import CostlyImage
-from app.inference.pool import Model
-from app.middleware.access import access_of, authorize_prediction, client_of
+from app.dependencies import services_of
+from app.inference.batching import Scores
+from app.middleware.access import authorize_prediction
 from app.routes.images import DESCRIBED, ImageRoute, ModelQuery, describe_body, read_images
 from app.routes.parameters import parse_parameters
+from app.routes.scoring import compute_scores
 from training.store import ModelCard
 
 
@@ -96,7 +91,7 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
             query = parse_parameters(PredictQuery, request.scope["query_string"], fields)
         started = time.perf_counter()
         deadline = time.monotonic() + services.settings.deadline_s
-        model, scores, warnings = await _compute_scores(request, services, query, files, deadline)
+        model, scores, warnings = await compute_scores(request, services, query.model, query.version, files, deadline)
     threshold = model.card.familiarity.threshold if model.card.familiarity else None
     return Predictions(
         model=model.card.name,
@@ -113,24 +108,6 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
             )
         ],
     )
-
-
-async def _compute_scores(
-    request: Request, services: Services, query: PredictQuery, files: list[File], deadline: float
-) -> tuple[Model, Scores, list[list[str]]]:
-    """Return the model, the scores of the images, and the warnings about each image."""
-
-    async def compute(images: ImageSource) -> tuple[Model, Scores]:
-        model = await services.pool.get(query.model, query.version)
-        # No other task runs between these two lines, so the model cannot be swapped in between.
-        return model, await model.batcher.run(images, deadline)
-
-    if decode := services.decoders.small_image_decoder(files):
-        with suppress(TooLarge, CostlyImage):  # a file with few bytes may have many pixels or scans
-            return *await compute(decode), [[]]
-    charge = partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None
-    images = await services.decoders.decode(files, client_of(request), deadline, charge)
-    return *await compute(images.pixels), images.warnings
 
 
 def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[PredictedClass]]:

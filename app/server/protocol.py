@@ -15,7 +15,7 @@ from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.clients import UNIX_CLIENT
-from app.errors import problem_response
+from app.errors import ProblemResponse, problem_response
 from app.exceptions import Unavailable
 from app.server.connections import SLOWEST_BYTES_PER_S, ConnectionTable
 from app.server.http_parser import RequestParser
@@ -171,7 +171,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._finish_head()
         if self._from_proxy:
             self._table.discharge(self)
-        self.transport.write(_OVERLOADED_RESPONSE)
+        self.transport.write(_OVERLOADED_V2_RESPONSE if b"/v2/" in self.url else _OVERLOADED_RESPONSE)
         if not self._from_proxy and self.client and self._exceeds_share(self.client[0]):
             self.flow.pause_reading()
             self.loop.call_later(_RETRY_AFTER_S, self.flow.resume_reading)
@@ -316,7 +316,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._start_stall_timer()
 
 
-def _unavailable(detail: str) -> JSONResponse:
+def _unavailable(detail: str) -> ProblemResponse:
     return problem_response(Unavailable.status, detail, Unavailable.default_headers)
 
 
@@ -329,3 +329,4 @@ def _encode_response(response: JSONResponse) -> bytes:
 _TOO_MANY_CONNECTIONS = "too many connections; try again later"
 _OVERLOADED = "too many images are waiting; try again later"
 _OVERLOADED_RESPONSE = _encode_response(_unavailable(_OVERLOADED))
+_OVERLOADED_V2_RESPONSE = _encode_response(_unavailable(_OVERLOADED).for_open_inference())

@@ -33,6 +33,8 @@ from app.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 PHOTO = ROOT / "docs/pictures/rocket.jpg"
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+"""A PNG of one gray pixel, in base64."""
 KEY = "a-secret-of-the-examples"
 TRAINING = {
     "recipe": "resnet",
@@ -148,6 +150,7 @@ def collect(folder: Path) -> Examples:
         _predict(recorder, client)
         evaluation_id = _evaluate(recorder, client)
         _read_models(recorder, client)
+        _infer(recorder, client)
         _train(recorder, client, job_id)
         for name in ("health", "live", "ready", "metrics"):
             recorder.call(client, name, 200)
@@ -220,6 +223,25 @@ def _read_models(recorder: Recorder, client: TestClient) -> None:
     recorder.call(client, "delete_version", 404, path=path | {"version": 9})
     recorder.call(client, "delete_version", 409, path=path | {"version": 4})
     recorder.call(client, "delete_version", 200, path=path | {"version": 3})
+
+
+def _infer(recorder: Recorder, client: TestClient) -> None:
+    """Make the calls of the Open Inference Protocol."""
+    path: dict[str, Any] = {"name": "resnet"}
+    image = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [PIXEL]}
+    body = {"inputs": [image], "outputs": [{"name": "labels"}]}
+    for name in ("server_metadata", "server_live", "server_ready", "all_statistics"):
+        recorder.call(client, name, 200)
+    for name in ("model_metadata", "model_ready", "model_statistics"):
+        recorder.call(client, name, 200, path=path)
+        recorder.call(client, name, 404, path={"name": "vgg"})
+    for name in ("version_metadata", "version_ready", "version_statistics"):
+        recorder.call(client, name, 200, path=path | {"version": 4})
+        recorder.call(client, name, 404, path=path | {"version": 9})
+    for name in ("infer", "infer_version"):
+        recorder.call(client, name, 200, path=path | {"version": 4}, json=body)
+        recorder.call(client, name, 404, path={"name": "vgg", "version": 4}, json=body)
+        recorder.call(client, name, 422, path=path | {"version": 4}, json={"inputs": []})
 
 
 def _train(recorder: Recorder, client: TestClient, job_id: str) -> None:

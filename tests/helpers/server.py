@@ -35,7 +35,8 @@ class Server:
         runs: Folder of the training jobs.
         log: File to which the output of the process is appended.
         wrapper: Command that starts the server's command, such as one that shifts its clock.
-        settings: CIFAR100_... variables by their names in `app.settings`. The defaults suit small machines.
+        settings: CIFAR100_... variables by their names in `app.settings`. The defaults suit small machines and a free
+            port.
     """
 
     def __init__(self, models: Path, runs: Path, log: Path, wrapper: tuple[str, ...] = (), /, **settings: str):
@@ -47,7 +48,7 @@ class Server:
         self._heard = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*wrapper, sys.executable, "-m", "app", "--port", "0"],
+                [*wrapper, sys.executable, "-m", "app", "--port", settings.get("port", "0")],
                 env=environment | {"OMP_NUM_THREADS": "1"},
                 stdout=output,
                 stderr=subprocess.STDOUT,

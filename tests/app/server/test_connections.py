@@ -300,6 +300,19 @@ def status_line(connection: socket.socket) -> bytes:
     return head.partition(b"\r\n")[0]
 
 
+def test_an_early_refusal_has_the_form_of_the_open_inference_protocol(address: Address, overloaded: Batcher) -> None:
+    with connect(address) as connection:
+        connection.sendall(make_upload(3).replace(b"/predict", b"/v2/models/resnet/infer") + b"abc")
+        received = b""
+        while not received.endswith(b"}"):
+            received += connection.recv(65536)
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"content-type: application/json" in head.lower()
+    assert b"retry-after: 1" in head.lower()
+    assert json.loads(body)["error"] == "too many images are waiting; try again later"
+
+
 def test_predictions_are_refused_before_they_cost_anything_while_the_queue_is_full(
     address: Address, overloaded: Batcher
 ) -> None:

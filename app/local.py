@@ -1,0 +1,99 @@
+"""Predict in this process, without a server: `load("resnet18").predict("photo.jpg")`.
+
+The same decoding and engine as in the service, and the same results as those of `app.client`.
+"""
+
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from app.client import Image, PredictedClass, Prediction, ServiceError, encode_image
+from app.exceptions import Problem
+from app.inference.batching import BatchOutput, Images
+from app.inference.images.encoded import EncodedImage
+from app.settings import Settings
+from training.runtimes import Device, Runtime, selection
+from training.runtimes.engine import Engine
+from training.store import MODEL, ModelCard, Store
+
+_BATCH = 64
+
+
+class LocalModel:
+    """A loaded model version. One thread at a time may use it.
+
+    Args:
+        card: Card of the version.
+        engine: Its engine.
+        settings: Limits of an image.
+    """
+
+    def __init__(self, card: ModelCard, engine: Engine, settings: Settings):
+        self.card = card
+        self.engine = engine
+        self._limits = settings.max_image_bytes, settings.max_image_pixels
+
+    @overload
+    def predict(self, images: list[Image] | tuple[Image, ...], *, top_k: int = 5) -> list[Prediction]: ...
+    @overload
+    def predict(self, images: Image, *, top_k: int = 5) -> Prediction: ...
+    def predict(
+        self, images: Image | list[Image] | tuple[Image, ...], *, top_k: int = 5
+    ) -> Prediction | list[Prediction]:
+        """Classify one image, or a list of images, see `app.client.Client.predict`.
+
+        Raises:
+            ServiceError: An image cannot be decoded. It has the status and the detail of the service's response.
+            OSError: A file cannot be read.
+        """
+        if not isinstance(images, list | tuple):
+            return self._predict([images], top_k)[0]
+        chunks = (list(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH))
+        return [prediction for chunk in chunks for prediction in self._predict(chunk, top_k)]
+
+    def _predict(self, images: list[Image], top_k: int) -> list[Prediction]:
+        names, pixels, warnings = zip(*map(self._decode, images), strict=True)
+        order, probabilities = BatchOutput(self.engine(np.array(pixels))).ranking
+        return [
+            Prediction(
+                classes=tuple(
+                    PredictedClass(each, self.card.classes[each], self.card.superclasses[each], float(probability))
+                    for each, probability in zip(best[:top_k].tolist(), row, strict=False)
+                ),
+                model=self.card.name,
+                version=self.card.version,
+                file=name,
+                warnings=tuple(of_image),
+            )
+            for name, best, row, of_image in zip(names, order, probabilities, warnings, strict=True)
+        ]
+
+    def _decode(self, image: Image) -> tuple[str | None, Images, list[str]]:
+        """Return the file name, the pixels, uint8 [3, 32, 32], and the warnings of an image."""
+        name, content = encode_image(image)
+        try:
+            encoded = EncodedImage(content, *self._limits)
+            return name, encoded.decode(), encoded.warnings
+        except Problem as error:
+            detail = f"{name}: {error.detail}" if name else error.detail
+            raise ServiceError(int(error.status), detail, title=error.status.phrase) from error
+
+
+def load(version: str, models: Path | None = None, device: Device = "auto", runtime: Runtime = "auto") -> LocalModel:
+    """Load a model version.
+
+    Args:
+        version: NAME for the live version, or NAME/VERSION, such as "resnet18/5".
+        models: Model store. Default: CIFAR100_MODELS, or else the folder `models`.
+        device: "auto" selects a GPU if there is one.
+        runtime: "auto" selects the fastest one that computes the model right.
+
+    Raises:
+        StoreError: There is no such version, or it is damaged.
+    """
+    settings = Settings()
+    store = Store(settings.models if models is None else models)
+    card = store.card(*store.parse(version))
+    engine = selection.load(store.verify(card) / MODEL, device, runtime)
+    return LocalModel(card, engine, settings)
