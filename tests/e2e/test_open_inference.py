@@ -131,9 +131,8 @@ def test_triton_client_reads_the_reason_of_every_refusal(client: Client, pixels:
         ("resnet", [make_input("pixels", pixels[:, :1])], {}, "422", "must be [N, 3, 32, 32]"),
         ("resnet", [make_input("image", damaged)], {}, "422", "image[0]: the PNG image"),
         ("resnet", [make_input("pixels", pixels)], {"priority": 1}, "422", "parameters.priority"),
-        ("resnet", [make_input("pixels", pixels)], {"request_compression_algorithm": "br", "headers": {}}, "", ""),
     ]
-    for name, inputs, options, status, words in refusals[:-1]:
+    for name, inputs, options, status, words in refusals:
         with pytest.raises(triton.InferenceServerException) as raised:
             client.infer(name, inputs, **options)
         assert (raised.value.status(), words in raised.value.message()) == (status, True), raised.value

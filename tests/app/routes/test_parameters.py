@@ -42,8 +42,11 @@ def test_every_operation_refuses_an_unknown_query_parameter(client: TestClient) 
         url = re.sub(r"{\w+}", "1", path)
         refused = client.request(method, f"{url}?surplus=1", json={} if method in ("put", "post") else None)
         assert refused.status_code == 422, (method, path)
-        if method != "head":
-            assert_problem(refused, 422, "query.surplus: there is no such parameter")
+        words = "query.surplus: there is no such parameter"
+        if path.startswith("/v2"):
+            assert method == "head" or words in refused.json()["error"]
+        elif method != "head":
+            assert_problem(refused, 422, words)
 
 
 def test_pages_files_and_metrics_take_any_query(client: TestClient) -> None:
