@@ -122,6 +122,10 @@ class Prediction:
     model: str
     version: int
     file: str | None = None
+    familiar: bool | None = None
+    """False if the image is probably none of the classes; None if the card of the model has no threshold."""
+    familiarity: float | None = None
+    """Score of the image, which the card of the model describes."""
     warnings: tuple[str, ...] = ()
     """Missing parts of a damaged image that was classified nevertheless."""
 

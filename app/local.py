@@ -14,6 +14,7 @@ from app.inference.batching import BatchOutput, Images
 from app.inference.images.encoded import EncodedImage
 from app.settings import Settings
 from training.runtimes import Device, Runtime, selection
+from training.runtimes.cascade import CascadeEngine
 from training.runtimes.engine import Engine
 from training.store import MODEL, ModelCard, Store
 
@@ -54,7 +55,10 @@ class LocalModel:
 
     def _predict(self, images: list[Image], top_k: int) -> list[Prediction]:
         names, pixels, warnings = zip(*map(self._decode, images), strict=True)
-        order, probabilities = BatchOutput(self.engine(np.array(pixels))).ranking
+        output = BatchOutput(self.engine(np.array(pixels)))
+        order, probabilities = output.ranking
+        # The score of a cascade is that of its first member's logits, which its engine does not return.
+        threshold = self.card.familiarity.threshold if self.card.familiarity and not self.card.cascade else None
         return [
             Prediction(
                 classes=tuple(
@@ -64,9 +68,13 @@ class LocalModel:
                 model=self.card.name,
                 version=self.card.version,
                 file=name,
+                familiar=None if threshold is None else score >= threshold,
+                familiarity=None if self.card.cascade else score,
                 warnings=tuple(of_image),
             )
-            for name, best, row, of_image in zip(names, order, probabilities, warnings, strict=True)
+            for name, best, row, score, of_image in zip(
+                names, order, probabilities, output.familiarity.tolist(), warnings, strict=True
+            )
         ]
 
     def _decode(self, image: Image) -> tuple[str | None, Images, list[str]]:
@@ -95,5 +103,12 @@ def load(version: str, models: Path | None = None, device: Device = "auto", runt
     settings = Settings()
     store = Store(settings.models if models is None else models)
     card = store.card(*store.parse(version))
-    engine = selection.load(store.verify(card) / MODEL, device, runtime)
-    return LocalModel(card, engine, settings)
+
+    def load_engine(member: ModelCard) -> Engine:
+        return selection.load(store.verify(member) / MODEL, device, runtime)
+
+    if card.cascade:
+        cascade = store.cascade(card)
+        first, second = (load_engine(store.member_card(member)) for member in cascade.members)
+        return LocalModel(card, CascadeEngine(cascade, first, second), settings)
+    return LocalModel(card, load_engine(card), settings)
