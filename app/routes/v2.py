@@ -211,6 +211,7 @@ _DESCRIPTION: dict[str, Any] = {
             "in": "header",
             "description": "Length of the JSON in bytes, if binary tensor data follow it.",
             "schema": {"type": "integer", "minimum": 0},
+            "example": 180,
         }
     ],
     "requestBody": {

@@ -278,6 +278,7 @@ def _lack(recorder: Recorder, client: TestClient) -> None:
     for name in ("predict", "explain"):
         recorder.call(client, name, 503, files=file)
     recorder.call(client, "ready", 503)
+    recorder.call(client, "server_ready", 503)
     recorder.call(client, "evaluate", 503)
     recorder.call(client, "submit", 503, json=TRAINING)
     for name in ("jobs", "evaluations"):
