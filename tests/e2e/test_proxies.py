@@ -124,8 +124,9 @@ def check_prefixed(proxy: str, image: Path) -> None:
         assert client.get("/health").status_code == 404  # nginx forwards the prefix only
 
         docs = client.get("/ml/docs")
-        (document_url,) = re.findall("url: '([^']+)'", docs.text)
-        document = client.get(docs.url.join(document_url)).json()
+        for link in re.findall('(?:href|src)="([^"]+)"', docs.text):
+            assert client.get(docs.url.join(link)).status_code == 200, link
+        document = client.get(docs.url.join("openapi.json")).json()  # docs.js names it
         (server,) = document["servers"]
         assert client.get(f"{server['url']}/metrics").status_code == 200
 
