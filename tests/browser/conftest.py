@@ -26,7 +26,7 @@ _REPORT_VIOLATIONS = """addEventListener("securitypolicyviolation", ({ violatedD
 _FAILED_RESPONSE = "Failed to load resource"  # tests of failures want these
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with two versions of resnet and one of resnet-seed, and the synthetic data set."""
     folder = tmp_path_factory.mktemp("browser")
@@ -44,8 +44,9 @@ def client(server: Server) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """A browser. It ends with the module, because Playwright keeps an event loop running in the thread of the tests."""
     if CHROMIUM is None:
         pytest.skip("needs chromium")
     with sync_playwright() as playwright:
