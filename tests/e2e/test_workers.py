@@ -27,7 +27,10 @@ WORKERS = 2
 
 def running(process: int) -> bool:
     status = Path(f"/proc/{process}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
+    try:
+        return "State:\tZ" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):  # the process has ended, perhaps while its file was read
+        return False
 
 
 def heard_by(log: Path, message: str) -> Counter[int]:
