@@ -14,9 +14,8 @@ from app.inference.batching import BatchOutput, Images
 from app.inference.images.encoded import EncodedImage
 from app.settings import Settings
 from training.runtimes import Device, Runtime, selection
-from training.runtimes.cascade import CascadeEngine
 from training.runtimes.engine import Engine
-from training.store import MODEL, ModelCard, Store
+from training.store import ModelCard, Store
 
 _BATCH = 64
 
@@ -103,12 +102,4 @@ def load(version: str, models: Path | None = None, device: Device = "auto", runt
     settings = Settings()
     store = Store(settings.models if models is None else models)
     card = store.card(*store.parse(version))
-
-    def load_engine(member: ModelCard) -> Engine:
-        return selection.load(store.verify(member) / MODEL, device, runtime)
-
-    if card.cascade:
-        cascade = store.cascade(card)
-        first, second = (load_engine(store.member_card(member)) for member in cascade.members)
-        return LocalModel(card, CascadeEngine(cascade, first, second), settings)
-    return LocalModel(card, load_engine(card), settings)
+    return LocalModel(card, selection.load_version(store, card, device, runtime), settings)

@@ -22,6 +22,7 @@ from torch import Tensor
 from training import cascade
 from training.cascade import TOLERANCE, Fit
 from training.dataset import load_dataset
+from training.runtimes import selection
 from training.runtimes.cascade import compute_confidence, mix
 from training.store import Store
 
@@ -51,7 +52,7 @@ def main(members: list[str], count: int, models: Path) -> None:
     store, dataset = Store(models), load_dataset()
     cards = [store.source_card(member) for member in members]
     held_out = cascade.find_held_out(cards, dataset)
-    first, second = (cascade.predict_split(cascade.load_member(store, card), held_out) for card in cards)
+    first, second = (cascade.predict_split(selection.load_version(store, card), held_out) for card in cards)
     labels = torch.from_numpy(held_out.labels)
     random = torch.Generator().manual_seed(0)
     fits = list[Fit]()

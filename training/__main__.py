@@ -166,7 +166,7 @@ def evaluate(
         images, labels = to_device(_split(dataset, split, card), device)
         engine: Engine
         if card.cascade:
-            engine = cascade.load(store, card)
+            engine = selection.load_version(store, card)
         else:
             runtime: Runtime = "int8" if int8 else "auto"
             engine = selection.load(folder / MODEL, "cuda" if device.type == "cuda" else "cpu", runtime, "evaluation")

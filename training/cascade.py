@@ -32,11 +32,10 @@ from training.evaluate import evaluate, expected_calibration_error, fit_familiar
 from training.provenance import collect_provenance
 from training.run import Publication
 from training.runtimes import selection
-from training.runtimes.cascade import CascadeEngine, answer, compute_confidence, find_sent_on, mix
+from training.runtimes.cascade import answer, compute_confidence, find_sent_on, mix
 from training.runtimes.engine import Engine
 from training.store import (
     CASCADE,
-    MODEL,
     Cascade,
     CascadeReport,
     Evaluation,
@@ -118,7 +117,7 @@ def publish(
     started = time.perf_counter()
     cards = [store.source_card(member) for member in members]
     held_out = find_held_out(cards, dataset)
-    engines = [load_member(store, card) for card in cards]
+    engines = [selection.load_version(store, card) for card in cards]
     first, second = (predict_split(engine, held_out) for engine in engines)
     fitted = fit(first, second, torch.from_numpy(held_out.labels))
     pinned = [PinnedMember(name=card.name, version=card.version, files=card.files) for card in cards]
@@ -187,18 +186,6 @@ def refit(store: Store, dataset: Dataset, promoted: Publication, promotion: Prom
     return publish(store, dataset, names, promotion, notes)
 
 
-def load(store: Store, card: ModelCard) -> CascadeEngine:
-    """Load a cascade with the engines that serve its members on this machine.
-
-    Raises:
-        StoreError: The cascade or a member is damaged.
-        EngineError: No runtime can compute a member.
-    """
-    cascade = store.cascade(card)
-    first, second = (load_member(store, store.member_card(member)) for member in cascade.members)
-    return CascadeEngine(cascade, first, second)
-
-
 def find_held_out(cards: Sequence[ModelCard], dataset: Dataset) -> Split:
     """Return the training images that all versions have held out.
 
@@ -238,16 +225,6 @@ def _measure(cascade: Cascade, engines: Sequence[Engine], split: Split) -> _Meas
             for each in (cascade, cascade.model_copy(update={"temperature": 1.0}))
         )
     return _Measures(evaluate(logits, labels), expected_calibration_error(uncalibrated, labels), len(rows) / len(split))
-
-
-def load_member(store: Store, card: ModelCard) -> Engine:
-    """Load a version with the engine that serves it on this machine.
-
-    Raises:
-        StoreError: The version is damaged.
-        EngineError: No runtime can compute it.
-    """
-    return selection.load(store.verify(card) / MODEL, "auto")
 
 
 def predict_split(engine: Engine, split: Split) -> Tensor:

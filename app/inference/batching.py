@@ -31,7 +31,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.exceptions import Unavailable
-from training.runtimes.cascade import compute_confidence
 from training.runtimes.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -97,7 +96,8 @@ class BatchOutput:
     @cached_property
     def confidence(self) -> NDArray[np.float64]:
         """Probability of the most probable class of each row, float64 [N]."""
-        return compute_confidence(self.logits)
+        confidence: NDArray[np.float64] = self.probabilities.max(1)
+        return confidence
 
 
 class Scores(NamedTuple):

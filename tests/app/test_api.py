@@ -55,11 +55,6 @@ def client(models: Path, tmp_path: Path) -> Iterator[TestClient]:
         yield client
 
 
-@pytest.fixture
-def image(dataset: Dataset) -> bytes:
-    return encode_png(dataset, 0)
-
-
 def second_version(models: Path) -> Store:
     """Publish version 2 as a copy of version 1 and return the store. Version 1 stays live."""
     store = Store(models)

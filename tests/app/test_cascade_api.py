@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from api import assert_problem, encode_png
+from api import assert_problem
 from cascades import add_cascade, add_second_member, copy_version
 from fastapi.testclient import TestClient
-from local_client import make_local_client
+from local_client import make_local_client, services_of
 
-from app.dependencies import Services
 from app.inference.load_shedding import LoadShedder
 from app.main import create_app
 from app.settings import Settings
-from training.dataset import Dataset
 from training.store import Store
 
 
@@ -32,15 +30,6 @@ def client(store: Store, tmp_path: Path) -> Iterator[TestClient]:
     settings = Settings(models=store.root, runs=tmp_path / "runs", data="synthetic:4", deadline_s=600)
     with make_local_client(create_app(settings)) as client:
         yield client
-
-
-@pytest.fixture
-def image(dataset: Dataset) -> bytes:
-    return encode_png(dataset, 0)
-
-
-def services_of(client: TestClient) -> Services:
-    return cast(Services, client.app.state.services)  # type: ignore[attr-defined]
 
 
 def ask(client: TestClient, image: bytes, **params: Any) -> Any:

@@ -10,16 +10,15 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from local_client import make_local_client
+from local_client import make_local_client, services_of
 from PIL import Image
 
-from app.dependencies import Services
 from app.main import create_app
 from app.settings import Settings
 from training.dataset import Dataset
@@ -68,10 +67,6 @@ def png(pixels: Any) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def services_of(client: TestClient) -> Services:
-    return cast(Services, client.app.state.services)  # type: ignore[attr-defined]
 
 
 def assert_refused(response: httpx.Response, words: str, caplog: pytest.LogCaptureFixture) -> None:

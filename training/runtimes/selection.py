@@ -23,10 +23,12 @@ import numpy as np
 import torch
 
 from training.runtimes import Device, Runtime
+from training.runtimes.cascade import CascadeEngine
 from training.runtimes.cuda import CudaGraphEngine
 from training.runtimes.engine import Engine, EngineError, deviation, example_images
 from training.runtimes.openvino import INT8, OpenVinoEngine, computes_int8
 from training.runtimes.torchscript import TorchScriptEngine, computes_bfloat16
+from training.store import MODEL, ModelCard, Store
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,27 @@ class Candidate:
             return OpenVinoEngine(model, "f32" if self.dtype is torch.float32 else None)
         dtype = self.dtype or torch.float32
         return CudaGraphEngine(model, dtype) if self.graphs else TorchScriptEngine(model, self.device, dtype)
+
+
+def load_version(store: Store, card: ModelCard, device: Device = "auto", runtime: Runtime = "auto") -> Engine:
+    """Load the engine that serves a published version: of its model, or of both members of a cascade.
+
+    Args:
+        store: The model store.
+        card: Card of the version.
+        device: See `load`.
+        runtime: See `load`.
+
+    Raises:
+        StoreError: The version or a member is damaged.
+        EngineError: No runtime can compute it.
+    """
+    folder = store.verify(card)
+    if not card.cascade:
+        return load(folder / MODEL, device, runtime)
+    cascade = store.cascade(card)
+    first, second = (load_version(store, store.member_card(member), device, runtime) for member in cascade.members)
+    return CascadeEngine(cascade, first, second)
 
 
 def load(model: Path, device: Device, runtime: Runtime = "auto", purpose: Purpose = "serving") -> Engine:

@@ -12,16 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
 from fastapi.testclient import TestClient
-from local_client import make_local_client
+from local_client import make_local_client, services_of
 from pydantic import SecretStr
 
 from app.clients import FairShares
-from app.dependencies import Services
 from app.exceptions import BadRequest, NotFound, Unavailable
 from app.jobs.database import Database
 from app.jobs.queue import JobEvent, State
@@ -51,10 +50,6 @@ def opened(runs: Path, **settings: Any) -> TrainingQueue:
 @pytest.fixture
 def jobs(tmp_path: Path) -> TrainingQueue:
     return opened(tmp_path)
-
-
-def services_of(client: TestClient) -> Services:
-    return cast(Services, client.app.state.services)  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api import MULTIPART, assert_problem, encode_png, make_file_part, make_form, make_zip
+from api import MULTIPART, assert_problem, make_file_part, make_form, make_zip
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from local_client import make_local_client
@@ -19,7 +19,6 @@ from app.exceptions import MalformedBody, TooLarge
 from app.main import create_app
 from app.middleware.compressed_body import PIECE, Coding, CompressedBody
 from app.settings import Settings
-from training.dataset import Dataset
 
 PNG = {"Content-Type": "image/png"}
 GZIP = {"Content-Encoding": "gzip"}
@@ -37,11 +36,6 @@ def client(published_store: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     )
     with make_local_client(create_app(settings)) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def image(dataset: Dataset) -> bytes:
-    return encode_png(dataset, 0)
 
 
 def decode(encoded: bytes, size: int = 1 << 16, coding: Coding = "gzip") -> list[bytes]:

@@ -3,17 +3,16 @@
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from api import assert_problem, encode_png
+from api import assert_problem
 from fastapi.testclient import TestClient
-from local_client import make_local_client
+from local_client import make_local_client, services_of
 from PIL import Image
 
-from app.dependencies import Services
 from app.inference import explanation
 from app.inference.batching import Batcher
 from app.main import create_app
@@ -27,15 +26,6 @@ def client(published_store: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     settings = Settings(models=published_store, runs=tmp_path_factory.mktemp("runs"), deadline_s=600)
     with make_local_client(create_app(settings)) as client:
         yield client
-
-
-@pytest.fixture
-def image(dataset: Dataset) -> bytes:
-    return encode_png(dataset, 0)
-
-
-def services_of(client: TestClient) -> Services:
-    return cast(Services, client.app.state.services)  # type: ignore[attr-defined]
 
 
 def test_a_cell_is_the_mean_fall_of_the_log_probability_where_it_is_hidden(

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api import assert_problem, encode_png, make_zip
+from api import assert_problem, make_zip
 from fastapi.testclient import TestClient
 from local_client import make_local_client
 
 from app.main import create_app
 from app.settings import Settings
-from training.dataset import Dataset
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +20,6 @@ def client(published_store: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     settings = Settings(models=published_store, runs=runs, data="synthetic:4", operator_rate_limit=None)
     with make_local_client(create_app(settings)) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def image(dataset: Dataset) -> bytes:
-    return encode_png(dataset, 0)
 
 
 def test_every_operation_refuses_an_unknown_query_parameter(client: TestClient) -> None:
