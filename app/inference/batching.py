@@ -1,6 +1,7 @@
 """Dynamic batching: the engine computes all images together that were queued while it was busy.
 
-    run(images) -> queue -> [engine thread: decode --> compute] -> scores
+    run(images) -----------------------> queue -> [engine thread: decode --> compute] -> scores
+    run(image) -> [decoder thread] --------^
 
 A batch starts at once when the engine is idle. There is no timer, so a lone request never waits. The engine thread
 takes the next batch itself, so it does not idle while the event loop answers the previous batch. It wakes the event
@@ -24,13 +25,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.exceptions import Unavailable
+from app.inference.decoding import QuickImage
 from training.runtimes.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -44,11 +46,13 @@ _BRIEF_S = 0.005
 # overload. Without it they would wait tens of milliseconds. Linux gives each thread its own nice value.
 _NICENESS = 5
 
+_NO_IMAGES = np.empty((0, 3, 32, 32), np.uint8)
 _BACKGROUND_BATCH = 16  # images in a batch of background work; a prediction may wait for one such batch
 
 Images = NDArray[np.uint8]
-ImageSource = Images | Callable[[], NDArray[np.uint8]]
-"""Images, uint8 [N, 3, 32, 32], or a fast function that decodes one image to uint8 [3, 32, 32]."""
+ImageSource = Images | Callable[[], NDArray[np.uint8]] | QuickImage
+"""Images, uint8 [N, 3, 32, 32], a fast function that decodes one image to uint8 [3, 32, 32], or an image that a decoder
+thread decodes."""
 
 Logits = NDArray[np.float32]
 Probabilities = NDArray[np.float64]
@@ -146,7 +150,7 @@ class BatchTimes(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class _BatchItem:
-    images: ImageSource
+    images: Images | Callable[[], NDArray[np.uint8]]
     count: int
     result: asyncio.Future[Scores]
     deadline: float | None
@@ -203,8 +207,8 @@ class Batcher:
         """Compute the scores of images.
 
         Args:
-            images: At most `max_batch` images, uint8 [N, 3, 32, 32], or a function that decodes one image. The function
-                is called when its batch starts.
+            images: At most `max_batch` images, uint8 [N, 3, 32, 32], a function that decodes one image, which is called
+                when its batch starts, or an image that a decoder thread decodes.
             deadline: Time on the monotonic clock. Work that has not started by then is refused.
             accepted: True for images of a request that another batcher has accepted. A full queue takes them as well.
 
@@ -213,24 +217,64 @@ class Batcher:
             Unavailable: The queue is full, or the deadline has passed.
             Exception: The error that decoding or the engine raised.
         """
+        if isinstance(images, QuickImage):
+            return await self._run_decoding(images, deadline)
         count = 1 if callable(images) else len(images)
         if count > self.max_batch:
             raise ValueError(f"{count} images at once, the limit is {self.max_batch}")
         loop = asyncio.get_running_loop()
         work = _BatchItem(images, count, loop.create_future(), deadline)
-        with self._lock:
-            if self._queue and self.queued + count > self.max_queue and not accepted:
-                raise Unavailable(f"{self.queued} images are waiting already; try again later")
-            self._queue.append(work)
-            self.queued += count
-            idle, self._busy = not self._busy, True
-        if idle:
+        if self._enqueue(work, accepted):
             loop.call_soon(self._start, loop)  # requests that arrive in this turn of the loop join the batch
         try:
             return await work.result
         except asyncio.CancelledError:
             self._forget(work)
             raise
+
+    async def _run_decoding(self, image: QuickImage, deadline: float | None) -> Scores:
+        """Compute the scores of an image that a decoder thread decodes, see `run`.
+
+        The event loop is not woken between decoding and computing.
+        """
+        loop = asyncio.get_running_loop()
+        work = _BatchItem(_NO_IMAGES, 1, loop.create_future(), deadline)
+        image.start(partial(self._add_decoded, loop, work))
+        try:
+            return await work.result
+        except asyncio.CancelledError:
+            self._forget(work)
+            raise
+        finally:
+            image.stop()
+
+    def _add_decoded(self, loop: asyncio.AbstractEventLoop, work: _BatchItem, decoded: Images | Exception) -> None:
+        """Add an image to the queue, in the thread that has decoded it."""
+        if isinstance(decoded, Exception):
+            _call_in_loop(loop, _set_error, [work], decoded)
+            return
+        work.images, work.arrived = decoded, time.perf_counter()
+        try:
+            idle = self._enqueue(work)
+        except Unavailable as error:
+            _call_in_loop(loop, _set_error, [work], error)
+            return
+        if idle:
+            _call_in_loop(loop, self._start, loop)  # images that are decoded until then join the batch
+
+    def _enqueue(self, work: _BatchItem, accepted: bool = False) -> bool:
+        """Append work to the queue. Returns True if the caller must start the engine, because it is idle.
+
+        Raises:
+            Unavailable: The queue is full.
+        """
+        with self._lock:
+            if self._queue and self.queued + work.count > self.max_queue and not accepted:
+                raise Unavailable(f"{self.queued} images are waiting already; try again later")
+            self._queue.append(work)
+            self.queued += work.count
+            idle, self._busy = not self._busy, True
+        return idle
 
     async def run_in_background(self, images: Images, deadline: float | None = None) -> Probabilities:
         """Compute the probabilities of images in small batches, each of them when no prediction waits.

@@ -55,16 +55,16 @@ class CascadeBatcher:
         queue, because its request was accepted. The queue of the second member may thus exceed `max_queue` by one
         batch. The deadline holds for the start of both parts.
         """
-        count = 1 if callable(images) else len(images)
+        source = _KeptImage(images) if callable(images) else images
+        count = len(source) if isinstance(source, np.ndarray) else 1
         if self.queued and self.queued + count > self.max_queue:
             raise Unavailable(f"{self.queued} images are waiting already; try again later")
-        source = _KeptImage(images) if callable(images) else images
         scores = await self._first.run(source, deadline)
         rows = np.flatnonzero(scores.confidence < self._cascade.threshold)
         self._observe(count, len(rows))
         if not len(rows):
             return scores
-        pixels = source.pixels if isinstance(source, _KeptImage) else source[rows]
+        pixels = source[rows] if isinstance(source, np.ndarray) else source.pixels
         second = await self._second.run(pixels, deadline, accepted=True)
         return Scores(BatchOutput(answer(self._cascade, scores.logits, rows, second.logits), scores.familiarity))
 

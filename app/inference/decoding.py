@@ -4,12 +4,17 @@
                                                            --up to 50 ms--> medium lane: a thread of lower priority
                                              --more, AVIF and HEIC--------> costly lane: a process that can be ended
 
+A thread of the quick lane passes the pixels of a lone image on to the model's batcher itself. Otherwise the event loop
+gets the pixels.
+
 Each lane is a `FairThreads` pool: the client that has spent the least CPU time in the lane is next. The images of one
 request are decoded one after the other, so that images of other requests get turns in between. While several clients
 wait, each may have only its share of `max_queue` waiting images.
 """
 
+import asyncio
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +32,7 @@ from app.inference.decode_process import DecodeProcess
 from app.inference.fair_threads import FairThreads, Outcome, measure
 from app.inference.images import encoded, jpeg
 from app.inference.images.cost import DecodeCost
-from app.inference.images.encoded import EncodedImage
+from app.inference.images.encoded import CostlyImage, EncodedImage
 from app.machine import MIB, cpu_count
 from app.settings import Settings
 
@@ -91,6 +96,79 @@ class _Request:
             self.charged_units = units
 
 
+class QuickImage:
+    """A lone image that a thread of the quick lane decodes and passes on to a batcher. Use it once.
+
+    Args:
+        decoders: The decoders.
+        file: The image file. It must stay open until `stop`.
+        client: Client whose share of the decoders the image uses.
+        deadline: Time on the monotonic clock. The image is refused if its decoding has not begun by then.
+    """
+
+    def __init__(self, decoders: "Decoders", file: BinaryIO, client: str, deadline: float):
+        self.pixels = np.empty((0, 3, 32, 32), np.uint8)
+        """The decoded image, uint8 [1, 3, 32, 32]."""
+        self.warnings = list[str]()
+        """Warnings about the decoded image."""
+        self.opened: EncodedImage | None = None
+        """The image whose header has been read, if the quick lane does not decode it."""
+        self.decoding_s = 0.0
+        """Seconds from `start` until the image was decoded."""
+        self._decoders = decoders
+        self._file = file
+        self._client = client
+        self._deadline = deadline
+
+    def start(self, deliver: Callable[[NDArray[np.uint8] | Exception], None]) -> None:
+        """Start to decode the image.
+
+        Args:
+            deliver: Function that the thread calls with `pixels` or an error. The error is `CostlyImage` if the quick
+                lane does not decode the image.
+
+        Raises:
+            Unavailable: Too many images of the client are waiting.
+        """
+        self._deliver = deliver
+        self._started = time.perf_counter()
+        self._decoders.add_waiting(self._client, 1)
+        self._turn = self._decoders.quick.submit(self._client, _HEADER, self._decode)
+        self._timer = asyncio.get_running_loop().call_later(self._deadline - time.monotonic(), self._expire)
+
+    def stop(self) -> None:
+        """Do not decode the image if its turn has not come."""
+        self._timer.cancel()
+        if not self.decoding_s:
+            self._discard()
+
+    def _decode(self) -> float:
+        outcome = measure(partial(self._decoders.decode_if_quick, self._file, self._deadline))
+        self._decoders.remove_waiting(self._client, 1)
+        self.decoding_s = time.perf_counter() - self._started
+        if outcome.value is None:
+            self._deliver(outcome.error or _late())
+            return outcome.cpu_s
+        image, pixels = outcome.value
+        if pixels is None:
+            self.opened = image
+            self._deliver(CostlyImage(image.cost))
+        else:
+            self.pixels, self.warnings = pixels[None], image.warnings
+            self._deliver(self.pixels)
+        return outcome.cpu_s
+
+    def _expire(self) -> None:
+        if self._discard():
+            self._deliver(_late())
+
+    def _discard(self) -> bool:
+        if not self._decoders.quick.discard(self._turn):
+            return False
+        self._decoders.remove_waiting(self._client, 1)
+        return True
+
+
 class Decoders:
     """The threads and processes that decode images.
 
@@ -101,7 +179,8 @@ class Decoders:
     def __init__(self, settings: Settings):
         self._settings = settings
         count = min(cpu_count(), _MAX_THREADS)
-        self._quick = FairThreads(count, count * _QUICK.memory_bytes, "decoder")
+        self.quick = FairThreads(count, count * _QUICK.memory_bytes, "decoder")
+        """The threads of the quick lane."""
         count = max(1, count - 1)
         self._medium = FairThreads(count, count * MEDIUM.memory_bytes, "medium-decoder", _MEDIUM_NICENESS)
         count = min(cpu_count(), _MAX_PROCESSES)
@@ -116,6 +195,7 @@ class Decoders:
         max_bytes, max_pixels = (128 << 10, 512 * 512) if cpu_count() == 1 else (8 << 10, 64 * 64)
         self.small_bytes, self.small_pixels = min(max_bytes, limits[0]), min(max_pixels, limits[1])
         self._waiting = FairShares(settings.max_queue)
+        self._waiting_lock = threading.Lock()  # threads of the quick lane change `_waiting` as well
         self._held_up = FairShares(settings.max_queue)
 
     @property
@@ -153,7 +233,12 @@ class Decoders:
         return partial(encoded.decode, content, self.small_bytes, self.small_pixels, _SMALL)
 
     async def decode(
-        self, files: Sequence[File], client: str, deadline: float, charge: Charge | None = None
+        self,
+        files: Sequence[File],
+        client: str,
+        deadline: float,
+        charge: Charge | None = None,
+        opened: EncodedImage | None = None,
     ) -> DecodedImages:
         """Decode the images of a request.
 
@@ -162,49 +247,77 @@ class Decoders:
             client: Client whose share of the decoders the images use.
             deadline: Time on the monotonic clock. An image whose decoding has not begun by then is refused.
             charge: Function that is called with the rate units of the estimated cost beyond the first unit.
+            opened: The first image, if its header has been read, but the quick lane does not decode it.
 
         Raises:
             Unavailable: Too many images are waiting, or the deadline has passed.
             TooManyRequests: The error that `charge` raises.
             Problem: An image cannot be decoded. If the request has several images, the message names the file.
         """
-        if self._waiting.exceeds_share(client, len(files)):
-            raise Unavailable(f"{self.waiting} images are waiting to be decoded already; try again later")
         request = _Request(client, deadline, len(files), charge)
         decoded: list[_Decoded] = []
-        self._waiting.add(client, len(files))
+        self.add_waiting(client, len(files))
         try:
             for name, file in files:
                 try:
-                    decoded.append(await self._decode(request, file))
+                    decoded.append(await self._decode(request, file, opened))
+                    opened = None
                 except Problem as error:
                     if len(files) > 1:
                         error.detail = f"{name}: {error.detail}"
                     raise
                 request.left -= 1
-                self._waiting.remove(client, 1)
+                self.remove_waiting(client, 1)
         finally:
-            self._waiting.remove(client, request.left)
+            self.remove_waiting(client, request.left)
         return DecodedImages(np.array([pixels for pixels, _ in decoded]), [warnings for _, warnings in decoded])
 
-    async def _decode(self, request: _Request, file: BinaryIO) -> _Decoded:
+    def add_waiting(self, client: str, count: int) -> None:
+        """Count images that a client waits for.
+
+        Raises:
+            Unavailable: The client would exceed its share of waiting images.
+        """
+        with self._waiting_lock:
+            if self._waiting.exceeds_share(client, count):
+                raise Unavailable(f"{self.waiting} images are waiting to be decoded already; try again later")
+            self._waiting.add(client, count)
+
+    def remove_waiting(self, client: str, count: int) -> None:
+        """Stop counting images that `add_waiting` counted."""
+        with self._waiting_lock:
+            self._waiting.remove(client, count)
+
+    def decode_if_quick(self, file: BinaryIO, deadline: float) -> tuple[EncodedImage, NDArray[np.uint8] | None]:
+        """Read the header of an image in the calling thread, and decode the image if it belongs to the quick lane.
+
+        Returns:
+            The image, and its pixels, uint8 [3, 32, 32], or None for a costlier image.
+
+        Raises:
+            Unavailable: The deadline has passed.
+            Problem: The image cannot be decoded.
+        """
+        if time.monotonic() > deadline:  # the image has waited for a thread
+            raise _late()
         limits = self._settings.max_image_bytes, self._settings.max_image_pixels
+        file.seek(0)
+        image = EncodedImage(file.read(limits[0] + 1), *limits)
+        return image, None if image.needs_process or image.cost.exceeds(_QUICK) else image.decode()
 
-        def decode_if_quick() -> tuple[EncodedImage, NDArray[np.uint8] | None]:
-            if time.monotonic() > request.deadline:  # the image has waited for a thread
-                raise _late()
-            file.seek(0)
-            image = EncodedImage(file.read(limits[0] + 1), *limits)
-            return image, None if image.needs_process or image.cost.exceeds(_QUICK) else image.decode()
-
-        image, pixels = await self._run(self._quick, request, _HEADER, partial(measure, decode_if_quick))
+    async def _decode(self, request: _Request, file: BinaryIO, opened: EncodedImage | None) -> _Decoded:
+        if opened:
+            image, pixels = opened, None
+        else:
+            decode = partial(self.decode_if_quick, file, request.deadline)
+            image, pixels = await self._run(self.quick, request, _HEADER, partial(measure, decode))
         cost, needs_process = image.cost, image.needs_process
         request.add_cost(cost)
         if pixels is not None:
             return pixels, image.warnings
         if not (needs_process or cost.exceeds(MEDIUM)):
             return await self._run(self._medium, request, cost, partial(measure, image.decode)), image.warnings
-        del image  # the process reads the file again
+        del image, opened  # the process reads the file again
         with self._hold_up(request):
             return await self._run(self._costly, request, cost, partial(self._decode_apart, file))
 
@@ -226,13 +339,14 @@ class Decoders:
         count = request.left
         if self._held_up.exceeds_share(request.client, count):
             raise Unavailable(f"{self.held_up} images wait for costly ones already; try again later")
-        self._waiting.remove(request.client, count)
+        self.remove_waiting(request.client, count)
         self._held_up.add(request.client, count)
         try:
             yield
         finally:
             self._held_up.remove(request.client, count)
-            self._waiting.add(request.client, count)
+            with self._waiting_lock:
+                self._waiting.add(request.client, count)
 
     async def _run(
         self, threads: FairThreads, request: _Request, cost: DecodeCost, work: Callable[[], Outcome[Value]]
@@ -249,7 +363,7 @@ class Decoders:
 
     def close(self) -> None:
         """Let the threads end and kill the processes."""
-        for threads in (self._quick, self._medium, self._costly):
+        for threads in (self.quick, self._medium, self._costly):
             threads.close()
         for process in self._processes:
             process.close()

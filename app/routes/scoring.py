@@ -1,8 +1,9 @@
 """Compute the scores of a request's images, for all routes that predict.
 
-files  --small-->    decoded with their batch --+--> Batcher of the model --> Scores
-       --others--> Decoders --> pixels ---------+
-pixels -----------------------------------------+
+file   --small--> decoded with its batch ---------+--> Batcher of the model --> Scores
+       --quick--> decoder thread -----------------+
+files  --others-> Decoders --> pixels ------------+
+pixels -------------------------------------------+
 """
 
 import time
@@ -16,7 +17,7 @@ from fastapi import Request
 from app.dependencies import Services
 from app.exceptions import TooLarge
 from app.inference.batching import Images, ImageSource, Scores
-from app.inference.decoding import File
+from app.inference.decoding import File, QuickImage
 from app.inference.images.encoded import CostlyImage
 from app.inference.pool import Model
 from app.middleware.access import access_of, client_of
@@ -83,8 +84,17 @@ async def _compute(
         with suppress(TooLarge, CostlyImage):  # a file with few bytes may have many pixels or scans
             return await compute(decode, [[]]), 0.0
     await services.pool.get(name, version)  # an unknown model is refused before images are decoded for it
+    client, opened = client_of(request), None
+    if len(images) == 1:
+        image = QuickImage(services.decoders, images[0][1], client, deadline)
+        try:
+            scored = await compute(image, [[]])
+        except CostlyImage:
+            opened = image.opened
+        else:
+            return scored._replace(warnings=[image.warnings]), image.decoding_s
     charge = partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None
     started = time.perf_counter()
-    decoded = await services.decoders.decode(images, client_of(request), deadline, charge)
+    decoded = await services.decoders.decode(images, client, deadline, charge, opened)
     decoding_s = time.perf_counter() - started
     return await compute(decoded.pixels, decoded.warnings), decoding_s

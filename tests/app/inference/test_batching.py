@@ -1,6 +1,7 @@
 """Test the batcher, with an engine that computes only when the test lets it."""
 
 import asyncio
+import io
 import os
 import sys
 import threading
@@ -10,10 +11,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
-from app.exceptions import DamagedImage, Unavailable
+from app.exceptions import DamagedImage, Unavailable, UnsupportedImage
 from app.inference import batching
 from app.inference.batching import Batcher, BatchOutput, Scores
+from app.inference.decoding import Decoders, QuickImage
+from app.settings import Settings
 from training.runtimes.engine import Engine
 
 
@@ -47,6 +51,12 @@ async def busy(batcher: Batcher, engine: SlowEngine) -> "asyncio.Task[Scores]":
     task = asyncio.create_task(batcher.run(pictures(0)))
     await asyncio.to_thread(engine.started.wait, 10)
     return task
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110  counters signal no event
+            await asyncio.sleep(0.005)
 
 
 def test_a_lone_request_is_computed_at_once() -> None:
@@ -165,6 +175,35 @@ def test_images_are_decoded_with_their_batch_and_only_a_damaged_one_fails() -> N
     asyncio.run(scenario())
     assert decoded == [(1, [1]), (-2, [1]), (4, [1]), (-6, [1, 3]), (7, [1, 3])]
     assert engine.batches == [1, 3, 1]
+
+
+def test_images_that_decoder_threads_deliver_join_the_queue_and_only_a_damaged_one_fails() -> None:
+    def image(value: int, content: bytes | None = None) -> QuickImage:
+        file = io.BytesIO()
+        Image.new("RGB", (40, 40), (value, 0, 0)).save(file, "PNG")
+        return QuickImage(decoders, io.BytesIO(content or file.getvalue()), "a", time.monotonic() + 60)
+
+    async def scenario() -> None:
+        batcher = Batcher(engine, max_batch=8, max_queue=2)
+        first = await busy(batcher, engine)
+        others = [asyncio.create_task(batcher.run(image(value))) for value in (1, 2)]
+        await until(lambda: batcher.queued == 2)
+        with pytest.raises(Unavailable, match="2 images are waiting"):
+            await batcher.run(image(3))
+        with pytest.raises(UnsupportedImage):
+            await batcher.run(image(4, b"no image"))
+        gone = asyncio.create_task(batcher.run(image(5)))
+        await asyncio.sleep(0)
+        gone.cancel()
+        engine.gate.set()
+        await first
+        assert sorted([(await other).logits.item() for other in others]) == [1, 2]
+        assert (await batcher.run(image(6))).logits.item() == 6
+        assert (decoders.waiting, batcher.queued) == (0, 0)
+
+    engine, decoders = SlowEngine(), Decoders(Settings())
+    asyncio.run(scenario())
+    assert engine.batches == [1, 2, 1]
 
 
 def test_classes_are_ranked_for_the_whole_batch() -> None:

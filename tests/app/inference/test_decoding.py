@@ -14,8 +14,9 @@ from PIL import Image
 
 from app.exceptions import TooManyRequests, Unavailable, UnsupportedImage
 from app.inference import decoding
-from app.inference.decoding import Decoders, File
+from app.inference.decoding import Decoders, File, QuickImage
 from app.inference.images.cost import DecodeCost
+from app.inference.images.encoded import CostlyImage
 from app.machine import MIB
 from app.settings import Settings
 
@@ -104,7 +105,6 @@ def test_an_image_takes_the_lane_of_its_cost(gate: Gate) -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.usefixtures("two_processors")
 def encode(kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     Image.new("L", (48, 48), 90).save(buffer, kind, **options)
@@ -134,6 +134,89 @@ def test_only_small_images_with_a_short_header_are_decoded_with_their_batch(
     assert (decode is not None) == is_small
     if decode:
         assert decode().mean() == pytest.approx(90, abs=1)
+
+
+def quick_image(decoders: Decoders, name: bytes, deadline: float | None = None) -> QuickImage:
+    return QuickImage(decoders, io.BytesIO(name), "a", deadline or soon())
+
+
+class Delivery:
+    """What a decoder thread delivers, and the name of the thread."""
+
+    def __init__(self) -> None:
+        self.result: NDArray[np.uint8] | Exception | None = None
+        self.thread = ""
+
+    def __call__(self, result: NDArray[np.uint8] | Exception) -> None:
+        self.thread = threading.current_thread().name.partition("_")[0]
+        self.result = result
+
+
+def test_the_thread_that_decodes_a_lone_image_delivers_it(gate: Gate) -> None:
+    async def scenario() -> None:
+        decoders, delivery = Decoders(Settings()), Delivery()
+        image = quick_image(decoders, b"quick1")
+        image.start(delivery)
+        await until(lambda: gate.begun == [b"quick1"])
+        assert decoders.waiting == 1
+        gate.open.set()
+        await until(lambda: delivery.result is not None)
+        assert delivery.result is image.pixels
+        assert (image.pixels.shape, image.pixels[0, 0, 0, 0]) == ((1, 3, 32, 32), ord("1"))
+        assert (delivery.thread, image.warnings, decoders.waiting) == ("decoder", ["a warning about quick1"], 0)
+        assert image.decoding_s > 0
+        image.stop()
+        assert decoders.waiting == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("name", [b"medium1", b"costly1", b"apart1"])
+def test_a_lone_image_of_another_lane_is_decoded_there_and_its_header_is_read_once(
+    name: bytes, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        gate.open.set()
+        decoders, delivery = Decoders(Settings()), Delivery()
+        image = quick_image(decoders, name)
+        image.start(delivery)
+        await until(lambda: delivery.result is not None)
+        image.stop()
+        assert isinstance(delivery.result, CostlyImage)
+        assert gate.begun == []
+        monkeypatch.delattr(decoding, "EncodedImage")
+        pixels, _ = await decoders.decode(files(name), "a", soon(), opened=image.opened)
+        assert (pixels[0, 0, 0, 0], decoders.waiting) == (ord("1"), 0)
+
+    asyncio.run(scenario())
+
+
+def test_a_lone_image_is_refused_if_it_is_late_and_forgotten_if_it_is_stopped(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.inference.decoding.cpu_count", lambda: 1)
+
+    async def scenario() -> None:
+        decoders, deliveries = Decoders(Settings(max_queue=4)), [Delivery() for _ in range(3)]
+        first, late, stopped = (
+            quick_image(decoders, b"quick1"),
+            quick_image(decoders, b"quick2", time.monotonic() + 0.1),
+            quick_image(decoders, b"quick3"),
+        )
+        first.start(deliveries[0])
+        await until(lambda: gate.begun == [b"quick1"])
+        late.start(deliveries[1])
+        stopped.start(deliveries[2])
+        with pytest.raises(Unavailable, match="waiting to be decoded already"):
+            quick_image(decoders, b"quick4").start(Delivery())
+        stopped.stop()
+        await until(lambda: isinstance(deliveries[1].result, Unavailable))
+        assert decoders.waiting == 1
+        gate.open.set()
+        await until(lambda: deliveries[0].result is not None)
+        assert (gate.begun, deliveries[2].result, decoders.waiting) == ([b"quick1"], None, 0)
+
+    asyncio.run(scenario())
 
 
 def test_costly_images_delay_only_each_other(gate: Gate) -> None:
