@@ -239,7 +239,7 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         work = _BatchItem(_NO_IMAGES, 1, loop.create_future(), deadline)
-        image.start(partial(self._add_decoded, loop, work))
+        image.start(partial(self._add_decoded, loop, work, image))
         try:
             return await work.result
         except asyncio.CancelledError:
@@ -248,7 +248,9 @@ class Batcher:
         finally:
             image.stop()
 
-    def _add_decoded(self, loop: asyncio.AbstractEventLoop, work: _BatchItem, decoded: Images | Exception) -> None:
+    def _add_decoded(
+        self, loop: asyncio.AbstractEventLoop, work: _BatchItem, image: QuickImage, decoded: Images | Exception
+    ) -> None:
         """Add an image to the queue, in the thread that has decoded it."""
         if isinstance(decoded, Exception):
             _call_in_loop(loop, _set_error, [work], decoded)
@@ -259,7 +261,9 @@ class Batcher:
         except Unavailable as error:
             _call_in_loop(loop, _set_error, [work], error)
             return
-        if idle:
+        if idle and image.is_last and not self._brief_s:
+            self._thread.submit(self._run_batches, loop)
+        elif idle:
             _call_in_loop(loop, self._start, loop)  # images that are decoded until then join the batch
 
     def _enqueue(self, work: _BatchItem, accepted: bool = False) -> bool:

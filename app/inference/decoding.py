@@ -120,6 +120,11 @@ class QuickImage:
         self._client = client
         self._deadline = deadline
 
+    @property
+    def is_last(self) -> bool:
+        """True if no other image waits to be decoded."""
+        return self._decoders.waiting == 0
+
     def start(self, deliver: Callable[[NDArray[np.uint8] | Exception], None]) -> None:
         """Start to decode the image.
 

@@ -114,6 +114,9 @@ def test_child_that_has_just_been_started_is_known_to_the_next_server_and_ends_w
         job = client.post("/train", json=JOB).raise_for_status().json()["id"]
         (child,) = wait_for(lambda: list_processes(runs), 30, tmp_path / "log")
         os.kill(child, signal.SIGSTOP)  # the child has not loaded its libraries yet
+        # The server writes the pid of the child into the lock file before it logs this line. Without a pid the next
+        # server could only wait until the child itself, which is stopped here, writes it.
+        wait_for(lambda: f"runs as process {child}" in (tmp_path / "log").read_text(), 30, tmp_path / "log")
         server.kill()
         server.wait()
     with run_service(models, runs, log) as (client, server):
