@@ -268,9 +268,11 @@ def _parse(kind: type[Value], data: dict[str, Any], **more: Any) -> Value:
     return kind(**values | more)
 
 
-def _parse_predictions(answer: dict[str, Any], names: list[str | None]) -> list[Prediction]:
+def _parse_predictions(answer: dict[str, Any], names: list[str | None]) -> list[Prediction | ServiceError]:
     return [
-        _parse(
+        ServiceError(**{member: each["error"][member] for member in ("status", "detail", "type", "title")})
+        if "error" in each
+        else _parse(
             Prediction,
             each,
             classes=tuple(_parse(PredictedClass, one) for one in each["classes"]),
@@ -396,18 +398,30 @@ class _Calls:
     def predict(
         self, images: Image | list[Image] | tuple[Image, ...], model: str | None, version: int | None, top_k: int
     ) -> _Steps[Prediction | list[Prediction]]:
-        are_several = isinstance(images, list | tuple)
-        todo = list(images) if isinstance(images, list | tuple) else [images]
+        several = isinstance(images, list | tuple)
         params = _without_none(model=model, version=version, top_k=top_k)
-        predictions: list[Prediction] = []
-        for start in range(0, len(todo), _MAX_IMAGES):
-            part = todo[start : start + _MAX_IMAGES]
-            encoded = yield partial(_encode_images, part)
+        parts = self._predict_in_parts(images if isinstance(images, list | tuple) else [images], params)
+        predictions = cast("list[Prediction]", (yield from parts))  # without `partial` there are no errors
+        return predictions if several else predictions[0]
+
+    def _predict_in_parts(
+        self, images: Sequence[Image], params: dict[str, Any]
+    ) -> _Steps[list[Prediction | ServiceError]]:
+        """Send images in requests of at most `_MAX_IMAGES`."""
+        predictions: list[Prediction | ServiceError] = []
+        for start in range(0, len(images), _MAX_IMAGES):
+            encoded = yield partial(_encode_images, images[start : start + _MAX_IMAGES])
             # A field without a file name is no file.
             files = [("file", (name or f"image {number}", each)) for number, (name, each) in enumerate(encoded, start)]
             answer = yield from self.send("POST", "/predict", params=params, files=files)
             predictions += _parse_predictions(answer, [name for name, _ in encoded])
-        return predictions if are_several else predictions[0]
+        return predictions
+
+    def predict_each(
+        self, images: Sequence[Image], model: str | None, version: int | None, top_k: int
+    ) -> _Steps[list[Prediction | ServiceError]]:
+        params = _without_none(model=model, version=version, top_k=top_k, partial=True)
+        return (yield from self._predict_in_parts(images, params))
 
     def evaluate(
         self, archive: Archive | None, model: str | None, version: int | None, split: str | None, limit: int | None
@@ -443,7 +457,7 @@ class _Calls:
         return _parse(ModelSummary, answer)
 
 
-def _encode_images(images: list[Image]) -> list[tuple[str | None, bytes]]:
+def _encode_images(images: Sequence[Image]) -> list[tuple[str | None, bytes]]:
     return [encode_image(image) for image in images]
 
 
@@ -634,6 +648,23 @@ class Client:
             OSError: A file cannot be read.
         """
         return self._run(self._calls.predict(images, model, version, top_k))
+
+    def predict_each(
+        self, images: Sequence[Image], *, model: str | None = None, version: int | None = None, top_k: int = 5
+    ) -> list[Prediction | ServiceError]:
+        """Classify several images. An image that cannot be decoded gets its error, and the others their predictions.
+
+        Args:
+            images: Images as for `predict`.
+            model: Name of the model. Default: chosen by the service.
+            version: Version. Default: the live one.
+            top_k: Number of classes per image.
+
+        Raises:
+            ServiceError: The service refuses the whole request, or cannot be reached.
+            OSError: A file cannot be read.
+        """
+        return self._run(self._calls.predict_each(images, model, version, top_k))
 
     def evaluate(
         self,
@@ -829,6 +860,12 @@ class AsyncClient:
     ) -> Prediction | list[Prediction]:
         """Classify one image, or a list of images."""
         return await self._run(self._calls.predict(images, model, version, top_k))
+
+    async def predict_each(
+        self, images: Sequence[Image], *, model: str | None = None, version: int | None = None, top_k: int = 5
+    ) -> list[Prediction | ServiceError]:
+        """Classify several images. An image that cannot be decoded gets its error."""
+        return await self._run(self._calls.predict_each(images, model, version, top_k))
 
     async def evaluate(
         self,

@@ -142,16 +142,18 @@ def is_open_inference(path: str) -> bool:
 
 
 def problem_response(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> ProblemResponse:
-    """Return a problem+json response. `more` adds members. Shorten a long detail, because it may quote the client."""
-    detail = shorten(replace_surrogates(detail), _MAX_DETAIL)
-    problem = {
-        "type": f"{ERRORS_PATH}#{status:d}",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        **more,
-    }
-    return ProblemResponse(problem, status, headers)
+    """Return a problem+json response. `more` adds members. A long detail is shortened, as it may quote the client."""
+    return ProblemResponse({**describe_problem(status, detail).model_dump(), **more}, status, headers)
+
+
+def describe_problem(status: int, detail: str) -> ProblemDetails:
+    """Return the members of a problem, with a shortened detail."""
+    return ProblemDetails(
+        type=f"{ERRORS_PATH}#{status:d}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=shorten(replace_surrogates(detail), _MAX_DETAIL),
+    )
 
 
 EXPECTED = (Problem, HTTPException, RequestValidationError, OSError, MemoryError, RuntimeError)

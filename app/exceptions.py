@@ -58,6 +58,10 @@ class TooLarge(Problem):
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
+IMAGE_ERRORS: tuple[type[Problem], ...] = (UnsupportedImage, DamagedImage, TooLarge)
+"""Errors of one image, which say nothing about the other images of its request."""
+
+
 class BadRequest(Problem):
     """The request is readable, but its content cannot be processed."""
 

@@ -22,7 +22,7 @@ from typing import IO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
+from app.exceptions import IMAGE_ERRORS, DamagedImage, Problem, TooLarge
 from app.inference.images import encoded
 from app.machine import bound_malloc, set_niceness
 
@@ -35,8 +35,7 @@ _MEMORY_MARGIN = 64 << 20
 _REQUEST = struct.Struct("<Q")  # size of the file in bytes
 _REPLY = struct.Struct("<dBQ")  # CPU time in seconds, kind of the result, its size in bytes
 _PIXELS_BYTES = 3 * encoded.SIZE**2  # the warnings follow the pixels, a line for each
-_PIXELS = 0
-_ERRORS: tuple[type[Problem], ...] = (UnsupportedImage, DamagedImage, TooLarge)  # kinds 1, 2, 3
+_PIXELS = 0  # the kinds 1, 2 and 3 are those of IMAGE_ERRORS
 _PACKAGES = Path(__file__).parents[2]
 
 
@@ -90,7 +89,7 @@ class DecodeProcess:
             watchdog.cancel()
         self.cpu_s += cpu_s
         if kind != _PIXELS:
-            raise _ERRORS[kind - 1](result.decode())
+            raise IMAGE_ERRORS[kind - 1](result.decode())
         pixels = np.frombuffer(result, np.uint8, _PIXELS_BYTES).reshape(3, encoded.SIZE, encoded.SIZE)
         return pixels, result[_PIXELS_BYTES:].decode().splitlines()
 
@@ -148,10 +147,13 @@ def _serve(requests: IO[bytes], replies: IO[bytes], max_bytes: int, max_pixels: 
         try:
             image = encoded.EncodedImage(data, max_bytes, max_pixels)
             kind, result = _PIXELS, image.decode().tobytes() + "\n".join(image.warnings).encode()
-        except _ERRORS as error:
-            kind, result = 1 + _ERRORS.index(type(error)), error.detail.encode("utf-8", "replace")
+        except IMAGE_ERRORS as error:
+            kind, result = 1 + IMAGE_ERRORS.index(type(error)), error.detail.encode("utf-8", "replace")
         except MemoryError:
-            kind, result = 1 + _ERRORS.index(TooLarge), b"decoding the image takes too much memory; send a smaller one"
+            kind, result = (
+                1 + IMAGE_ERRORS.index(TooLarge),
+                b"decoding the image takes too much memory; send a smaller one",
+            )
         signal.setitimer(signal.ITIMER_PROF, 0)
         replies.write(_REPLY.pack(time.process_time() - started, kind, len(result)) + result)
         replies.flush()
