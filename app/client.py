@@ -34,6 +34,7 @@ FINISHED = ("succeeded", "failed", "cancelled")
 _MAX_IMAGES = 32  # per request, the default limit of the service
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _JITTER = 0.5  # largest additional part of a pause, so that clients that were refused together come back apart
+_CHECK_TIMEOUT_S = 660.0  # the service takes at most 600 s to check an uploaded version
 _STREAM_TIMEOUT_S = 45.0  # the service sends a comment after 15 s without an event
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _PNG_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # by number of channels
@@ -148,6 +149,17 @@ class ModelSummary:
     live: int | None
     versions: tuple[int, ...]
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UploadedVersion:
+    """A version that was uploaded. `live` says whether it is live now."""
+
+    name: str
+    version: int
+    live: bool
+    check: dict[str, Any] | None = None
+    """The engine that computed the version and the accuracy on some test images. None if the service had it already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,7 +395,11 @@ class _Calls:
         self.budget_s = budget_s
 
     def send(self, method: str, path: str, is_repeatable: bool = True, **options: Any) -> _Steps[Any]:
-        """Send a request until it succeeds. Return the JSON of the response.
+        """Send a request until it succeeds. Return the JSON of the response. Raises the errors of `fetch`."""
+        return (yield from self.fetch(method, path, is_repeatable, **options)).json()
+
+    def fetch(self, method: str, path: str, is_repeatable: bool = True, **options: Any) -> _Steps[httpx.Response]:
+        """Send a request until it succeeds. Return the response.
 
         Raises:
             ServiceError: The service refuses the request, or cannot be reached within the budget.
@@ -392,7 +408,7 @@ class _Calls:
         while True:
             outcome = yield _Request(method, path, options)
             if isinstance(outcome, httpx.Response) and outcome.is_success:
-                return outcome.json()
+                return outcome
             yield retries.pause_after(outcome)
 
     def predict(
@@ -455,6 +471,15 @@ class _Calls:
     def promote(self, name: str, version: int) -> _Steps[ModelSummary]:
         answer = yield from self.send("PUT", f"/models/{name}/live", json={"version": version})
         return _parse(ModelSummary, answer)
+
+    def download_version(self, name: str, version: int) -> _Steps[bytes]:
+        return (yield from self.fetch("GET", f"/models/{name}/{version}/zip")).content
+
+    def upload_version(self, name: str, archive: Archive, promote: str) -> _Steps[UploadedVersion]:
+        file = yield lambda: encode_image(archive)[1]
+        options: dict[str, Any] = {"params": {"promote": promote}, "files": {"file": ("version.zip", file)}}
+        answer = yield from self.send("POST", f"/models/{name}", timeout=_CHECK_TIMEOUT_S, **options)
+        return _parse(UploadedVersion, answer)
 
 
 def _encode_images(images: Sequence[Image]) -> list[tuple[str | None, bytes]]:
@@ -727,6 +752,23 @@ class Client:
         """Make a version live."""
         return self._run(self._calls.promote(name, version))
 
+    def download_version(self, name: str, version: int) -> bytes:
+        """Return a zip of the card and the files of a version, which `upload_version` accepts."""
+        return self._run(self._calls.download_version(name, version))
+
+    def upload_version(self, name: str, archive: Archive, *, promote: str = "never") -> UploadedVersion:
+        """Publish a version of another service. The service checks it first, which may take a minute.
+
+        Args:
+            name: Name of the model.
+            archive: The zip of `download_version`.
+            promote: "never", "if-better" or "always".
+
+        Raises:
+            ServiceError: The service refuses the version, does not accept uploads, or cannot be reached.
+        """
+        return self._run(self._calls.upload_version(name, archive, promote))
+
 
 class Job:
     """A training job of a `Client`.
@@ -905,6 +947,14 @@ class AsyncClient:
     async def promote(self, name: str, version: int) -> ModelSummary:
         """Make a version live."""
         return await self._run(self._calls.promote(name, version))
+
+    async def download_version(self, name: str, version: int) -> bytes:
+        """Return a zip of the card and the files of a version, which `upload_version` accepts."""
+        return await self._run(self._calls.download_version(name, version))
+
+    async def upload_version(self, name: str, archive: Archive, *, promote: str = "never") -> UploadedVersion:
+        """Publish a version of another service. The service checks it first, which may take a minute."""
+        return await self._run(self._calls.upload_version(name, archive, promote))
 
 
 class AsyncJob:

@@ -80,6 +80,21 @@ class Conflict(Problem):
     status = HTTPStatus.CONFLICT
 
 
+class RangeNotSatisfiable(Problem):
+    """The requested range is outside of the file.
+
+    Args:
+        detail: Text for the client.
+        size: Size of the file in bytes.
+    """
+
+    status = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+
+    def __init__(self, detail: str, size: int):
+        super().__init__(detail)
+        self.headers["Content-Range"] = f"bytes */{size}"
+
+
 class Unauthorized(Problem):
     """The API key is missing or wrong."""
 

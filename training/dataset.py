@@ -123,6 +123,12 @@ def load_dataset(source: str | None = None) -> Dataset:
     return _read_archive(archive)
 
 
+def is_at_hand(source: str | None = None) -> bool:
+    """Return whether `load_dataset` needs no download. The file may be damaged nevertheless."""
+    source = source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER
+    return source.partition(":")[0] == "synthetic" or Path(source, ARCHIVE).expanduser().is_file()
+
+
 def split_sizes(source: str | None = None) -> tuple[int, int]:
     """Return the number of training and test images of `source` without loading it.
 

@@ -526,14 +526,17 @@ class Store:
 
     def find_by_checksum(self, name: str, file_sha256: str) -> ModelCard | None:
         """Return the card of the newest version that has a file with this checksum, or None."""
+        return next((card for card in self._readable_cards(name) if file_sha256 in card.files.values()), None)
+
+    def find_by_files(self, name: str, files: dict[str, str]) -> ModelCard | None:
+        """Return the card of the newest version with exactly these files, given as in `ModelCard.files`, or None."""
+        return next((card for card in self._readable_cards(name) if card.files == files), None)
+
+    def _readable_cards(self, name: str) -> Iterator[ModelCard]:
+        """Iterate over the cards of a model, newest first, without damaged ones."""
         for version in reversed(self.versions(name)):
-            try:
-                card = self.card(name, version)
-            except StoreError:  # a damaged version cannot match
-                continue
-            if file_sha256 in card.files.values():
-                return card
-        return None
+            with suppress(StoreError):
+                yield self.card(name, version)
 
     def prune(self, name: str, keep: int, protected: Collection[int] = ()) -> list[int]:
         """Remove all versions except the newest `keep`. The live version and those that cascades pin always stay.

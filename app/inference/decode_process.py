@@ -8,7 +8,6 @@ that it takes little CPU time from smaller images. It ends with the server, beca
 """
 
 import os
-import resource
 import signal
 import struct
 import subprocess
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from app.exceptions import IMAGE_ERRORS, DamagedImage, Problem, TooLarge
 from app.inference.images import encoded
-from app.machine import bound_malloc, set_niceness
+from app.machine import bound_malloc, limit_memory, set_niceness
 
 MAX_CPU_S = 4.0
 """CPU time limit of one image. It is twice the largest accepted estimate, for slow machines."""
@@ -159,20 +158,13 @@ def _serve(requests: IO[bytes], replies: IO[bytes], max_bytes: int, max_pixels: 
         replies.flush()
 
 
-def _limit_memory(size: int) -> None:
-    """Limit the address space to `size` bytes beyond the current mappings of the interpreter and its libraries."""
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + size, mapped + size))
-
-
 def main(max_bytes: str, max_pixels: str, max_cpu_s: str, max_memory_bytes: str) -> None:
     """Run the child process until its standard input ends. The arguments are those of `DecodeProcess`."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     set_niceness(os.getpid(), min(os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS, 19))
     bound_malloc()
-    if sys.platform == "linux":
-        _limit_memory(int(max_memory_bytes))
+    limit_memory(int(max_memory_bytes))
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library that prints must not write into the replies
     _serve(requests, replies, int(max_bytes), int(max_pixels), float(max_cpu_s))
