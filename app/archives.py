@@ -48,7 +48,7 @@ def open_zip(file: BinaryIO, max_entries: int) -> Iterator[zipfile.ZipFile]:
 
     Args:
         file: The zip, seekable.
-        max_entries: Largest number of entries.
+        max_entries: Largest number of entries. Those of a zip inside the zip count as well, if it is not compressed.
 
     Raises:
         BadRequest: The file is not a zip, is damaged, or has entries that share bytes.

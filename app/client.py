@@ -142,6 +142,18 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Correction:
+    """A correction that the service keeps: the right class `label`, and the class that the model predicted."""
+
+    id: str
+    label: str
+    predicted: str
+    probability: float
+    model: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSummary:
     """A model and its versions. `error` is the reason why its live version is not served."""
 
@@ -439,6 +451,12 @@ class _Calls:
         params = _without_none(model=model, version=version, top_k=top_k, partial=True)
         return (yield from self._predict_in_parts(images, params))
 
+    def send_feedback(self, image: Image, label: str, model: str | None, version: int | None) -> _Steps[Correction]:
+        ((name, content),) = yield partial(_encode_images, [image])
+        params = {"class": label, **_without_none(model=model, version=version)}
+        answer = yield from self.send("POST", "/feedback", params=params, files={"file": (name or "image", content)})
+        return _parse(Correction, answer)
+
     def evaluate(
         self, archive: Archive | None, model: str | None, version: int | None, split: str | None, limit: int | None
     ) -> _Steps[Evaluation]:
@@ -691,6 +709,23 @@ class Client:
         """
         return self._run(self._calls.predict_each(images, model, version, top_k))
 
+    def send_feedback(
+        self, image: Image, label: str, *, model: str | None = None, version: int | None = None
+    ) -> Correction:
+        """Tell the service the right class of an image, for later training.
+
+        Args:
+            image: An image as for `predict`. The service keeps its 32x32 pixels only.
+            label: Label of the right class.
+            model: Name of the model that was wrong. Default: chosen by the service.
+            version: Its version. Default: the live one.
+
+        Raises:
+            ServiceError: The service refuses the correction, accepts none, or cannot be reached.
+            OSError: The file cannot be read.
+        """
+        return self._run(self._calls.send_feedback(image, label, model, version))
+
     def evaluate(
         self,
         archive: Archive | None = None,
@@ -908,6 +943,12 @@ class AsyncClient:
     ) -> list[Prediction | ServiceError]:
         """Classify several images. An image that cannot be decoded gets its error."""
         return await self._run(self._calls.predict_each(images, model, version, top_k))
+
+    async def send_feedback(
+        self, image: Image, label: str, *, model: str | None = None, version: int | None = None
+    ) -> Correction:
+        """Tell the service the right class of an image, for later training."""
+        return await self._run(self._calls.send_feedback(image, label, model, version))
 
     async def evaluate(
         self,

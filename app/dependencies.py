@@ -7,6 +7,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from app.clients import FairShares
+from app.feedback import FEEDBACK, FeedbackStore
 from app.inference.decoding import Decoders
 from app.inference.load_shedding import LoadShedder
 from app.inference.pool import ModelPool
@@ -40,6 +41,7 @@ class Services:
     shedder: LoadShedder
     metrics: Metrics
     uploads: VersionReceiver
+    feedback: FeedbackStore
     event_streams: FairShares
     """Number of clients that receive the events of jobs now, by network."""
     store_threads: Threads = field(default_factory=lambda: Threads("the model store", 4))
@@ -71,6 +73,7 @@ class Services:
             shedder=LoadShedder(pool, decoders, bool(settings.trusted_proxies), metrics.count_shed),
             metrics=metrics,
             uploads=VersionReceiver(settings, store),
+            feedback=FeedbackStore(settings.runs / FEEDBACK, settings.max_feedback, settings.feedback_days),
             event_streams=FairShares(settings.max_event_streams),
         )
 
@@ -91,6 +94,7 @@ class Services:
         await self.training_runner.stop()
         await self.evaluations.stop()
         self.uploads.close()
+        self.feedback.threads.close()
         self.database.close()
         await self.pool.stop()
         self.store_threads.close()

@@ -87,6 +87,7 @@ MEANINGS = {
     501: "The service does not support the method CONNECT. Send the request to the service itself.",
     503: "The service is overloaded, not ready, stopping, or lacks disk, memory or its database. Try again after the "
     "seconds in the header Retry-After.",
+    507: "The service keeps as many corrections as a setting allows. An operator has to export and delete some.",
 }
 """Meaning of every status of a problem, and what to do."""
 

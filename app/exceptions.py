@@ -123,6 +123,12 @@ class TooManyRequests(Problem):
         self.headers["Retry-After"] = str(retry_after_s)
 
 
+class StorageFull(Problem):
+    """The service stores as much as a setting allows, until an operator makes room."""
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+
+
 class Unavailable(Problem):
     """The service is overloaded, not ready, or past the deadline of the request. The client can try again."""
 

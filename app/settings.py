@@ -155,6 +155,13 @@ class Settings(BaseSettings):
     data: str | None = None
     """Folder that contains cifar100.npz, or "synthetic". Default: ~/.cache/cifar100."""
 
+    feedback: bool = False
+    """Accept corrections of predictions at POST /feedback, and keep them in the runs folder."""
+    max_feedback: int = Field(default=10_000, gt=0, le=1_000_000)
+    """Maximum number of corrections to keep. Each takes at most 4 KiB."""
+    feedback_days: int | None = Field(default=None, gt=0, le=10_000)
+    """Days after which a correction is deleted. Default: never."""
+
     device: Device = "auto"
     runtime: Runtime = "auto"
     """Inference runtime. "auto" uses TorchScript on the GPU and OpenVINO on the CPU. On the CPU it prefers the int8

@@ -32,6 +32,7 @@ FILES = (CARD, MODEL, CASCADE, INT8, Path(INT8).with_suffix(".bin").name)
 """Names that the files of an uploaded version may have."""
 
 _MAX_CARD_BYTES = MIB
+_MAX_ENTRIES = 10_000  # a TorchScript file is a zip of hundreds of entries
 _THREADS = 2  # one checks an upload, the other refuses a second one
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -143,7 +144,7 @@ def unpack(file: BinaryIO, folder: Path, max_bytes: int) -> None:
         BadRequest: The file is not a zip, is damaged, or has other files than a version.
         TooLarge: The zip has too many or too large files.
     """
-    with open_zip(file, len(FILES)) as archive:
+    with open_zip(file, _MAX_ENTRIES) as archive:
         entries = archive.infolist()
         names = [entry.filename for entry in entries]
         for entry in entries:

@@ -138,6 +138,15 @@ class FamiliarityThreshold(BaseModel, use_attribute_docstrings=True):
     """Number of held-out images."""
 
 
+class ExtraData(BaseModel, use_attribute_docstrings=True):
+    """Training images that are not of the data set, such as corrections of users."""
+
+    images: int
+    """Number of these images."""
+    sha256: str
+    """sha256 of the npz file that had them."""
+
+
 class EpochSummary(BaseModel, use_attribute_docstrings=True):
     """One point of the training curve."""
 
@@ -192,6 +201,8 @@ class ModelCard(BaseModel, use_attribute_docstrings=True):
     """The fit of a cascade; None for a version with a model of its own."""
     familiarity: FamiliarityThreshold | None = None
     """The threshold of familiar images; None if the recipe holds no images out, and in cards of earlier releases."""
+    extra_data: ExtraData | None = None
+    """Further training images; None if there were none."""
     curve: list[EpochSummary]
     """Measures of every epoch."""
     training_seconds: float

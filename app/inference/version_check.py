@@ -16,7 +16,7 @@ from app.inference.check_process import CheckResult
 from training.dataset import is_at_hand, load_dataset
 from training.evaluate import predict
 from training.runtimes import Runtime, selection, torchscript
-from training.runtimes.engine import Engine, EngineError, example_images
+from training.runtimes.engine import MAX_DEVIATION, Engine, EngineError, deviation, example_images
 from training.runtimes.openvino import INT8
 from training.store import CARD, CASCADE, MODEL, Cascade, ModelCard, Store
 
@@ -29,9 +29,9 @@ _MARGIN = 0.01  # an engine that serves may lose some tenths of a point
 def check_version(folder: Path, store: Store, runtime: Runtime, source: str | None) -> CheckResult:
     """Check a version on the CPU.
 
-    - `model.pt` maps uint8 [N, 3, 32, 32] to float32 [N, classes].
-    - The engine that serves it computes the logits of TorchScript in float32, in batches of any size. So does the int8
-      form, whatever this processor prefers.
+    - `model.pt` maps uint8 [N, 3, 32, 32] to float32 [N, classes], and each image on its own.
+    - The engine that serves it computes the logits of TorchScript in float32. So does the int8 form, whatever this
+      processor prefers.
     - Its accuracy on test images is that of the card, if the data set of the card is at hand.
 
     Args:
@@ -57,14 +57,20 @@ def check_version(folder: Path, store: Store, runtime: Runtime, source: str | No
 
 
 def _require_contract(model: Path, classes: int) -> None:
+    module, images = torchscript.load(model), example_images(_BATCH)
     with torch.inference_mode():
-        logits: Any = torchscript.load(model)(example_images(_BATCH))
+        logits: Any = module(images)
     found = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
     if found != f"torch.float32 {[_BATCH, classes]}":
         raise EngineError(
             f"{model.name} maps uint8 {[_BATCH, 3, 32, 32]} to {found.removeprefix('torch.')}; it must map them to "
             f"float32 {[_BATCH, classes]}"
         )
+    with torch.inference_mode():
+        alone = torch.cat([module(image) for image in images.split(1)])
+    measured = deviation(alone.numpy(), logits.numpy())
+    if not measured <= MAX_DEVIATION["float32"]:
+        raise EngineError(f"the logits of an image deviate by {measured:.2%} between a batch and the image alone")
 
 
 def _measure(engine: Engine, card: ModelCard, source: str | None) -> CheckResult:

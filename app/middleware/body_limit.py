@@ -47,6 +47,7 @@ class BodyLimitMiddleware:
         self.limits = {
             "/predict": settings.max_predict_bytes + _MULTIPART_OVERHEAD,
             "/explain": settings.max_predict_bytes + _MULTIPART_OVERHEAD,
+            "/feedback": settings.max_image_bytes + _MULTIPART_OVERHEAD,
             "/evaluate": settings.max_archive_bytes + _MULTIPART_OVERHEAD,
         }
         if settings.allow_uploads:

@@ -15,12 +15,14 @@ import numpy as np
 from fastapi import Request
 
 from app.dependencies import Services
-from app.exceptions import Problem, TooLarge
+from app.exceptions import BadRequest, Problem, TooLarge
 from app.inference.batching import BatchOutput, Images, ImageSource, Scores
-from app.inference.decoding import File
+from app.inference.decoding import Charge, File
 from app.inference.images.encoded import CostlyImage
 from app.inference.pool import Model
 from app.middleware.access import access_of, client_of
+from training.store import ModelCard
+from training.text import quote, suggest
 
 
 class ScoredImages(NamedTuple):
@@ -91,7 +93,7 @@ async def _compute(
         with suppress(TooLarge, CostlyImage):  # a file with few bytes may have many pixels or scans
             return await compute(decode, [[]], {}), 0.0
     model = await services.pool.get(name, version)  # an unknown model is refused before images are decoded for it
-    charge = partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None
+    charge = decoding_charge(request, services)
     started = time.perf_counter()
     decoded = await services.decoders.decode(images, client_of(request), deadline, charge, tolerate_errors)
     decoding_s = time.perf_counter() - started
@@ -99,3 +101,19 @@ async def _compute(
         no_scores = Scores(BatchOutput(np.empty((0, len(model.card.classes)), np.float32)))
         return ScoredImages(model, no_scores, [], decoded.errors), decoding_s
     return await compute(*decoded), decoding_s
+
+
+def decoding_charge(request: Request, services: Services) -> Charge | None:
+    """Return the function that charges the rate limit of predictions for decoding, or None without a limit."""
+    return partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None
+
+
+def find_class(label: str, card: ModelCard) -> int:
+    """Return the id of a class.
+
+    Raises:
+        BadRequest: The model has no such class.
+    """
+    if label not in card.classes:
+        raise BadRequest(f"{card.name} has no class {quote(label)}; {suggest(label, card.classes, 'classes')}")
+    return card.classes.index(label)
