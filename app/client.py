@@ -143,14 +143,12 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """A correction that the service keeps: the right class `label`, and the class that the model predicted."""
+    """A correction that the service keeps: the right class `label`, and what the model answered."""
 
     id: str
     label: str
-    predicted: str
-    probability: float
-    model: str
-    version: int
+    answer: dict[str, Any]
+    """The model, its version, and the class that it predicted with its probability."""
 
 
 @dataclass(frozen=True, slots=True)

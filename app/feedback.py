@@ -51,7 +51,7 @@ class Answer(BaseModel, use_attribute_docstrings=True):
     """Probability of that class, 0-1."""
 
 
-class Correction(Answer):
+class Correction(BaseModel, use_attribute_docstrings=True):
     """The right class of an image, and what was answered."""
 
     id: str
@@ -60,6 +60,8 @@ class Correction(Answer):
     """Time of the correction."""
     label: str
     """Label of the right class."""
+    answer: Answer
+    """The answer that it corrects."""
 
 
 class FeedbackStore:
@@ -103,7 +105,7 @@ class FeedbackStore:
         """
         created = datetime.now(UTC).replace(microsecond=0)
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
-        correction = Correction(id=f"{created:{_TIME}}-{digest}", created=created, label=label, **answer.model_dump())
+        correction = Correction(id=f"{created:{_TIME}}-{digest}", created=created, label=label, answer=answer)
         self.folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(self.folder):
             self._delete_expired()

@@ -43,7 +43,7 @@ def export(folder: Folder, runs: Runs = Path("runs")) -> None:
         count = export_folders(runs / FEEDBACK, folder)
     except (ExportError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{count} corrections are in {folder}; look through them, then pack them")
+    print(f"corrections in {folder}: {count}; look through them, then pack them")
 
 
 @cli.command()
@@ -53,7 +53,7 @@ def pack(folder: Folder, file: File) -> None:
         count = pack_folders(folder, file)
     except (ExportError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{count} images are in {file}")
+    print(f"images in {file}: {count}")
 
 
 def export_folders(feedback: Path, folder: Path) -> int:

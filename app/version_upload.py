@@ -98,9 +98,13 @@ class VersionReceiver:
         unpack(file, folder, self._max_bytes)
         card = _parse(ModelCard, folder / CARD)
         files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != CARD}
-        if files != card.files:
-            wrong = sorted(name for name, _ in files.items() ^ card.files.items())
-            raise BadRequest(f"{CARD} has no sha256 of {wrong[0]} that fits the zip; send all files that it lists")
+        for name in sorted(files.keys() | card.files.keys()):
+            if name not in files:
+                raise BadRequest(f"the zip lacks {quote(name)}, which {CARD} lists; send all files of the version")
+            if name not in card.files:
+                raise BadRequest(f"{CARD} does not list {name}; remove it from the zip")
+            if files[name] != card.files[name]:
+                raise BadRequest(f"{name} is damaged: its sha256 differs from the one in {CARD}; download it again")
         if (CASCADE in files) == (MODEL in files) or (CASCADE in files) != (card.cascade is not None):
             raise BadRequest(f"a version has {MODEL}, or {CASCADE} and the fit of the cascade in its card")
         if card.cascade:

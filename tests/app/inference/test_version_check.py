@@ -100,6 +100,7 @@ def make_check(**limits: Any) -> CheckProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_model_without_an_end_is_ended(version: Path) -> None:
     replace_model(version, Endless())
     with pytest.raises(BadRequest, match="more than 5 s of CPU time"):
@@ -109,6 +110,7 @@ def test_a_model_without_an_end_is_ended(version: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_model_that_takes_too_much_memory_is_refused(version: Path) -> None:
     replace_model(version, Greedy())
     with pytest.raises(BadRequest, match=r"more than 0\.5 GiB of memory"):
