@@ -7,6 +7,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from app.clients import FairShares
+from app.feedback import FEEDBACK, FeedbackStore
 from app.inference.decoding import Decoders
 from app.inference.load_shedding import LoadShedder
 from app.inference.pool import ModelPool
@@ -18,6 +19,7 @@ from app.jobs.training_runner import TrainingRunner
 from app.middleware.metrics import Metrics
 from app.settings import Settings
 from app.threads import Threads
+from app.version_upload import VersionReceiver
 from training.store import Store
 
 
@@ -38,6 +40,8 @@ class Services:
     """Number of masked images of explanations that are computed or wait, by client."""
     shedder: LoadShedder
     metrics: Metrics
+    uploads: VersionReceiver
+    feedback: FeedbackStore
     event_streams: FairShares
     """Number of clients that receive the events of jobs now, by network."""
     store_threads: Threads = field(default_factory=lambda: Threads("the model store", 4))
@@ -68,6 +72,8 @@ class Services:
             masked_images=FairShares(settings.max_queue),
             shedder=LoadShedder(pool, decoders, bool(settings.trusted_proxies), metrics.count_shed),
             metrics=metrics,
+            uploads=VersionReceiver(settings, store),
+            feedback=FeedbackStore(settings.runs / FEEDBACK, settings.max_feedback, settings.feedback_days),
             event_streams=FairShares(settings.max_event_streams),
         )
 
@@ -87,6 +93,8 @@ class Services:
         """Stop all work. Unfinished jobs go on at the next start."""
         await self.training_runner.stop()
         await self.evaluations.stop()
+        self.uploads.close()
+        self.feedback.threads.close()
         self.database.close()
         await self.pool.stop()
         self.store_threads.close()

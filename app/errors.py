@@ -67,8 +67,9 @@ MEANINGS = {
     "data do not fit their JSON, the request head is ambiguous, or X-Forwarded-Prefix is invalid. Correct what the "
     "detail names, and send the request again.",
     401: "The API key is missing or wrong. Send one of the keys of the service as 'Authorization: Bearer KEY'.",
-    403: "No API key is configured, and the call does not come from this machine. Make the call on the machine of the "
-    "service, or start the service with CIFAR100_API_KEYS.",
+    403: "No API key is configured, and the call does not come from this machine, or the call is off. Make the call on "
+    "the machine of the service, or start the service with CIFAR100_API_KEYS, or with the setting that the detail "
+    "names.",
     404: "There is no such path, model, version, job, evaluation or file. The detail names the call that lists what "
     "there is.",
     405: "The path has no such method. The detail and the header Allow name the methods that it has.",
@@ -77,14 +78,16 @@ MEANINGS = {
     413: "The body, an image or a zip is larger or more costly than a limit. Send a smaller one.",
     415: "The body is not an image of a supported format, not a zip in a form, or not JSON, or its content coding is "
     "not supported. Send it in the form that the detail names.",
-    422: "A parameter, a recipe or an image is invalid, or a parameter is unknown. Correct what the detail names. For "
-    "parameters the member `errors` lists each field with its fault.",
+    416: "The header Range asks for bytes behind the end of the file. The header Content-Range has its size.",
+    422: "A parameter, a recipe, an image or an uploaded version is invalid, or a parameter is unknown. Correct what "
+    "the detail names. For parameters the member `errors` lists each field with its fault.",
     429: "The client is over a rate limit. Try again after the seconds in the header Retry-After.",
     431: "The request line and headers are too large. Send fewer or shorter headers.",
     500: "An unexpected error occurred. The log of the service has it, with the X-Request-ID of the response.",
     501: "The service does not support the method CONNECT. Send the request to the service itself.",
     503: "The service is overloaded, not ready, stopping, or lacks disk, memory or its database. Try again after the "
     "seconds in the header Retry-After.",
+    507: "The service keeps as many corrections as a setting allows. An operator has to export and delete some.",
 }
 """Meaning of every status of a problem, and what to do."""
 
@@ -142,16 +145,18 @@ def is_open_inference(path: str) -> bool:
 
 
 def problem_response(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> ProblemResponse:
-    """Return a problem+json response. `more` adds members. Shorten a long detail, because it may quote the client."""
-    detail = shorten(replace_surrogates(detail), _MAX_DETAIL)
-    problem = {
-        "type": f"{ERRORS_PATH}#{status:d}",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        **more,
-    }
-    return ProblemResponse(problem, status, headers)
+    """Return a problem+json response. `more` adds members. A long detail is shortened, as it may quote the client."""
+    return ProblemResponse({**describe_problem(status, detail).model_dump(), **more}, status, headers)
+
+
+def describe_problem(status: int, detail: str) -> ProblemDetails:
+    """Return the members of a problem, with a shortened detail."""
+    return ProblemDetails(
+        type=f"{ERRORS_PATH}#{status:d}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=shorten(replace_surrogates(detail), _MAX_DETAIL),
+    )
 
 
 EXPECTED = (Problem, HTTPException, RequestValidationError, OSError, MemoryError, RuntimeError)

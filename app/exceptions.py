@@ -58,6 +58,10 @@ class TooLarge(Problem):
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
+IMAGE_ERRORS: tuple[type[Problem], ...] = (UnsupportedImage, DamagedImage, TooLarge)
+"""Errors of one image, which say nothing about the other images of its request."""
+
+
 class BadRequest(Problem):
     """The request is readable, but its content cannot be processed."""
 
@@ -74,6 +78,21 @@ class Conflict(Problem):
     """The version cannot be deleted in its present state."""
 
     status = HTTPStatus.CONFLICT
+
+
+class RangeNotSatisfiable(Problem):
+    """The requested range is outside of the file.
+
+    Args:
+        detail: Text for the client.
+        size: Size of the file in bytes.
+    """
+
+    status = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+
+    def __init__(self, detail: str, size: int):
+        super().__init__(detail)
+        self.headers["Content-Range"] = f"bytes */{size}"
 
 
 class Unauthorized(Problem):
@@ -102,6 +121,12 @@ class TooManyRequests(Problem):
     def __init__(self, detail: str, retry_after_s: int):
         super().__init__(detail)
         self.headers["Retry-After"] = str(retry_after_s)
+
+
+class StorageFull(Problem):
+    """The service stores as much as a setting allows, until an operator makes room."""
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
 
 
 class Unavailable(Problem):

@@ -18,7 +18,7 @@ from app.middleware.metrics import MetricsMiddleware
 from app.middleware.proxy import ProxyMiddleware
 from app.middleware.request_log import RequestLogMiddleware
 from app.middleware.security_headers import SecurityHeadersMiddleware
-from app.routes import evaluate, explain, health, metrics, models, page, predict, train, v2
+from app.routes import evaluate, explain, feedback, health, metrics, models, page, predict, train, v2, versions
 from app.settings import Settings
 
 DESCRIPTION = "Classifies images with residual networks trained on CIFAR-100, and trains them."
@@ -36,9 +36,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await services.start()
-        sampling = asyncio.create_task(services.metrics.sample_periodically(services.pool))
+        periodic = [
+            asyncio.create_task(services.metrics.sample_periodically(services.pool)),
+            asyncio.create_task(services.feedback.expire_periodically()),
+        ]
         yield
-        sampling.cancel()
+        for task in periodic:
+            task.cancel()
         await services.stop()
 
     app = FastAPI(
@@ -57,7 +61,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.services = services
     app.state.access = Access(settings)
     errors.add_exception_handlers(app)
-    for resource in (predict, explain, evaluate, train, models, health, metrics, v2, page):
+    for resource in (predict, explain, feedback, evaluate, train, models, versions, health, metrics, v2, page):
         app.include_router(resource.router)
         _add_head_routes(app, resource.router)
     app.mount("/static", page.PageFiles(directory=page.STATIC))

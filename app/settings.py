@@ -118,6 +118,9 @@ class Settings(BaseSettings):
     """API keys, separated by commas, that allow a client to train, cancel, promote and evaluate. Without keys, these
     calls are allowed only from this machine, and only while the service listens on a loopback address."""
     predict_needs_key: bool = False
+    allow_uploads: bool = False
+    """Accept versions of other services at POST /models/{name}. Whoever may upload a model can run code, so this needs
+    API keys."""
     operator_rate_limit: RateLimit = limits.parse("60/minute")
     """Rate limit for calls that need a key, per client and key. Wrong keys have the same limit per client. An empty
     value disables both."""
@@ -152,6 +155,13 @@ class Settings(BaseSettings):
     data: str | None = None
     """Folder that contains cifar100.npz, or "synthetic". Default: ~/.cache/cifar100."""
 
+    feedback: bool = False
+    """Accept corrections of predictions at POST /feedback, and keep them in the runs folder."""
+    max_feedback: int = Field(default=10_000, gt=0, le=1_000_000)
+    """Maximum number of corrections to keep. Each takes at most 4 KiB."""
+    feedback_days: int | None = Field(default=None, gt=0, le=10_000)
+    """Days after which a correction is deleted. Default: never."""
+
     device: Device = "auto"
     runtime: Runtime = "auto"
     """Inference runtime. "auto" uses TorchScript on the GPU and OpenVINO on the CPU. On the CPU it prefers the int8
@@ -167,7 +177,8 @@ class Settings(BaseSettings):
     max_predict_bytes: int = Field(default=64 * MIB, gt=0, le=4 * GIB)
     """Maximum size of the body of a /predict request, in bytes."""
     max_archive_bytes: int = Field(default=256 * MIB, gt=0, le=16 * GIB)
-    """Maximum size in bytes of a zip file sent to /evaluate, both compressed and uncompressed."""
+    """Maximum size in bytes of a zip file sent to /evaluate, or of an uploaded version, both compressed and
+    uncompressed."""
     max_archive_images: int = Field(default=20_000, gt=0, le=1_000_000)
     max_pending_bytes: int = Field(default=GIB, gt=0, le=64 * GIB)
     """Maximum total size in bytes of the bodies of all requests in progress. One client holds at most three quarters of
@@ -200,9 +211,10 @@ class Settings(BaseSettings):
     """Maximum number of clients that follow training jobs at the same time, per worker."""
 
     @model_validator(mode="after")
-    def _require_keys_to_predict(self) -> Self:
-        if self.predict_needs_key and not self.api_keys:
-            raise ValueError("CIFAR100_PREDICT_NEEDS_KEY needs CIFAR100_API_KEYS")
+    def _require_keys(self) -> Self:
+        for setting in ("predict_needs_key", "allow_uploads"):
+            if getattr(self, setting) and not self.api_keys:
+                raise ValueError(f"CIFAR100_{setting.upper()} needs CIFAR100_API_KEYS")
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from training import cascade, loop, report
+from training import extra_data as extra
 from training.dataset import DEFAULT_FOLDER, DataError, Dataset, Split, hold_out, load_dataset
 from training.encoding import restart_in_utf8_mode
 from training.evaluate import evaluate as measure
@@ -69,6 +70,9 @@ def train(
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE-TIME")] = None,
     resume: Annotated[bool, typer.Option(help="Continue the run in the run folder.")] = False,
+    extra_data: Annotated[
+        Path | None, typer.Option(help="An npz file with further training images, see docs/training.md.")
+    ] = None,
     publish: Annotated[bool, typer.Option(help="Export the result into the model store.")] = True,
     promote: Promote = "if-better",
     notes: Notes = "",
@@ -89,6 +93,8 @@ def train(
                     "training; lower it"
                 )
             folder.path.mkdir(parents=True, exist_ok=True)
+        elif extra_data:
+            raise RecipeError("a resumed run keeps its extra data; leave out --extra-data")
         # SIGTERM from a supervisor raises KeyboardInterrupt as Ctrl-C does. The checkpoint remains.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with folder.lock(lock), _stop_on_request(folder):
@@ -98,10 +104,11 @@ def train(
                     console.print(f"the run is finished and published as {published.model}/{published.version}")
                     return
             else:
-                folder.create(recipe)
+                folder.create(recipe, extra_data.read_bytes() if extra_data else None)
             try:
+                dataset = _add_extra_data(folder, recipe, dataset)
                 _train(folder, recipe, dataset, Store(models))
-            except (RecipeError, StoreError, EngineError, WeightsError):
+            except (DataError, RecipeError, StoreError, EngineError, WeightsError):
                 if not resume:
                     folder.discard()
                 raise
@@ -121,6 +128,7 @@ def export(
     with _report_errors():
         dataset, folder = load_dataset(data_source), Run(run)
         with folder.lock():
+            dataset = _add_extra_data(folder, folder.recipe(), dataset)
             _publish(folder, dataset, Store(models), promote, notes)
 
 
@@ -274,6 +282,19 @@ def _stop_on_request(run: Run) -> Iterator[None]:
         yield
     finally:
         finished.set()
+
+
+def _add_extra_data(folder: Run, recipe: Recipe, dataset: Dataset) -> Dataset:
+    """Add the extra training images of a run, if it has any."""
+    if not folder.extra_file.exists():
+        return dataset
+    dataset = extra.add(dataset, folder.extra_file, recipe.validation_images)
+    if dataset.extra:
+        count, left_out = len(dataset.extra.split), dataset.extra.left_out
+        console.print(
+            f"{count} extra training images; {left_out} are left out, because they are test or held-out images"
+        )
+    return dataset
 
 
 def _train(folder: Run, recipe: Recipe, dataset: Dataset, store: Store) -> None:

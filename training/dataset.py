@@ -50,11 +50,11 @@ _SUPERCLASS_OF = {label: superclass for superclass, labels in SUPERCLASSES.items
 _SPLIT_SEED = 0
 
 
-# numpy and zipfile raise these errors for damaged files. TokenError comes from the parser of an array's header.
-_READ_ERRORS = (
+READ_ERRORS = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, NotImplementedError, RuntimeError, SyntaxError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
 )
+"""Errors that numpy and zipfile raise for damaged files. TokenError comes from the parser of an array's header."""
 
 
 class DataError(ValueError):
@@ -81,13 +81,29 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """Labeled images of an operator that are added to the training split, see `training.extra_data`.
+
+    Attributes:
+        split: The images and their labels.
+        left_out: Number of images of the file that are left out, because they are test or held-out images.
+        sha256: sha256 of the file.
+    """
+
+    split: Split
+    left_out: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A train and a test split over the same classes.
 
     Attributes:
         classes: Name of each class id.
         superclasses: Superclass of each class id.
-        fingerprint: sha256 over all images, labels and class names.
+        fingerprint: sha256 over all images, labels and class names, without `extra`.
+        extra: Further training images, if there are any.
     """
 
     train: Split
@@ -95,6 +111,7 @@ class Dataset:
     classes: tuple[str, ...]
     superclasses: tuple[str, ...]
     fingerprint: str
+    extra: Extra | None = None
 
 
 def load_dataset(source: str | None = None) -> Dataset:
@@ -121,6 +138,12 @@ def load_dataset(source: str | None = None) -> Dataset:
     if not archive.exists():
         _download_archive(archive)
     return _read_archive(archive)
+
+
+def is_at_hand(source: str | None = None) -> bool:
+    """Return whether `load_dataset` needs no download. The file may be damaged nevertheless."""
+    source = source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER
+    return source.partition(":")[0] == "synthetic" or Path(source, ARCHIVE).expanduser().is_file()
 
 
 def split_sizes(source: str | None = None) -> tuple[int, int]:
@@ -169,7 +192,7 @@ def _read_archive(archive: Path) -> Dataset:
                 arrays[key] = file[key]
     except DataError:
         raise
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise DataError(
             f"{archive} is not a readable npz file without pickled objects ({error}); delete it, and the next "
             "run creates it again"

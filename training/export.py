@@ -27,7 +27,16 @@ from training.recipes import Recipe
 from training.run import Publication, Run, State
 from training.runtimes import openvino, selection, torchscript
 from training.runtimes.openvino import INT8, OpenVinoEngine
-from training.store import MODEL, EpochSummary, FamiliarityThreshold, ModelCard, Promotion, QuantizationReport, Store
+from training.store import (
+    MODEL,
+    EpochSummary,
+    ExtraData,
+    FamiliarityThreshold,
+    ModelCard,
+    Promotion,
+    QuantizationReport,
+    Store,
+)
 
 STATISTICS_IMAGES = 5120
 STATISTICS_BATCH = 128
@@ -90,6 +99,7 @@ def export(
             int8 = OpenVinoEngine(draft / INT8).compute_logits
             test = evaluate((yield from predict_with_reports(int8, images, measuring)), labels)
             quantization = quantization.model_copy(update={"test": test})
+        extra = dataset.extra
         curve = [EpochSummary.model_validate(metrics) for metrics in run.epochs() if metrics["epoch"] <= state["epoch"]]
         card = ModelCard(
             name=recipe.model,
@@ -107,6 +117,7 @@ def export(
             test_ece_uncalibrated=expected_calibration_error(logits * temperature, labels),
             int8=quantization,
             familiarity=familiarity,
+            extra_data=ExtraData(images=len(extra.split), sha256=extra.sha256) if extra else None,
             curve=curve,
             training_seconds=sum(point.seconds for point in curve),
             **(state.get("provenance") or collect_provenance()),  # runs of earlier releases lack it

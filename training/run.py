@@ -1,7 +1,8 @@
 """`Run` reads and writes the folder of a training run.
 
-The folder holds recipe.json, metrics.jsonl, checkpoint.pt, teacher_logits.pt, test_logits.pt, published.json, and
-`stop` if the run must end. The export adds the folder pictures, and a job of the service output.log.
+The folder holds recipe.json, metrics.jsonl, checkpoint.pt, teacher_logits.pt, test_logits.pt, published.json,
+extra_data.npz if the run has extra training images, and `stop` if the run must end. The export adds the folder
+pictures, and a job of the service output.log.
 
 Input: a recipe and, for every epoch, metrics and training state.
 Output: the same data, read back to resume, watch or export the run.
@@ -80,6 +81,7 @@ class Run:
         self.lock_file = path / "lock"
         self.stop_file = path / "stop"
         self.recipe_file = path / "recipe.json"
+        self.extra_file = path / "extra_data.npz"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
         self.teacher_file = path / "teacher_logits.pt"
@@ -167,8 +169,12 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         self.stop_file.touch()
 
-    def create(self, recipe: Recipe) -> None:
+    def create(self, recipe: Recipe, extra_data: bytes | None = None) -> None:
         """Create the folder and write the recipe.
+
+        Args:
+            recipe: Recipe of the run.
+            extra_data: Content of the file with its extra training images.
 
         Raises:
             RunError: The folder already holds a run.
@@ -176,6 +182,10 @@ class Run:
         if self.recipe_file.exists():
             raise RunError(f"{self.path} contains a run already; give --resume to continue it, or another folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        if extra_data is None:
+            self.extra_file.unlink(missing_ok=True)
+        else:
+            write_durably(self.extra_file, extra_data)
         write_durably(self.recipe_file, recipe.model_dump_json(indent=2).encode())
 
     def discard(self) -> None:

@@ -138,6 +138,15 @@ class FamiliarityThreshold(BaseModel, use_attribute_docstrings=True):
     """Number of held-out images."""
 
 
+class ExtraData(BaseModel, use_attribute_docstrings=True):
+    """Training images that are not of the data set, such as corrections of users."""
+
+    images: int
+    """Number of these images."""
+    sha256: str
+    """sha256 of the npz file that had them."""
+
+
 class EpochSummary(BaseModel, use_attribute_docstrings=True):
     """One point of the training curve."""
 
@@ -192,6 +201,8 @@ class ModelCard(BaseModel, use_attribute_docstrings=True):
     """The fit of a cascade; None for a version with a model of its own."""
     familiarity: FamiliarityThreshold | None = None
     """The threshold of familiar images; None if the recipe holds no images out, and in cards of earlier releases."""
+    extra_data: ExtraData | None = None
+    """Further training images; None if there were none."""
     curve: list[EpochSummary]
     """Measures of every epoch."""
     training_seconds: float
@@ -526,14 +537,17 @@ class Store:
 
     def find_by_checksum(self, name: str, file_sha256: str) -> ModelCard | None:
         """Return the card of the newest version that has a file with this checksum, or None."""
+        return next((card for card in self._readable_cards(name) if file_sha256 in card.files.values()), None)
+
+    def find_by_files(self, name: str, files: dict[str, str]) -> ModelCard | None:
+        """Return the card of the newest version with exactly these files, given as in `ModelCard.files`, or None."""
+        return next((card for card in self._readable_cards(name) if card.files == files), None)
+
+    def _readable_cards(self, name: str) -> Iterator[ModelCard]:
+        """Iterate over the cards of a model, newest first, without damaged ones."""
         for version in reversed(self.versions(name)):
-            try:
-                card = self.card(name, version)
-            except StoreError:  # a damaged version cannot match
-                continue
-            if file_sha256 in card.files.values():
-                return card
-        return None
+            with suppress(StoreError):
+                yield self.card(name, version)
 
     def prune(self, name: str, keep: int, protected: Collection[int] = ()) -> list[int]:
         """Remove all versions except the newest `keep`. The live version and those that cascades pin always stay.

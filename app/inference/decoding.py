@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.clients import FairShares
-from app.exceptions import Problem, Unavailable
+from app.exceptions import IMAGE_ERRORS, Problem, Unavailable
 from app.inference.decode_process import DecodeProcess
 from app.inference.fair_threads import FairThreads, Outcome, measure
 from app.inference.images import encoded, jpeg
@@ -65,10 +65,14 @@ _Decoded = tuple[NDArray[np.uint8], list[str]]  # pixels and warnings of one ima
 
 
 class DecodedImages(NamedTuple):
-    """The images of a request, uint8 [N, 3, 32, 32], and the warnings about each of them."""
+    """The decoded images of a request, uint8 [N, 3, 32, 32], the warnings about each of them, and the errors.
+
+    `errors` has the error of each image that cannot be decoded, by its number in the request.
+    """
 
     pixels: NDArray[np.uint8]
     warnings: list[list[str]]
+    errors: dict[int, Problem]
 
 
 @dataclass(eq=False)
@@ -244,6 +248,7 @@ class Decoders:
         deadline: float,
         charge: Charge | None = None,
         opened: EncodedImage | None = None,
+        tolerate_errors: bool = False,
     ) -> DecodedImages:
         """Decode the images of a request.
 
@@ -253,6 +258,7 @@ class Decoders:
             deadline: Time on the monotonic clock. An image whose decoding has not begun by then is refused.
             charge: Function that is called with the rate units of the estimated cost beyond the first unit.
             opened: The first image, if its header has been read, but the quick lane does not decode it.
+            tolerate_errors: True to leave out images that cannot be decoded, instead of raising the first error.
 
         Raises:
             Unavailable: Too many images are waiting, or the deadline has passed.
@@ -261,21 +267,26 @@ class Decoders:
         """
         request = _Request(client, deadline, len(files), charge)
         decoded: list[_Decoded] = []
+        errors: dict[int, Problem] = {}
         self.add_waiting(client, len(files))
         try:
-            for name, file in files:
+            for number, (name, file) in enumerate(files):
                 try:
                     decoded.append(await self._decode(request, file, opened))
                     opened = None
                 except Problem as error:
-                    if len(files) > 1:
-                        error.detail = f"{name}: {error.detail}"
-                    raise
+                    if tolerate_errors and isinstance(error, IMAGE_ERRORS):
+                        errors[number] = error
+                    else:
+                        if len(files) > 1:
+                            error.detail = f"{name}: {error.detail}"
+                        raise
                 request.left -= 1
                 self.remove_waiting(client, 1)
         finally:
             self.remove_waiting(client, request.left)
-        return DecodedImages(np.array([pixels for pixels, _ in decoded]), [warnings for _, warnings in decoded])
+        pixels = np.array([pixels for pixels, _ in decoded])
+        return DecodedImages(pixels, [warnings for _, warnings in decoded], errors)
 
     def add_waiting(self, client: str, count: int) -> None:
         """Count images that a client waits for.

@@ -128,14 +128,18 @@ class TrainingRunner:
             return
         if publication := await self._threads.run(run.outcome):
             await self._jobs.record_outcome(self._threads, self._jobs.succeed, job.id, publication)
-            if self._settings.keep_versions:
-                await self._threads.run(self._prune, publication.model, self._settings.keep_versions)
+            await self._threads.run(self.prune, publication.model)
             await self._on_published()
         else:
             await self._jobs.record_outcome(self._threads, self._jobs.interrupt, job.id, crash)
 
-    def _prune(self, model: str, keep: int) -> None:
-        """Remove old versions of the cascades that pin versions of a model, then old versions of the model."""
+    def prune(self, model: str) -> None:
+        """Remove old versions of the cascades that pin versions of a model, then old versions of the model.
+
+        `CIFAR100_KEEP_VERSIONS` is the number of versions to keep. Without it, all are kept.
+        """
+        if not (keep := self._settings.keep_versions):
+            return
         store = Store(self._settings.models)
         for name in sorted({cascade.partition("/")[0] for cascade in store.pins(model).values()}):
             store.prune(name, keep)

@@ -43,6 +43,8 @@ class Health(BaseModel, use_attribute_docstrings=True):
     """The models in memory, by name."""
     errors: dict[str, str]
     """Reasons why live versions cannot be served, by model name."""
+    feedback: bool
+    """True if POST /feedback accepts corrections."""
     training: str | None
     """Id of the running training job, or the last known one if the job database does not answer."""
 
@@ -74,6 +76,7 @@ async def health(request: Request, services: ServicesDependency) -> Health:
             for name, model in sorted(live.items())
         },
         errors=services.pool.errors,
+        feedback=services.settings.feedback,
         training=await services.training_jobs.running_soon(),
     )
 

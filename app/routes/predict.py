@@ -5,6 +5,7 @@ images.
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -12,6 +13,8 @@ from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
 from app.dependencies import services_of
+from app.errors import ProblemDetails, describe_problem
+from app.exceptions import Problem
 from app.inference.batching import Scores
 from app.middleware.access import authorize_prediction
 from app.routes.images import DESCRIBED, ImageRoute, ModelQuery, describe_body, read_images
@@ -24,6 +27,11 @@ class PredictQuery(ModelQuery, frozen=True):
     """The parameters of a prediction, in the query or as text fields of the form."""
 
     top_k: int = Field(default=5, ge=1, le=100, description="Number of classes per image.")
+    partial: bool = Field(
+        default=False,
+        description="True to answer with a prediction or an error for each image, instead of refusing all of them if "
+        "one cannot be decoded.",
+    )
 
 
 @dataclass(slots=True)  # frozen dataclasses take three times as long to create
@@ -77,12 +85,44 @@ class Predictions:
     """The predictions in the order of the images."""
 
 
+@dataclass(frozen=True, slots=True)
+class FailedPrediction:
+    """The error of an image that cannot be decoded."""
+
+    __pydantic_config__: ClassVar = DESCRIBED
+
+    file: str | None
+    """Name of the file in the form; None for a raw body."""
+    error: ProblemDetails
+    """The problem that a request with this image alone would get."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartialPredictions:
+    """The predictions of a request with `partial=true`."""
+
+    __pydantic_config__: ClassVar = DESCRIBED
+
+    model: str
+    """Name of the model that answered."""
+    version: int
+    """Version of the model that answered."""
+    milliseconds: float
+    """Time from the end of the body to the response."""
+    predictions: list[Prediction | FailedPrediction]
+    """The prediction or the error of each image, in the order of the images."""
+
+
 router = APIRouter(tags=["predict"], route_class=ImageRoute)
 
 
 @router.post("/predict", openapi_extra=describe_body(PredictQuery), summary="Classify images")
-async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Predictions:
-    """Classify the images of the multipart fields `file`, or one image that is sent as the raw body."""
+async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Predictions | PartialPredictions:
+    """Classify the images of the multipart fields `file`, or one image that is sent as the raw body.
+
+    If an image cannot be decoded, the request is refused. With `partial=true` the response is 200 and has a prediction
+    or an error for each image.
+    """
     authorize_prediction(request)
     services = services_of(request)
     max_images = min(services.settings.max_images, services.settings.max_batch)
@@ -91,23 +131,39 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
             query = parse_parameters(PredictQuery, request.scope["query_string"], fields)
         started = time.perf_counter()
         deadline = time.monotonic() + services.settings.deadline_s
-        model, scores, warnings = await compute_scores(request, services, query.model, query.version, files, deadline)
+        model, scores, warnings, errors = await compute_scores(
+            request, services, query.model, query.version, files, deadline, query.partial
+        )
     threshold = model.card.familiarity.threshold if model.card.familiarity else None
-    return Predictions(
-        model=model.card.name,
-        version=model.card.version,
-        milliseconds=round((time.perf_counter() - started) * 1000, 3),
-        predictions=[
-            Prediction(name, classes, None if threshold is None else score >= threshold, score, image_warnings)
-            for (name, _), classes, score, image_warnings in zip(
-                files,
-                top_classes(scores, model.card, query.top_k),
-                scores.familiarity.tolist(),
-                warnings,
-                strict=True,
-            )
-        ],
-    )
+    predictions = [
+        Prediction(name, classes, None if threshold is None else score >= threshold, score, image_warnings)
+        for (name, _), classes, score, image_warnings in zip(
+            [file for number, file in enumerate(files) if number not in errors] if errors else files,
+            top_classes(scores, model.card, query.top_k),
+            scores.familiarity.tolist(),
+            warnings,
+            strict=True,
+        )
+    ]
+    milliseconds = round((time.perf_counter() - started) * 1000, 3)
+    if not query.partial:
+        return Predictions(model.card.name, model.card.version, milliseconds, predictions)
+    names = [name for name, _ in files]
+    merged = _merge(names, predictions, errors)
+    return PartialPredictions(model.card.name, model.card.version, milliseconds, merged)
+
+
+def _merge(
+    names: list[str | None], predictions: Iterable[Prediction], errors: dict[int, Problem]
+) -> list[Prediction | FailedPrediction]:
+    """Return the prediction or the error of each image, in the order of the images."""
+    rest = iter(predictions)
+    return [
+        FailedPrediction(name, describe_problem(errors[number].status, errors[number].detail))
+        if number in errors
+        else next(rest)
+        for number, name in enumerate(names)
+    ]
 
 
 def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[PredictedClass]]:

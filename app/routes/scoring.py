@@ -12,23 +12,30 @@ from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 from fastapi import Request
 
 from app.dependencies import Services
-from app.exceptions import TooLarge
-from app.inference.batching import Images, ImageSource, Scores
-from app.inference.decoding import File, QuickImage
+from app.exceptions import BadRequest, Problem, TooLarge
+from app.inference.batching import BatchOutput, Images, ImageSource, Scores
+from app.inference.decoding import Charge, File, QuickImage
 from app.inference.images.encoded import CostlyImage
 from app.inference.pool import Model
 from app.middleware.access import access_of, client_of
+from training.store import ModelCard
+from training.text import quote, suggest
 
 
 class ScoredImages(NamedTuple):
-    """The model that scored a request's images, their scores, and the warnings about each image."""
+    """The model that scored a request's images, their scores, and the warnings about each image.
+
+    `errors` has the errors of images that have no scores, by their numbers in the request.
+    """
 
     model: Model
     scores: Scores
     warnings: list[list[str]]
+    errors: dict[int, Problem]
 
 
 async def compute_scores(
@@ -38,6 +45,7 @@ async def compute_scores(
     version: int | None,
     images: Sequence[File] | Images,
     deadline: float,
+    tolerate_errors: bool = False,
 ) -> ScoredImages:
     """Decode images and compute their scores. Count the request in the statistics of the model.
 
@@ -48,13 +56,14 @@ async def compute_scores(
         version: Version of the model. None for the live version.
         images: Encoded images, or uint8 [N, 3, 32, 32] with at most `max_batch` images.
         deadline: Time on the monotonic clock at which the request is refused if its computation has not started.
+        tolerate_errors: True to return the errors of images that cannot be decoded, instead of raising the first one.
 
     Raises:
         Problem: The model does not exist, an image cannot be decoded, or the service is overloaded.
     """
     started = time.perf_counter()
     try:
-        scored, decoding_s = await _compute(request, services, name, version, images, deadline)
+        scored, decoding_s = await _compute(request, services, name, version, images, deadline, tolerate_errors)
     except Exception:
         if model := services.pool.peek(name, version):
             model.statistics.count_failure(time.perf_counter() - started)
@@ -70,31 +79,51 @@ async def _compute(
     version: int | None,
     images: Sequence[File] | Images,
     deadline: float,
+    tolerate_errors: bool,
 ) -> tuple[ScoredImages, float]:
     """Return the scores, and the seconds in which images were decoded before they joined a batch."""
 
-    async def compute(source: ImageSource, warnings: list[list[str]]) -> ScoredImages:
+    async def compute(source: ImageSource, warnings: list[list[str]], errors: dict[int, Problem]) -> ScoredImages:
         model = await services.pool.get(name, version)
         # No other task runs between these two lines, so the model cannot be swapped in between.
-        return ScoredImages(model, await model.batcher.run(source, deadline), warnings)
+        return ScoredImages(model, await model.batcher.run(source, deadline), warnings, errors)
 
     if not isinstance(images, Sequence):
-        return await compute(images, [[] for _ in images]), 0.0
-    if decode := services.decoders.small_image_decoder(images):
+        return await compute(images, [[] for _ in images], {}), 0.0
+    if not tolerate_errors and (decode := services.decoders.small_image_decoder(images)):
         with suppress(TooLarge, CostlyImage):  # a file with few bytes may have many pixels or scans
-            return await compute(decode, [[]]), 0.0
-    await services.pool.get(name, version)  # an unknown model is refused before images are decoded for it
+            return await compute(decode, [[]], {}), 0.0
+    model = await services.pool.get(name, version)  # an unknown model is refused before images are decoded for it
     client, opened = client_of(request), None
-    if len(images) == 1:
+    if len(images) == 1 and not tolerate_errors:
         image = QuickImage(services.decoders, images[0][1], client, deadline)
         try:
-            scored = await compute(image, [[]])
+            scored = await compute(image, [[]], {})
         except CostlyImage:
             opened = image.opened
         else:
             return scored._replace(warnings=[image.warnings]), image.decoding_s
-    charge = partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None
+    charge = decoding_charge(request, services)
     started = time.perf_counter()
-    decoded = await services.decoders.decode(images, client, deadline, charge, opened)
+    decoded = await services.decoders.decode(images, client, deadline, charge, opened, tolerate_errors)
     decoding_s = time.perf_counter() - started
-    return await compute(decoded.pixels, decoded.warnings), decoding_s
+    if not decoded.warnings:  # no image can be decoded
+        no_scores = Scores(BatchOutput(np.empty((0, len(model.card.classes)), np.float32)))
+        return ScoredImages(model, no_scores, [], decoded.errors), decoding_s
+    return await compute(*decoded), decoding_s
+
+
+def decoding_charge(request: Request, services: Services) -> Charge | None:
+    """Return the function that charges the rate limit of predictions for decoding, or None without a limit."""
+    return partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None
+
+
+def find_class(label: str, card: ModelCard) -> int:
+    """Return the id of a class.
+
+    Raises:
+        BadRequest: The model has no such class.
+    """
+    if label not in card.classes:
+        raise BadRequest(f"{card.name} has no class {quote(label)}; {suggest(label, card.classes, 'classes')}")
+    return card.classes.index(label)

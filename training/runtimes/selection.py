@@ -28,7 +28,7 @@ from training.runtimes.cuda import CudaGraphEngine
 from training.runtimes.engine import Engine, EngineError, deviation, example_images
 from training.runtimes.openvino import INT8, OpenVinoEngine, computes_int8
 from training.runtimes.torchscript import TorchScriptEngine, computes_bfloat16
-from training.store import MODEL, ModelCard, Store
+from training.store import MODEL, Cascade, ModelCard, Store
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,11 @@ def load_version(store: Store, card: ModelCard, device: Device = "auto", runtime
     folder = store.verify(card)
     if not card.cascade:
         return load(folder / MODEL, device, runtime)
-    cascade = store.cascade(card)
+    return load_cascade(store, store.cascade(card), device, runtime)
+
+
+def load_cascade(store: Store, cascade: Cascade, device: Device = "auto", runtime: Runtime = "auto") -> Engine:
+    """Load the engines of both members of a cascade as one engine, see `load_version`."""
     first, second = (load_version(store, store.member_card(member), device, runtime) for member in cascade.members)
     return CascadeEngine(cascade, first, second)
 

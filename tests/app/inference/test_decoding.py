@@ -96,7 +96,7 @@ def test_an_image_takes_the_lane_of_its_cost(gate: Gate) -> None:
     async def scenario() -> None:
         gate.open.set()
         names = (b"quick1", b"medium2", b"costly3", b"apart4")
-        pixels, warnings = await Decoders(Settings()).decode(files(*names), "a", soon())
+        pixels, warnings, _ = await Decoders(Settings()).decode(files(*names), "a", soon())
         assert pixels[:, 0, 0, 0].tolist() == [ord("1"), ord("2"), ord("3"), ord("4")]
         assert warnings == [[f"a warning about {name.decode()}"] for name in names]
         lanes = ("decoder", "medium-decoder", "costly-decoder", "costly-decoder")
