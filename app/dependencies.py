@@ -1,24 +1,32 @@
 """Defines the object that holds everything the routes use. It is created at startup and injected by FastAPI."""
 
+import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
+from prometheus_client.metrics_core import Metric
 
 from app.clients import FairShares
+from app.exceptions import Unavailable
 from app.inference.decoding import Decoders
 from app.inference.load_shedding import LoadShedder
 from app.inference.pool import ModelPool
 from app.jobs.database import Database
 from app.jobs.evaluation_queue import EvaluationQueue
 from app.jobs.evaluation_runner import EvaluationRunner
+from app.jobs.overview import read_overview
 from app.jobs.training_queue import TrainingQueue
 from app.jobs.training_runner import TrainingRunner
-from app.middleware.metrics import Metrics
+from app.observability.metrics import Metrics
+from app.observability.state import describe_build, describe_jobs, describe_models
 from app.settings import Settings
 from app.threads import Threads
 from training.store import Store
+
+_SAMPLE_S = 1.0
 
 
 @dataclass
@@ -51,10 +59,10 @@ class Services:
         """Create the objects. `start` makes them work."""
         store = Store(settings.models)
         metrics = Metrics()
-        pool = ModelPool(settings, store, metrics.observe_batch, metrics.observe_cascade)
+        pool = ModelPool(settings, store, metrics)
         database = Database(settings.runs)
         training_jobs, evaluation_jobs = TrainingQueue(settings, database), EvaluationQueue(database)
-        decoders = Decoders(settings)
+        decoders = Decoders(settings, metrics.observe_decoding)
         return cls(
             settings=settings,
             store=store,
@@ -76,6 +84,25 @@ class Services:
         """True if load balancers should send requests to this service."""
         return self.pool.ready and not self.draining
 
+    async def read_state(self) -> list[Metric]:
+        """Return the metrics of the state of the service. Bring those of this process up to date."""
+        self.sample()
+        overview = None
+        with suppress(Unavailable):
+            overview = await self.database.threads.read(read_overview, self.database)
+        return [*describe_build(), *describe_models(self.pool), *describe_jobs(overview)]
+
+    def sample(self) -> None:
+        """Bring the metrics of this process up to date, so that all workers can read them."""
+        queued = {name: model.batcher.waiting for name, model in self.pool.live().items()}
+        self.metrics.sample(self.ready, queued, self.decoders.waiting + self.decoders.held_up)
+
+    async def sample_periodically(self) -> None:
+        """Call `sample` every second."""
+        while True:
+            self.sample()
+            await asyncio.sleep(_SAMPLE_S)
+
     async def start(self) -> None:
         """Load the live models, open the job database and start to run jobs."""
         await self.pool.start()
@@ -85,6 +112,7 @@ class Services:
 
     async def stop(self) -> None:
         """Stop all work. Unfinished jobs go on at the next start."""
+        self.sample()
         await self.training_runner.stop()
         await self.evaluations.stop()
         self.database.close()

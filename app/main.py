@@ -36,7 +36,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await services.start()
-        sampling = asyncio.create_task(services.metrics.sample_periodically(services.pool))
+        sampling = asyncio.create_task(services.sample_periodically())
         yield
         sampling.cancel()
         await services.stop()
@@ -60,7 +60,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for resource in (predict, explain, evaluate, train, models, health, metrics, v2, page):
         app.include_router(resource.router)
         _add_head_routes(app, resource.router)
-    app.mount("/static", page.PageFiles(directory=page.STATIC))
+    app.mount(page.PageFiles.path, page.PageFiles(directory=page.STATIC))
     # The middleware that is added last sees a request first.
     app.add_middleware(BodyLimitMiddleware, settings=settings)
     app.add_middleware(errors.ErrorMiddleware)

@@ -137,9 +137,10 @@ class BatchTimes(NamedTuple):
     """The size of a computed batch and the seconds that its parts took."""
 
     images: int
-    requests: int
-    waiting_s: float
-    """Time in the queue, summed over the requests."""
+    waiting_s: list[float]
+    """Time in the queue of each request."""
+    has_decoded: bool
+    """True if images were decoded with the batch."""
     decoding_s: float
     computing_s: float
 
@@ -220,7 +221,7 @@ class Batcher:
         work = _BatchItem(images, count, loop.create_future(), deadline)
         with self._lock:
             if self._queue and self.queued + count > self.max_queue and not accepted:
-                raise Unavailable(f"{self.queued} images are waiting already; try again later")
+                raise Unavailable(f"{self.queued} images are waiting already; try again later", "queue_full")
             self._queue.append(work)
             self.queued += count
             idle, self._busy = not self._busy, True
@@ -251,7 +252,7 @@ class Batcher:
         works = [_BatchItem(chunk, len(chunk), loop.create_future(), deadline) for chunk in chunks]
         with self._lock:
             if self.waiting and self.waiting + len(images) > self.max_queue:
-                raise Unavailable(f"{self.waiting} images are waiting already; try again later")
+                raise Unavailable(f"{self.waiting} images are waiting already; try again later", "queue_full")
             self._background.extend(works)
             self.queued_in_background += len(images)
             idle, self._busy = not self._busy, True
@@ -307,9 +308,10 @@ class Batcher:
             return
         computed = time.perf_counter()
         _call_in_loop(loop, _set_results, batch, output)
-        waiting_s = sum(started - work.arrived for work in batch)
+        waiting_s = [started - work.arrived for work in batch]
+        has_decoded = any(callable(work.images) for work in batch)
         try:
-            self._observe(BatchTimes(len(images), len(batch), waiting_s, decoded - started, computed - decoded))
+            self._observe(BatchTimes(len(images), waiting_s, has_decoded, decoded - started, computed - decoded))
         except Exception:  # a failing metric must not stop the engine
             log.exception("the metrics of a batch could not be recorded")
 
@@ -375,7 +377,7 @@ def _set_results(batch: list[_BatchItem], output: BatchOutput) -> None:
 
 def _set_late(late: list[_BatchItem]) -> None:
     for work in late:
-        _set_error([work], Unavailable("the request waited longer than its deadline; try again later"))
+        _set_error([work], Unavailable("the request waited longer than its deadline; try again later", "deadline"))
 
 
 def _set_error(batch: list[_BatchItem], error: Exception) -> None:

@@ -57,7 +57,7 @@ class CascadeBatcher:
         """
         count = 1 if callable(images) else len(images)
         if self.queued and self.queued + count > self.max_queue:
-            raise Unavailable(f"{self.queued} images are waiting already; try again later")
+            raise Unavailable(f"{self.queued} images are waiting already; try again later", "queue_full")
         source = _KeptImage(images) if callable(images) else images
         scores = await self._first.run(source, deadline)
         rows = np.flatnonzero(scores.confidence < self._cascade.threshold)

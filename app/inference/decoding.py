@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,8 @@ File = tuple[str | None, BinaryIO]
 
 Charge = Callable[[int], None]
 """Function that charges a client's rate limit a number of units, or raises TooManyRequests."""
+
+Lane = Literal["quick", "medium", "costly"]
 
 Value = TypeVar("Value")
 
@@ -96,10 +98,12 @@ class Decoders:
 
     Args:
         settings: Limits of an image, and the number of images that may wait.
+        observe: Callback with the lane of each decoded image, and the seconds until it was decoded.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, observe: Callable[[Lane, float], None] = lambda *_: None):
         self._settings = settings
+        self._observe = observe
         count = min(cpu_count(), _MAX_THREADS)
         self._quick = FairThreads(count, count * _QUICK.memory_bytes, "decoder")
         count = max(1, count - 1)
@@ -169,7 +173,9 @@ class Decoders:
             Problem: An image cannot be decoded. If the request has several images, the message names the file.
         """
         if self._waiting.exceeds_share(client, len(files)):
-            raise Unavailable(f"{self.waiting} images are waiting to be decoded already; try again later")
+            raise Unavailable(
+                f"{self.waiting} images are waiting to be decoded already; try again later", "decoders_full"
+            )
         request = _Request(client, deadline, len(files), charge)
         decoded: list[_Decoded] = []
         self._waiting.add(client, len(files))
@@ -188,6 +194,12 @@ class Decoders:
         return DecodedImages(np.array([pixels for pixels, _ in decoded]), [warnings for _, warnings in decoded])
 
     async def _decode(self, request: _Request, file: BinaryIO) -> _Decoded:
+        started = time.perf_counter()
+        lane, decoded = await self._decode_in_lane(request, file)
+        self._observe(lane, time.perf_counter() - started)
+        return decoded
+
+    async def _decode_in_lane(self, request: _Request, file: BinaryIO) -> tuple[Lane, _Decoded]:
         limits = self._settings.max_image_bytes, self._settings.max_image_pixels
 
         def decode_if_quick() -> tuple[EncodedImage, NDArray[np.uint8] | None]:
@@ -201,12 +213,13 @@ class Decoders:
         cost, needs_process = image.cost, image.needs_process
         request.add_cost(cost)
         if pixels is not None:
-            return pixels, image.warnings
+            return "quick", (pixels, image.warnings)
         if not (needs_process or cost.exceeds(MEDIUM)):
-            return await self._run(self._medium, request, cost, partial(measure, image.decode)), image.warnings
+            pixels = await self._run(self._medium, request, cost, partial(measure, image.decode))
+            return "medium", (pixels, image.warnings)
         del image  # the process reads the file again
         with self._hold_up(request):
-            return await self._run(self._costly, request, cost, partial(self._decode_apart, file))
+            return "costly", await self._run(self._costly, request, cost, partial(self._decode_apart, file))
 
     def _decode_apart(self, file: BinaryIO) -> Outcome[_Decoded]:
         process = self._idle_processes.get()
@@ -225,7 +238,7 @@ class Decoders:
         """Count a request's remaining images in `held_up` while one of them is costly. They delay no other request."""
         count = request.left
         if self._held_up.exceeds_share(request.client, count):
-            raise Unavailable(f"{self.held_up} images wait for costly ones already; try again later")
+            raise Unavailable(f"{self.held_up} images wait for costly ones already; try again later", "decoders_full")
         self._waiting.remove(request.client, count)
         self._held_up.add(request.client, count)
         try:
@@ -265,4 +278,4 @@ def _has_short_header(content: bytes) -> bool:
 
 
 def _late() -> Unavailable:
-    return Unavailable("the image waited longer than the deadline to be decoded; try again later")
+    return Unavailable("the image waited longer than the deadline to be decoded; try again later", "deadline")

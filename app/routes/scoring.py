@@ -14,12 +14,13 @@ from typing import NamedTuple
 from fastapi import Request
 
 from app.dependencies import Services
-from app.exceptions import TooLarge
+from app.exceptions import Problem, TooLarge, TooManyRequests, Unavailable
 from app.inference.batching import Images, ImageSource, Scores
 from app.inference.decoding import File
 from app.inference.images.encoded import CostlyImage
 from app.inference.pool import Model
 from app.middleware.access import access_of, client_of
+from app.observability.metrics import ImageOutcome, Metrics
 
 
 class ScoredImages(NamedTuple):
@@ -54,12 +55,36 @@ async def compute_scores(
     started = time.perf_counter()
     try:
         scored, decoding_s = await _compute(request, services, name, version, images, deadline)
-    except Exception:
-        if model := services.pool.peek(name, version):
+    except BaseException as error:
+        model = services.pool.peek(name, version)
+        if model and isinstance(error, Exception):
             model.statistics.count_failure(time.perf_counter() - started)
+        services.metrics.count_images(model.card.name if model else "unknown", _outcome(error), len(images))
         raise
     scored.model.statistics.count_success(len(scored.warnings), time.perf_counter() - started, decoding_s)
+    _count_predictions(services.metrics, scored)
     return scored
+
+
+def _outcome(error: BaseException) -> ImageOutcome:
+    """Return the outcome of the images of a request that an error ended."""
+    match error:
+        case Unavailable() | TooManyRequests():
+            return "refused"
+        case Problem():
+            return "rejected"
+        case Exception():
+            return "failed"
+    return "abandoned"  # the client has disconnected, or the service stops
+
+
+def _count_predictions(metrics: Metrics, scored: ScoredImages) -> None:
+    card, scores = scored.model.card, scored.scores
+    unfamiliar = 0
+    if card.familiarity:
+        threshold = card.familiarity.threshold
+        unfamiliar = len([score for score in scores.familiarity.tolist() if score < threshold])
+    metrics.count_predictions(card.name, scores.confidence.tolist(), unfamiliar)
 
 
 async def _compute(
