@@ -4,6 +4,7 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
@@ -11,7 +12,7 @@ from prometheus_client.metrics_core import Metric
 
 from app.clients import FairShares
 from app.exceptions import Unavailable
-from app.inference.decoding import Decoders
+from app.inference.decoding import Decoders, Lane
 from app.inference.load_shedding import LoadShedder
 from app.inference.pool import ModelPool
 from app.jobs.database import Database
@@ -22,6 +23,7 @@ from app.jobs.training_queue import TrainingQueue
 from app.jobs.training_runner import TrainingRunner
 from app.observability.metrics import Metrics
 from app.observability.state import describe_build, describe_jobs, describe_models
+from app.observability.tracing import Tracing
 from app.settings import Settings
 from app.threads import Threads
 from training.store import Store
@@ -46,6 +48,7 @@ class Services:
     """Number of masked images of explanations that are computed or wait, by client."""
     shedder: LoadShedder
     metrics: Metrics
+    tracing: Tracing | None
     event_streams: FairShares
     """Number of clients that receive the events of jobs now, by network."""
     store_threads: Threads = field(default_factory=lambda: Threads("the model store", 4))
@@ -55,14 +58,14 @@ class Services:
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @classmethod
-    def create(cls, settings: Settings) -> "Services":
+    def create(cls, settings: Settings, tracing: Tracing | None = None) -> "Services":
         """Create the objects. `start` makes them work."""
         store = Store(settings.models)
         metrics = Metrics()
-        pool = ModelPool(settings, store, metrics)
+        pool = ModelPool(settings, store, metrics, tracing)
         database = Database(settings.runs)
         training_jobs, evaluation_jobs = TrainingQueue(settings, database), EvaluationQueue(database)
-        decoders = Decoders(settings, metrics.observe_decoding)
+        decoders = Decoders(settings, partial(_observe_decoding, metrics, tracing))
         return cls(
             settings=settings,
             store=store,
@@ -76,6 +79,7 @@ class Services:
             masked_images=FairShares(settings.max_queue),
             shedder=LoadShedder(pool, decoders, bool(settings.trusted_proxies), metrics.count_shed),
             metrics=metrics,
+            tracing=tracing,
             event_streams=FairShares(settings.max_event_streams),
         )
 
@@ -119,6 +123,14 @@ class Services:
         await self.pool.stop()
         self.store_threads.close()
         self.decoders.close()
+        if self.tracing:
+            await asyncio.to_thread(self.tracing.close)
+
+
+def _observe_decoding(metrics: Metrics, tracing: Tracing | None, lane: Lane, started: float, ended: float) -> None:
+    metrics.observe_decoding(lane, ended - started)
+    if tracing:
+        tracing.record_decoding(lane, started, ended)
 
 
 def services_of(request: Request) -> Services:

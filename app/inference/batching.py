@@ -62,10 +62,14 @@ class BatchOutput:
     Args:
         logits: The logits.
         familiarity: Scores of the rows, if another output than these logits gives them.
+        times: Times of the batch, if an engine has computed all of it.
     """
 
-    def __init__(self, logits: Logits, familiarity: NDArray[np.float64] | None = None):
+    def __init__(
+        self, logits: Logits, familiarity: NDArray[np.float64] | None = None, times: "BatchTimes | None" = None
+    ):
         self.logits = logits
+        self.times = times
         self._familiarity = familiarity
 
     @cached_property
@@ -136,6 +140,8 @@ class Scores(NamedTuple):
 class BatchTimes(NamedTuple):
     """The size of a computed batch and the seconds that its parts took."""
 
+    started: float
+    """Time of `time.perf_counter` at which the batch left the queue."""
     images: int
     waiting_s: list[float]
     """Time in the queue of each request."""
@@ -163,6 +169,8 @@ class Batcher:
         max_queue: Largest number of waiting images.
         observe: Callback with the times of each batch. It runs in the thread that computed the batch.
         shares_cpu: True if the engine thread and the event loop share a single CPU.
+        trace: Callback with the time of `time.perf_counter` at which a request joined the queue, and the times of its
+            batch. It runs in the task of the request.
     """
 
     def __init__(
@@ -172,8 +180,10 @@ class Batcher:
         max_queue: int,
         observe: Callable[[BatchTimes], None] = lambda _: None,
         shares_cpu: bool = False,
+        trace: Callable[[float, BatchTimes], None] | None = None,
     ):
         self.engine = engine
+        self._trace = trace
         self._observe = observe
         self.max_batch = max_batch
         self.max_queue = max_queue
@@ -228,10 +238,13 @@ class Batcher:
         if idle:
             loop.call_soon(self._start, loop)  # requests that arrive in this turn of the loop join the batch
         try:
-            return await work.result
+            scores = await work.result
         except asyncio.CancelledError:
             self._forget(work)
             raise
+        if self._trace and scores.output.times:
+            self._trace(work.arrived, scores.output.times)
+        return scores
 
     async def run_in_background(self, images: Images, deadline: float | None = None) -> Probabilities:
         """Compute the probabilities of images in small batches, each of them when no prediction waits.
@@ -302,16 +315,17 @@ class Batcher:
         decoded = time.perf_counter()
         try:
             images = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
-            output = BatchOutput(self.engine(images))
+            logits = self.engine(images)
         except Exception as error:  # every request of the batch gets the engine's error
             _call_in_loop(loop, _set_error, batch, error)
             return
-        computed = time.perf_counter()
-        _call_in_loop(loop, _set_results, batch, output)
+        computing_s = time.perf_counter() - decoded
         waiting_s = [started - work.arrived for work in batch]
         has_decoded = any(callable(work.images) for work in batch)
+        times = BatchTimes(started, len(images), waiting_s, has_decoded, decoded - started, computing_s)
+        _call_in_loop(loop, _set_results, batch, BatchOutput(logits, times=times))
         try:
-            self._observe(BatchTimes(len(images), waiting_s, has_decoded, decoded - started, computed - decoded))
+            self._observe(times)
         except Exception:  # a failing metric must not stop the engine
             log.exception("the metrics of a batch could not be recorded")
 

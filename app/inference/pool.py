@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -23,6 +23,7 @@ from app.inference.cascade import CascadeBatcher
 from app.inference.statistics import ModelStatistics
 from app.machine import cpu_count
 from app.observability.metrics import Metrics
+from app.observability.tracing import Tracing
 from app.settings import Settings
 from app.threads import Threads
 from training.encoding import replace_surrogates
@@ -65,11 +66,13 @@ class ModelPool:
         settings: Device, batch and queue sizes, and poll interval.
         store: The model store.
         metrics: Metrics of batches, cascades and loads.
+        tracing: Traces of batches and cascades, or None.
     """
 
-    def __init__(self, settings: Settings, store: Store, metrics: Metrics):
+    def __init__(self, settings: Settings, store: Store, metrics: Metrics, tracing: Tracing | None):
         self.store = store
         self._metrics = metrics
+        self._tracing = tracing
         self.errors: dict[str, str] = {}
         """Reason why the live version of a model is not served, by model name."""
         self._settings = settings
@@ -246,7 +249,12 @@ class ModelPool:
             self._metrics.observe_batch(name, times)
 
         batcher = Batcher(
-            engine, self._settings.max_batch, self._settings.max_queue, observe, shares_cpu=cpu_count() == 1
+            engine,
+            self._settings.max_batch,
+            self._settings.max_queue,
+            observe,
+            shares_cpu=cpu_count() == 1,
+            trace=partial(self._tracing.record_batch, name, version, engine.name) if self._tracing else None,
         )
         return Model(card, batcher, statistics=statistics)
 
@@ -264,7 +272,8 @@ class ModelPool:
                 )
             batchers.append(member.batcher)
         observe = partial(self._metrics.observe_cascade, card.name)
-        return Model(card, CascadeBatcher(cascade, batchers[0], batchers[1], observe), members)
+        trace = partial(self._tracing.span, "cascade") if self._tracing else nullcontext
+        return Model(card, CascadeBatcher(cascade, batchers[0], batchers[1], observe, trace), members)
 
     def _find_loaded(self, name: str, version: int) -> Model | None:
         """Return a version that is in memory because it is live, was asked for, or is pinned by a loaded cascade."""
