@@ -114,16 +114,40 @@ OPEN_INFERENCE_RESPONSES = _describe("application/json", InferenceError)
 """The same for the operations of the Open Inference Protocol."""
 
 
+REFUSAL = "cifar100.refusal"
+"""Key that a `ProblemResponse` adds to the scope of its request: the reason of the refusal, or None."""
+
+# Statuses of requests that are refused for access, limits or load, and their reasons in the metrics.
+_REFUSALS = {
+    401: "unauthorized",
+    403: "forbidden",
+    408: "slow_body",
+    413: "too_large",
+    429: "rate_limit",
+    431: "head_too_large",
+    503: "unavailable",
+}
+
+
 class ProblemResponse(JSONResponse):
     """A problem+json response. To a path of the Open Inference Protocol it is plain JSON with the detail as `error`.
 
     Clients of this protocol look for `error`, and some of them only in a body of type application/json.
+
+    Args:
+        problem: Members of the problem.
+        status: HTTP status.
+        headers: Further headers.
+        refusal: Reason of the refusal in the metrics. Default: that of the status.
     """
 
     media_type = "application/problem+json"
 
-    def __init__(self, problem: dict[str, Any], status: int, headers: dict[str, str] | None = None):
+    def __init__(
+        self, problem: dict[str, Any], status: int, headers: dict[str, str] | None = None, refusal: str | None = None
+    ):
         super().__init__(problem, status, headers)
+        self.refusal = refusal or _REFUSALS.get(status)
         self._problem = problem
 
     def for_open_inference(self) -> JSONResponse:
@@ -133,6 +157,7 @@ class ProblemResponse(JSONResponse):
 
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[REFUSAL] = self.refusal
         if is_open_inference(scope["path"].removeprefix(scope.get("root_path", ""))):
             await self.for_open_inference()(scope, receive, send)
         else:
@@ -144,9 +169,11 @@ def is_open_inference(path: str) -> bool:
     return path == "/v2" or path.startswith("/v2/")
 
 
-def problem_response(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> ProblemResponse:
+def problem_response(
+    status: int, detail: str, headers: dict[str, str] | None = None, refusal: str | None = None, **more: Any
+) -> ProblemResponse:
     """Return a problem+json response. `more` adds members. A long detail is shortened, as it may quote the client."""
-    return ProblemResponse({**describe_problem(status, detail).model_dump(), **more}, status, headers)
+    return ProblemResponse({**describe_problem(status, detail).model_dump(), **more}, status, headers, refusal)
 
 
 def describe_problem(status: int, detail: str) -> ProblemDetails:
@@ -185,7 +212,8 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
     """
     match error:
         case Problem():
-            return problem_response(error.status, error.detail, error.headers)
+            refusal = error.reason if isinstance(error, Unavailable) else None
+            return problem_response(error.status, error.detail, error.headers, refusal)
         case HTTPException():
             headers, detail = dict(error.headers or {}), error.detail
             if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and "Allow" in headers:

@@ -11,7 +11,7 @@ caller  --access-->           route    TooManyRequests 429, Unauthorized 401, Fo
 """
 
 from http import HTTPStatus
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 class Problem(Exception):
@@ -129,8 +129,20 @@ class StorageFull(Problem):
     status = HTTPStatus.INSUFFICIENT_STORAGE
 
 
+UnavailableReason = Literal["queue_full", "decoders_full", "deadline", "no_model", "jobs_full", "unavailable"]
+
+
 class Unavailable(Problem):
-    """The service is overloaded, not ready, or past the deadline of the request. The client can try again."""
+    """The service is overloaded, not ready, or past the deadline of the request. The client can try again.
+
+    Args:
+        detail: Text for the client.
+        reason: Label of the metric that counts refusals.
+    """
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     default_headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+
+    def __init__(self, detail: str, reason: UnavailableReason = "unavailable"):
+        super().__init__(detail)
+        self.reason = reason

@@ -9,6 +9,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
+from fastapi.telemetry import TelemetryConfig
 
 from app import errors
 from app.dependencies import Services
@@ -16,28 +17,31 @@ from app.middleware.access import Access
 from app.middleware.body_limit import BodyLimitMiddleware
 from app.middleware.metrics import MetricsMiddleware
 from app.middleware.proxy import ProxyMiddleware
-from app.middleware.request_log import RequestLogMiddleware
+from app.middleware.request_log import PROBES, RequestLogMiddleware
 from app.middleware.security_headers import SecurityHeadersMiddleware
+from app.observability.tracing import Tracing, tracing_from_environment
 from app.routes import evaluate, explain, feedback, health, metrics, models, page, predict, train, v2, versions
 from app.settings import Settings
 
 DESCRIPTION = "Classifies images with residual networks trained on CIFAR-100, and trains them."
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, tracing: Tracing | None = None) -> FastAPI:
     """Create the application. It loads the models before it accepts the first request.
 
     Args:
         settings: Settings of the service. Default: read from the environment.
+        tracing: Traces of requests. Default: as the standard variables of OpenTelemetry ask for them.
     """
     settings = settings or Settings()
-    services = Services.create(settings)
+    tracing = tracing or tracing_from_environment(_version())
+    services = Services.create(settings, tracing)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await services.start()
         periodic = [
-            asyncio.create_task(services.metrics.sample_periodically(services.pool)),
+            asyncio.create_task(services.sample_periodically()),
             asyncio.create_task(services.feedback.expire_periodically()),
         ]
         yield
@@ -55,7 +59,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         openapi_url=None,  # routes.page serves both: a cached schema, and docs with a security policy
         docs_url=None,
         redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI would look for providers per request
+        telemetry=_telemetry(tracing),
         redirect_slashes=False,  # Starlette would redirect to any host that the client names
     )
     app.state.services = services
@@ -64,7 +68,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for resource in (predict, explain, feedback, evaluate, train, models, versions, health, metrics, v2, page):
         app.include_router(resource.router)
         _add_head_routes(app, resource.router)
-    app.mount("/static", page.PageFiles(directory=page.STATIC))
+    app.mount(page.PageFiles.path, page.PageFiles(directory=page.STATIC))
     # The middleware that is added last sees a request first.
     app.add_middleware(BodyLimitMiddleware, settings=settings)
     app.add_middleware(errors.ErrorMiddleware)
@@ -76,8 +80,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.add_middleware(ProxyMiddleware, settings=settings)
     app.add_middleware(SecurityHeadersMiddleware)
     app.add_middleware(MetricsMiddleware, metrics=services.metrics)
-    app.add_middleware(RequestLogMiddleware)
+    app.add_middleware(RequestLogMiddleware, trace_id=tracing.trace_id if tracing else None)
     return app
+
+
+def _telemetry(tracing: Tracing | None) -> TelemetryConfig:
+    """Return what FastAPI reports to OpenTelemetry: a span per request. By default it looks for providers each time."""
+    if tracing is None:
+        return {"tracing": False, "metrics": False, "logs": False}
+    return {
+        "tracer_provider": tracing.provider,
+        "operation_spans": False,
+        "metrics": False,
+        "logs": False,
+        "exclude": lambda scope: scope["path"].endswith(PROBES),
+    }
 
 
 def _add_head_routes(app: FastAPI, router: APIRouter) -> None:

@@ -42,6 +42,7 @@ FIGURES = ("curves", "superclasses", "reliability", "classes", "mistakes")
 OUTPUT = "output.log"
 """File with the output of the process that trains, if the service started it."""
 
+_TAIL_BYTES = 16 << 10  # a line of metrics has a few hundred bytes
 TICK_S = 5.0  # seconds between two lines of metrics within an epoch
 START_TIMEOUT_S = 60.0  # upper bound for a child with an inherited lock to load its libraries and write its pid
 
@@ -241,6 +242,16 @@ class Run:
                     # A line is blank after drop_metrics_after, or cut off after a crash or on a full disk.
                     with suppress(json.JSONDecodeError):
                         yield number, json.loads(line)
+
+    def latest_metrics(self) -> dict[str, Any] | None:
+        """Return the last line of metrics, or None. This reads only the end of the file."""
+        with suppress(FileNotFoundError), self.metrics_file.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            for line in reversed(file.read().splitlines()):
+                with suppress(json.JSONDecodeError):  # blank or cut off, as in `numbered_metrics`
+                    latest: dict[str, Any] = json.loads(line)
+                    return latest
+        return None
 
     def epochs(self) -> list[dict[str, Any]]:
         """List the metrics of every finished epoch."""

@@ -9,6 +9,7 @@ queues and batches.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +28,17 @@ class CascadeBatcher:
         first: Batcher of the first member, which computes every image.
         second: Batcher of the second member, which computes the images that are sent on.
         observe: Callback with the number of images of a request and the number of these that are sent on.
+        trace: Function that returns a span of the images that are sent on, given their number.
     """
 
-    def __init__(self, cascade: Cascade, first: Batcher, second: Batcher, observe: Callable[[int, int], None]):
+    def __init__(
+        self,
+        cascade: Cascade,
+        first: Batcher,
+        second: Batcher,
+        observe: Callable[[int, int], None],
+        trace: Callable[[int], AbstractContextManager[object]] = nullcontext,
+    ):
         self.engine_name = join_names(first.engine_name, second.engine_name)
         self.max_batch = min(first.max_batch, second.max_batch)
         self.max_queue = first.max_queue
@@ -37,6 +46,7 @@ class CascadeBatcher:
         self._first = first
         self._second = second
         self._observe = observe
+        self._trace = trace
 
     @property
     def queued(self) -> int:
@@ -58,14 +68,15 @@ class CascadeBatcher:
         source = _KeptImage(images) if callable(images) else images
         count = len(source) if isinstance(source, np.ndarray) else 1
         if self.queued and self.queued + count > self.max_queue:
-            raise Unavailable(f"{self.queued} images are waiting already; try again later")
+            raise Unavailable(f"{self.queued} images are waiting already; try again later", "queue_full")
         scores = await self._first.run(source, deadline)
         rows = np.flatnonzero(scores.confidence < self._cascade.threshold)
         self._observe(count, len(rows))
         if not len(rows):
             return scores
         pixels = source[rows] if isinstance(source, np.ndarray) else source.pixels
-        second = await self._second.run(pixels, deadline, accepted=True)
+        with self._trace(len(rows)):
+            second = await self._second.run(pixels, deadline, accepted=True)
         return Scores(BatchOutput(answer(self._cascade, scores.logits, rows, second.logits), scores.familiarity))
 
     async def run_in_background(self, images: Images, deadline: float | None = None) -> Probabilities:

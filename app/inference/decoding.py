@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,8 @@ File = tuple[str | None, BinaryIO]
 
 Charge = Callable[[int], None]
 """Function that charges a client's rate limit a number of units, or raises TooManyRequests."""
+
+Lane = Literal["quick", "medium", "costly"]
 
 Value = TypeVar("Value")
 
@@ -150,6 +152,8 @@ class QuickImage:
         self._timer.cancel()
         if not self.decoding_s:
             self._discard()
+        elif len(self.pixels):
+            self._decoders.observe("quick", self._started, self._started + self.decoding_s)
 
     def _decode(self) -> float:
         outcome = measure(partial(self._decoders.decode_if_quick, self._file, self._deadline))
@@ -183,10 +187,13 @@ class Decoders:
 
     Args:
         settings: Limits of an image, and the number of images that may wait.
+        observe: Callback with the lane of each decoded image, and the times of `time.perf_counter` before and after. It
+            runs in the task of the request.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, observe: Callable[[Lane, float, float], None] = lambda *_: None):
         self._settings = settings
+        self.observe = observe
         count = min(cpu_count(), _MAX_THREADS)
         self.quick = FairThreads(count, count * _QUICK.memory_bytes, "decoder")
         """The threads of the quick lane."""
@@ -296,7 +303,9 @@ class Decoders:
         """
         with self._waiting_lock:
             if self._waiting.exceeds_share(client, count):
-                raise Unavailable(f"{self.waiting} images are waiting to be decoded already; try again later")
+                raise Unavailable(
+                    f"{self.waiting} images are waiting to be decoded already; try again later", "decoders_full"
+                )
             self._waiting.add(client, count)
 
     def remove_waiting(self, client: str, count: int) -> None:
@@ -322,6 +331,14 @@ class Decoders:
         return image, None if image.needs_process or image.cost.exceeds(_QUICK) else image.decode()
 
     async def _decode(self, request: _Request, file: BinaryIO, opened: EncodedImage | None) -> _Decoded:
+        started = time.perf_counter()
+        lane, decoded = await self._decode_in_lane(request, file, opened)
+        self.observe(lane, started, time.perf_counter())
+        return decoded
+
+    async def _decode_in_lane(
+        self, request: _Request, file: BinaryIO, opened: EncodedImage | None
+    ) -> tuple[Lane, _Decoded]:
         if opened:
             image, pixels = opened, None
         else:
@@ -330,12 +347,13 @@ class Decoders:
         cost, needs_process = image.cost, image.needs_process
         request.add_cost(cost)
         if pixels is not None:
-            return pixels, image.warnings
+            return "quick", (pixels, image.warnings)
         if not (needs_process or cost.exceeds(MEDIUM)):
-            return await self._run(self._medium, request, cost, partial(measure, image.decode)), image.warnings
+            pixels = await self._run(self._medium, request, cost, partial(measure, image.decode))
+            return "medium", (pixels, image.warnings)
         del image, opened  # the process reads the file again
         with self._hold_up(request):
-            return await self._run(self._costly, request, cost, partial(self._decode_apart, file))
+            return "costly", await self._run(self._costly, request, cost, partial(self._decode_apart, file))
 
     def _decode_apart(self, file: BinaryIO) -> Outcome[_Decoded]:
         process = self._idle_processes.get()
@@ -354,7 +372,7 @@ class Decoders:
         """Count a request's remaining images in `held_up` while one of them is costly. They delay no other request."""
         count = request.left
         if self._held_up.exceeds_share(request.client, count):
-            raise Unavailable(f"{self.held_up} images wait for costly ones already; try again later")
+            raise Unavailable(f"{self.held_up} images wait for costly ones already; try again later", "decoders_full")
         self.remove_waiting(request.client, count)
         self._held_up.add(request.client, count)
         try:
@@ -395,4 +413,4 @@ def _has_short_header(content: bytes) -> bool:
 
 
 def _late() -> Unavailable:
-    return Unavailable("the image waited longer than the deadline to be decoded; try again later")
+    return Unavailable("the image waited longer than the deadline to be decoded; try again later", "deadline")

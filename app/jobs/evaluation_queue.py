@@ -141,7 +141,7 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
         unfinished = select(func.count()).where(JobRow.kind == self.kind, JobRow.state.in_(UNFINISHED))
         count = session.scalar(unfinished) or 0
         if count >= MAX_UNFINISHED:
-            raise Unavailable(f"{count} evaluations are waiting or running; try again later")
+            raise Unavailable(f"{count} evaluations are waiting or running; try again later", "jobs_full")
 
     def newest(self, limit: int) -> list[EvaluationJob]:
         """Return the latest `limit` jobs, newest first, without their confusion matrices and mistakes."""

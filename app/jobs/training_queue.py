@@ -138,7 +138,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
                     session.scalar(select(func.count()).where(JobRow.kind == self.kind, JobRow.state.in_(WAITING))) or 0
                 )
                 if waiting >= self._settings.max_jobs:
-                    raise Unavailable(f"{waiting} jobs are waiting already; try again later")
+                    raise Unavailable(f"{waiting} jobs are waiting already; try again later", "jobs_full")
                 session.add(row)
         return self._view(known or row)
 

@@ -155,7 +155,9 @@ class _LimitedBody:
         if self._pending_bytes > self._limit:
             self._refuse(_too_large(self._limit))
         if not has_place:
-            refusal = _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too much data is being sent; try again later")
+            refusal = _refusal(
+                HTTPStatus.SERVICE_UNAVAILABLE, "too much data is being sent; try again later", "bodies_full"
+            )
             refusal.headers["Retry-After"] = "1"
             self._refuse(refusal)
 
@@ -210,5 +212,5 @@ def _too_large(limit: int) -> JSONResponse:
     return _refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request body is larger than {limit:,} bytes")
 
 
-def _refusal(status: HTTPStatus, detail: str) -> JSONResponse:
-    return problem_response(status, detail, {"Connection": "close"})
+def _refusal(status: HTTPStatus, detail: str, reason: str | None = None) -> JSONResponse:
+    return problem_response(status, detail, {"Connection": "close"}, reason)

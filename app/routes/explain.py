@@ -125,7 +125,7 @@ def _share(masked: FairShares, client: str) -> Iterator[None]:
         Unavailable: The client has its full share.
     """
     if masked.exceeds_share(client, explanation.COUNT):
-        raise Unavailable(f"{masked.total} masked images are waiting already; try again later")
+        raise Unavailable(f"{masked.total} masked images are waiting already; try again later", "queue_full")
     masked.add(client, explanation.COUNT)
     try:
         yield

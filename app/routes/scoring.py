@@ -16,12 +16,13 @@ import numpy as np
 from fastapi import Request
 
 from app.dependencies import Services
-from app.exceptions import BadRequest, Problem, TooLarge
+from app.exceptions import BadRequest, Problem, TooLarge, TooManyRequests, Unavailable
 from app.inference.batching import BatchOutput, Images, ImageSource, Scores
 from app.inference.decoding import Charge, File, QuickImage
 from app.inference.images.encoded import CostlyImage
 from app.inference.pool import Model
 from app.middleware.access import access_of, client_of
+from app.observability.metrics import ImageOutcome, Metrics
 from training.store import ModelCard
 from training.text import quote, suggest
 
@@ -64,12 +65,38 @@ async def compute_scores(
     started = time.perf_counter()
     try:
         scored, decoding_s = await _compute(request, services, name, version, images, deadline, tolerate_errors)
-    except Exception:
-        if model := services.pool.peek(name, version):
+    except BaseException as error:
+        model = services.pool.peek(name, version)
+        if model and isinstance(error, Exception):
             model.statistics.count_failure(time.perf_counter() - started)
+        services.metrics.count_images(model.card.name if model else "unknown", _outcome(error), len(images))
         raise
     scored.model.statistics.count_success(len(scored.warnings), time.perf_counter() - started, decoding_s)
+    _count_predictions(services.metrics, scored)
     return scored
+
+
+def _outcome(error: BaseException) -> ImageOutcome:
+    """Return the outcome of the images of a request that an error ended."""
+    match error:
+        case Unavailable() | TooManyRequests():
+            return "refused"
+        case Problem():
+            return "rejected"
+        case Exception():
+            return "failed"
+    return "abandoned"  # the client has disconnected, or the service stops
+
+
+def _count_predictions(metrics: Metrics, scored: ScoredImages) -> None:
+    card, scores = scored.model.card, scored.scores
+    unfamiliar = 0
+    if card.familiarity:
+        threshold = card.familiarity.threshold
+        unfamiliar = len([score for score in scores.familiarity.tolist() if score < threshold])
+    metrics.count_predictions(card.name, scores.confidence.tolist(), unfamiliar)
+    if scored.errors:
+        metrics.count_images(card.name, "rejected", len(scored.errors))
 
 
 async def _compute(

@@ -47,6 +47,7 @@ class BoundedHttp(HttpToolsProtocol):
             must be refused with 503.
         exceeds_share: Function of a client address. It returns True if the client has its full share of images waiting.
             After a 503 its connection is not read for the second that Retry-After names.
+        count_refusal: Callback with the reason of a refusal that no other object counts.
         table: Connections of this process.
     """
 
@@ -56,6 +57,7 @@ class BoundedHttp(HttpToolsProtocol):
         should_shed: Callable[[bytes, str], bool],
         table: ConnectionTable,
         exceeds_share: Callable[[str], bool] = lambda _: False,
+        count_refusal: Callable[[str], None] = lambda _: None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -65,6 +67,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._from_proxy = False
         self._should_shed = should_shed
         self._exceeds_share = exceeds_share
+        self._count_refusal = count_refusal
         self._is_shedding = False
         self._is_refused = False
         self._in_head = True
@@ -82,7 +85,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._from_proxy = self._table.is_proxy(host)
         self.progress = self.loop.time()
         if not self._table.admit(self, host):
-            self._refuse(_unavailable(_TOO_MANY_CONNECTIONS))
+            self._refuse(_unavailable(_TOO_MANY_CONNECTIONS, "connections_full"))
         self._start_head_timer()
 
     @override
@@ -256,11 +259,12 @@ class BoundedHttp(HttpToolsProtocol):
         """Count the request for the client that the proxy names."""
         forwarded = [value for name, value in self.headers if name == b"x-forwarded-for"]
         if forwarded and not self._table.charge(self, b", ".join(forwarded).decode("latin-1")):
-            self._reject(HTTPStatus.SERVICE_UNAVAILABLE, _TOO_MANY_CONNECTIONS, Unavailable.default_headers)
+            self._refuse(_unavailable(_TOO_MANY_CONNECTIONS, "connections_full"))
+            raise ValueError(_TOO_MANY_CONNECTIONS)  # stops the parser
 
-    def _reject(self, status: HTTPStatus, detail: str, headers: dict[str, str] | None = None) -> NoReturn:
+    def _reject(self, status: HTTPStatus, detail: str) -> NoReturn:
         """Send an error response to a head, and stop the parser."""
-        self._refuse(problem_response(status, detail, headers))
+        self._refuse(problem_response(status, detail))
         raise ValueError(detail)
 
     def _reset_head_bytes(self) -> None:
@@ -291,7 +295,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._stalled_timer.cancel()
             self._stalled_timer = None
 
-    def _refuse(self, response: JSONResponse) -> None:
+    def _refuse(self, response: ProblemResponse) -> None:
         """Send a response and close the connection.
 
         If earlier requests are in progress, they get their responses first. The connection then closes without
@@ -300,6 +304,8 @@ class BoundedHttp(HttpToolsProtocol):
         if self._is_refused:
             return
         self._is_refused = True
+        if response.refusal and not self._is_shedding:  # `should_shed` counts the predictions that it refuses
+            self._count_refusal(response.refusal)
         is_earlier_under_way = self._in_head and not self._idle
         self._finish_head()
         if is_earlier_under_way:
@@ -316,8 +322,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._start_stall_timer()
 
 
-def _unavailable(detail: str) -> ProblemResponse:
-    return problem_response(Unavailable.status, detail, Unavailable.default_headers)
+def _unavailable(detail: str, refusal: str | None = None) -> ProblemResponse:
+    return problem_response(Unavailable.status, detail, Unavailable.default_headers, refusal)
 
 
 def _encode_response(response: JSONResponse) -> bytes:

@@ -147,6 +147,6 @@ def test_images_that_wait_for_the_second_member_shed_load(client: TestClient) ->
     batcher = services.pool.live()["resnet18"].batcher
     assert services.pool.live()["cascade"].batcher.queued == 0
     batcher.queued = batcher.max_queue  # type: ignore[misc]  # the batcher of a member has no property
-    shed = LoadShedder(services.pool, services.decoders, True, lambda _: None).should_shed
+    shed = LoadShedder(services.pool, services.decoders, True, lambda *_: None).should_shed
     assert shed(b"/predict?model=cascade", "127.0.0.1")
     assert shed(b"/predict", "127.0.0.1")

@@ -280,7 +280,10 @@ def test_requests_that_come_at_once_count_before_they_are_queued(app: FastAPI, m
         assert not services.shedder.should_shed(b"/predict", "127.0.0.2")  # each client has its own share of the queue
         assert not services.shedder.should_shed(b"/predict?version=1", "127.0.0.1")  # has its own queue
         refused = b'cifar100_requests_total{method="POST",route="/predict",status="503"} 3.0'
-        assert refused in services.metrics.render(services.pool)
+        content, _ = services.metrics.render("", await services.read_state())
+        assert refused in content
+        assert b'cifar100_refusals_total{reason="queue_full"} 2.0' in content
+        assert b'cifar100_refusals_total{reason="decoders_full"} 1.0' in content
 
     asyncio.run(scenario())
 
@@ -376,13 +379,16 @@ def test_what_waits_for_a_client_that_leaves_is_not_computed(app: FastAPI, addre
     batcher: Batcher = app.state.services.pool.live()["resnet"].batcher
     engine, computed, started, gate = batcher.engine, list[int](), threading.Event(), threading.Event()
 
-    def gated(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        computed.append(len(images))
-        started.set()
-        assert gate.wait(10)
-        return engine(images)
+    class GatedEngine:
+        name = engine.name
 
-    batcher.engine = cast(Engine, gated)
+        def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            computed.append(len(images))
+            started.set()
+            assert gate.wait(10)
+            return engine(images)
+
+    batcher.engine = cast(Engine, GatedEngine())
     file = io.BytesIO()
     Image.new("RGB", (32, 32)).save(file, "PNG")
     request = make_upload(len(file.getvalue())) + file.getvalue()
