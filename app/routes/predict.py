@@ -6,7 +6,7 @@ images.
 
 import time
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
@@ -24,6 +24,11 @@ class PredictQuery(ModelQuery, frozen=True):
     """The parameters of a prediction, in the query or as text fields of the form."""
 
     top_k: int = Field(default=5, ge=1, le=100, description="Number of classes per image.")
+    familiarity: Literal["fast", "full"] = Field(
+        default="fast",
+        description="Score of `familiar`. `fast` adds no computation. `full` is the agreement of both members of a "
+        "cascade, which compute all images.",
+    )
 
 
 @dataclass(slots=True)  # frozen dataclasses take three times as long to create
@@ -91,8 +96,12 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
             query = parse_parameters(PredictQuery, request.scope["query_string"], fields)
         started = time.perf_counter()
         deadline = time.monotonic() + services.settings.deadline_s
-        model, scores, warnings = await compute_scores(request, services, query.model, query.version, files, deadline)
-    threshold = model.card.familiarity.threshold if model.card.familiarity else None
+        is_full = query.familiarity == "full"
+        model, scores, warnings = await compute_scores(
+            request, services, query.model, query.version, files, deadline, is_full
+        )
+    fitted = model.card.full_familiarity if is_full else model.card.familiarity
+    threshold = fitted.threshold if fitted else None
     return Predictions(
         model=model.card.name,
         version=model.card.version,

@@ -7,6 +7,7 @@ predictions after reading their bytes, before they cost more.
 
 import asyncio
 from collections.abc import Callable
+from functools import cache
 from http import HTTPStatus
 from typing import Any, NoReturn, cast
 
@@ -48,6 +49,8 @@ class BoundedHttp(HttpToolsProtocol):
         exceeds_share: Function of a client address. It returns True if the client has its full share of images waiting.
             After a 503 its connection is not read for the second that Retry-After names.
         table: Connections of this process.
+        root_path: Path prefix of the service in its settings. It is a part of the types of the problems that the
+            protocol itself sends.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class BoundedHttp(HttpToolsProtocol):
         should_shed: Callable[[bytes, str], bool],
         table: ConnectionTable,
         exceeds_share: Callable[[str], bool] = lambda _: False,
+        root_path: str = "",
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -65,6 +69,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._from_proxy = False
         self._should_shed = should_shed
         self._exceeds_share = exceeds_share
+        self._root_path = root_path
         self._is_shedding = False
         self._is_refused = False
         self._in_head = True
@@ -171,7 +176,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._finish_head()
         if self._from_proxy:
             self._table.discharge(self)
-        self.transport.write(_OVERLOADED_V2_RESPONSE if b"/v2/" in self.url else _OVERLOADED_RESPONSE)
+        self.transport.write(_encode_overloaded(self._root_path, is_open_inference=b"/v2/" in self.url))
         if not self._from_proxy and self.client and self._exceeds_share(self.client[0]):
             self.flow.pause_reading()
             self.loop.call_later(_RETRY_AFTER_S, self.flow.resume_reading)
@@ -291,7 +296,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._stalled_timer.cancel()
             self._stalled_timer = None
 
-    def _refuse(self, response: JSONResponse) -> None:
+    def _refuse(self, response: ProblemResponse) -> None:
         """Send a response and close the connection.
 
         If earlier requests are in progress, they get their responses first. The connection then closes without
@@ -307,7 +312,7 @@ class BoundedHttp(HttpToolsProtocol):
             return
         if self._idle or not self.cycle.response_started:
             response.headers["Connection"] = "close"
-            self.transport.write(_encode_response(response))
+            self.transport.write(_encode_response(response.adapt(self._root_path)))
         self._close()
 
     def _close(self) -> None:
@@ -328,5 +333,8 @@ def _encode_response(response: JSONResponse) -> bytes:
 
 _TOO_MANY_CONNECTIONS = "too many connections; try again later"
 _OVERLOADED = "too many images are waiting; try again later"
-_OVERLOADED_RESPONSE = _encode_response(_unavailable(_OVERLOADED))
-_OVERLOADED_V2_RESPONSE = _encode_response(_unavailable(_OVERLOADED).for_open_inference())
+
+
+@cache
+def _encode_overloaded(root_path: str, is_open_inference: bool) -> bytes:
+    return _encode_response(_unavailable(_OVERLOADED).adapt(root_path, is_open_inference))
