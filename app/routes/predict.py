@@ -5,6 +5,7 @@ images.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -96,27 +97,29 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
             query = parse_parameters(PredictQuery, request.scope["query_string"], fields)
         started = time.perf_counter()
         deadline = time.monotonic() + services.settings.deadline_s
-        is_full = query.familiarity == "full"
         model, scores, warnings = await compute_scores(
-            request, services, query.model, query.version, files, deadline, is_full
+            request, services, query.model, query.version, files, deadline, query.familiarity == "full"
         )
-    fitted = model.card.full_familiarity if is_full else model.card.familiarity
-    threshold = fitted.threshold if fitted else None
     return Predictions(
         model=model.card.name,
         version=model.card.version,
         milliseconds=round((time.perf_counter() - started) * 1000, 3),
-        predictions=[
-            Prediction(name, classes, None if threshold is None else score >= threshold, score, image_warnings)
-            for (name, _), classes, score, image_warnings in zip(
-                files,
-                top_classes(scores, model.card, query.top_k),
-                scores.familiarity.tolist(),
-                warnings,
-                strict=True,
-            )
-        ],
+        predictions=make_predictions([name for name, _ in files], scores, warnings, model.card, query),
     )
+
+
+def make_predictions(
+    names: Sequence[str | None], scores: Scores, warnings: Sequence[list[str]], card: ModelCard, query: PredictQuery
+) -> list[Prediction]:
+    """Return the predictions of images, given their file names, their scores and the warnings about each."""
+    fitted = card.full_familiarity if query.familiarity == "full" else card.familiarity
+    threshold = fitted.threshold if fitted else None
+    return [
+        Prediction(name, classes, None if threshold is None else score >= threshold, score, image_warnings)
+        for name, classes, score, image_warnings in zip(
+            names, top_classes(scores, card, query.top_k), scores.familiarity.tolist(), warnings, strict=True
+        )
+    ]
 
 
 def top_classes(scores: Scores, card: ModelCard, top_k: int) -> list[list[PredictedClass]]:
