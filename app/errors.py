@@ -50,7 +50,7 @@ class ProblemDetails(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     type: str
-    """Address of the description of this status, relative to the root of the service, such as /errors#404."""
+    """Address of the description of this status on this service, such as /errors#404."""
     title: str
     """Phrase of the status."""
     status: int
@@ -130,9 +130,7 @@ _REFUSALS = {
 
 
 class ProblemResponse(JSONResponse):
-    """A problem+json response. To a path of the Open Inference Protocol it is plain JSON with the detail as `error`.
-
-    Clients of this protocol look for `error`, and some of them only in a body of type application/json.
+    """A problem+json response. It is adapted to its request when it is sent, see `adapt`.
 
     Args:
         problem: Members of the problem.
@@ -150,18 +148,26 @@ class ProblemResponse(JSONResponse):
         self.refusal = refusal or _REFUSALS.get(status)
         self._problem = problem
 
-    def for_open_inference(self) -> JSONResponse:
-        """Return the response in the form of the Open Inference Protocol."""
+    def adapt(self, prefix: str, is_open_inference: bool = False) -> JSONResponse:
+        """Return the response for a service that is published under a path prefix.
+
+        Args:
+            prefix: The prefix, such as /ml, or an empty text. It becomes a part of the type.
+            is_open_inference: True for a call of the Open Inference Protocol. Its clients look for `error`, and some of
+                them only in a body of type application/json.
+        """
         headers = {name: value for name, value in self.headers.items() if not name.startswith("content-")}
-        return JSONResponse({"error": self._problem["detail"], **self._problem}, self.status_code, headers)
+        problem = {**self._problem, "type": prefix + self._problem["type"]}
+        if is_open_inference:
+            return JSONResponse({"error": problem["detail"], **problem}, self.status_code, headers)
+        return JSONResponse(problem, self.status_code, headers, self.media_type)
 
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[REFUSAL] = self.refusal
-        if is_open_inference(scope["path"].removeprefix(scope.get("root_path", ""))):
-            await self.for_open_inference()(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+        prefix = scope.get("root_path", "")
+        adapted = self.adapt(prefix, is_open_inference(scope["path"].removeprefix(prefix)))
+        await adapted(scope, receive, send)
 
 
 def is_open_inference(path: str) -> bool:

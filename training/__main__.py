@@ -197,18 +197,24 @@ def familiarity(
     data_source: Data = None,
     models: Models = Path("models"),
 ) -> None:
-    """Add the threshold of familiar images to the card of a version of an earlier release."""
+    """Add the thresholds of familiar images to the card of a version of an earlier release."""
     with _report_errors():
         store = Store(models)
         card = store.card(*store.parse(model))
-        images, _ = to_device(_split(load_dataset(data_source), "validation", card), torch.device("cpu"))
-        engine = selection.load(store.verify(card) / MODEL, "cpu", purpose="evaluation")
-        threshold = fit_familiarity(predict(engine.compute_logits, images))
-        store.amend(card.model_copy(update={"familiarity": threshold}))
-        console.print(
-            f"{card.name}/{card.version}: {threshold.kept:.1%} of {threshold.images} held-out images have a score of "
-            f"at least {threshold.threshold:.4f}"
-        )
+        held_out = _split(load_dataset(data_source), "validation", card)
+        full = None
+        if card.cascade:
+            fast, full = cascade.fit_thresholds(*cascade.predict_members(store, card, held_out))
+        else:
+            images, _ = to_device(held_out, torch.device("cpu"))
+            engine = selection.load(store.verify(card) / MODEL, "cpu", purpose="evaluation")
+            fast = fit_familiarity(predict(engine.compute_logits, images))
+        store.amend(card.model_copy(update={"familiarity": fast, "full_familiarity": full}))
+        for fitted in filter(None, (fast, full)):
+            console.print(
+                f"{card.name}/{card.version}: {fitted.kept:.1%} of {fitted.images} held-out images have a score "
+                f"({fitted.score}) of at least {fitted.threshold:.4f}"
+            )
 
 
 @cli.command()

@@ -29,6 +29,7 @@ MODEL = "model.pt"
 CASCADE = "cascade.json"
 LIVE = "live"
 
+FamiliarityScore = Literal["energy", "agreement"]
 Promotion = Literal["if-better", "always", "never"]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
@@ -127,9 +128,10 @@ class CascadeReport(BaseModel, use_attribute_docstrings=True):
 class FamiliarityThreshold(BaseModel, use_attribute_docstrings=True):
     """The score below which an image is probably none of the classes."""
 
-    score: Literal["energy"] = "energy"
-    """Score of an image: the logarithm of the sum of the exponentials of its calibrated logits, which is the negative
-    energy of Liu et al. 2020, arXiv:2010.03759."""
+    score: FamiliarityScore = "energy"
+    """Score of an image. `energy` is the logarithm of the sum of the exponentials of its calibrated logits, which is
+    the negative energy of Liu et al. 2020, arXiv:2010.03759. `agreement` is that of the mean of both members'
+    calibrated logits, which is high only where both members favor the same class."""
     threshold: FiniteFloat
     """Lowest score of a familiar image."""
     kept: Rate
@@ -201,6 +203,8 @@ class ModelCard(BaseModel, use_attribute_docstrings=True):
     """The fit of a cascade; None for a version with a model of its own."""
     familiarity: FamiliarityThreshold | None = None
     """The threshold of familiar images; None if the recipe holds no images out, and in cards of earlier releases."""
+    full_familiarity: FamiliarityThreshold | None = None
+    """The same for the agreement of both members of a cascade; None for other models."""
     extra_data: ExtraData | None = None
     """Further training images; None if there were none."""
     curve: list[EpochSummary]

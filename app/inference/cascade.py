@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from app.exceptions import Unavailable
 from app.inference.batching import Batcher, BatchOutput, Images, ImageSource, Logits, Probabilities, Scores
-from training.runtimes.cascade import answer, join_names
+from training.runtimes.cascade import answer, average, join_names
 from training.store import Cascade
 
 
@@ -58,26 +58,36 @@ class CascadeBatcher:
         """Number of images that wait for either member, including those in the background."""
         return self._first.waiting + self._second.waiting
 
-    async def run(self, images: ImageSource, deadline: float | None = None) -> Scores:
+    async def run(self, images: ImageSource, deadline: float | None = None, full_familiarity: bool = False) -> Scores:
         """Compute the scores of images, see `Batcher.run`.
 
         A request is refused if both queues together are full. An image that is sent on is never refused for a full
         queue, because its request was accepted. The queue of the second member may thus exceed `max_queue` by one
         batch. The deadline holds for the start of both parts.
+
+        Args:
+            images: See `Batcher.run`.
+            deadline: See `Batcher.run`.
+            full_familiarity: True if both members compute all images, and the familiarity is their agreement. False if
+                it is the energy of the first member. The probabilities are the same.
         """
         source = _KeptImage(images) if callable(images) else images
         count = len(source) if isinstance(source, np.ndarray) else 1
         if self.queued and self.queued + count > self.max_queue:
             raise Unavailable(f"{self.queued} images are waiting already; try again later", "queue_full")
         scores = await self._first.run(source, deadline)
-        rows = np.flatnonzero(scores.confidence < self._cascade.threshold)
-        self._observe(count, len(rows))
-        if not len(rows):
+        unsure = scores.confidence < self._cascade.threshold
+        sent_on = np.ones_like(unsure) if full_familiarity else unsure
+        self._observe(count, int(sent_on.sum()))
+        if not sent_on.any():
             return scores
-        pixels = source[rows] if isinstance(source, np.ndarray) else source.pixels
-        with self._trace(len(rows)):
-            second = await self._second.run(pixels, deadline, accepted=True)
-        return Scores(BatchOutput(answer(self._cascade, scores.logits, rows, second.logits), scores.familiarity))
+        pixels = source[sent_on] if isinstance(source, np.ndarray) else source.pixels
+        with self._trace(int(sent_on.sum())):
+            second = (await self._second.run(pixels, deadline, accepted=True)).logits
+        logits = answer(self._cascade, scores.logits, np.flatnonzero(unsure), second[unsure[sent_on]])
+        if full_familiarity:
+            return Scores(BatchOutput(logits, BatchOutput(average(scores.logits, second)).familiarity))
+        return Scores(BatchOutput(logits, scores.familiarity))
 
     async def run_in_background(self, images: Images, deadline: float | None = None) -> Probabilities:
         """Compute the probabilities of images in the background, see `Batcher.run_in_background`."""

@@ -15,7 +15,7 @@ from app.middleware.access import OperatorOnly, authorize_prediction, client_of
 from app.routes.images import ModelQuery, describe_body, read_images
 from app.routes.parameters import StrictRoute, parse_parameters
 from app.routes.responses import json_response
-from app.routes.scoring import compute_scores, decoding_charge, find_class
+from app.routes.scoring import ImageScorer, decoding_charge, find_class
 
 router = APIRouter(prefix="/feedback", tags=["feedback"], route_class=StrictRoute)
 
@@ -64,7 +64,7 @@ async def send_feedback(
         deadline = time.monotonic() + settings.deadline_s
         charge = decoding_charge(request, services)
         images = await services.decoders.decode(files, client_of(request), deadline, charge)
-    scored = await compute_scores(request, services, query.model, query.version, images.pixels, deadline)
+    scored = await ImageScorer(request, services, query.model, query.version, deadline).score(images.pixels)
     card, (order, probabilities) = scored.model.card, scored.scores.ranking
     label = card.classes[find_class(query.label, card)]
     answer = Answer(

@@ -1,13 +1,13 @@
 """Serve POST /predict, which takes images and returns the most probable classes of each.
 
-A request passes the access check first. Its body is a form or one raw image. `compute_scores` decodes and scores the
+A request passes the access check first. Its body is a form or one raw image. `ImageScorer` decodes and scores the
 images.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
@@ -19,7 +19,7 @@ from app.inference.batching import Scores
 from app.middleware.access import authorize_prediction
 from app.routes.images import DESCRIBED, ImageRoute, ModelQuery, describe_body, read_images
 from app.routes.parameters import parse_parameters
-from app.routes.scoring import compute_scores
+from app.routes.scoring import ImageScorer
 from training.store import ModelCard
 
 
@@ -31,6 +31,11 @@ class PredictQuery(ModelQuery, frozen=True):
         default=False,
         description="True to answer with a prediction or an error for each image, instead of refusing all of them if "
         "one cannot be decoded.",
+    )
+    familiarity: Literal["fast", "full"] = Field(
+        default="fast",
+        description="Score of `familiar`. `fast` adds no computation. `full` is the agreement of both members of a "
+        "cascade, which compute all images.",
     )
 
 
@@ -130,25 +135,22 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
         if fields:
             query = parse_parameters(PredictQuery, request.scope["query_string"], fields)
         started = time.perf_counter()
-        deadline = time.monotonic() + services.settings.deadline_s
-        model, scores, warnings, errors = await compute_scores(
-            request, services, query.model, query.version, files, deadline, query.partial
+        scorer = ImageScorer(
+            request,
+            services,
+            query.model,
+            query.version,
+            time.monotonic() + services.settings.deadline_s,
+            tolerate_errors=query.partial,
+            full_familiarity=query.familiarity == "full",
         )
-    threshold = model.card.familiarity.threshold if model.card.familiarity else None
-    predictions = [
-        Prediction(name, classes, None if threshold is None else score >= threshold, score, image_warnings)
-        for (name, _), classes, score, image_warnings in zip(
-            [file for number, file in enumerate(files) if number not in errors] if errors else files,
-            top_classes(scores, model.card, query.top_k),
-            scores.familiarity.tolist(),
-            warnings,
-            strict=True,
-        )
-    ]
+        model, scores, warnings, errors = await scorer.score(files)
+    names = [name for name, _ in files]
+    decoded = [name for number, name in enumerate(names) if number not in errors] if errors else names
+    predictions = make_predictions(decoded, scores, warnings, model.card, query)
     milliseconds = round((time.perf_counter() - started) * 1000, 3)
     if not query.partial:
         return Predictions(model.card.name, model.card.version, milliseconds, predictions)
-    names = [name for name, _ in files]
     merged = _merge(names, predictions, errors)
     return PartialPredictions(model.card.name, model.card.version, milliseconds, merged)
 
@@ -163,6 +165,20 @@ def _merge(
         if number in errors
         else next(rest)
         for number, name in enumerate(names)
+    ]
+
+
+def make_predictions(
+    names: Sequence[str | None], scores: Scores, warnings: Sequence[list[str]], card: ModelCard, query: PredictQuery
+) -> list[Prediction]:
+    """Return the predictions of images, given their file names, their scores and the warnings about each."""
+    fitted = card.full_familiarity if query.familiarity == "full" else card.familiarity
+    threshold = fitted.threshold if fitted else None
+    return [
+        Prediction(name, classes, None if threshold is None else score >= threshold, score, image_warnings)
+        for name, classes, score, image_warnings in zip(
+            names, top_classes(scores, card, query.top_k), scores.familiarity.tolist(), warnings, strict=True
+        )
     ]
 
 

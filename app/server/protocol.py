@@ -7,6 +7,7 @@ predictions after reading their bytes, before they cost more.
 
 import asyncio
 from collections.abc import Callable
+from functools import cache
 from http import HTTPStatus
 from typing import Any, NoReturn, cast
 
@@ -49,6 +50,8 @@ class BoundedHttp(HttpToolsProtocol):
             After a 503 its connection is not read for the second that Retry-After names.
         count_refusal: Callback with the reason of a refusal that no other object counts.
         table: Connections of this process.
+        root_path: Path prefix of the service in its settings. It is a part of the types of the problems that the
+            protocol itself sends.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class BoundedHttp(HttpToolsProtocol):
         table: ConnectionTable,
         exceeds_share: Callable[[str], bool] = lambda _: False,
         count_refusal: Callable[[str], None] = lambda _: None,
+        root_path: str = "",
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -68,6 +72,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._should_shed = should_shed
         self._exceeds_share = exceeds_share
         self._count_refusal = count_refusal
+        self._root_path = root_path
         self._is_shedding = False
         self._is_refused = False
         self._in_head = True
@@ -174,7 +179,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._finish_head()
         if self._from_proxy:
             self._table.discharge(self)
-        self.transport.write(_OVERLOADED_V2_RESPONSE if b"/v2/" in self.url else _OVERLOADED_RESPONSE)
+        self.transport.write(_encode_overloaded(self._root_path, is_open_inference=b"/v2/" in self.url))
         if not self._from_proxy and self.client and self._exceeds_share(self.client[0]):
             self.flow.pause_reading()
             self.loop.call_later(_RETRY_AFTER_S, self.flow.resume_reading)
@@ -313,7 +318,7 @@ class BoundedHttp(HttpToolsProtocol):
             return
         if self._idle or not self.cycle.response_started:
             response.headers["Connection"] = "close"
-            self.transport.write(_encode_response(response))
+            self.transport.write(_encode_response(response.adapt(self._root_path)))
         self._close()
 
     def _close(self) -> None:
@@ -334,5 +339,8 @@ def _encode_response(response: JSONResponse) -> bytes:
 
 _TOO_MANY_CONNECTIONS = "too many connections; try again later"
 _OVERLOADED = "too many images are waiting; try again later"
-_OVERLOADED_RESPONSE = _encode_response(_unavailable(_OVERLOADED))
-_OVERLOADED_V2_RESPONSE = _encode_response(_unavailable(_OVERLOADED).for_open_inference())
+
+
+@cache
+def _encode_overloaded(root_path: str, is_open_inference: bool) -> bytes:
+    return _encode_response(_unavailable(_OVERLOADED).adapt(root_path, is_open_inference))

@@ -172,6 +172,7 @@ def serve(settings: Settings, listening: Sequence[socket.socket], link: workers.
         exceeds_share=services.shedder.exceeds_share,
         count_refusal=services.metrics.count_refusal,
         table=table,
+        root_path=settings.root_path,
     )
     config = uvicorn.Config(
         app,

@@ -380,7 +380,13 @@ def test_evaluate_measures_a_zip_of_labelled_folders(client: TestClient, models:
     }
     assert result["per_class"] == [confusion[row, row] / totals[row] if totals[row] else None for row in range(100)]
     (listed,) = client.get("/evaluate/jobs").json()
-    assert listed["result"] == result | {"confusion": None, "mistakes": None}
+    bins = result["reliability"]
+    assert sum(each["images"] for each in bins) == result["images"]
+    assert sum(each["images"] * each["accuracy"] for each in bins) == pytest.approx(result["images"] * result["top1"])
+    assert sum(each["images"] * abs(each["accuracy"] - each["confidence"]) for each in bins) == pytest.approx(
+        result["images"] * result["ece"]
+    )
+    assert listed["result"] == result | {"confusion": None, "mistakes": None, "reliability": None}
 
 
 def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:

@@ -316,6 +316,13 @@ def test_an_early_refusal_has_the_form_of_the_open_inference_protocol(address: A
     assert json.loads(body)["error"] == "too many images are waiting; try again later"
 
 
+def test_an_early_refusal_names_its_description_below_the_path_prefix(app: FastAPI) -> None:
+    with run_server(app, should_shed=lambda *_: True, root_path="/ml") as listening:
+        for request in (make_upload(3, b"Connection: close") + b"abc", b"GET / HTTP/1.1\r\n\r\n"):
+            head, _, body = exchange(listening.getsockname(), request).partition(b"\r\n\r\n")
+            assert json.loads(body)["type"] == f"/ml/errors#{head.split()[1].decode()}"
+
+
 def test_predictions_are_refused_before_they_cost_anything_while_the_queue_is_full(
     address: Address, overloaded: Batcher
 ) -> None:
