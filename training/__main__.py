@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,11 +29,13 @@ from training.progress import show_progress
 from training.recipes import RECIPES, Recipe, RecipeError, format_value, make_recipe, rename_former_fields
 from training.resources import default_device, describe_peak_memory
 from training.run import Publication, Run, RunBusy, RunError
-from training.runtimes import Runtime, selection
+from training.runtimes import Form, Runtime, selection
 from training.runtimes.engine import Engine, EngineError
 from training.runtimes.openvino import INT8
+from training.runtimes.torch_export import FORM_FILES, parse_forms
 from training.runtimes.torchscript import ExportError
 from training.store import MODEL, ModelCard, Promotion, Store, StoreError
+from training.trackers.tracking import Tracking, track
 
 STOPPED = 130  # the exit status of a process that Ctrl-C ended
 STOP_POLL_S = 0.5
@@ -54,6 +56,12 @@ Data = Annotated[
 Models = Annotated[Path, typer.Option(help="The model store.", envvar="CIFAR100_MODELS")]
 Promote = Annotated[Promotion, typer.Option(help="When the new version goes live.")]
 Notes = Annotated[str, typer.Option(help="Free text for the model card.")]
+Also = Annotated[
+    str, typer.Option(metavar="FORM,...", help=f"Forms to write beside model.pt, of {', '.join(FORM_FILES)}.")
+]
+Mlflow = Annotated[
+    str | None, typer.Option(metavar="URI", help="MLflow server that records the run.", envvar="MLFLOW_TRACKING_URI")
+]
 
 
 @cli.callback()
@@ -76,6 +84,8 @@ def train(
     publish: Annotated[bool, typer.Option(help="Export the result into the model store.")] = True,
     promote: Promote = "if-better",
     notes: Notes = "",
+    also: Also = "",
+    mlflow: Mlflow = None,
     data_source: Data = None,
     models: Models = Path("models"),
     lock: Annotated[int | None, typer.Option(hidden=True, help="Descriptor of the run's lock, inherited.")] = None,
@@ -84,6 +94,7 @@ def train(
     with _report_errors():
         changes = _parse_overrides(overrides or [])
         recipe = make_recipe(name, changes)
+        forms = parse_forms(also)
         folder = Run(run or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
         dataset = load_dataset(data_source)
         if not resume:
@@ -100,20 +111,20 @@ def train(
         with folder.lock(lock), _stop_on_request(folder):
             if resume:
                 recipe = _resume_recipe(folder, recipe, changes)
-                if published := folder.outcome():
-                    console.print(f"the run is finished and published as {published.model}/{published.version}")
-                    return
             else:
                 folder.create(recipe, extra_data.read_bytes() if extra_data else None)
-            try:
+            with _discard_if_refused(folder, resume):
                 dataset = _add_extra_data(folder, recipe, dataset)
-                _train(folder, recipe, dataset, Store(models))
-            except (DataError, RecipeError, StoreError, EngineError, WeightsError):
-                if not resume:
-                    folder.discard()
-                raise
-            if publish:
-                _publish(folder, dataset, Store(models), promote, notes)
+            with track(folder, dataset, mlflow) as tracking:
+                if published := folder.outcome():
+                    console.print(f"the run is finished and published as {published.model}/{published.version}")
+                    if published.version in Store(models).versions(published.model):
+                        tracking.log_publication(published, Store(models).folder(published.model, published.version))
+                    return
+                with _discard_if_refused(folder, resume):
+                    _train(folder, recipe, dataset, Store(models), tracking)
+                if publish:
+                    _publish(folder, dataset, Store(models), promote, notes, forms, tracking)
 
 
 @cli.command()
@@ -121,15 +132,19 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     promote: Promote = "if-better",
     notes: Notes = "",
+    also: Also = "",
+    mlflow: Mlflow = None,
     data_source: Data = None,
     models: Models = Path("models"),
 ) -> None:
     """Export a run's last checkpoint into the model store."""
     with _report_errors():
+        forms = parse_forms(also)
         dataset, folder = load_dataset(data_source), Run(run)
         with folder.lock():
             dataset = _add_extra_data(folder, folder.recipe(), dataset)
-            _publish(folder, dataset, Store(models), promote, notes)
+            with track(folder, dataset, mlflow) as tracking:
+                _publish(folder, dataset, Store(models), promote, notes, forms, tracking)
 
 
 @cli.command(name="cascade")
@@ -290,6 +305,17 @@ def _stop_on_request(run: Run) -> Iterator[None]:
         finished.set()
 
 
+@contextmanager
+def _discard_if_refused(run: Run, resumed: bool) -> Iterator[None]:
+    """Delete a new run folder if the run is refused, so that a corrected command may use the same folder."""
+    try:
+        yield
+    except (DataError, RecipeError, StoreError, EngineError, WeightsError):
+        if not resumed:
+            run.discard()
+        raise
+
+
 def _add_extra_data(folder: Run, recipe: Recipe, dataset: Dataset) -> Dataset:
     """Add the extra training images of a run, if it has any."""
     if not folder.extra_file.exists():
@@ -303,27 +329,38 @@ def _add_extra_data(folder: Run, recipe: Recipe, dataset: Dataset) -> Dataset:
     return dataset
 
 
-def _train(folder: Run, recipe: Recipe, dataset: Dataset, store: Store) -> None:
+def _train(folder: Run, recipe: Recipe, dataset: Dataset, store: Store, tracking: Tracking) -> None:
     device = default_device()
     console.print(f"{recipe.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}")
     try:
         events = loop.train(recipe, dataset, folder, device, store)
-        show_progress(report.log_scalars(events, folder.path / "tensorboard"), console)
+        show_progress(tracking.follow(events), console)
     except KeyboardInterrupt:
         done = len(folder.epochs())
         console.print(f"stopped; {done} epochs are kept; continue with --run {folder.path} --resume")
+        tracking.close("stopped")
         raise typer.Exit(STOPPED) from None
     console.print(f"peak memory: {describe_peak_memory(device)}")
 
 
-def _publish(run: Run, dataset: Dataset, store: Store, promotion: Promotion, notes: str) -> None:
+def _publish(
+    run: Run,
+    dataset: Dataset,
+    store: Store,
+    promotion: Promotion,
+    notes: str,
+    also: Collection[Form],
+    tracking: Tracking,
+) -> None:
     """Publish a run, draw its figures, and fit the live cascade again if the new version replaces one of its members.
 
     A cascade that cannot be fitted is no failure of the run: the live one serves on with the versions that it pins.
     """
-    published = show_progress(record_reports(export_run(run, dataset, store, promotion, notes), run), console)
+    steps = export_run(run, dataset, store, promotion, notes, also)
+    published = show_progress(record_reports(steps, run), console)
     _print_publication(published)
     _draw_figures(run, dataset)
+    tracking.log_publication(published, store.folder(published.model, published.version))
     try:
         if refitted := cascade.refit(store, dataset, published, promotion):
             _print_cascade(store, refitted)

@@ -7,7 +7,7 @@ Input: a run folder with a checkpoint.
 Output: `models/<name>/<version>/`, which is made live if the promotion rule allows it.
 """
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +25,9 @@ from training.phase_report import PhaseReport, predict_with_reports, record_repo
 from training.provenance import collect_provenance
 from training.recipes import Recipe
 from training.run import Publication, Run, State
-from training.runtimes import openvino, selection, torchscript
+from training.runtimes import Form, openvino, selection, torch_export, torchscript
 from training.runtimes.openvino import INT8, OpenVinoEngine
+from training.runtimes.torch_export import FORM_FILES
 from training.store import (
     MODEL,
     EpochSummary,
@@ -59,7 +60,12 @@ def publish(
 
 
 def export(
-    run: Run, dataset: Dataset, store: Store, promotion: Promotion = "if-better", notes: str = ""
+    run: Run,
+    dataset: Dataset,
+    store: Store,
+    promotion: Promotion = "if-better",
+    notes: str = "",
+    also: Collection[Form] = (),
 ) -> Generator[PhaseReport, None, Publication]:
     """Export a run's last checkpoint, measure the exported file on the test set, and publish it.
 
@@ -69,14 +75,18 @@ def export(
         store: The model store that receives the version.
         promotion: Rule for making the version live, see `Store.promote_if`.
         notes: Free text for the model card.
+        also: Forms to write beside `model.pt`.
 
     Yields:
         Progress.
 
     Raises:
         RunError: The run has no checkpoint, or was trained on other data.
-        ExportError: The logits of the exported file differ from those of the network.
+        ExportError: The logits of the exported file differ from those of the network, or the exporter of a form is
+            missing.
+        EngineError: The logits of a form differ from those of `model.pt`.
     """
+    torch_export.require_exporters(also)
     recipe = run.recipe()
     announced = run.announced_publication()
     if announced and (card := store.find_by_checksum(recipe.model, announced)):
@@ -89,6 +99,10 @@ def export(
     with store.draft(recipe.model) as draft:
         yield replace(exporting, message=f"writing {MODEL}")
         torchscript.save(classifier, draft / MODEL)
+        for form in also:
+            yield replace(exporting, message=f"writing {FORM_FILES[form]}")
+            torch_export.save(classifier, draft / FORM_FILES[form], form)
+            selection.load(draft / MODEL, "cpu", form)  # compares the logits
         quantization = (yield from quantize(draft / MODEL, recipe, dataset, state["epoch"])) if recipe.int8 else None
         images, labels = to_device(dataset.test, CPU)
         measuring = PhaseReport("measuring", f"measuring {MODEL}", images=len(images), epoch=state["epoch"])
@@ -105,8 +119,7 @@ def export(
             name=recipe.model,
             version=0,
             created=datetime.now(UTC).replace(microsecond=0),
-            # The card names the file of pretrained weights without its folder, which is private to this machine.
-            recipe=recipe.model_dump() | {"weights": recipe.predecessor or Path(recipe.weights).name},
+            recipe=recipe.public_fields,
             classes=list(dataset.classes),
             superclasses=list(dataset.superclasses),
             parameters=sum(parameter.numel() for parameter in classifier.parameters()),

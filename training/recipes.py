@@ -6,6 +6,7 @@ Output: a `Recipe`, or a `RecipeError` that names the wrong field and its accept
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -196,6 +197,11 @@ class Recipe(BaseModel):
     def from_scratch(self) -> Self:
         """A copy that starts from random weights, for networks whose weights a checkpoint overwrites."""
         return self.model_copy(update={"weights": "none", "reinitialize": ()})
+
+    @property
+    def public_fields(self) -> dict[str, Any]:
+        """All fields. A file of pretrained weights has no folder, because folders are private to this machine."""
+        return self.model_dump() | {"weights": self.predecessor or Path(self.weights).name}
 
     @property
     def predecessor(self) -> str | None:

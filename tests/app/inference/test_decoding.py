@@ -185,7 +185,7 @@ def test_a_lone_image_of_another_lane_is_decoded_there_and_its_header_is_read_on
         assert isinstance(delivery.result, CostlyImage)
         assert gate.begun == []
         monkeypatch.delattr(decoding, "EncodedImage")
-        pixels, _ = await decoders.decode(files(name), "a", soon(), opened=image.opened)
+        pixels, *_ = await decoders.decode(files(name), "a", soon(), opened=image.opened)
         assert (pixels[0, 0, 0, 0], decoders.waiting) == (ord("1"), 0)
 
     asyncio.run(scenario())
