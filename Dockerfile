@@ -25,18 +25,12 @@ COPY training training
 RUN /venv/bin/pip install --no-cache-dir --no-deps --target /opt/cifar100 .
 
 FROM python:3.13-slim-trixie
-ARG REVISION=
-LABEL org.opencontainers.image.title="cifar100" \
-      org.opencontainers.image.description="Train, export, serve, measure and retrain CIFAR-100 residual networks." \
-      org.opencontainers.image.version="0.2.0" \
-      org.opencontainers.image.revision="$REVISION" \
-      org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --uid 1000 --home-dir /data --no-create-home cifar100 \
  && install --directory --owner=1000 --group=1000 /data /srv/cifar100 /srv/cifar100/runs
-COPY --from=dependencies /venv /venv
-COPY --from=project /opt/cifar100 /opt/cifar100
 WORKDIR /srv/cifar100
+COPY --from=dependencies /venv /venv
 COPY --chown=1000:1000 models models
+COPY --from=project /opt/cifar100 /opt/cifar100
 USER 1000:1000
 # HOME is a volume, because PyTorch and Matplotlib keep their caches below it. The rest of the system may be read-only.
 ENV PATH=/venv/bin:/opt/cifar100/bin:$PATH PYTHONPATH=/opt/cifar100 PYTHONUNBUFFERED=1 HOME=/data \
@@ -45,3 +39,9 @@ EXPOSE 8000
 VOLUME ["/data", "/srv/cifar100/models", "/srv/cifar100/runs"]
 HEALTHCHECK --start-period=60s --interval=10s --timeout=3s CMD ["python", "-m", "app.server.probe"]
 CMD ["python", "-m", "app"]
+ARG REVISION=
+LABEL org.opencontainers.image.title="cifar100" \
+      org.opencontainers.image.description="Train, export, serve, measure and retrain CIFAR-100 residual networks." \
+      org.opencontainers.image.version="0.2.0" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.licenses="Apache-2.0"

@@ -171,8 +171,8 @@ def build(index: str, extras: str) -> Iterator[Check]:
     # Docker's image format has the health check.
     engine = ["--layers", "--format=docker", "--isolation=chroot", "--network=host", "--pull-never"]
     run("buildah", "bud", *engine, *options, "--tag", IMAGE, ".")
-    history = run("podman", "history", "--no-trunc", "--human=false", "--format={{.Size}}\t{{.CreatedBy}}", IMAGE)
-    layers = [(int(size), " ".join(made.split())) for size, made in (line.split("\t") for line in history.splitlines())]
+    history = json.loads(run("podman", "history", "--no-trunc", "--format=json", IMAGE))
+    layers = [(layer["size"], " ".join(layer["CreatedBy"].split())) for layer in history]
     yield Check("image, uncompressed", f"{sum(size for size, _ in layers) / MIB:,.0f} MiB")
     for size, made in reversed(layers):
         if size > MIB:
