@@ -17,6 +17,8 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
+from training.errors import ReportedError
+
 ARCHIVE = "cifar100.npz"
 DEFAULT_FOLDER = "~/.cache/cifar100"
 
@@ -57,7 +59,7 @@ _READ_ERRORS = (
 )
 
 
-class DataError(ValueError):
+class DataError(ReportedError, ValueError):
     """The data set is missing or damaged. The message gives the file, the fault and a remedy."""
 
 
@@ -133,6 +135,16 @@ def split_sizes(source: str | None = None) -> tuple[int, int]:
         return 50_000, 10_000
     per_class = int(count or 20)
     return per_class * len(CLASSES), max(1, per_class // 4) * len(CLASSES)
+
+
+def sample_rows(count: int, limit: int | None) -> NDArray[np.intp]:
+    """Return `limit` of `count` rows in ascending order, chosen with a fixed seed. None or a larger limit returns all.
+
+    The classes are mixed in a sample, also if the rows are sorted by class.
+    """
+    rows = np.random.default_rng(0).permutation(count)[:limit]
+    rows.sort()
+    return rows
 
 
 def hold_out(split: Split, images: int) -> tuple[Split, Split]:

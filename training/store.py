@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, FiniteFloat, PositiveFloat, ValidationError, model_validator
 
+from training.errors import ReportedError
 from training.files import lock_folder, sha256, sync, write_durably
 from training.text import quote, shorten
 
@@ -37,7 +38,7 @@ _ROUNDING = 1e-6
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
-class StoreError(ValueError):
+class StoreError(ReportedError, ValueError):
     """The model or version does not exist, is damaged, or cannot be used."""
 
 
@@ -223,6 +224,19 @@ class ModelCard(BaseModel, use_attribute_docstrings=True):
     def held_out(self) -> int:
         """The number of training images that the recipe held out for validation, which the model has never seen."""
         return int(self.recipe.get("validation_images", 0))
+
+
+def open_store(root: Path) -> "Store":
+    """Return the store in an existing folder.
+
+    Raises:
+        StoreError: There is no such folder.
+        OSError: The folder cannot be read.
+    """
+    if not root.is_dir():
+        raise StoreError(f"there is no model store {root.absolute()}; name one by --models or CIFAR100_MODELS")
+    next(root.iterdir(), None)  # fails without permission
+    return Store(root)
 
 
 class Store:

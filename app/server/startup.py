@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.settings import Settings
+from training.errors import ReportedError
 from training.store import Store
 
 BACKLOG = 2048
@@ -25,7 +26,7 @@ _ATTEMPTS = 20  # attempts to find a port that is free at every address
 _ADDRESS_MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
-class StartupError(Exception):
+class StartupError(ReportedError):
     """A setting that prevents the start. The text names the setting, the reason and the remedy."""
 
 
