@@ -141,6 +141,24 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Explanation:
+    """How much each region of an image speaks for a class."""
+
+    model: str
+    version: int
+    class_id: int
+    label: str
+    superclass: str
+    probability: float
+    map: tuple[tuple[float, ...], ...]
+    """8 rows of 8 cells of the square that the network sees, from the top left. A cell has the fall of the logarithm of
+    the probability in nats if it is hidden; it is negative if the probability rises."""
+    file: str | None = None
+    warnings: tuple[str, ...] = ()
+    """Missing parts of a damaged image that was explained nevertheless."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSummary:
     """A model and its versions. `error` is the reason why its live version is not served."""
 
@@ -188,6 +206,12 @@ class TrainingJob:
     id: str
     state: str
     request: dict[str, Any]
+    phase: str | None = None
+    """Work that the job does now; None unless it is running."""
+    created: str | None = None
+    """Time of the request in ISO 8601, as `started` and `finished`."""
+    started: str | None = None
+    finished: str | None = None
     error: str | None = None
     published: dict[str, Any] | None = None
     """The published version: its name, number, test accuracy, and whether it went live."""
@@ -409,6 +433,13 @@ class _Calls:
             predictions += _parse_predictions(answer, [name for name, _ in encoded])
         return predictions if are_several else predictions[0]
 
+    def explain(self, image: Image, model: str | None, version: int | None, label: str | None) -> _Steps[Explanation]:
+        (encoded,) = yield partial(_encode_images, [image])
+        name, content = encoded
+        params = _without_none(model=model, version=version) | _without_none(**{"class": label})
+        answer = yield from self.send("POST", "/explain", params=params, files={"file": (name or "image", content)})
+        return _parse(Explanation, answer, map=tuple(map(tuple, answer["map"])), file=name)
+
     def evaluate(
         self, archive: Archive | None, model: str | None, version: int | None, split: str | None, limit: int | None
     ) -> _Steps[Evaluation]:
@@ -441,6 +472,17 @@ class _Calls:
     def promote(self, name: str, version: int) -> _Steps[ModelSummary]:
         answer = yield from self.send("PUT", f"/models/{name}/live", json={"version": version})
         return _parse(ModelSummary, answer)
+
+    def card(self, name: str, version: int) -> _Steps[dict[str, Any]]:
+        card: dict[str, Any] = yield from self.send("GET", f"/models/{name}/{version}")
+        return card
+
+    def delete_version(self, name: str, version: int) -> _Steps[ModelSummary]:
+        return _parse(ModelSummary, (yield from self.send("DELETE", f"/models/{name}/{version}")))
+
+    def health(self) -> _Steps[dict[str, Any]]:
+        health: dict[str, Any] = yield from self.send("GET", "/health")
+        return health
 
 
 def _encode_images(images: list[Image]) -> list[tuple[str | None, bytes]]:
@@ -635,6 +677,23 @@ class Client:
         """
         return self._run(self._calls.predict(images, model, version, top_k))
 
+    def explain(
+        self, image: Image, *, model: str | None = None, version: int | None = None, label: str | None = None
+    ) -> Explanation:
+        """Explain a class: how much each region of an image speaks for it.
+
+        Args:
+            image: A path, the bytes of a file, an image of Pillow or an array of NumPy.
+            model: Name of the model. Default: chosen by the service.
+            version: Version. Default: the live one.
+            label: Label of the class. Default: the most probable class.
+
+        Raises:
+            ServiceError: The service refuses the image, or cannot be reached.
+            OSError: The file cannot be read.
+        """
+        return self._run(self._calls.explain(image, model, version, label))
+
     def evaluate(
         self,
         archive: Archive | None = None,
@@ -695,6 +754,18 @@ class Client:
     def promote(self, name: str, version: int) -> ModelSummary:
         """Make a version live."""
         return self._run(self._calls.promote(name, version))
+
+    def card(self, name: str, version: int) -> dict[str, Any]:
+        """Return the card of a version."""
+        return self._run(self._calls.card(name, version))
+
+    def delete_version(self, name: str, version: int) -> ModelSummary:
+        """Delete a version. The service keeps a version that is in use."""
+        return self._run(self._calls.delete_version(name, version))
+
+    def health(self) -> dict[str, Any]:
+        """Return the state of the service."""
+        return self._run(self._calls.health())
 
 
 class Job:
@@ -830,6 +901,12 @@ class AsyncClient:
         """Classify one image, or a list of images."""
         return await self._run(self._calls.predict(images, model, version, top_k))
 
+    async def explain(
+        self, image: Image, *, model: str | None = None, version: int | None = None, label: str | None = None
+    ) -> Explanation:
+        """Explain a class: how much each region of an image speaks for it."""
+        return await self._run(self._calls.explain(image, model, version, label))
+
     async def evaluate(
         self,
         archive: Archive | None = None,
@@ -868,6 +945,18 @@ class AsyncClient:
     async def promote(self, name: str, version: int) -> ModelSummary:
         """Make a version live."""
         return await self._run(self._calls.promote(name, version))
+
+    async def card(self, name: str, version: int) -> dict[str, Any]:
+        """Return the card of a version."""
+        return await self._run(self._calls.card(name, version))
+
+    async def delete_version(self, name: str, version: int) -> ModelSummary:
+        """Delete a version. The service keeps a version that is in use."""
+        return await self._run(self._calls.delete_version(name, version))
+
+    async def health(self) -> dict[str, Any]:
+        """Return the state of the service."""
+        return await self._run(self._calls.health())
 
 
 class AsyncJob:

@@ -3,14 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 
-from app import errors
+from app import errors, version
 from app.dependencies import Services
 from app.middleware.access import Access
 from app.middleware.body_limit import BodyLimitMiddleware
@@ -44,7 +43,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = FastAPI(
         title="CIFAR-100",
         description=DESCRIPTION,
-        version=_version(),
+        version=version(),
         lifespan=lifespan,
         responses=errors.RESPONSES,
         generate_unique_id_function=lambda route: route.name,
@@ -91,10 +90,3 @@ def _add_head_routes(app: FastAPI, router: APIRouter) -> None:
                 include_in_schema=False,
                 route_class_override=type(route),
             )
-
-
-def _version() -> str:
-    try:
-        return version("cifar100")
-    except PackageNotFoundError:
-        return "0"

@@ -6,7 +6,7 @@ The modules that are imported here do not import PyTorch, so that help and wrong
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Column, Table
@@ -17,6 +17,9 @@ from training.encoding import restart_in_utf8_mode
 from training.recipes import RECIPES, Recipe, RecipeError, format_value, make_recipe, rename_former_fields
 from training.run import Publication, Run
 from training.store import Promotion, Store, open_store
+
+if TYPE_CHECKING:
+    from training.commands import Measurement
 
 LOADING = "loading PyTorch"
 
@@ -33,6 +36,12 @@ Data = Annotated[
 ]
 Models = Annotated[Path, typer.Option(help="The model store.", envvar="CIFAR100_MODELS")]
 Promote = Annotated[Promotion, typer.Option(help="When the new version goes live.")]
+Split = Annotated[
+    Literal["test", "train", "validation"],
+    typer.Option(help="What to measure on; validation is what its recipe held out of train."),
+]
+Int8 = Annotated[bool, typer.Option("--int8", help="Its quantized form, with OpenVINO.")]
+Flip = Annotated[bool, typer.Option("--flip", help="The mean logits of an image and its mirror image.")]
 Notes = Annotated[str, typer.Option(help="Free text for the model card.")]
 
 
@@ -96,8 +105,8 @@ def export(
         _print_publications(publishing.store, outcome.published, outcome.cascade)
 
 
-@cli.command(name="cascade")
-def fit_cascade(
+@cli.command()
+def cascade(
     first: Annotated[str, typer.Argument(help="The member that sees every image: NAME, or NAME/VERSION.")] = "resnet",
     second: Annotated[str, typer.Argument(help="The member that sees images that are sent on.")] = "resnet18",
     promote: Promote = "if-better",
@@ -120,12 +129,9 @@ def fit_cascade(
 @cli.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="NAME for the live version, or NAME/VERSION.")],
-    split: Annotated[
-        Literal["test", "train", "validation"],
-        typer.Option(help="What to measure on; validation is what its recipe held out of train."),
-    ] = "test",
-    int8: Annotated[bool, typer.Option("--int8", help="Its quantized form, with OpenVINO.")] = False,
-    flip: Annotated[bool, typer.Option("--flip", help="The mean logits of an image and its mirror image.")] = False,
+    split: Split = "test",
+    int8: Int8 = False,
+    flip: Flip = False,
     data_source: Data = None,
     models: Models = Path("models"),
     as_json: Json = False,
@@ -139,12 +145,7 @@ def evaluate(
     if as_json:
         print_json(measured.model_dump(mode="json"))
     else:
-        result = measured.result
-        views = f"{result.images} {split} images" + (" and their mirror images" if flip else "")
-        out.print(
-            f"{measured.model}/{measured.version} on {views}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
-            f"loss {result.loss:.4f}, ECE {result.ece:.2%} ({measured.images_per_s:.0f} images/s)"
-        )
+        print_measurement(measured, flip)
 
 
 @cli.command()
@@ -185,6 +186,16 @@ def recipes(as_json: Json = False) -> None:
     print_table(table)
 
 
+def print_measurement(measured: "Measurement", flip: bool = False) -> None:
+    """Print the measures of a version in one line."""
+    result = measured.result
+    views = f"{result.images} {measured.split} images" + (" and their mirror images" if flip else "")
+    out.print(
+        f"{measured.model}/{measured.version} on {views}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
+        f"loss {result.loss:.4f}, ECE {result.ece:.2%} ({measured.images_per_s:.0f} images/s)"
+    )
+
+
 def parse_overrides(overrides: list[str]) -> dict[str, str]:
     """Parse FIELD=VALUE texts into values by the present names of the fields.
 
@@ -197,12 +208,12 @@ def parse_overrides(overrides: list[str]) -> dict[str, str]:
     return rename_former_fields(dict(override.split("=", 1) for override in overrides))
 
 
-def _print_publications(store: Store, published: Publication | None, cascade: Publication | None) -> None:
+def _print_publications(store: Store, published: Publication | None, refitted: Publication | None) -> None:
     """Print a published version, and a cascade that was published because of it or alone."""
     if published:
         _print_publication(published)
-    if cascade:
-        card = store.card(cascade.model, cascade.version)
+    if refitted:
+        card = store.card(refitted.model, refitted.version)
         fitted, fit = store.cascade(card), card.cascade
         if fit:
             out.print(
@@ -210,7 +221,7 @@ def _print_publications(store: Store, published: Publication | None, cascade: Pu
                 f"{fitted.temperature:.3f}, threshold {fitted.threshold:.3f}; {fit.sent_on:.1%} of {fit.images} "
                 f"held-out images and {fit.test_sent_on:.1%} of the test images are sent on"
             )
-        _print_publication(cascade)
+        _print_publication(refitted)
 
 
 def _print_publication(published: Publication) -> None:

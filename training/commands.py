@@ -22,7 +22,7 @@ from training.console import STOPPED, err, working
 from training.dataset import Dataset, Split, hold_out, load_dataset, sample_rows
 from training.errors import ReportedError
 from training.evaluate import evaluate, fit_familiarity, predict
-from training.export import export
+from training.export import CPU, export
 from training.loop import to_device
 from training.networks.transfer import WeightsError
 from training.phase_report import PhaseReport, predict_with_reports, record_reports
@@ -186,25 +186,43 @@ def measure(
     dataset = read_dataset(data)
     if card.classes != list(dataset.classes):
         raise StoreError(f"{label} was trained on other classes than this data set has; change --data")
-    device = torch.device("cpu") if int8 or card.cascade else default_device()
+    device = CPU if int8 or card.cascade else default_device()
     chosen = _split(dataset, split, card)
-    images, labels = to_device(chosen[sample_rows(len(chosen), limit)], device)
-    engine: Engine
+    chosen = chosen[sample_rows(len(chosen), limit)]
     with working(f"loading {label}"):
         if card.cascade:
             engine = selection.load_version(store, card)
         else:
             runtime: Runtime = "int8" if int8 else "auto"
             engine = selection.load(folder / MODEL, "cuda" if device.type == "cuda" else "cpu", runtime, "evaluation")
+    return measure_images(card, engine, chosen, split, device, flip=flip)
+
+
+def measure_images(
+    card: ModelCard, engine: Engine, split: Split, name: str, device: torch.device = CPU, *, flip: bool = False
+) -> Measurement:
+    """Measure a loaded version on labeled images.
+
+    Args:
+        card: Card of the version.
+        engine: Engine of the version.
+        split: The images.
+        name: Name of the split.
+        device: Device of the engine.
+        flip: True for the mean logits of an image and its mirror image.
+    """
+    images, labels = to_device(split, device)
+    report = PhaseReport("measuring", f"measuring {card.name}/{card.version}", images=len(images))
     views = [images, images.flip(2)] if flip else [images]
     started = time.perf_counter()
-    logits = torch.stack([_predict(engine, view, f"measuring {label}") for view in views]).mean(0)
+    reports = (predict_with_reports(engine.compute_logits, view, report) for view in views)
+    logits = torch.stack([show_progress(each, err) for each in reports]).mean(0)
     seconds = time.perf_counter() - started
     return Measurement(
         model=card.name,
         version=card.version,
         engine=engine.name,
-        split=split,
+        split=name,
         images_per_s=len(labels) / seconds,
         result=evaluate(logits, labels.cpu()),
         classes=card.classes,
@@ -217,16 +235,11 @@ def add_familiarity(store: Store, card: ModelCard, data: str | None) -> Familiar
     Raises:
         ReportedError: The version has held out no images, or cannot be used.
     """
-    images, _ = to_device(_split(read_dataset(data), "validation", card), torch.device("cpu"))
+    images, _ = to_device(_split(read_dataset(data), "validation", card), CPU)
     engine = selection.load(store.verify(card) / MODEL, "cpu", purpose="evaluation")
     threshold = fit_familiarity(predict(engine.compute_logits, images))
     store.amend(card.model_copy(update={"familiarity": threshold}))
     return threshold
-
-
-def _predict(engine: Engine, images: torch.Tensor, message: str) -> torch.Tensor:
-    reports = predict_with_reports(engine.compute_logits, images, PhaseReport("measuring", message, images=len(images)))
-    return show_progress(reports, err)
 
 
 def _split(dataset: Dataset, name: SplitName, card: ModelCard) -> Split:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
@@ -22,12 +22,14 @@ from typer.core import TyperCommand, TyperGroup
 from typing_extensions import override
 
 from training.encoding import replace_surrogates
-from training.errors import ReportedError
+from training.errors import WRONG_USAGE, ReportedError
 
 Item = TypeVar("Item")
 
-FAILED, WRONG_USAGE, STOPPED = 1, 2, 130
-"""Exit statuses. 130 is that of a process that Ctrl-C ended."""
+FAILED = 1
+"""Exit status of a command that failed."""
+STOPPED = 130
+"""Exit status of a command that Ctrl-C or SIGTERM ended."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error, too. May stand anywhere.")]
@@ -45,10 +47,21 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
+def make_table(*columns: str) -> Table:
+    """Return a table without lines. Without columns, it has no header either."""
+    return Table(*columns, box=None, pad_edge=False, show_header=bool(columns))
+
+
 def print_table(table: Table) -> None:
     """Print a table. Without a terminal, it does not depend on the width of one."""
     is_sized = out.is_terminal or "COLUMNS" in os.environ
-    out.print(table, width=None if is_sized else _PIPE_WIDTH)
+    console = out if is_sized else Console(width=_PIPE_WIDTH, markup=False, highlight=False)
+    console.print(table)
+
+
+def print_error(message: str) -> None:
+    """Print an error as one line on stderr."""
+    err.print(f"error: {replace_surrogates(' '.join(message.splitlines()))}", style="red")
 
 
 @contextmanager
@@ -65,20 +78,21 @@ def working(message: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        timer.join()  # a line that is being printed comes before the next one
 
 
-def track(items: Sequence[Item], message: str) -> Iterator[Item]:
+def track(items: Iterable[Item], total: int, message: str) -> Iterator[Item]:
     """Iterate over items and show the progress on stderr: a bar on a terminal, elsewhere a line every few seconds."""
     if _is_animated():
         from rich.progress import track as show
 
-        yield from show(items, message, console=err, transient=True)
+        yield from show(items, message, total, console=err, transient=True)
         return
     shown = time.monotonic() - _LINE_S + _PATIENCE_S
     for done, item in enumerate(items):
         if time.monotonic() - shown >= _LINE_S:
             shown = time.monotonic()
-            err.print(f"{message}: {done} of {len(items)}")
+            err.print(f"{message}: {done} of {total}")
         yield item
 
 
@@ -129,7 +143,7 @@ def _run(
         if with_traceback:
             traceback.print_exc()
         message, status = describe(error)
-        err.print(f"error: {replace_surrogates(' '.join(message.splitlines()))}", style="red")
+        print_error(message)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -21,6 +21,8 @@ from training.errors import ReportedError
 
 ARCHIVE = "cifar100.npz"
 DEFAULT_FOLDER = "~/.cache/cifar100"
+FINGERPRINT = "fd2754fdbed833d679e4f4e3414b8e0172050e72c30b55bbb4865ba503480389"
+"""Fingerprint of CIFAR-100, see `Dataset.fingerprint`."""
 
 # Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images".
 SUPERCLASSES: dict[str, tuple[str, ...]] = {
@@ -110,19 +112,34 @@ def load_dataset(source: str | None = None) -> Dataset:
     Raises:
         DataError: The data set cannot be obtained, or the file is damaged.
     """
-    source = source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER
-    name, _, count = source.partition(":")
-    if name == "synthetic":
+    archive = find_archive(source)
+    if archive is None:
+        count = _resolve(source).partition(":")[2]
         if count and not (count.isdecimal() and int(count) > 0):
             raise DataError(f"synthetic:{count} is not a positive number of images per class; give synthetic:20 for 20")
         return make_synthetic(int(count or 20))
-    folder = Path(source).expanduser()
-    if folder.is_file():
-        raise DataError(f"{source} is a file; give the folder that contains {ARCHIVE}")
-    archive = folder / ARCHIVE
     if not archive.exists():
         _download_archive(archive)
     return _read_archive(archive)
+
+
+def find_archive(source: str | None = None) -> Path | None:
+    """Return the path that the archive of `source` has or will have. None for a synthetic data set.
+
+    Raises:
+        DataError: The source is a file.
+    """
+    source = _resolve(source)
+    if source.partition(":")[0] == "synthetic":
+        return None
+    folder = Path(source).expanduser()
+    if folder.is_file():
+        raise DataError(f"{source} is a file; give the folder that contains {ARCHIVE}")
+    return folder / ARCHIVE
+
+
+def _resolve(source: str | None) -> str:
+    return source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER
 
 
 def split_sizes(source: str | None = None) -> tuple[int, int]:
@@ -130,7 +147,7 @@ def split_sizes(source: str | None = None) -> tuple[int, int]:
 
     Every source other than "synthetic" is taken as CIFAR-100: 50,000 and 10,000 images.
     """
-    name, _, count = (source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER).partition(":")
+    name, _, count = _resolve(source).partition(":")
     if name != "synthetic" or not (count or "20").isdecimal():
         return 50_000, 10_000
     per_class = int(count or 20)

@@ -225,6 +225,11 @@ class ModelCard(BaseModel, use_attribute_docstrings=True):
         """The number of training images that the recipe held out for validation, which the model has never seen."""
         return int(self.recipe.get("validation_images", 0))
 
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """The key by which the default model is the greatest: a cascade before others, then the accuracy."""
+        return self.cascade is not None, self.test.top1
+
 
 def open_store(root: Path) -> "Store":
     """Return the store in an existing folder.
@@ -315,6 +320,17 @@ class Store:
         if (card.name, card.version) != (name, version):
             raise StoreError(f"{path} is the card of {card.name} version {card.version}")
         return card
+
+    def default_card(self) -> ModelCard:
+        """Read the card of the version that answers requests for no named model, see `ModelCard.rank`.
+
+        Raises:
+            StoreError: No model is live, or a card is unreadable.
+        """
+        live = [(name, version) for name in self.names() if (version := self.live(name)) is not None]
+        if not live:
+            raise StoreError(f"no model is live in {self.root.absolute()}; train one, or promote a version")
+        return max((self.card(*each) for each in live), key=lambda card: card.rank)
 
     def locate(self, card: ModelCard) -> Path:
         """Return the folder of a version that has all files of its card, and all versions that it pins.

@@ -16,17 +16,14 @@ from pydantic import Field
 
 from app.clients import FairShares
 from app.dependencies import services_of
-from app.exceptions import BadRequest, Unavailable
+from app.exceptions import Unavailable
 from app.inference import explanation
 from app.middleware.access import access_of, authorize_prediction, client_of
 from app.routes.images import DESCRIBED, ImageRoute, ModelQuery, describe_body, read_images
 from app.routes.parameters import parse_parameters
-from training.store import ModelCard
-from training.text import quote, suggest
 
 _PNG = "image/png"
 _JSON_TYPES = ("application/json", "application/*", "*/*")
-_DECIMALS = 4
 _REMEDY = "explanations need a higher CIFAR100_PREDICT_RATE_LIMIT"
 
 
@@ -93,7 +90,7 @@ async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> 
         deadline = time.monotonic() + settings.deadline_s
         images = await services.decoders.decode(files, client_of(request), deadline, charge)
     model = await services.pool.get(query.model, query.version)
-    wanted = None if query.label is None else _find_class(query.label, model.card)
+    wanted = None if query.label is None else explanation.find_class(query.label, model.card)
     if charge:
         charge(explanation.COUNT - 1, _REMEDY)  # the request was charged one unit before its body was read
     with _share(services.masked_images, client_of(request)):
@@ -112,20 +109,9 @@ async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> 
         label=model.card.classes[class_id],
         superclass=model.card.superclasses[class_id],
         probability=float(probabilities[0, class_id]),
-        map=importance.round(_DECIMALS).tolist(),
+        map=importance.round(explanation.DECIMALS).tolist(),
         warnings=images.warnings[0],
     )
-
-
-def _find_class(label: str, card: ModelCard) -> int:
-    """Return the id of a class.
-
-    Raises:
-        BadRequest: The model has no such class.
-    """
-    if label not in card.classes:
-        raise BadRequest(f"{card.name} has no class {quote(label)}; {suggest(label, card.classes, 'classes')}")
-    return card.classes.index(label)
 
 
 @contextmanager
