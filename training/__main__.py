@@ -95,6 +95,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a run's last checkpoint into the model store."""
+    Run(run).recipe()  # fails for a folder without a run, before PyTorch is loaded
     with working(LOADING):
         from training import commands
     publishing = commands.Publishing(Store(models), promote, notes)
@@ -116,9 +117,10 @@ def cascade(
     as_json: Json = False,
 ) -> None:
     """Fit a cascade of two models on images that both have held out, and publish it."""
+    store = open_store(models)
     with working(LOADING):
         from training import commands
-    publishing = commands.Publishing(open_store(models), promote, notes)
+    publishing = commands.Publishing(store, promote, notes)
     published = commands.fit_cascade((first, second), data_source, publishing)
     if as_json:
         print_json(published.model_dump(mode="json"))

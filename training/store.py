@@ -303,7 +303,10 @@ class Store:
             )
         version = int(number) if slash else self.live(name)
         if version is None:
-            raise StoreError(f"{name} has no live version in {self.root}; give NAME/VERSION, or promote a version")
+            root = self.root.absolute()
+            if not self.versions(name):
+                raise StoreError(f"there is no model {name} in {root}; there are: {', '.join(self.names()) or 'none'}")
+            raise StoreError(f"{name} has no live version in {root}; give NAME/VERSION, or promote a version")
         return name, version
 
     def card(self, name: str, version: int) -> ModelCard:

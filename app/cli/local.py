@@ -98,7 +98,11 @@ class LocalService:
             database.connect()
         except DatabaseError as error:
             raise ReportedError(f"{self._settings.runs / DATABASE} cannot be used: {error.orig}") from error
-        return TrainingQueue(self._settings, database)
+        return _LocalQueue(self._settings, database)
+
+
+class _LocalQueue(TrainingQueue):
+    listing = "cifar100 jobs list"
 
 
 class LocalJob:

@@ -148,7 +148,7 @@ def delete(
         service.card(name, number)  # an unknown version fails before the question
         if not yes:
             if not sys.stdin.isatty():
-                raise UsageError("without a terminal nobody can confirm; add --yes")
+                raise UsageError("there is no terminal to confirm at; add --yes")
             typer.confirm(f"Delete {version} for good?", abort=True, err=True)
         summary = service.delete_version(name, number)
     if as_json:

@@ -202,13 +202,14 @@ def open_client(context: typer.Context, server: str, key: str | None) -> "Iterat
     try:
         with working(f"connecting to {server}"), make_client(timeout_s=_PROBE_S, budget_s=0) as probe:
             if "uptime_s" not in probe.health():
-                raise ValueError("GET /health has another form")
+                raise ValueError("another form")
     except httpx.InvalidURL as error:
         raise UsageError(f"--server {server}: {error}") from None
     except (ServiceError, ValueError, TypeError) as error:
         if isinstance(error, ServiceError) and error.status is None:
             hint = "start one with 'cifar100 serve', or give another --server"
             raise Unreachable(f"no service answers at {server} ({error}); {hint}") from error
-        raise ReportedError(f"{server} is another program ({error}); give the address of a service") from error
+        answer = f"{error.status} {error.title}" if isinstance(error, ServiceError) else error
+        raise ReportedError(f"{server} is no service ({answer} for GET /health); give another --server") from error
     with make_client() as client:
         yield client
