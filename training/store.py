@@ -228,7 +228,7 @@ class ModelCard(BaseModel, use_attribute_docstrings=True):
     @property
     def rank(self) -> tuple[bool, float]:
         """The key by which the default model is the greatest: a cascade before others, then the accuracy."""
-        return self.cascade is not None, self.test.top1
+        return CASCADE in self.files, self.test.top1
 
 
 def open_store(root: Path) -> "Store":

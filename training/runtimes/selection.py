@@ -28,7 +28,7 @@ from training.runtimes.cuda import CudaGraphEngine
 from training.runtimes.engine import Engine, EngineError, deviation, example_images
 from training.runtimes.openvino import INT8, OpenVinoEngine, computes_int8
 from training.runtimes.torchscript import TorchScriptEngine, computes_bfloat16
-from training.store import MODEL, ModelCard, Store
+from training.store import CASCADE, MODEL, ModelCard, Store
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def load_version(store: Store, card: ModelCard, device: Device = "auto", runtime
         EngineError: No runtime can compute it.
     """
     folder = store.verify(card)
-    if not card.cascade:
+    if CASCADE not in card.files:
         return load(folder / MODEL, device, runtime)
     cascade = store.cascade(card)
     first, second = (load_version(store, store.member_card(member), device, runtime) for member in cascade.members)
