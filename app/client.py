@@ -151,6 +151,24 @@ class Correction:
     """The model, its version, and the class that it predicted with its probability."""
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """How much each region of an image speaks for a class."""
+
+    model: str
+    version: int
+    class_id: int
+    label: str
+    superclass: str
+    probability: float
+    map: tuple[tuple[float, ...], ...]
+    """8 rows of 8 cells of the square that the network sees, from the top left. A cell has the fall of the logarithm of
+    the probability in nats if it is hidden; it is negative if the probability rises."""
+    file: str | None = None
+    warnings: tuple[str, ...] = ()
+    """Missing parts of a damaged image that was explained nevertheless."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
     """A model and its versions. `error` is the reason why its live version is not served."""
@@ -210,6 +228,12 @@ class TrainingJob:
     id: str
     state: str
     request: dict[str, Any]
+    phase: str | None = None
+    """Work that the job does now; None unless it is running."""
+    created: str | None = None
+    """Time of the request in ISO 8601, as `started` and `finished`."""
+    started: str | None = None
+    finished: str | None = None
     error: str | None = None
     published: dict[str, Any] | None = None
     """The published version: its name, number, test accuracy, and whether it went live."""
@@ -455,6 +479,13 @@ class _Calls:
         answer = yield from self.send("POST", "/feedback", params=params, files={"file": (name or "image", content)})
         return _parse(Correction, answer)
 
+    def explain(self, image: Image, model: str | None, version: int | None, label: str | None) -> _Steps[Explanation]:
+        (encoded,) = yield partial(_encode_images, [image])
+        name, content = encoded
+        params = _without_none(model=model, version=version) | _without_none(**{"class": label})
+        answer = yield from self.send("POST", "/explain", params=params, files={"file": (name or "image", content)})
+        return _parse(Explanation, answer, map=tuple(map(tuple, answer["map"])), file=name)
+
     def evaluate(
         self, archive: Archive | None, model: str | None, version: int | None, split: str | None, limit: int | None
     ) -> _Steps[Evaluation]:
@@ -490,6 +521,17 @@ class _Calls:
 
     def download_version(self, name: str, version: int) -> _Steps[bytes]:
         return (yield from self.fetch("GET", f"/models/{name}/{version}/zip")).content
+
+    def card(self, name: str, version: int) -> _Steps[dict[str, Any]]:
+        card: dict[str, Any] = yield from self.send("GET", f"/models/{name}/{version}")
+        return card
+
+    def delete_version(self, name: str, version: int) -> _Steps[ModelSummary]:
+        return _parse(ModelSummary, (yield from self.send("DELETE", f"/models/{name}/{version}")))
+
+    def health(self) -> _Steps[dict[str, Any]]:
+        health: dict[str, Any] = yield from self.send("GET", "/health")
+        return health
 
     def upload_version(self, name: str, archive: Archive, promote: str) -> _Steps[UploadedVersion]:
         file = yield lambda: encode_image(archive)[1]
@@ -724,6 +766,23 @@ class Client:
         """
         return self._run(self._calls.send_feedback(image, label, model, version))
 
+    def explain(
+        self, image: Image, *, model: str | None = None, version: int | None = None, label: str | None = None
+    ) -> Explanation:
+        """Explain a class: how much each region of an image speaks for it.
+
+        Args:
+            image: A path, the bytes of a file, an image of Pillow or an array of NumPy.
+            model: Name of the model. Default: chosen by the service.
+            version: Version. Default: the live one.
+            label: Label of the class. Default: the most probable class.
+
+        Raises:
+            ServiceError: The service refuses the image, or cannot be reached.
+            OSError: The file cannot be read.
+        """
+        return self._run(self._calls.explain(image, model, version, label))
+
     def evaluate(
         self,
         archive: Archive | None = None,
@@ -801,6 +860,18 @@ class Client:
             ServiceError: The service refuses the version, does not accept uploads, or cannot be reached.
         """
         return self._run(self._calls.upload_version(name, archive, promote))
+
+    def card(self, name: str, version: int) -> dict[str, Any]:
+        """Return the card of a version."""
+        return self._run(self._calls.card(name, version))
+
+    def delete_version(self, name: str, version: int) -> ModelSummary:
+        """Delete a version. The service keeps a version that is in use."""
+        return self._run(self._calls.delete_version(name, version))
+
+    def health(self) -> dict[str, Any]:
+        """Return the state of the service."""
+        return self._run(self._calls.health())
 
 
 class Job:
@@ -948,6 +1019,12 @@ class AsyncClient:
         """Tell the service the right class of an image, for later training."""
         return await self._run(self._calls.send_feedback(image, label, model, version))
 
+    async def explain(
+        self, image: Image, *, model: str | None = None, version: int | None = None, label: str | None = None
+    ) -> Explanation:
+        """Explain a class: how much each region of an image speaks for it."""
+        return await self._run(self._calls.explain(image, model, version, label))
+
     async def evaluate(
         self,
         archive: Archive | None = None,
@@ -994,6 +1071,18 @@ class AsyncClient:
     async def upload_version(self, name: str, archive: Archive, *, promote: str = "never") -> UploadedVersion:
         """Publish a version of another service. The service checks it first, which may take a minute."""
         return await self._run(self._calls.upload_version(name, archive, promote))
+
+    async def card(self, name: str, version: int) -> dict[str, Any]:
+        """Return the card of a version."""
+        return await self._run(self._calls.card(name, version))
+
+    async def delete_version(self, name: str, version: int) -> ModelSummary:
+        """Delete a version. The service keeps a version that is in use."""
+        return await self._run(self._calls.delete_version(name, version))
+
+    async def health(self) -> dict[str, Any]:
+        """Return the state of the service."""
+        return await self._run(self._calls.health())
 
 
 class AsyncJob:

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -11,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
 
-from app import errors
+from app import errors, version
 from app.dependencies import Services
 from app.middleware.access import Access
 from app.middleware.body_limit import BodyLimitMiddleware
@@ -34,7 +33,7 @@ def create_app(settings: Settings | None = None, tracing: Tracing | None = None)
         tracing: Traces of requests. Default: as the standard variables of OpenTelemetry ask for them.
     """
     settings = settings or Settings()
-    tracing = tracing or tracing_from_environment(_version())
+    tracing = tracing or tracing_from_environment(version())
     services = Services.create(settings, tracing)
 
     @asynccontextmanager
@@ -52,7 +51,7 @@ def create_app(settings: Settings | None = None, tracing: Tracing | None = None)
     app = FastAPI(
         title="CIFAR-100",
         description=DESCRIPTION,
-        version=_version(),
+        version=version(),
         lifespan=lifespan,
         responses=errors.RESPONSES,
         generate_unique_id_function=lambda route: route.name,
@@ -112,10 +111,3 @@ def _add_head_routes(app: FastAPI, router: APIRouter) -> None:
                 include_in_schema=False,
                 route_class_override=type(route),
             )
-
-
-def _version() -> str:
-    try:
-        return version("cifar100")
-    except PackageNotFoundError:
-        return "0"

@@ -10,6 +10,7 @@ SHARED = {
     "control_groups",
     "dataset",
     "encoding",
+    "errors",
     "evaluate",
     "files",
     "recipes",

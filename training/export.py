@@ -26,8 +26,8 @@ from training.provenance import collect_provenance
 from training.recipes import Recipe
 from training.run import Publication, Run, State
 from training.runtimes import Form, openvino, selection, torch_export, torchscript
+from training.runtimes.forms import FORM_FILES, require_exporters
 from training.runtimes.openvino import INT8, OpenVinoEngine
-from training.runtimes.torch_export import FORM_FILES
 from training.store import (
     MODEL,
     EpochSummary,
@@ -86,7 +86,7 @@ def export(
             missing.
         EngineError: The logits of a form differ from those of `model.pt`.
     """
-    torch_export.require_exporters(also)
+    require_exporters(also)
     recipe = run.recipe()
     announced = run.announced_publication()
     if announced and (card := store.find_by_checksum(recipe.model, announced)):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from training import distillation, warm_start
 from training.dataset import Dataset, Split, hold_out
+from training.errors import ReportedError
 from training.evaluate import evaluate, predict
 from training.networks import Classifier, build
 from training.phase import make_phase
@@ -32,7 +33,7 @@ from training.step import TrainStep
 from training.store import Evaluation, Store
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ReportedError, RuntimeError):
     """The loss is no longer finite. The last checkpoint remains valid."""
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from training.errors import WRONG_USAGE, ReportedError
 from training.text import MAX_QUOTED, quote, shorten, suggest
 
 Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4", "fc"]
@@ -21,8 +22,10 @@ _VERSION_LENGTH = 64 + 1 + 9  # maximum, in characters
 _MAX_PATH = 4096  # characters
 
 
-class RecipeError(ValueError):
+class RecipeError(ReportedError, ValueError):
     """The recipe or field is unknown, or a value is invalid."""
+
+    exit_status = WRONG_USAGE
 
 
 def _split_commas(value: Any) -> Any:

@@ -17,15 +17,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
-import torch
 from pydantic import BaseModel
-from torch import Tensor
 
+from training.errors import ReportedError
 from training.files import write_durably
 from training.recipes import Recipe, parse_recipe
 from training.store import Evaluation
+
+if TYPE_CHECKING:  # checkpoints alone need PyTorch, which takes seconds to import
+    from torch import Tensor
 
 State = dict[str, Any]
 Parsed = TypeVar("Parsed")
@@ -62,12 +64,14 @@ class Publication(BaseModel, use_attribute_docstrings=True):
     """Epoch of the exported checkpoint; None in files of earlier releases."""
 
 
-class RunError(ValueError):
+class RunError(ReportedError, ValueError):
     """The run folder cannot be used for the requested operation."""
 
 
 class RunBusy(RunError):
     """Another process holds the lock of the run folder."""
+
+    exit_status = os.EX_TEMPFAIL
 
 
 class Run:
@@ -293,11 +297,11 @@ class Run:
             )
         return state
 
-    def save_teacher_logits(self, logits: Tensor, teacher: str, fingerprint: str) -> None:
+    def save_teacher_logits(self, logits: "Tensor", teacher: str, fingerprint: str) -> None:
         """Save a teacher's logits on the training images of a data set, float [N, classes]."""
         write_durably(self.teacher_file, _serialize({"logits": logits, "teacher": teacher, "data": fingerprint}))
 
-    def teacher_logits(self, teacher: str, fingerprint: str) -> Tensor | None:
+    def teacher_logits(self, teacher: str, fingerprint: str) -> "Tensor | None":
         """Return the saved logits of this teacher for this data set, float [N, classes], or None."""
         if not self.teacher_file.exists():
             return None
@@ -307,11 +311,11 @@ class Run:
         logits: Tensor = saved["logits"]
         return logits
 
-    def save_test_logits(self, logits: Tensor, temperature: float) -> None:
+    def save_test_logits(self, logits: "Tensor", temperature: float) -> None:
         """Save the exported model's calibrated logits on the test set, float32 [N, classes]."""
         write_durably(self.logits_file, _serialize({"logits": logits, "temperature": temperature}))
 
-    def test_logits(self) -> tuple[Tensor, float]:
+    def test_logits(self) -> tuple["Tensor", float]:
         """Return the calibrated logits of the test set, float32 [N, classes], and the temperature that divided them.
 
         Raises:
@@ -406,11 +410,15 @@ def _read_file(path: Path, parse: Callable[[bytes], Parsed]) -> Parsed:
 
 
 def _deserialize(content: bytes) -> Any:
+    import torch
+
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _serialize(value: Any) -> memoryview:
     """Serialize in memory, because PyTorch may abort the process if it cannot write to a file."""
+    import torch
+
     content = io.BytesIO()
     torch.save(value, content)
     return content.getbuffer()

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, FiniteFloat, PositiveFloat, ValidationError, model_validator
 
+from training.errors import ReportedError
 from training.files import lock_folder, sha256, sync, write_durably
 from training.text import quote, shorten
 
@@ -38,7 +39,7 @@ _ROUNDING = 1e-6
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
-class StoreError(ValueError):
+class StoreError(ReportedError, ValueError):
     """The model or version does not exist, is damaged, or cannot be used."""
 
 
@@ -239,6 +240,24 @@ class ModelCard(BaseModel, use_attribute_docstrings=True):
         """The number of training images that the recipe held out for validation, which the model has never seen."""
         return int(self.recipe.get("validation_images", 0))
 
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """The key by which the default model is the greatest: a cascade before others, then the accuracy."""
+        return CASCADE in self.files, self.test.top1
+
+
+def open_store(root: Path) -> "Store":
+    """Return the store in an existing folder.
+
+    Raises:
+        StoreError: There is no such folder.
+        OSError: The folder cannot be read.
+    """
+    if not root.is_dir():
+        raise StoreError(f"there is no model store {root.absolute()}; name one by --models or CIFAR100_MODELS")
+    next(root.iterdir(), None)  # fails without permission
+    return Store(root)
+
 
 class Store:
     """A folder of models.
@@ -299,7 +318,10 @@ class Store:
             )
         version = int(number) if slash else self.live(name)
         if version is None:
-            raise StoreError(f"{name} has no live version in {self.root}; give NAME/VERSION, or promote a version")
+            root = self.root.absolute()
+            if not self.versions(name):
+                raise StoreError(f"there is no model {name} in {root}; there are: {', '.join(self.names()) or 'none'}")
+            raise StoreError(f"{name} has no live version in {root}; give NAME/VERSION, or promote a version")
         return name, version
 
     def card(self, name: str, version: int) -> ModelCard:
@@ -316,6 +338,17 @@ class Store:
         if (card.name, card.version) != (name, version):
             raise StoreError(f"{path} is the card of {card.name} version {card.version}")
         return card
+
+    def default_card(self) -> ModelCard:
+        """Read the card of the version that answers requests for no named model, see `ModelCard.rank`.
+
+        Raises:
+            StoreError: No model is live, or a card is unreadable.
+        """
+        live = [(name, version) for name in self.names() if (version := self.live(name)) is not None]
+        if not live:
+            raise StoreError(f"no model is live in {self.root.absolute()}; train one, or promote a version")
+        return max((self.card(*each) for each in live), key=lambda card: card.rank)
 
     def locate(self, card: ModelCard) -> Path:
         """Return the folder of a version that has all files of its card, and all versions that it pins.

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -52,11 +52,6 @@ class Model:
     members: "tuple[Model, ...]" = ()
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
     loaded: datetime = field(default_factory=lambda: datetime.now(UTC))
-
-    @cached_property
-    def rank(self) -> tuple[bool, float]:
-        """The key by which the default model is the greatest: a cascade before others, then the accuracy."""
-        return bool(self.members), self.card.test.top1
 
 
 class ModelPool:
@@ -306,7 +301,7 @@ class ModelPool:
 
     def _default(self) -> str | None:
         """Return the name of the configured model, or else of the live one with the highest rank."""
-        highest = max(self._live, key=lambda name: self._live[name].rank, default=None)
+        highest = max(self._live, key=lambda name: self._live[name].card.rank, default=None)
         return self._settings.default_model or highest
 
     def _not_live_error(self, name: str) -> NotFound | Unavailable:

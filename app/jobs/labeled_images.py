@@ -16,7 +16,7 @@ from app.inference import decoding
 from app.inference.decode_process import DecodeProcess
 from app.inference.images import encoded
 from app.settings import Settings
-from training.dataset import DataError, load_dataset
+from training.dataset import DataError, load_dataset, sample_rows
 from training.encoding import replace_surrogates
 from training.text import quote
 
@@ -63,10 +63,9 @@ def read_split(
     if list(dataset.classes) != classes:
         raise BadRequest("the classes of the model differ from those of the data set")
     part = dataset.test if split == "test" else dataset.train
-    order = np.random.default_rng(0).permutation(len(part))[:limit]
-    order.sort()
-    chosen = part[order]
-    names = [f"{split}/{number}" for number in order]
+    rows = sample_rows(len(part), limit)
+    chosen = part[rows]
+    names = [f"{split}/{number}" for number in rows]
     return LabeledImages(images=chosen.images.transpose(0, 3, 1, 2), labels=chosen.labels, names=names, split=split)
 
 

@@ -39,7 +39,7 @@ _TERM_GRACE_S = 3.0
 _LEASE_POLL_S = 2.0
 _PATIENCE_S = 60.0  # only the queue uses this thread, so a call waits for a slow disk at most
 _INTERRUPTED = 130  # exit status of a training process that a signal stopped
-_SECRETS = ("CIFAR100_API_KEYS",)  # environment variables that a training process must not see
+_SECRETS = ("CIFAR100_API_KEYS", "CIFAR100_API_KEY")  # environment variables that a training process must not see
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "MemoryError")
 
 
@@ -203,6 +203,7 @@ class TrainingRunner:
             changed = [field for field in Recipe.model_fields if getattr(recipe, field) != getattr(original, field)]
             command += [f"{field}={format_value(getattr(recipe, field))}" for field in changed]
         command += ["--run", str(run.path), "--models", str(self._settings.models), "--promote", job.request.promote]
+        command.append("--debug")  # the output of the process has the traceback of an error
         return command
 
 

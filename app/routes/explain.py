@@ -20,11 +20,10 @@ from app.inference import explanation
 from app.middleware.access import access_of, authorize_prediction, client_of
 from app.routes.images import DESCRIBED, ImageRoute, ModelQuery, describe_body, read_images
 from app.routes.parameters import parse_parameters
-from app.routes.scoring import decoding_charge, find_class
+from app.routes.scoring import decoding_charge
 
 _PNG = "image/png"
 _JSON_TYPES = ("application/json", "application/*", "*/*")
-_DECIMALS = 4
 _REMEDY = "explanations need a higher CIFAR100_PREDICT_RATE_LIMIT"
 
 
@@ -91,11 +90,9 @@ async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> 
         deadline = time.monotonic() + settings.deadline_s
         images = await services.decoders.decode(files, client_of(request), deadline, charge)
     model = await services.pool.get(query.model, query.version)
-    wanted = None if query.label is None else find_class(query.label, model.card)
-    if settings.predict_rate_limit:
-        access_of(request).charge_prediction(
-            request, explanation.COUNT - 1, _REMEDY
-        )  # the request was charged one unit before its body was read
+    wanted = None if query.label is None else explanation.find_class(query.label, model.card)
+    if settings.predict_rate_limit:  # the request was charged one unit before its body was read
+        access_of(request).charge_prediction(request, explanation.COUNT - 1, _REMEDY)
     with _share(services.masked_images, client_of(request)):
         masked = explanation.occlude(images.pixels[0])
         probabilities = await model.batcher.run_in_background(masked, deadline)
@@ -112,7 +109,7 @@ async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> 
         label=model.card.classes[class_id],
         superclass=model.card.superclasses[class_id],
         probability=float(probabilities[0, class_id]),
-        map=importance.round(_DECIMALS).tolist(),
+        map=importance.round(explanation.DECIMALS).tolist(),
         warnings=images.warnings[0],
     )
 

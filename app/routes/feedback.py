@@ -11,11 +11,12 @@ from pydantic import BaseModel, Field
 from app.dependencies import ServicesDependency
 from app.exceptions import BadRequest, Forbidden
 from app.feedback import Answer, Correction
+from app.inference import explanation
 from app.middleware.access import OperatorOnly, authorize_prediction, client_of
 from app.routes.images import ModelQuery, describe_body, read_images
 from app.routes.parameters import StrictRoute, parse_parameters
 from app.routes.responses import json_response
-from app.routes.scoring import ImageScorer, decoding_charge, find_class
+from app.routes.scoring import ImageScorer, decoding_charge
 
 router = APIRouter(prefix="/feedback", tags=["feedback"], route_class=StrictRoute)
 
@@ -66,7 +67,7 @@ async def send_feedback(
         images = await services.decoders.decode(files, client_of(request), deadline, charge)
     scored = await ImageScorer(request, services, query.model, query.version, deadline).score(images.pixels)
     card, (order, probabilities) = scored.model.card, scored.scores.ranking
-    label = card.classes[find_class(query.label, card)]
+    label = card.classes[explanation.find_class(query.label, card)]
     answer = Answer(
         model=card.name,
         version=card.version,

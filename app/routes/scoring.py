@@ -25,8 +25,6 @@ from app.inference.images.encoded import CostlyImage
 from app.inference.pool import Model
 from app.middleware.access import access_of, client_of
 from app.observability.metrics import ImageOutcome, Metrics
-from training.store import ModelCard
-from training.text import quote, suggest
 
 
 class ScoredImages(NamedTuple):
@@ -163,14 +161,3 @@ def _count_predictions(metrics: Metrics, scored: ScoredImages) -> None:
 def decoding_charge(request: Request, services: Services) -> Charge | None:
     """Return the function that charges the rate limit of predictions for decoding, or None without a limit."""
     return partial(access_of(request).charge_prediction, request) if services.settings.predict_rate_limit else None
-
-
-def find_class(label: str, card: ModelCard) -> int:
-    """Return the id of a class.
-
-    Raises:
-        BadRequest: The model has no such class.
-    """
-    if label not in card.classes:
-        raise BadRequest(f"{card.name} has no class {quote(label)}; {suggest(label, card.classes, 'classes')}")
-    return card.classes.index(label)

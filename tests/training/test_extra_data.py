@@ -23,8 +23,9 @@ ARRAYS: dict[str, NDArray[Any]] = {
 }
 
 
-def save(folder: Path, **arrays: NDArray[Any]) -> Path:
-    np.savez(folder / "extra.npz", **ARRAYS | arrays)
+def save(folder: Path, **arrays: Any) -> Path:
+    content: dict[str, Any] = ARRAYS | arrays
+    np.savez(folder / "extra.npz", **content)
     return folder / "extra.npz"
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from training.dataset import Dataset
 from training.export import export
 from training.run import Run
-from training.runtimes import Form, selection, torch_export
+from training.runtimes import Form, forms, selection, torch_export
 from training.runtimes.engine import EngineError, deviation, example_images
-from training.runtimes.torch_export import FORM_FILES, parse_forms
-from training.runtimes.torchscript import ExportError, TorchScriptEngine
+from training.runtimes.forms import FORM_FILES, parse_forms
+from training.runtimes.torchscript import TorchScriptEngine
 from training.store import Store, StoreError
 
 pytestmark = pytest.mark.slow
@@ -93,13 +93,13 @@ def test_a_form_that_computes_something_else_is_refused(
 def test_forms_are_named_with_commas() -> None:
     assert parse_forms("") == []
     assert parse_forms("onnx, pt2,") == ["pt2", "onnx"]
-    with pytest.raises(ExportError, match="there is no form 'ort'; give pt2, onnx, or several with commas"):
+    with pytest.raises(FormError, match="there is no form 'ort'; give pt2, onnx, or several with commas"):
         parse_forms("pt2,ort")
 
 
 def test_a_form_whose_exporter_is_missing_is_refused_at_once(
     finished_run: Run, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_export, "find_spec", lambda _: None)
-    with pytest.raises(ExportError, match=r"ONNX needs onnxscript; pip install 'cifar100\[onnx\]' adds it"):
+    monkeypatch.setattr(forms, "find_spec", lambda _: None)
+    with pytest.raises(FormError, match=r"ONNX needs onnxscript; pip install 'cifar100\[onnx\]' adds it"):
         next(export(finished_run, dataset, Store(tmp_path), also=["onnx"]))

@@ -27,10 +27,11 @@ from training.runtimes import Device, Runtime
 from training.runtimes.cascade import CascadeEngine
 from training.runtimes.cuda import CudaGraphEngine
 from training.runtimes.engine import Engine, EngineError, deviation, example_images
+from training.runtimes.forms import FORM_FILES
 from training.runtimes.openvino import INT8, OpenVinoEngine, computes_int8
-from training.runtimes.torch_export import FORM_FILES, TorchExportEngine
+from training.runtimes.torch_export import TorchExportEngine
 from training.runtimes.torchscript import TorchScriptEngine, computes_bfloat16
-from training.store import MODEL, Cascade, ModelCard, Store
+from training.store import CASCADE, MODEL, Cascade, ModelCard, Store
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def load_version(store: Store, card: ModelCard, device: Device = "auto", runtime
         EngineError: No runtime can compute it.
     """
     folder = store.verify(card)
-    if not card.cascade:
+    if CASCADE not in card.files:
         return load(folder / MODEL, device, runtime)
     return load_cascade(store, store.cascade(card), device, runtime)
 

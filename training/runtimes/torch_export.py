@@ -6,8 +6,6 @@ OpenVINO computes `model.onnx`.
 """
 
 import io
-from collections.abc import Collection
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,38 +15,10 @@ from torch import nn
 
 from training.runtimes import Form
 from training.runtimes.engine import CPU_BATCH_SIZES, MAX_DEVIATION, Engine, example_images
-from training.runtimes.torchscript import ExportError, store_in_half
-from training.text import quote
+from training.runtimes.torchscript import store_in_half
 
-FORM_FILES: dict[Form, str] = {"pt2": "model.pt2", "onnx": "model.onnx"}
-"""File name of each form."""
 OPSET = 20
 """Version of the ONNX operators."""
-
-
-def parse_forms(text: str) -> list[Form]:
-    """Parse names of forms, separated by commas.
-
-    Raises:
-        ExportError: There is no such form, or its exporter is not installed.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    forms = [form for form in FORM_FILES if form in names]
-    for name in names:
-        if name not in forms:
-            raise ExportError(f"there is no form {quote(name)}; give {', '.join(FORM_FILES)}, or several with commas")
-    require_exporters(forms)
-    return forms
-
-
-def require_exporters(forms: Collection[Form]) -> None:
-    """Check that the libraries which write these forms are installed.
-
-    Raises:
-        ExportError: A library is missing.
-    """
-    if "onnx" in forms and not find_spec("onnxscript"):
-        raise ExportError("ONNX needs onnxscript; pip install 'cifar100[onnx]' adds it")
 
 
 def save(classifier: nn.Module, file: Path, form: Form) -> None:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from training.errors import ReportedError
 from training.runtimes.engine import CPU_BATCH_SIZES, MAX_DEVIATION, Engine, example_images
 
 MAX_DIFFERENCE = 1e-3
@@ -35,7 +36,7 @@ Rounding may differ between eager mode and the frozen graph. Logits are of the o
 _SUFFIXES = {torch.float32: "", torch.float16: "-f16", torch.bfloat16: "-bf16"}
 
 
-class ExportError(RuntimeError):
+class ExportError(ReportedError, RuntimeError):
     """The logits of the exported file differ from those of the network."""
 
 

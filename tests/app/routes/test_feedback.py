@@ -111,7 +111,8 @@ def test_feedback_is_off_by_default_and_has_the_limits_of_predictions(
     with make_local_client(create_app(Settings(**common))) as client:
         assert_problem(send(client, image, **{"class": "red_disc"}), 403, "CIFAR100_FEEDBACK=true")
         assert client.get("/health").json()["feedback"] is False
-    limited = Settings(**common, feedback=True, predict_rate_limit="2/hour", api_keys="k" * 16, predict_needs_key=True)
+    common |= {"feedback": True, "predict_rate_limit": "2/hour", "api_keys": "k" * 16, "predict_needs_key": True}
+    limited = Settings(**common)
     with make_local_client(create_app(limited)) as client:
         assert_problem(send(client, image, **{"class": "red_disc"}), 401, "API key")
         client.headers["Authorization"] = "Bearer " + "k" * 16
