@@ -14,7 +14,7 @@ from training.export import export
 from training.run import Run
 from training.runtimes import Form, forms, selection, torch_export
 from training.runtimes.engine import EngineError, deviation, example_images
-from training.runtimes.forms import FORM_FILES, parse_forms
+from training.runtimes.forms import FORM_FILES, FormError, parse_forms
 from training.runtimes.torchscript import TorchScriptEngine
 from training.store import Store, StoreError
 
