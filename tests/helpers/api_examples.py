@@ -159,11 +159,14 @@ def collect(folder: Path) -> Examples:
         _train(recorder, client, job_id)
         for name in ("health", "live", "ready", "metrics"):
             recorder.call(client, name, 200)
+        recorder.call(client, "metrics", 200, headers={"Accept": "application/openmetrics-text"})
         ids = {"job_id": job_id, "evaluation_id": evaluation_id, "correction_id": correction_id}
         ids |= {"name": "resnet", "version": "4", "file": "model.pt"}
         recorder.refuse_unknown_parameters(client, **ids)
-        app.state.services.pool.live = _break
+        pool = app.state.services.pool
+        live, pool.live = pool.live, _break
         failure = client.get("/evaluate").json()
+        pool.live = live
         stranger = TestClient(app, base_url="http://127.0.0.1", client=("192.0.2.1", 50000))
         with _client(settings.model_copy(update={"api_keys": (_secret(),)})) as keyed:
             recorder.refuse_strangers(keyed, stranger, **ids)
