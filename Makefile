@@ -17,9 +17,10 @@ help:
 	@echo 'make proof        the proofs in tests/stress: attacks, fuzzing, crashes, hot swaps, faults; takes hours'
 	@echo 'make soak         the proof tests/stress/soak.py: mixed load for half an hour'
 	@echo 'make constraints  write the installed versions to constraints.txt'
+	@echo 'make audit        write the licenses of all dependencies to docs/dependencies.md; ask for known vulnerabilities'
 	@echo 'make clean        remove .venv and what was built'
 
-.PHONY: help serve test test-fast check proof soak serving clean constraints
+.PHONY: help serve test test-fast check proof soak serving clean constraints audit
 
 serve: .venv/installed
 	@exec $(BIN)/python -m app $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(if $(UDS),--uds $(UDS))
@@ -44,6 +45,9 @@ soak: .venv/installed
 serving: .venv/installed .venv-peers/installed
 	@command -v wrk > /dev/null || { echo "wrk is missing: apt-get install wrk"; exit 1; }
 	$(BIN)/python benchmarks/serving.py
+
+audit: .venv/installed-dev
+	$(BIN)/python research/dependencies.py
 
 constraints: .venv/installed-dev
 	@{ grep '^#' constraints.txt; $(BIN)/pip list --format=freeze --exclude-editable | grep -viE '^(pip|setuptools)=='; } \

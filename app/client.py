@@ -34,6 +34,7 @@ FINISHED = ("succeeded", "failed", "cancelled")
 _MAX_IMAGES = 32  # per request, the default limit of the service
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _JITTER = 0.5  # largest additional part of a pause, so that clients that were refused together come back apart
+_CHECK_TIMEOUT_S = 660.0  # the service takes at most 600 s to check an uploaded version
 _STREAM_TIMEOUT_S = 45.0  # the service sends a comment after 15 s without an event
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _PNG_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # by number of channels
@@ -141,6 +142,34 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Correction:
+    """A correction that the service keeps: the right class `label`, and what the model answered."""
+
+    id: str
+    label: str
+    answer: dict[str, Any]
+    """The model, its version, and the class that it predicted with its probability."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How much each region of an image speaks for a class."""
+
+    model: str
+    version: int
+    class_id: int
+    label: str
+    superclass: str
+    probability: float
+    map: tuple[tuple[float, ...], ...]
+    """8 rows of 8 cells of the square that the network sees, from the top left. A cell has the fall of the logarithm of
+    the probability in nats if it is hidden; it is negative if the probability rises."""
+    file: str | None = None
+    warnings: tuple[str, ...] = ()
+    """Missing parts of a damaged image that was explained nevertheless."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSummary:
     """A model and its versions. `error` is the reason why its live version is not served."""
 
@@ -148,6 +177,17 @@ class ModelSummary:
     live: int | None
     versions: tuple[int, ...]
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UploadedVersion:
+    """A version that was uploaded. `live` says whether it is live now."""
+
+    name: str
+    version: int
+    live: bool
+    check: dict[str, Any] | None = None
+    """The engine that computed the version and the accuracy on some test images. None if the service had it already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +228,12 @@ class TrainingJob:
     id: str
     state: str
     request: dict[str, Any]
+    phase: str | None = None
+    """Work that the job does now; None unless it is running."""
+    created: str | None = None
+    """Time of the request in ISO 8601, as `started` and `finished`."""
+    started: str | None = None
+    finished: str | None = None
     error: str | None = None
     published: dict[str, Any] | None = None
     """The published version: its name, number, test accuracy, and whether it went live."""
@@ -268,9 +314,11 @@ def _parse(kind: type[Value], data: dict[str, Any], **more: Any) -> Value:
     return kind(**values | more)
 
 
-def _parse_predictions(answer: dict[str, Any], names: list[str | None]) -> list[Prediction]:
+def _parse_predictions(answer: dict[str, Any], names: list[str | None]) -> list[Prediction | ServiceError]:
     return [
-        _parse(
+        ServiceError(**{member: each["error"][member] for member in ("status", "detail", "type", "title")})
+        if "error" in each
+        else _parse(
             Prediction,
             each,
             classes=tuple(_parse(PredictedClass, one) for one in each["classes"]),
@@ -381,7 +429,11 @@ class _Calls:
         self.budget_s = budget_s
 
     def send(self, method: str, path: str, is_repeatable: bool = True, **options: Any) -> _Steps[Any]:
-        """Send a request until it succeeds. Return the JSON of the response.
+        """Send a request until it succeeds. Return the JSON of the response. Raises the errors of `fetch`."""
+        return (yield from self.fetch(method, path, is_repeatable, **options)).json()
+
+    def fetch(self, method: str, path: str, is_repeatable: bool = True, **options: Any) -> _Steps[httpx.Response]:
+        """Send a request until it succeeds. Return the response.
 
         Raises:
             ServiceError: The service refuses the request, or cannot be reached within the budget.
@@ -390,24 +442,49 @@ class _Calls:
         while True:
             outcome = yield _Request(method, path, options)
             if isinstance(outcome, httpx.Response) and outcome.is_success:
-                return outcome.json()
+                return outcome
             yield retries.pause_after(outcome)
 
     def predict(
         self, images: Image | list[Image] | tuple[Image, ...], model: str | None, version: int | None, top_k: int
     ) -> _Steps[Prediction | list[Prediction]]:
-        are_several = isinstance(images, list | tuple)
-        todo = list(images) if isinstance(images, list | tuple) else [images]
+        several = isinstance(images, list | tuple)
         params = _without_none(model=model, version=version, top_k=top_k)
-        predictions: list[Prediction] = []
-        for start in range(0, len(todo), _MAX_IMAGES):
-            part = todo[start : start + _MAX_IMAGES]
-            encoded = yield partial(_encode_images, part)
+        parts = self._predict_in_parts(images if isinstance(images, list | tuple) else [images], params)
+        predictions = cast("list[Prediction]", (yield from parts))  # without `partial` there are no errors
+        return predictions if several else predictions[0]
+
+    def _predict_in_parts(
+        self, images: Sequence[Image], params: dict[str, Any]
+    ) -> _Steps[list[Prediction | ServiceError]]:
+        """Send images in requests of at most `_MAX_IMAGES`."""
+        predictions: list[Prediction | ServiceError] = []
+        for start in range(0, len(images), _MAX_IMAGES):
+            encoded = yield partial(_encode_images, images[start : start + _MAX_IMAGES])
             # A field without a file name is no file.
             files = [("file", (name or f"image {number}", each)) for number, (name, each) in enumerate(encoded, start)]
             answer = yield from self.send("POST", "/predict", params=params, files=files)
             predictions += _parse_predictions(answer, [name for name, _ in encoded])
-        return predictions if are_several else predictions[0]
+        return predictions
+
+    def predict_each(
+        self, images: Sequence[Image], model: str | None, version: int | None, top_k: int
+    ) -> _Steps[list[Prediction | ServiceError]]:
+        params = _without_none(model=model, version=version, top_k=top_k, partial=True)
+        return (yield from self._predict_in_parts(images, params))
+
+    def send_feedback(self, image: Image, label: str, model: str | None, version: int | None) -> _Steps[Correction]:
+        ((name, content),) = yield partial(_encode_images, [image])
+        params = {"class": label, **_without_none(model=model, version=version)}
+        answer = yield from self.send("POST", "/feedback", params=params, files={"file": (name or "image", content)})
+        return _parse(Correction, answer)
+
+    def explain(self, image: Image, model: str | None, version: int | None, label: str | None) -> _Steps[Explanation]:
+        (encoded,) = yield partial(_encode_images, [image])
+        name, content = encoded
+        params = _without_none(model=model, version=version) | _without_none(**{"class": label})
+        answer = yield from self.send("POST", "/explain", params=params, files={"file": (name or "image", content)})
+        return _parse(Explanation, answer, map=tuple(map(tuple, answer["map"])), file=name)
 
     def evaluate(
         self, archive: Archive | None, model: str | None, version: int | None, split: str | None, limit: int | None
@@ -442,8 +519,28 @@ class _Calls:
         answer = yield from self.send("PUT", f"/models/{name}/live", json={"version": version})
         return _parse(ModelSummary, answer)
 
+    def download_version(self, name: str, version: int) -> _Steps[bytes]:
+        return (yield from self.fetch("GET", f"/models/{name}/{version}/zip")).content
 
-def _encode_images(images: list[Image]) -> list[tuple[str | None, bytes]]:
+    def card(self, name: str, version: int) -> _Steps[dict[str, Any]]:
+        card: dict[str, Any] = yield from self.send("GET", f"/models/{name}/{version}")
+        return card
+
+    def delete_version(self, name: str, version: int) -> _Steps[ModelSummary]:
+        return _parse(ModelSummary, (yield from self.send("DELETE", f"/models/{name}/{version}")))
+
+    def health(self) -> _Steps[dict[str, Any]]:
+        health: dict[str, Any] = yield from self.send("GET", "/health")
+        return health
+
+    def upload_version(self, name: str, archive: Archive, promote: str) -> _Steps[UploadedVersion]:
+        file = yield lambda: encode_image(archive)[1]
+        options: dict[str, Any] = {"params": {"promote": promote}, "files": {"file": ("version.zip", file)}}
+        answer = yield from self.send("POST", f"/models/{name}", timeout=_CHECK_TIMEOUT_S, **options)
+        return _parse(UploadedVersion, answer)
+
+
+def _encode_images(images: Sequence[Image]) -> list[tuple[str | None, bytes]]:
     return [encode_image(image) for image in images]
 
 
@@ -635,6 +732,57 @@ class Client:
         """
         return self._run(self._calls.predict(images, model, version, top_k))
 
+    def predict_each(
+        self, images: Sequence[Image], *, model: str | None = None, version: int | None = None, top_k: int = 5
+    ) -> list[Prediction | ServiceError]:
+        """Classify several images. An image that cannot be decoded gets its error, and the others their predictions.
+
+        Args:
+            images: Images as for `predict`.
+            model: Name of the model. Default: chosen by the service.
+            version: Version. Default: the live one.
+            top_k: Number of classes per image.
+
+        Raises:
+            ServiceError: The service refuses the whole request, or cannot be reached.
+            OSError: A file cannot be read.
+        """
+        return self._run(self._calls.predict_each(images, model, version, top_k))
+
+    def send_feedback(
+        self, image: Image, label: str, *, model: str | None = None, version: int | None = None
+    ) -> Correction:
+        """Tell the service the right class of an image, for later training.
+
+        Args:
+            image: An image as for `predict`. The service keeps its 32x32 pixels only.
+            label: Label of the right class.
+            model: Name of the model that was wrong. Default: chosen by the service.
+            version: Its version. Default: the live one.
+
+        Raises:
+            ServiceError: The service refuses the correction, accepts none, or cannot be reached.
+            OSError: The file cannot be read.
+        """
+        return self._run(self._calls.send_feedback(image, label, model, version))
+
+    def explain(
+        self, image: Image, *, model: str | None = None, version: int | None = None, label: str | None = None
+    ) -> Explanation:
+        """Explain a class: how much each region of an image speaks for it.
+
+        Args:
+            image: A path, the bytes of a file, an image of Pillow or an array of NumPy.
+            model: Name of the model. Default: chosen by the service.
+            version: Version. Default: the live one.
+            label: Label of the class. Default: the most probable class.
+
+        Raises:
+            ServiceError: The service refuses the image, or cannot be reached.
+            OSError: The file cannot be read.
+        """
+        return self._run(self._calls.explain(image, model, version, label))
+
     def evaluate(
         self,
         archive: Archive | None = None,
@@ -695,6 +843,35 @@ class Client:
     def promote(self, name: str, version: int) -> ModelSummary:
         """Make a version live."""
         return self._run(self._calls.promote(name, version))
+
+    def download_version(self, name: str, version: int) -> bytes:
+        """Return a zip of the card and the files of a version, which `upload_version` accepts."""
+        return self._run(self._calls.download_version(name, version))
+
+    def upload_version(self, name: str, archive: Archive, *, promote: str = "never") -> UploadedVersion:
+        """Publish a version of another service. The service checks it first, which may take a minute.
+
+        Args:
+            name: Name of the model.
+            archive: The zip of `download_version`.
+            promote: "never", "if-better" or "always".
+
+        Raises:
+            ServiceError: The service refuses the version, does not accept uploads, or cannot be reached.
+        """
+        return self._run(self._calls.upload_version(name, archive, promote))
+
+    def card(self, name: str, version: int) -> dict[str, Any]:
+        """Return the card of a version."""
+        return self._run(self._calls.card(name, version))
+
+    def delete_version(self, name: str, version: int) -> ModelSummary:
+        """Delete a version. The service keeps a version that is in use."""
+        return self._run(self._calls.delete_version(name, version))
+
+    def health(self) -> dict[str, Any]:
+        """Return the state of the service."""
+        return self._run(self._calls.health())
 
 
 class Job:
@@ -830,6 +1007,24 @@ class AsyncClient:
         """Classify one image, or a list of images."""
         return await self._run(self._calls.predict(images, model, version, top_k))
 
+    async def predict_each(
+        self, images: Sequence[Image], *, model: str | None = None, version: int | None = None, top_k: int = 5
+    ) -> list[Prediction | ServiceError]:
+        """Classify several images. An image that cannot be decoded gets its error."""
+        return await self._run(self._calls.predict_each(images, model, version, top_k))
+
+    async def send_feedback(
+        self, image: Image, label: str, *, model: str | None = None, version: int | None = None
+    ) -> Correction:
+        """Tell the service the right class of an image, for later training."""
+        return await self._run(self._calls.send_feedback(image, label, model, version))
+
+    async def explain(
+        self, image: Image, *, model: str | None = None, version: int | None = None, label: str | None = None
+    ) -> Explanation:
+        """Explain a class: how much each region of an image speaks for it."""
+        return await self._run(self._calls.explain(image, model, version, label))
+
     async def evaluate(
         self,
         archive: Archive | None = None,
@@ -868,6 +1063,26 @@ class AsyncClient:
     async def promote(self, name: str, version: int) -> ModelSummary:
         """Make a version live."""
         return await self._run(self._calls.promote(name, version))
+
+    async def download_version(self, name: str, version: int) -> bytes:
+        """Return a zip of the card and the files of a version, which `upload_version` accepts."""
+        return await self._run(self._calls.download_version(name, version))
+
+    async def upload_version(self, name: str, archive: Archive, *, promote: str = "never") -> UploadedVersion:
+        """Publish a version of another service. The service checks it first, which may take a minute."""
+        return await self._run(self._calls.upload_version(name, archive, promote))
+
+    async def card(self, name: str, version: int) -> dict[str, Any]:
+        """Return the card of a version."""
+        return await self._run(self._calls.card(name, version))
+
+    async def delete_version(self, name: str, version: int) -> ModelSummary:
+        """Delete a version. The service keeps a version that is in use."""
+        return await self._run(self._calls.delete_version(name, version))
+
+    async def health(self) -> dict[str, Any]:
+        """Return the state of the service."""
+        return await self._run(self._calls.health())
 
 
 class AsyncJob:

@@ -50,7 +50,7 @@ class ProblemDetails(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     type: str
-    """Address of the description of this status, relative to the root of the service, such as /errors#404."""
+    """Address of the description of this status on this service, such as /errors#404."""
     title: str
     """Phrase of the status."""
     status: int
@@ -67,8 +67,9 @@ MEANINGS = {
     "data do not fit their JSON, the request head is ambiguous, or X-Forwarded-Prefix is invalid. Correct what the "
     "detail names, and send the request again.",
     401: "The API key is missing or wrong. Send one of the keys of the service as 'Authorization: Bearer KEY'.",
-    403: "No API key is configured, and the call does not come from this machine. Make the call on the machine of the "
-    "service, or start the service with CIFAR100_API_KEYS.",
+    403: "No API key is configured, and the call does not come from this machine, or the call is off. Make the call on "
+    "the machine of the service, or start the service with CIFAR100_API_KEYS, or with the setting that the detail "
+    "names.",
     404: "There is no such path, model, version, job, evaluation or file. The detail names the call that lists what "
     "there is.",
     405: "The path has no such method. The detail and the header Allow name the methods that it has.",
@@ -77,14 +78,16 @@ MEANINGS = {
     413: "The body, an image or a zip is larger or more costly than a limit. Send a smaller one.",
     415: "The body is not an image of a supported format, not a zip in a form, or not JSON, or its content coding is "
     "not supported. Send it in the form that the detail names.",
-    422: "A parameter, a recipe or an image is invalid, or a parameter is unknown. Correct what the detail names. For "
-    "parameters the member `errors` lists each field with its fault.",
+    416: "The header Range asks for bytes behind the end of the file. The header Content-Range has its size.",
+    422: "A parameter, a recipe, an image or an uploaded version is invalid, or a parameter is unknown. Correct what "
+    "the detail names. For parameters the member `errors` lists each field with its fault.",
     429: "The client is over a rate limit. Try again after the seconds in the header Retry-After.",
     431: "The request line and headers are too large. Send fewer or shorter headers.",
     500: "An unexpected error occurred. The log of the service has it, with the X-Request-ID of the response.",
     501: "The service does not support the method CONNECT. Send the request to the service itself.",
     503: "The service is overloaded, not ready, stopping, or lacks disk, memory or its database. Try again after the "
     "seconds in the header Retry-After.",
+    507: "The service keeps as many corrections as a setting allows. An operator has to export and delete some.",
 }
 """Meaning of every status of a problem, and what to do."""
 
@@ -111,29 +114,60 @@ OPEN_INFERENCE_RESPONSES = _describe("application/json", InferenceError)
 """The same for the operations of the Open Inference Protocol."""
 
 
-class ProblemResponse(JSONResponse):
-    """A problem+json response. To a path of the Open Inference Protocol it is plain JSON with the detail as `error`.
+REFUSAL = "cifar100.refusal"
+"""Key that a `ProblemResponse` adds to the scope of its request: the reason of the refusal, or None."""
 
-    Clients of this protocol look for `error`, and some of them only in a body of type application/json.
+# Statuses of requests that are refused for access, limits or load, and their reasons in the metrics.
+_REFUSALS = {
+    401: "unauthorized",
+    403: "forbidden",
+    408: "slow_body",
+    413: "too_large",
+    429: "rate_limit",
+    431: "head_too_large",
+    503: "unavailable",
+}
+
+
+class ProblemResponse(JSONResponse):
+    """A problem+json response. It is adapted to its request when it is sent, see `adapt`.
+
+    Args:
+        problem: Members of the problem.
+        status: HTTP status.
+        headers: Further headers.
+        refusal: Reason of the refusal in the metrics. Default: that of the status.
     """
 
     media_type = "application/problem+json"
 
-    def __init__(self, problem: dict[str, Any], status: int, headers: dict[str, str] | None = None):
+    def __init__(
+        self, problem: dict[str, Any], status: int, headers: dict[str, str] | None = None, refusal: str | None = None
+    ):
         super().__init__(problem, status, headers)
+        self.refusal = refusal or _REFUSALS.get(status)
         self._problem = problem
 
-    def for_open_inference(self) -> JSONResponse:
-        """Return the response in the form of the Open Inference Protocol."""
+    def adapt(self, prefix: str, is_open_inference: bool = False) -> JSONResponse:
+        """Return the response for a service that is published under a path prefix.
+
+        Args:
+            prefix: The prefix, such as /ml, or an empty text. It becomes a part of the type.
+            is_open_inference: True for a call of the Open Inference Protocol. Its clients look for `error`, and some of
+                them only in a body of type application/json.
+        """
         headers = {name: value for name, value in self.headers.items() if not name.startswith("content-")}
-        return JSONResponse({"error": self._problem["detail"], **self._problem}, self.status_code, headers)
+        problem = {**self._problem, "type": prefix + self._problem["type"]}
+        if is_open_inference:
+            return JSONResponse({"error": problem["detail"], **problem}, self.status_code, headers)
+        return JSONResponse(problem, self.status_code, headers, self.media_type)
 
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if is_open_inference(scope["path"].removeprefix(scope.get("root_path", ""))):
-            await self.for_open_inference()(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+        scope[REFUSAL] = self.refusal
+        prefix = scope.get("root_path", "")
+        adapted = self.adapt(prefix, is_open_inference(scope["path"].removeprefix(prefix)))
+        await adapted(scope, receive, send)
 
 
 def is_open_inference(path: str) -> bool:
@@ -141,17 +175,21 @@ def is_open_inference(path: str) -> bool:
     return path == "/v2" or path.startswith("/v2/")
 
 
-def problem_response(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> ProblemResponse:
-    """Return a problem+json response. `more` adds members. Shorten a long detail, because it may quote the client."""
-    detail = shorten(replace_surrogates(detail), _MAX_DETAIL)
-    problem = {
-        "type": f"{ERRORS_PATH}#{status:d}",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        **more,
-    }
-    return ProblemResponse(problem, status, headers)
+def problem_response(
+    status: int, detail: str, headers: dict[str, str] | None = None, refusal: str | None = None, **more: Any
+) -> ProblemResponse:
+    """Return a problem+json response. `more` adds members. A long detail is shortened, as it may quote the client."""
+    return ProblemResponse({**describe_problem(status, detail).model_dump(), **more}, status, headers, refusal)
+
+
+def describe_problem(status: int, detail: str) -> ProblemDetails:
+    """Return the members of a problem, with a shortened detail."""
+    return ProblemDetails(
+        type=f"{ERRORS_PATH}#{status:d}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=shorten(replace_surrogates(detail), _MAX_DETAIL),
+    )
 
 
 EXPECTED = (Problem, HTTPException, RequestValidationError, OSError, MemoryError, RuntimeError)
@@ -180,7 +218,8 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
     """
     match error:
         case Problem():
-            return problem_response(error.status, error.detail, error.headers)
+            refusal = error.reason if isinstance(error, Unavailable) else None
+            return problem_response(error.status, error.detail, error.headers, refusal)
         case HTTPException():
             headers, detail = dict(error.headers or {}), error.detail
             if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and "Allow" in headers:

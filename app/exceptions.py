@@ -11,7 +11,7 @@ caller  --access-->           route    TooManyRequests 429, Unauthorized 401, Fo
 """
 
 from http import HTTPStatus
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 class Problem(Exception):
@@ -58,6 +58,10 @@ class TooLarge(Problem):
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
+IMAGE_ERRORS: tuple[type[Problem], ...] = (UnsupportedImage, DamagedImage, TooLarge)
+"""Errors of one image, which say nothing about the other images of its request."""
+
+
 class BadRequest(Problem):
     """The request is readable, but its content cannot be processed."""
 
@@ -74,6 +78,21 @@ class Conflict(Problem):
     """The version cannot be deleted in its present state."""
 
     status = HTTPStatus.CONFLICT
+
+
+class RangeNotSatisfiable(Problem):
+    """The requested range is outside of the file.
+
+    Args:
+        detail: Text for the client.
+        size: Size of the file in bytes.
+    """
+
+    status = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+
+    def __init__(self, detail: str, size: int):
+        super().__init__(detail)
+        self.headers["Content-Range"] = f"bytes */{size}"
 
 
 class Unauthorized(Problem):
@@ -104,8 +123,26 @@ class TooManyRequests(Problem):
         self.headers["Retry-After"] = str(retry_after_s)
 
 
+class StorageFull(Problem):
+    """The service stores as much as a setting allows, until an operator makes room."""
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+
+
+UnavailableReason = Literal["queue_full", "decoders_full", "deadline", "no_model", "jobs_full", "unavailable"]
+
+
 class Unavailable(Problem):
-    """The service is overloaded, not ready, or past the deadline of the request. The client can try again."""
+    """The service is overloaded, not ready, or past the deadline of the request. The client can try again.
+
+    Args:
+        detail: Text for the client.
+        reason: Label of the metric that counts refusals.
+    """
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     default_headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+
+    def __init__(self, detail: str, reason: UnavailableReason = "unavailable"):
+        super().__init__(detail)
+        self.reason = reason

@@ -8,14 +8,15 @@ from typing import overload
 
 import numpy as np
 
-from app.client import Image, PredictedClass, Prediction, ServiceError, encode_image
+from app.client import Explanation, Image, PredictedClass, Prediction, ServiceError, encode_image
 from app.exceptions import Problem
+from app.inference import explanation
 from app.inference.batching import BatchOutput, Images
 from app.inference.images.encoded import EncodedImage
 from app.settings import Settings
 from training.runtimes import Device, Runtime, selection
 from training.runtimes.engine import Engine
-from training.store import ModelCard, Store
+from training.store import ModelCard, open_store
 
 _BATCH = 64
 
@@ -76,6 +77,32 @@ class LocalModel:
             )
         ]
 
+    def explain(self, image: Image, *, label: str | None = None) -> Explanation:
+        """Explain a class, see `app.client.Client.explain`.
+
+        Raises:
+            ServiceError: The image cannot be decoded.
+            BadRequest: The model has no class with this label.
+            OSError: The file cannot be read.
+        """
+        name, pixels, warnings = self._decode(image)
+        masked = explanation.occlude(pixels)
+        chunks = np.split(masked, range(_BATCH, len(masked), _BATCH))
+        probabilities = np.concatenate([BatchOutput(self.engine(chunk)).probabilities for chunk in chunks])
+        class_id = int(probabilities[0].argmax()) if label is None else explanation.find_class(label, self.card)
+        importance = explanation.importance_map(probabilities[:, class_id])
+        return Explanation(
+            model=self.card.name,
+            version=self.card.version,
+            class_id=class_id,
+            label=self.card.classes[class_id],
+            superclass=self.card.superclasses[class_id],
+            probability=float(probabilities[0, class_id]),
+            map=tuple(map(tuple, importance.round(explanation.DECIMALS).tolist())),
+            file=name,
+            warnings=tuple(warnings),
+        )
+
     def _decode(self, image: Image) -> tuple[str | None, Images, list[str]]:
         """Return the file name, the pixels, uint8 [3, 32, 32], and the warnings of an image."""
         name, content = encode_image(image)
@@ -87,11 +114,14 @@ class LocalModel:
             raise ServiceError(int(error.status), detail, title=error.status.phrase) from error
 
 
-def load(version: str, models: Path | None = None, device: Device = "auto", runtime: Runtime = "auto") -> LocalModel:
+def load(
+    version: str | None = None, models: Path | None = None, device: Device = "auto", runtime: Runtime = "auto"
+) -> LocalModel:
     """Load a model version.
 
     Args:
-        version: NAME for the live version, or NAME/VERSION, such as "resnet18/5".
+        version: NAME for the live version, or NAME/VERSION, such as "resnet18/5". Default:
+            CIFAR100_DEFAULT_MODEL, or else a live cascade or the live version with the highest accuracy.
         models: Model store. Default: CIFAR100_MODELS, or else the folder `models`.
         device: "auto" selects a GPU if there is one.
         runtime: "auto" selects the fastest one that computes the model right.
@@ -100,6 +130,7 @@ def load(version: str, models: Path | None = None, device: Device = "auto", runt
         StoreError: There is no such version, or it is damaged.
     """
     settings = Settings()
-    store = Store(settings.models if models is None else models)
-    card = store.card(*store.parse(version))
+    store = open_store(settings.models if models is None else models)
+    version = version or settings.default_model
+    card = store.card(*store.parse(version)) if version else store.default_card()
     return LocalModel(card, selection.load_version(store, card, device, runtime), settings)

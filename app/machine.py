@@ -7,6 +7,8 @@ images starts quickly.
 import ctypes
 import math
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -95,6 +97,13 @@ def bound_malloc() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+
+
+def limit_memory(size: int) -> None:
+    """Limit the address space of this process to `size` bytes beyond its current mappings. It works on Linux only."""
+    if sys.platform == "linux":
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + size, mapped + size))
 
 
 def let_other_threads_run() -> None:

@@ -8,6 +8,7 @@ OWN_PATHS = {
     "/evaluate",
     "/evaluate/jobs",
     "/explain",
+    "/feedback",
     "/health",
     "/health/live",
     "/health/ready",

@@ -85,6 +85,9 @@ Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 TRAINING_VARIABLES = ("CIFAR100_FEATURES",)
 """Environment variables that only `training` reads."""
 
+CLIENT_VARIABLES = ("CIFAR100_SERVER", "CIFAR100_API_KEY")
+"""Environment variables that only the commands for a running service read."""
+
 # Kubernetes sets these variables for each service of a namespace: CIFAR100_WEB_PORT for a service cifar100-web.
 _SERVICE_LINK = re.compile(r".+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 
@@ -104,20 +107,25 @@ class Settings(BaseSettings):
     )
 
     host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to listen on."""
     port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on. 0 takes a free one."""
     uds: Annotated[Path | None, BeforeValidator(_empty_to_none)] = None
     """Path of a unix socket to listen on. The service then ignores `host` and `port`. No request over a unix socket
     counts as made on this machine."""
     workers: int = Field(default=1, ge=0, le=1024)
     """Number of server processes. 0 starts one per CPU, or fewer if memory is short. Each process has its share of the
-    CPUs and holds all models in memory. The machine limits the number, see
-    `app.server.workers.choose_count`. Each process has its own rate limits, queues and other limits; only metrics are
-    summed over all processes."""
+    CPUs and holds all models in memory. A machine runs at most four per CPU, with 512 MiB of memory for each. Each
+    process has its own rate limits, queues and other limits; only metrics are summed over all processes."""
 
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode, CommaSeparated] = ()
     """API keys, separated by commas, that allow a client to train, cancel, promote and evaluate. Without keys, these
     calls are allowed only from this machine, and only while the service listens on a loopback address."""
     predict_needs_key: bool = False
+    """Predictions need a key as well."""
+    allow_uploads: bool = False
+    """Accept versions of other services at POST /models/{name}. Whoever may upload a model can run code, so this needs
+    API keys."""
     operator_rate_limit: RateLimit = limits.parse("60/minute")
     """Rate limit for calls that need a key, per client and key. Wrong keys have the same limit per client. An empty
     value disables both."""
@@ -138,6 +146,7 @@ class Settings(BaseSettings):
     """Log format. "json" writes one JSON object per line, "text" writes plain text. "auto" is text on a terminal and
     JSON elsewhere."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Lowest level of the lines in the log."""
     drain_s: Seconds = 0.0
     """Seconds to accept requests after SIGTERM, while /health/ready already reports that the service is not ready."""
 
@@ -152,7 +161,15 @@ class Settings(BaseSettings):
     data: str | None = None
     """Folder that contains cifar100.npz, or "synthetic". Default: ~/.cache/cifar100."""
 
+    feedback: bool = False
+    """Accept corrections of predictions at POST /feedback, and keep them in the runs folder."""
+    max_feedback: int = Field(default=10_000, gt=0, le=1_000_000)
+    """Maximum number of corrections to keep. Each takes at most 4 KiB."""
+    feedback_days: int | None = Field(default=None, gt=0, le=10_000)
+    """Days after which a correction is deleted. Default: never."""
+
     device: Device = "auto"
+    """Device for inference. "auto" is a GPU if there is one."""
     runtime: Runtime = "auto"
     """Inference runtime. "auto" uses TorchScript on the GPU and OpenVINO on the CPU. On the CPU it prefers the int8
     network if the model has one and the CPU has int8 instructions. "openvino" never uses the int8 network.
@@ -161,14 +178,18 @@ class Settings(BaseSettings):
     """Model for requests that name none. Default: a live cascade, or else the live model with the highest accuracy."""
 
     max_image_bytes: int = Field(default=10 * MIB, gt=0, le=GIB)
+    """Maximum size of an image, in bytes."""
     max_image_pixels: int = Field(default=50_000_000, gt=0, le=500_000_000)
+    """Maximum number of pixels of an image."""
     max_images: int = Field(default=32, gt=0, le=1024)
     """Maximum number of images per /predict request."""
     max_predict_bytes: int = Field(default=64 * MIB, gt=0, le=4 * GIB)
     """Maximum size of the body of a /predict request, in bytes."""
     max_archive_bytes: int = Field(default=256 * MIB, gt=0, le=16 * GIB)
-    """Maximum size in bytes of a zip file sent to /evaluate, both compressed and uncompressed."""
+    """Maximum size in bytes of a zip file sent to /evaluate, or of an uploaded version, both compressed and
+    uncompressed."""
     max_archive_images: int = Field(default=20_000, gt=0, le=1_000_000)
+    """Maximum number of entries of a zip file sent to /evaluate."""
     max_pending_bytes: int = Field(default=GIB, gt=0, le=64 * GIB)
     """Maximum total size in bytes of the bodies of all requests in progress. One client holds at most three quarters of
     it. When more than three quarters are in use, each client is limited to an equal share."""
@@ -190,7 +211,9 @@ class Settings(BaseSettings):
     max_job_epochs: int = Field(default=500, gt=0, le=100_000)
     """Maximum number of epochs of a job, summed over both stages."""
     max_job_batch: int = Field(default=1024, gt=0, le=50_000)
+    """Maximum batch size of a job."""
     max_job_width: int = Field(default=128, gt=0, le=1024)
+    """Maximum width of the network of a job."""
     keep_versions: int | None = Field(default=None, gt=0, le=1_000_000)
     """Number of versions of a model to keep when a job publishes a new one. The live version and those that cascades
     pin are always kept. Default: all."""
@@ -200,14 +223,16 @@ class Settings(BaseSettings):
     """Maximum number of clients that follow training jobs at the same time, per worker."""
 
     @model_validator(mode="after")
-    def _require_keys_to_predict(self) -> Self:
-        if self.predict_needs_key and not self.api_keys:
-            raise ValueError("CIFAR100_PREDICT_NEEDS_KEY needs CIFAR100_API_KEYS")
+    def _require_keys(self) -> Self:
+        for setting in ("predict_needs_key", "allow_uploads"):
+            if getattr(self, setting) and not self.api_keys:
+                raise ValueError(f"CIFAR100_{setting.upper()} needs CIFAR100_API_KEYS")
         return self
 
     @model_validator(mode="after")
     def _require_known_names(self) -> Self:
-        known = [f"CIFAR100_{name.upper()}" for name in type(self).model_fields] + [*TRAINING_VARIABLES]
+        known = [f"CIFAR100_{name.upper()}" for name in type(self).model_fields]
+        known += [*TRAINING_VARIABLES, *CLIENT_VARIABLES]
         unknown = [name for name in os.environ if name.upper().startswith("CIFAR100_") and name.upper() not in known]
         if "KUBERNETES_SERVICE_HOST" in os.environ:
             unknown = [name for name in unknown if not _SERVICE_LINK.fullmatch(name)]

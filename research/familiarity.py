@@ -4,14 +4,15 @@ The threshold of each score keeps 95 % of the images that a version's recipe hol
 the strangers below it, and the area under the ROC curve (AUROC) between the images of a split and the strangers. Images
 go through the decoder and the engine of the service.
 
-    python research/familiarity.py resnet/4 resnet18/5 --pictures FOLDER [--split test] [--models models]
+    python research/familiarity.py resnet/4 resnet18/5 cascade/1 --pictures FOLDER [--split test] [--models models]
 
 FOLDER has the photographs below, in any subfolders. They are in the wheels of scikit-image 0.19.3 and scikit-learn
 1.5.2, and in Debian's package mate-backgrounds 1.26.0. None shows one of the 100 classes: pictures of people, clouds,
 roads, beetles, rockets, cups and the like are left out, and so are paintings and graphics.
 
 The scores: the maximum of the softmax (Hendrycks & Gimpel 2017, arXiv:1610.02136), the energy (Liu et al. 2020,
-arXiv:2010.03759), and the largest logit (Hendrycks et al. 2022, arXiv:1911.11132).
+arXiv:2010.03759), and the largest logit (Hendrycks et al. 2022, arXiv:1911.11132). A cascade has two: the energy of
+its first member, which is computed anyway, and the agreement of both members, the energy of the mean of their logits.
 
 Table: results/familiarity.md.
 """
@@ -34,8 +35,9 @@ from app.inference.images.encoded import SIZE, decode
 from training.dataset import hold_out, load_dataset
 from training.evaluate import FAMILIAR, predict
 from training.runtimes import selection
+from training.runtimes.cascade import average, join_names
 from training.runtimes.engine import Engine
-from training.store import MODEL, Store
+from training.store import ModelCard, Store
 
 PHOTOGRAPHS = {
     "scikit-image": "brick.png cell.png chelsea.png coins.png grass.png gravel.png hubble_deep_field.jpg ihc.png "
@@ -97,6 +99,23 @@ def compute_logits(engine: Engine, images: Images) -> Tensor:
     return predict(engine.compute_logits, torch.from_numpy(images.transpose(0, 2, 3, 1).copy())).double()
 
 
+def load_scores(store: Store, card: ModelCard) -> tuple[str, Callable[[Images], dict[str, Tensor]]]:
+    """Return the name of a version's engine, and a function from images to their scores by name."""
+    if not card.cascade:
+        engine = selection.load_version(store, card)
+        return engine.name, lambda images: {
+            name: score(compute_logits(engine, images)) for name, score in SCORES.items()
+        }
+    first, second = (selection.load_version(store, store.member_card(each)) for each in store.cascade(card).members)
+
+    def compute_scores(images: Images) -> dict[str, Tensor]:
+        logits = [compute_logits(engine, images) for engine in (first, second)]
+        mean = torch.from_numpy(average(*(each.numpy() for each in logits)))
+        return {"energy": SCORES["energy"](logits[0]), "agreement": SCORES["energy"](mean)}
+
+    return join_names(first.name, second.name), compute_scores
+
+
 def auroc(known: Tensor, strangers: Tensor) -> float:
     """Return the probability that a known image has a higher score than a stranger."""
     return (known[:, None] > strangers).double().mean().item()
@@ -115,19 +134,19 @@ def main(versions: list[str], pictures: Path, split: str, models: Path) -> None:
     ]
     for version in versions:
         card = store.card(*store.parse(version))
-        engine = selection.load(store.verify(card) / MODEL, "auto", "auto")
+        engine_name, compute_scores = load_scores(store, card)
         held_out = hold_out(dataset.train, card.held_out)[1]
         known = dataset.test if split == "test" else held_out
-        fitted, judged = (compute_logits(engine, each.images.transpose(0, 3, 1, 2)) for each in (held_out, known))
-        foreign = {name: compute_logits(engine, images) for name, images in strangers.items()}
-        for name, score in SCORES.items():
-            threshold = score(fitted).quantile(1 - FAMILIAR)
+        fitted, judged = (compute_scores(each.images.transpose(0, 3, 1, 2)) for each in (held_out, known))
+        foreign = [compute_scores(images) for images in strangers.values()]
+        for name, scores in fitted.items():
+            threshold = scores.quantile(1 - FAMILIAR)
             found = " | ".join(
-                f"{(score(each) < threshold).double().mean():.0%} | {auroc(score(judged), score(each)):.3f}"
-                for each in foreign.values()
+                f"{(each[name] < threshold).double().mean():.0%} | {auroc(judged[name], each[name]):.3f}"
+                for each in foreign
             )
-            kept = (score(judged) >= threshold).double().mean()
-            lines.append(f"| `{version}`, {engine.name} | {name} | {threshold:.3f} | {kept:.1%} | {found} |")
+            kept = (judged[name] >= threshold).double().mean()
+            lines.append(f"| `{version}`, {engine_name} | {name} | {threshold:.3f} | {kept:.1%} | {found} |")
     keep(__file__, lines, split == "test")
 
 

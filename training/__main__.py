@@ -1,45 +1,30 @@
-"""The command line trains, exports and measures networks: `python -m training --help`."""
+"""The command line trains, exports and measures networks: `python -m training --help`.
 
-import os
-import signal
+The modules that are imported here do not import PyTorch, so that help and wrong options are answered at once.
+"""
+
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
-from training import cascade, loop, report
-from training.dataset import DEFAULT_FOLDER, DataError, Dataset, Split, hold_out, load_dataset
+from training.console import CommandGroup, Debug, Json, out, print_json, print_table, working
+from training.dataset import DEFAULT_FOLDER
 from training.encoding import restart_in_utf8_mode
-from training.evaluate import evaluate as measure
-from training.evaluate import fit_familiarity, predict
-from training.export import export as export_run
-from training.loop import TrainingError, to_device
-from training.networks.transfer import WeightsError
-from training.phase_report import record_reports
-from training.progress import show_progress
 from training.recipes import RECIPES, Recipe, RecipeError, format_value, make_recipe, rename_former_fields
-from training.resources import default_device, describe_peak_memory
-from training.run import Publication, Run, RunBusy, RunError
-from training.runtimes import Runtime, selection
-from training.runtimes.engine import Engine, EngineError
-from training.runtimes.openvino import INT8
-from training.runtimes.torchscript import ExportError
-from training.store import MODEL, ModelCard, Promotion, Store, StoreError
+from training.run import Publication, Run
+from training.runtimes.forms import FORM_FILES, parse_forms
+from training.store import Promotion, Store, open_store
 
-STOPPED = 130  # the exit status of a process that Ctrl-C ended
-STOP_POLL_S = 0.5
-STOP_GRACE_S = 3.0
+if TYPE_CHECKING:
+    from training.commands import Measurement
 
-console = Console(markup=False, highlight=False, soft_wrap=True)
-cli = typer.Typer(no_args_is_help=True, add_completion=False)
+LOADING = "loading PyTorch"
+
+cli = typer.Typer(cls=CommandGroup, add_completion=False)
 
 Data = Annotated[
     str | None,
@@ -52,11 +37,23 @@ Data = Annotated[
 ]
 Models = Annotated[Path, typer.Option(help="The model store.", envvar="CIFAR100_MODELS")]
 Promote = Annotated[Promotion, typer.Option(help="When the new version goes live.")]
+Split = Annotated[
+    Literal["test", "train", "validation"],
+    typer.Option(help="What to measure on; validation is what its recipe held out of train."),
+]
+Int8 = Annotated[bool, typer.Option("--int8", help="Its quantized form, with OpenVINO.")]
+Flip = Annotated[bool, typer.Option("--flip", help="The mean logits of an image and its mirror image.")]
 Notes = Annotated[str, typer.Option(help="Free text for the model card.")]
+Also = Annotated[
+    str, typer.Option(metavar="FORM,...", help=f"Forms to write beside model.pt, of {', '.join(FORM_FILES)}.")
+]
+Mlflow = Annotated[
+    str | None, typer.Option(metavar="URI", help="MLflow server that records the run.", envvar="MLFLOW_TRACKING_URI")
+]
 
 
 @cli.callback()
-def start() -> None:
+def start(debug: Debug = False) -> None:  # noqa: ARG001  CommandGroup reads it
     """Train, export and measure CIFAR-100 residual networks."""
     restart_in_utf8_mode()
 
@@ -69,44 +66,44 @@ def train(
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE-TIME")] = None,
     resume: Annotated[bool, typer.Option(help="Continue the run in the run folder.")] = False,
+    extra_data: Annotated[
+        Path | None, typer.Option(help="An npz file with further training images, see docs/training.md.")
+    ] = None,
     publish: Annotated[bool, typer.Option(help="Export the result into the model store.")] = True,
     promote: Promote = "if-better",
     notes: Notes = "",
+    also: Also = "",
+    mlflow: Mlflow = None,
     data_source: Data = None,
     models: Models = Path("models"),
+    as_json: Json = False,
     lock: Annotated[int | None, typer.Option(hidden=True, help="Descriptor of the run's lock, inherited.")] = None,
 ) -> None:
     """Train a recipe and publish the result. Use --resume to continue an interrupted run."""
-    with _report_errors():
-        changes = _parse_overrides(overrides or [])
-        recipe = make_recipe(name, changes)
-        folder = Run(run or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
-        dataset = load_dataset(data_source)
-        if not resume:
-            if recipe.validation_images >= len(dataset.train):
-                raise RecipeError(
-                    f"validation_images={recipe.validation_images} leaves none of {len(dataset.train)} images for "
-                    "training; lower it"
-                )
-            folder.path.mkdir(parents=True, exist_ok=True)
-        # SIGTERM from a supervisor raises KeyboardInterrupt as Ctrl-C does. The checkpoint remains.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with folder.lock(lock), _stop_on_request(folder):
-            if resume:
-                recipe = _resume_recipe(folder, recipe, changes)
-                if published := folder.outcome():
-                    console.print(f"the run is finished and published as {published.model}/{published.version}")
-                    return
-            else:
-                folder.create(recipe)
-            try:
-                _train(folder, recipe, dataset, Store(models))
-            except (RecipeError, StoreError, EngineError, WeightsError):
-                if not resume:
-                    folder.discard()
-                raise
-            if publish:
-                _publish(folder, dataset, Store(models), promote, notes)
+    changes = parse_overrides(overrides or [])
+    recipe = make_recipe(name, changes)
+    forms = parse_forms(also)
+    folder = Run(run or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    with working(LOADING):
+        from training import commands
+    publishing = commands.Publishing(Store(models), promote, notes, forms, mlflow)
+    outcome = commands.train(
+        recipe,
+        changes,
+        folder,
+        data_source,
+        publishing,
+        extra_data=extra_data,
+        resume=resume,
+        publish=publish,
+        lock=lock,
+    )
+    if as_json:
+        print_json(outcome.model_dump(mode="json"))
+    elif outcome.published and outcome.was_finished:
+        out.print(f"the run is finished and published as {outcome.published.model}/{outcome.published.version}")
+    else:
+        _print_publications(publishing.store, outcome.published, outcome.cascade)
 
 
 @cli.command()
@@ -114,73 +111,67 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     promote: Promote = "if-better",
     notes: Notes = "",
+    also: Also = "",
+    mlflow: Mlflow = None,
     data_source: Data = None,
     models: Models = Path("models"),
+    as_json: Json = False,
 ) -> None:
     """Export a run's last checkpoint into the model store."""
-    with _report_errors():
-        dataset, folder = load_dataset(data_source), Run(run)
-        with folder.lock():
-            _publish(folder, dataset, Store(models), promote, notes)
+    forms = parse_forms(also)
+    Run(run).recipe()  # fails for a folder without a run, before PyTorch is loaded
+    with working(LOADING):
+        from training import commands
+    publishing = commands.Publishing(Store(models), promote, notes, forms, mlflow)
+    outcome = commands.export_run(Run(run), data_source, publishing)
+    if as_json:
+        print_json(outcome.model_dump(mode="json"))
+    else:
+        _print_publications(publishing.store, outcome.published, outcome.cascade)
 
 
-@cli.command(name="cascade")
-def fit_cascade(
+@cli.command()
+def cascade(
     first: Annotated[str, typer.Argument(help="The member that sees every image: NAME, or NAME/VERSION.")] = "resnet",
     second: Annotated[str, typer.Argument(help="The member that sees images that are sent on.")] = "resnet18",
     promote: Promote = "if-better",
     notes: Notes = "",
     data_source: Data = None,
     models: Models = Path("models"),
+    as_json: Json = False,
 ) -> None:
     """Fit a cascade of two models on images that both have held out, and publish it."""
-    with _report_errors():
-        store = Store(models)
-        _print_cascade(store, cascade.publish(store, load_dataset(data_source), (first, second), promote, notes))
+    store = open_store(models)
+    with working(LOADING):
+        from training import commands
+    publishing = commands.Publishing(store, promote, notes)
+    published = commands.fit_cascade((first, second), data_source, publishing)
+    if as_json:
+        print_json(published.model_dump(mode="json"))
+    else:
+        _print_publications(publishing.store, None, published)
 
 
 @cli.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="NAME for the live version, or NAME/VERSION.")],
-    split: Annotated[
-        Literal["test", "train", "validation"],
-        typer.Option(help="What to measure on; validation is what its recipe held out of train."),
-    ] = "test",
-    int8: Annotated[bool, typer.Option("--int8", help="Its quantized form, with OpenVINO.")] = False,
-    flip: Annotated[bool, typer.Option("--flip", help="The mean logits of an image and its mirror image.")] = False,
+    split: Split = "test",
+    int8: Int8 = False,
+    flip: Flip = False,
     data_source: Data = None,
     models: Models = Path("models"),
+    as_json: Json = False,
 ) -> None:
     """Measure an exported model on a whole split. A cascade is measured with the engines that serve its members."""
-    with _report_errors():
-        store = Store(models)
-        name, version = store.parse(model)
-        card = store.card(name, version)
-        folder = store.verify(card)
-        if int8 and not (folder / INT8).exists():
-            raise StoreError(f"{name}/{version} has no int8 form; evaluate it without --int8")
-        dataset = load_dataset(data_source)
-        if card.classes != list(dataset.classes):
-            raise StoreError(f"{name}/{version} was trained on other classes than this data set has; change --data")
-        device = torch.device("cpu") if int8 or card.cascade else default_device()
-        images, labels = to_device(_split(dataset, split, card), device)
-        engine: Engine
-        if card.cascade:
-            engine = selection.load_version(store, card)
-        else:
-            runtime: Runtime = "int8" if int8 else "auto"
-            engine = selection.load(folder / MODEL, "cuda" if device.type == "cuda" else "cpu", runtime, "evaluation")
-        started = time.perf_counter()
-        logits = predict(engine.compute_logits, images)
-        if flip:
-            logits = (logits + predict(engine.compute_logits, images.flip(2))) / 2
-        seconds = time.perf_counter() - started
-        result = measure(logits, labels.cpu())
-        views = f"{result.images} {split} images" + (" and their mirror images" if flip else "")
-        console.print(
-            f"{name}/{version} on {views}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
-            f"loss {result.loss:.4f}, ECE {result.ece:.2%} ({result.images / seconds:.0f} images/s)"
-        )
+    store = open_store(models)
+    card = store.card(*store.parse(model))
+    with working(LOADING):
+        from training import commands
+    measured = commands.measure(store, card, data_source, split, int8=int8, flip=flip)
+    if as_json:
+        print_json(measured.model_dump(mode="json"))
+    else:
+        print_measurement(measured, flip)
 
 
 @cli.command()
@@ -188,24 +179,31 @@ def familiarity(
     model: Annotated[str, typer.Argument(help="NAME for the live version, or NAME/VERSION.")],
     data_source: Data = None,
     models: Models = Path("models"),
+    as_json: Json = False,
 ) -> None:
-    """Add the threshold of familiar images to the card of a version of an earlier release."""
-    with _report_errors():
-        store = Store(models)
-        card = store.card(*store.parse(model))
-        images, _ = to_device(_split(load_dataset(data_source), "validation", card), torch.device("cpu"))
-        engine = selection.load(store.verify(card) / MODEL, "cpu", purpose="evaluation")
-        threshold = fit_familiarity(predict(engine.compute_logits, images))
-        store.amend(card.model_copy(update={"familiarity": threshold}))
-        console.print(
-            f"{card.name}/{card.version}: {threshold.kept:.1%} of {threshold.images} held-out images have a score of "
-            f"at least {threshold.threshold:.4f}"
+    """Add the thresholds of familiar images to the card of a version of an earlier release."""
+    store = open_store(models)
+    card = store.card(*store.parse(model))
+    with working(LOADING):
+        from training import commands
+    thresholds = commands.add_familiarity(store, card, data_source)
+    if as_json:
+        fitted = [each.model_dump() for each in thresholds]
+        print_json({"model": card.name, "version": card.version, "thresholds": fitted})
+        return
+    for each in thresholds:
+        out.print(
+            f"{card.name}/{card.version}: {each.kept:.1%} of {each.images} held-out images have a score ({each.score}) "
+            f"of at least {each.threshold:.4f}"
         )
 
 
 @cli.command()
-def recipes() -> None:
+def recipes(as_json: Json = False) -> None:
     """List the recipes and all fields that FIELD=VALUE can change."""
+    if as_json:
+        print_json([each.model_dump(mode="json") for each in RECIPES.values()])
+        return
     table = Table(Column("field", no_wrap=True), "values", Column("meaning", min_width=32))
     for field, info in Recipe.model_fields.items():
         if field != "name":
@@ -213,155 +211,53 @@ def recipes() -> None:
             same = len(set(texts.values())) == 1
             cell = texts["resnet"] if same else "\n".join(f"{name}: {text}" for name, text in texts.items())
             table.add_row(field, cell or "(none)", info.description or "")
-    console.print(table)
+    print_table(table)
 
 
-def _split(dataset: Dataset, name: str, card: ModelCard) -> Split:
-    if name != "validation":
-        return dataset.test if name == "test" else dataset.train
-    if not card.held_out or card.data != dataset.fingerprint:
-        raise StoreError(f"{card.name}/{card.version} has held out none of these images; use --split test")
-    return hold_out(dataset.train, card.held_out)[1]
+def print_measurement(measured: "Measurement", flip: bool = False) -> None:
+    """Print the measures of a version in one line."""
+    result = measured.result
+    views = f"{result.images} {measured.split} images" + (" and their mirror images" if flip else "")
+    out.print(
+        f"{measured.model}/{measured.version} on {views}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
+        f"loss {result.loss:.4f}, ECE {result.ece:.2%} ({measured.images_per_s:.0f} images/s)"
+    )
 
 
-def _parse_overrides(overrides: list[str]) -> dict[str, str]:
-    """Parse FIELD=VALUE texts into values by the present names of the fields."""
+def parse_overrides(overrides: list[str]) -> dict[str, str]:
+    """Parse FIELD=VALUE texts into values by the present names of the fields.
+
+    Raises:
+        RecipeError: A text has another form.
+    """
     for override in overrides:
         if "=" not in override:
             raise RecipeError(f"{override!r} is not of the form FIELD=VALUE, such as epochs=3")
     return rename_former_fields(dict(override.split("=", 1) for override in overrides))
 
 
-def _resume_recipe(folder: Run, requested: Recipe, changes: dict[str, str]) -> Recipe:
-    """Return the recipe of a run to resume. Only its number of epochs may change.
-
-    Raises:
-        RecipeError: The run has another recipe, or `changes` alter another field.
-    """
-    started = folder.recipe()
-    if started.name != requested.name:
-        raise RecipeError(
-            f"{folder.path} contains a run of {started.name}, not of {requested.name}; give another folder"
-        )
-    for field in changes:
-        before, now = getattr(started, field), getattr(requested, field)
-        if before != now and field != "epochs":
-            raise RecipeError(
-                f"{folder.path} was started with {field}={before}; a resumed run cannot change it to {now}"
+def _print_publications(store: Store, published: Publication | None, refitted: Publication | None) -> None:
+    """Print a published version, and a cascade that was published because of it or alone."""
+    if published:
+        _print_publication(published)
+    if refitted:
+        card = store.card(refitted.model, refitted.version)
+        fitted, fit = store.cascade(card), card.cascade
+        if fit:
+            out.print(
+                f"{' and '.join(fit.members)}: weights {fitted.weights[0]:g} and {fitted.weights[1]:g}, temperature "
+                f"{fitted.temperature:.3f}, threshold {fitted.threshold:.3f}; {fit.sent_on:.1%} of {fit.images} "
+                f"held-out images and {fit.test_sent_on:.1%} of the test images are sent on"
             )
-    return folder.extend(requested.epochs) if "epochs" in changes and requested.epochs != started.epochs else started
-
-
-@contextmanager
-def _stop_on_request(run: Run) -> Iterator[None]:
-    """End this process when the run's stop file appears.
-
-    SIGTERM ends it as Ctrl-C does. If it still runs after `STOP_GRACE_S` seconds, it exits at once.
-    """
-    finished = threading.Event()
-
-    def watch() -> None:
-        while not run.stop_file.exists():
-            if finished.wait(STOP_POLL_S):
-                return
-        console.print(f"stopping because {run.stop_file} exists; delete it before you resume the run")
-        os.kill(os.getpid(), signal.SIGTERM)
-        if not finished.wait(STOP_GRACE_S):
-            os._exit(STOPPED)
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        finished.set()
-
-
-def _train(folder: Run, recipe: Recipe, dataset: Dataset, store: Store) -> None:
-    device = default_device()
-    console.print(f"{recipe.model_dump_json(exclude_defaults=True)}\non {device}, into {folder.path}")
-    try:
-        events = loop.train(recipe, dataset, folder, device, store)
-        show_progress(report.log_scalars(events, folder.path / "tensorboard"), console)
-    except KeyboardInterrupt:
-        done = len(folder.epochs())
-        console.print(f"stopped; {done} epochs are kept; continue with --run {folder.path} --resume")
-        raise typer.Exit(STOPPED) from None
-    console.print(f"peak memory: {describe_peak_memory(device)}")
-
-
-def _publish(run: Run, dataset: Dataset, store: Store, promotion: Promotion, notes: str) -> None:
-    """Publish a run, draw its figures, and fit the live cascade again if the new version replaces one of its members.
-
-    A cascade that cannot be fitted is no failure of the run: the live one serves on with the versions that it pins.
-    """
-    published = show_progress(record_reports(export_run(run, dataset, store, promotion, notes), run), console)
-    _print_publication(published)
-    _draw_figures(run, dataset)
-    try:
-        if refitted := cascade.refit(store, dataset, published, promotion):
-            _print_cascade(store, refitted)
-    except (StoreError, EngineError) as error:
-        console.print(f"the cascade is not fitted again, and the live one keeps its members: {error}")
-
-
-def _print_cascade(store: Store, published: Publication) -> None:
-    card = store.card(published.model, published.version)
-    fitted, fit = store.cascade(card), card.cascade
-    if fit:
-        console.print(
-            f"{' and '.join(fit.members)}: weights {fitted.weights[0]:g} and {fitted.weights[1]:g}, temperature "
-            f"{fitted.temperature:.3f}, threshold {fitted.threshold:.3f}; {fit.sent_on:.1%} of {fit.images} held-out "
-            f"images and {fit.test_sent_on:.1%} of the test images are sent on"
-        )
-    _print_publication(published)
+        _print_publication(refitted)
 
 
 def _print_publication(published: Publication) -> None:
     test = published.test
-    console.print(
+    out.print(
         f"published {published.model}/{published.version}: test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}, "
         f"ECE {test.ece:.2%}; " + ("it is live" if published.live else "the live version did not change")
     )
-
-
-def _draw_figures(run: Run, dataset: Dataset) -> None:
-    files = report.draw_figures(run, dataset)
-    console.print(f"pictures in {files[0].parent}: {', '.join(file.name for file in files)}")
-
-
-_REPORTED_ERRORS = (
-    RecipeError,
-    RunError,
-    StoreError,
-    WeightsError,
-    TrainingError,
-    DataError,
-    ExportError,
-    EngineError,
-    OSError,  # for example, the disk is full or read-only
-)
-
-
-_EXIT_CODES: dict[type[Exception], int] = {RecipeError: 2, RunBusy: os.EX_TEMPFAIL}
-
-
-@contextmanager
-def _report_errors() -> Iterator[None]:
-    try:
-        yield
-    except _REPORTED_ERRORS as error:
-        _print_error(f"{error}")
-        raise typer.Exit(_EXIT_CODES.get(type(error), 1)) from None
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        reason = (str(error).splitlines() or ["no memory"])[0]
-        _print_error(f"out of memory: {reason}; lower batch_size or image_size")
-        raise typer.Exit(1) from None
-
-
-def _print_error(error: str) -> None:
-    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

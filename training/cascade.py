@@ -32,13 +32,14 @@ from training.evaluate import evaluate, expected_calibration_error, fit_familiar
 from training.provenance import collect_provenance
 from training.run import Publication
 from training.runtimes import selection
-from training.runtimes.cascade import answer, compute_confidence, find_sent_on, mix
+from training.runtimes.cascade import answer, average, compute_confidence, find_sent_on, mix
 from training.runtimes.engine import Engine
 from training.store import (
     CASCADE,
     Cascade,
     CascadeReport,
     Evaluation,
+    FamiliarityThreshold,
     ModelCard,
     PinnedMember,
     Promotion,
@@ -120,6 +121,7 @@ def publish(
     engines = [selection.load_version(store, card) for card in cards]
     first, second = (predict_split(engine, held_out) for engine in engines)
     fitted = fit(first, second, torch.from_numpy(held_out.labels))
+    energy, agreement = fit_thresholds(first, second)
     pinned = [PinnedMember(name=card.name, version=card.version, files=card.files) for card in cards]
     cascade = Cascade(
         members=(pinned[0], pinned[1]),
@@ -141,7 +143,8 @@ def publish(
         temperature=cascade.temperature,
         test=test.evaluation,
         test_ece_uncalibrated=test.ece_uncalibrated,
-        familiarity=fit_familiarity(first),
+        familiarity=energy,
+        full_familiarity=agreement,
         cascade=CascadeReport(
             members=[str(member) for member in pinned],
             engines=[engine.name for engine in engines],
@@ -159,6 +162,18 @@ def publish(
         (draft / CASCADE).write_text(cascade.model_dump_json(indent=1) + "\n")
         card = store.publish(draft, card)
     return Publication(model=NAME, version=card.version, live=store.promote_if(card, promotion), test=card.test)
+
+
+def predict_members(store: Store, card: ModelCard, split: Split) -> list[Tensor]:
+    """Compute the logits of both members of a published cascade, float32 [N, classes] each.
+
+    Raises:
+        StoreError: The cascade or a member is damaged.
+        EngineError: No runtime can compute a member.
+    """
+    store.verify(card)
+    members = [store.member_card(member) for member in store.cascade(card).members]
+    return [predict_split(selection.load_version(store, member), split) for member in members]
 
 
 def refit(store: Store, dataset: Dataset, promoted: Publication, promotion: Promotion) -> Publication | None:
@@ -184,6 +199,17 @@ def refit(store: Store, dataset: Dataset, promoted: Publication, promotion: Prom
         return None
     notes = f"Fitted again after {promoted.model}/{promoted.version} had gone live."
     return publish(store, dataset, names, promotion, notes)
+
+
+def fit_thresholds(first: Tensor, second: Tensor) -> tuple[FamiliarityThreshold, FamiliarityThreshold]:
+    """Fit the thresholds of familiar images: for the energy of the first member, and for the agreement of both.
+
+    Args:
+        first: Calibrated logits of the first member on held-out images, float32 [N, classes].
+        second: Calibrated logits of the second member on the same images, float32 [N, classes].
+    """
+    mean = torch.from_numpy(average(first.numpy(), second.numpy()))
+    return fit_familiarity(first), fit_familiarity(mean, "agreement")
 
 
 def find_held_out(cards: Sequence[ModelCard], dataset: Dataset) -> Split:

@@ -17,8 +17,12 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
+from training.errors import ReportedError
+
 ARCHIVE = "cifar100.npz"
 DEFAULT_FOLDER = "~/.cache/cifar100"
+FINGERPRINT = "fd2754fdbed833d679e4f4e3414b8e0172050e72c30b55bbb4865ba503480389"
+"""Fingerprint of CIFAR-100, see `Dataset.fingerprint`."""
 
 # Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images".
 SUPERCLASSES: dict[str, tuple[str, ...]] = {
@@ -50,14 +54,14 @@ _SUPERCLASS_OF = {label: superclass for superclass, labels in SUPERCLASSES.items
 _SPLIT_SEED = 0
 
 
-# numpy and zipfile raise these errors for damaged files. TokenError comes from the parser of an array's header.
-_READ_ERRORS = (
+READ_ERRORS = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, NotImplementedError, RuntimeError, SyntaxError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
 )
+"""Errors that numpy and zipfile raise for damaged files. TokenError comes from the parser of an array's header."""
 
 
-class DataError(ValueError):
+class DataError(ReportedError, ValueError):
     """The data set is missing or damaged. The message gives the file, the fault and a remedy."""
 
 
@@ -81,13 +85,29 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """Labeled images of an operator that are added to the training split, see `training.extra_data`.
+
+    Attributes:
+        split: The images and their labels.
+        left_out: Number of images of the file that are left out, because they are test or held-out images.
+        sha256: sha256 of the file.
+    """
+
+    split: Split
+    left_out: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A train and a test split over the same classes.
 
     Attributes:
         classes: Name of each class id.
         superclasses: Superclass of each class id.
-        fingerprint: sha256 over all images, labels and class names.
+        fingerprint: sha256 over all images, labels and class names, without `extra`.
+        extra: Further training images, if there are any.
     """
 
     train: Split
@@ -95,6 +115,7 @@ class Dataset:
     classes: tuple[str, ...]
     superclasses: tuple[str, ...]
     fingerprint: str
+    extra: Extra | None = None
 
 
 def load_dataset(source: str | None = None) -> Dataset:
@@ -108,19 +129,40 @@ def load_dataset(source: str | None = None) -> Dataset:
     Raises:
         DataError: The data set cannot be obtained, or the file is damaged.
     """
-    source = source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER
-    name, _, count = source.partition(":")
-    if name == "synthetic":
+    archive = find_archive(source)
+    if archive is None:
+        count = _resolve(source).partition(":")[2]
         if count and not (count.isdecimal() and int(count) > 0):
             raise DataError(f"synthetic:{count} is not a positive number of images per class; give synthetic:20 for 20")
         return make_synthetic(int(count or 20))
-    folder = Path(source).expanduser()
-    if folder.is_file():
-        raise DataError(f"{source} is a file; give the folder that contains {ARCHIVE}")
-    archive = folder / ARCHIVE
     if not archive.exists():
         _download_archive(archive)
     return _read_archive(archive)
+
+
+def is_at_hand(source: str | None = None) -> bool:
+    """Return whether `load_dataset` needs no download. The file may be damaged nevertheless."""
+    archive = find_archive(source)
+    return archive is None or archive.is_file()
+
+
+def find_archive(source: str | None = None) -> Path | None:
+    """Return the path that the archive of `source` has or will have. None for a synthetic data set.
+
+    Raises:
+        DataError: The source is a file.
+    """
+    source = _resolve(source)
+    if source.partition(":")[0] == "synthetic":
+        return None
+    folder = Path(source).expanduser()
+    if folder.is_file():
+        raise DataError(f"{source} is a file; give the folder that contains {ARCHIVE}")
+    return folder / ARCHIVE
+
+
+def _resolve(source: str | None) -> str:
+    return source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER
 
 
 def split_sizes(source: str | None = None) -> tuple[int, int]:
@@ -128,11 +170,21 @@ def split_sizes(source: str | None = None) -> tuple[int, int]:
 
     Every source other than "synthetic" is taken as CIFAR-100: 50,000 and 10,000 images.
     """
-    name, _, count = (source or os.environ.get("CIFAR100_DATA") or DEFAULT_FOLDER).partition(":")
+    name, _, count = _resolve(source).partition(":")
     if name != "synthetic" or not (count or "20").isdecimal():
         return 50_000, 10_000
     per_class = int(count or 20)
     return per_class * len(CLASSES), max(1, per_class // 4) * len(CLASSES)
+
+
+def sample_rows(count: int, limit: int | None) -> NDArray[np.intp]:
+    """Return `limit` of `count` rows in ascending order, chosen with a fixed seed. None or a larger limit returns all.
+
+    The classes are mixed in a sample, also if the rows are sorted by class.
+    """
+    rows = np.random.default_rng(0).permutation(count)[:limit]
+    rows.sort()
+    return rows
 
 
 def hold_out(split: Split, images: int) -> tuple[Split, Split]:
@@ -169,7 +221,7 @@ def _read_archive(archive: Path) -> Dataset:
                 arrays[key] = file[key]
     except DataError:
         raise
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise DataError(
             f"{archive} is not a readable npz file without pickled objects ({error}); delete it, and the next "
             "run creates it again"

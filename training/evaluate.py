@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.store import Evaluation, FamiliarityThreshold
+from training.store import Evaluation, FamiliarityScore, FamiliarityThreshold
 
 CALIBRATION_BINS = 15
 FAMILIAR = 0.95
@@ -120,16 +120,17 @@ def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
     return (bins.images * (bins.accuracy - bins.confidence).abs()).sum().item() / len(labels)
 
 
-def fit_familiarity(logits: Tensor) -> FamiliarityThreshold:
+def fit_familiarity(logits: Tensor, score: FamiliarityScore = "energy") -> FamiliarityThreshold:
     """Fit the score below which an image is probably none of the classes, see `FamiliarityThreshold`.
 
     Args:
-        logits: float [N, classes], calibrated logits of held-out images.
+        logits: float [N, classes], calibrated logits of held-out images. For "agreement" the mean of both members'.
+        score: Name of the score.
     """
     scores = logits.double().logsumexp(1)
     threshold = scores.quantile(1 - FAMILIAR).item()
     kept = (scores >= threshold).double().mean().item()
-    return FamiliarityThreshold(threshold=threshold, kept=kept, images=len(scores))
+    return FamiliarityThreshold(score=score, threshold=threshold, kept=kept, images=len(scores))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

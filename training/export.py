@@ -7,7 +7,7 @@ Input: a run folder with a checkpoint.
 Output: `models/<name>/<version>/`, which is made live if the promotion rule allows it.
 """
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,9 +25,19 @@ from training.phase_report import PhaseReport, predict_with_reports, record_repo
 from training.provenance import collect_provenance
 from training.recipes import Recipe
 from training.run import Publication, Run, State
-from training.runtimes import openvino, selection, torchscript
+from training.runtimes import Form, openvino, selection, torch_export, torchscript
+from training.runtimes.forms import FORM_FILES, require_exporters
 from training.runtimes.openvino import INT8, OpenVinoEngine
-from training.store import MODEL, EpochSummary, FamiliarityThreshold, ModelCard, Promotion, QuantizationReport, Store
+from training.store import (
+    MODEL,
+    EpochSummary,
+    ExtraData,
+    FamiliarityThreshold,
+    ModelCard,
+    Promotion,
+    QuantizationReport,
+    Store,
+)
 
 STATISTICS_IMAGES = 5120
 STATISTICS_BATCH = 128
@@ -50,7 +60,12 @@ def publish(
 
 
 def export(
-    run: Run, dataset: Dataset, store: Store, promotion: Promotion = "if-better", notes: str = ""
+    run: Run,
+    dataset: Dataset,
+    store: Store,
+    promotion: Promotion = "if-better",
+    notes: str = "",
+    also: Collection[Form] = (),
 ) -> Generator[PhaseReport, None, Publication]:
     """Export a run's last checkpoint, measure the exported file on the test set, and publish it.
 
@@ -60,14 +75,18 @@ def export(
         store: The model store that receives the version.
         promotion: Rule for making the version live, see `Store.promote_if`.
         notes: Free text for the model card.
+        also: Forms to write beside `model.pt`.
 
     Yields:
         Progress.
 
     Raises:
         RunError: The run has no checkpoint, or was trained on other data.
-        ExportError: The logits of the exported file differ from those of the network.
+        ExportError: The logits of the exported file differ from those of the network, or the exporter of a form is
+            missing.
+        EngineError: The logits of a form differ from those of `model.pt`.
     """
+    require_exporters(also)
     recipe = run.recipe()
     announced = run.announced_publication()
     if announced and (card := store.find_by_checksum(recipe.model, announced)):
@@ -80,6 +99,10 @@ def export(
     with store.draft(recipe.model) as draft:
         yield replace(exporting, message=f"writing {MODEL}")
         torchscript.save(classifier, draft / MODEL)
+        for form in also:
+            yield replace(exporting, message=f"writing {FORM_FILES[form]}")
+            torch_export.save(classifier, draft / FORM_FILES[form], form)
+            selection.load(draft / MODEL, "cpu", form)  # compares the logits
         quantization = (yield from quantize(draft / MODEL, recipe, dataset, state["epoch"])) if recipe.int8 else None
         images, labels = to_device(dataset.test, CPU)
         measuring = PhaseReport("measuring", f"measuring {MODEL}", images=len(images), epoch=state["epoch"])
@@ -90,13 +113,13 @@ def export(
             int8 = OpenVinoEngine(draft / INT8).compute_logits
             test = evaluate((yield from predict_with_reports(int8, images, measuring)), labels)
             quantization = quantization.model_copy(update={"test": test})
+        extra = dataset.extra
         curve = [EpochSummary.model_validate(metrics) for metrics in run.epochs() if metrics["epoch"] <= state["epoch"]]
         card = ModelCard(
             name=recipe.model,
             version=0,
             created=datetime.now(UTC).replace(microsecond=0),
-            # The card names the file of pretrained weights without its folder, which is private to this machine.
-            recipe=recipe.model_dump() | {"weights": recipe.predecessor or Path(recipe.weights).name},
+            recipe=recipe.public_fields,
             classes=list(dataset.classes),
             superclasses=list(dataset.superclasses),
             parameters=sum(parameter.numel() for parameter in classifier.parameters()),
@@ -107,6 +130,7 @@ def export(
             test_ece_uncalibrated=expected_calibration_error(logits * temperature, labels),
             int8=quantization,
             familiarity=familiarity,
+            extra_data=ExtraData(images=len(extra.split), sha256=extra.sha256) if extra else None,
             curve=curve,
             training_seconds=sum(point.seconds for point in curve),
             **(state.get("provenance") or collect_provenance()),  # runs of earlier releases lack it

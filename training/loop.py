@@ -13,11 +13,13 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from training import distillation, warm_start
 from training.dataset import Dataset, Split, hold_out
+from training.errors import ReportedError
 from training.evaluate import evaluate, predict
 from training.networks import Classifier, build
 from training.phase import make_phase
@@ -31,7 +33,7 @@ from training.step import TrainStep
 from training.store import Evaluation, Store
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ReportedError, RuntimeError):
     """The loss is no longer finite. The last checkpoint remains valid."""
 
 
@@ -301,10 +303,13 @@ def _summarize(tick: Tick, rate: float, split: str, measures: Evaluation, second
 
 
 def make_splits(recipe: Recipe, dataset: Dataset) -> tuple[Split, str, Split]:
-    """Return the training split, and the name and the images of the split evaluated after every epoch."""
+    """Return the training split with the extra images, and the name and the images of the split to evaluate."""
     train, name, evaluation = dataset.train, "test", dataset.test
     if recipe.validation_images:
         name, (train, evaluation) = "validation", hold_out(dataset.train, recipe.validation_images)
+    if dataset.extra:
+        extra = dataset.extra.split
+        train = Split(np.concatenate((train.images, extra.images)), np.concatenate((train.labels, extra.labels)))
     if len(train) % recipe.batch_size == 1:  # batch normalization fails on a last batch of one image
         train = train[: len(train) - 1]
     return train, name, evaluation

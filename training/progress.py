@@ -29,7 +29,7 @@ def show_progress(events: Generator[Event, None, Result], console: Console) -> R
             if bar:
                 _show_in_bar(bar, task, event)
             else:
-                print(_format_line(event), flush=True)
+                console.print(_format_line(event))
 
 
 def _show_in_bar(bar: Progress, task: TaskID, event: Event) -> None:

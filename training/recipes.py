@@ -6,10 +6,12 @@ Output: a `Recipe`, or a `RecipeError` that names the wrong field and its accept
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from training.errors import WRONG_USAGE, ReportedError
 from training.text import MAX_QUOTED, quote, shorten, suggest
 
 Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4", "fc"]
@@ -20,8 +22,10 @@ _VERSION_LENGTH = 64 + 1 + 9  # maximum, in characters
 _MAX_PATH = 4096  # characters
 
 
-class RecipeError(ValueError):
+class RecipeError(ReportedError, ValueError):
     """The recipe or field is unknown, or a value is invalid."""
+
+    exit_status = WRONG_USAGE
 
 
 def _split_commas(value: Any) -> Any:
@@ -196,6 +200,11 @@ class Recipe(BaseModel):
     def from_scratch(self) -> Self:
         """A copy that starts from random weights, for networks whose weights a checkpoint overwrites."""
         return self.model_copy(update={"weights": "none", "reinitialize": ()})
+
+    @property
+    def public_fields(self) -> dict[str, Any]:
+        """All fields. A file of pretrained weights has no folder, because folders are private to this machine."""
+        return self.model_dump() | {"weights": self.predecessor or Path(self.weights).name}
 
     @property
     def predecessor(self) -> str | None:
@@ -377,5 +386,8 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".lstrip(": ") for fault in error.errors())
+        faults = (
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}".lstrip(": ")
+            for fault in error.errors()
+        )
         raise RecipeError(shorten("; ".join(faults), 2000)) from error

@@ -1,12 +1,11 @@
-"""The report draws figures of a run and writes its curves for TensorBoard.
+"""The report draws figures of a run.
 
 Input: a run folder and the logits of its exported model on the test set.
-Output: PNG files in RUN/pictures and TensorBoard events in RUN/tensorboard.
+Output: PNG files in RUN/pictures.
 
 The sheet of mistakes shows images of the data set. The other figures show measures only.
 """
 
-from collections.abc import Generator, Iterable
 from io import BytesIO
 from pathlib import Path
 
@@ -20,35 +19,10 @@ from torch import Tensor
 from training.dataset import Dataset
 from training.evaluate import CALIBRATION_BINS, compute_calibration_bins, evaluate, expected_calibration_error
 from training.files import write_durably
-from training.loop import Epoch, Event
 from training.run import FIGURES, Run
 
 DPI = 110
 MISTAKES_GRID = (4, 8)  # rows and columns of the sheet of mistakes
-
-
-def log_scalars(events: Iterable[Event], folder: Path) -> Generator[Event, None, None]:
-    """Pass a run's events on, and write the measures of every epoch as TensorBoard scalars.
-
-    An epoch that is measured again after a crash replaces its earlier scalars and those of later epochs.
-    """
-    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-
-    writer = None
-    for event in events:
-        if isinstance(event, Epoch):
-            writer = writer or SummaryWriter(str(folder), purge_step=event.epoch)
-            writer.add_scalar("loss/train", event.train_loss, event.epoch)
-            writer.add_scalar(f"loss/{event.split}", event.loss, event.epoch)
-            writer.add_scalar("top-1/train", event.train_accuracy, event.epoch)
-            writer.add_scalar(f"top-1/{event.split}", event.top1, event.epoch)
-            writer.add_scalar("top-5", event.top5, event.epoch)
-            writer.add_scalar("learning rate", event.learning_rate, event.epoch)
-            writer.add_scalar("images per second", event.images_per_s, event.epoch)
-            writer.flush()
-        yield event
-    if writer:
-        writer.close()
 
 
 def draw_figures(run: Run, dataset: Dataset) -> list[Path]:

@@ -1,7 +1,8 @@
 """`Run` reads and writes the folder of a training run.
 
-The folder holds recipe.json, metrics.jsonl, checkpoint.pt, teacher_logits.pt, test_logits.pt, published.json, and
-`stop` if the run must end. The export adds the folder pictures, and a job of the service output.log.
+The folder holds recipe.json, metrics.jsonl, checkpoint.pt, teacher_logits.pt, test_logits.pt, published.json,
+extra_data.npz if the run has extra training images, and `stop` if the run must end. The export adds the folder
+pictures, and a job of the service output.log.
 
 Input: a recipe and, for every epoch, metrics and training state.
 Output: the same data, read back to resume, watch or export the run.
@@ -16,15 +17,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
-import torch
 from pydantic import BaseModel
-from torch import Tensor
 
+from training.errors import ReportedError
 from training.files import write_durably
 from training.recipes import Recipe, parse_recipe
 from training.store import Evaluation
+
+if TYPE_CHECKING:  # checkpoints alone need PyTorch, which takes seconds to import
+    from torch import Tensor
 
 State = dict[str, Any]
 Parsed = TypeVar("Parsed")
@@ -41,6 +44,7 @@ FIGURES = ("curves", "superclasses", "reliability", "classes", "mistakes")
 OUTPUT = "output.log"
 """File with the output of the process that trains, if the service started it."""
 
+_TAIL_BYTES = 16 << 10  # a line of metrics has a few hundred bytes
 TICK_S = 5.0  # seconds between two lines of metrics within an epoch
 START_TIMEOUT_S = 60.0  # upper bound for a child with an inherited lock to load its libraries and write its pid
 
@@ -60,12 +64,14 @@ class Publication(BaseModel, use_attribute_docstrings=True):
     """Epoch of the exported checkpoint; None in files of earlier releases."""
 
 
-class RunError(ValueError):
+class RunError(ReportedError, ValueError):
     """The run folder cannot be used for the requested operation."""
 
 
 class RunBusy(RunError):
     """Another process holds the lock of the run folder."""
+
+    exit_status = os.EX_TEMPFAIL
 
 
 class Run:
@@ -80,6 +86,7 @@ class Run:
         self.lock_file = path / "lock"
         self.stop_file = path / "stop"
         self.recipe_file = path / "recipe.json"
+        self.extra_file = path / "extra_data.npz"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
         self.teacher_file = path / "teacher_logits.pt"
@@ -167,8 +174,12 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         self.stop_file.touch()
 
-    def create(self, recipe: Recipe) -> None:
+    def create(self, recipe: Recipe, extra_data: bytes | None = None) -> None:
         """Create the folder and write the recipe.
+
+        Args:
+            recipe: Recipe of the run.
+            extra_data: Content of the file with its extra training images.
 
         Raises:
             RunError: The folder already holds a run.
@@ -176,6 +187,10 @@ class Run:
         if self.recipe_file.exists():
             raise RunError(f"{self.path} contains a run already; give --resume to continue it, or another folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        if extra_data is None:
+            self.extra_file.unlink(missing_ok=True)
+        else:
+            write_durably(self.extra_file, extra_data)
         write_durably(self.recipe_file, recipe.model_dump_json(indent=2).encode())
 
     def discard(self) -> None:
@@ -232,6 +247,16 @@ class Run:
                     with suppress(json.JSONDecodeError):
                         yield number, json.loads(line)
 
+    def latest_metrics(self) -> dict[str, Any] | None:
+        """Return the last line of metrics, or None. This reads only the end of the file."""
+        with suppress(FileNotFoundError), self.metrics_file.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            for line in reversed(file.read().splitlines()):
+                with suppress(json.JSONDecodeError):  # blank or cut off, as in `numbered_metrics`
+                    latest: dict[str, Any] = json.loads(line)
+                    return latest
+        return None
+
     def epochs(self) -> list[dict[str, Any]]:
         """List the metrics of every finished epoch."""
         return [metrics for metrics in self.metrics() if metrics["event"] == "epoch"]
@@ -272,11 +297,11 @@ class Run:
             )
         return state
 
-    def save_teacher_logits(self, logits: Tensor, teacher: str, fingerprint: str) -> None:
+    def save_teacher_logits(self, logits: "Tensor", teacher: str, fingerprint: str) -> None:
         """Save a teacher's logits on the training images of a data set, float [N, classes]."""
         write_durably(self.teacher_file, _serialize({"logits": logits, "teacher": teacher, "data": fingerprint}))
 
-    def teacher_logits(self, teacher: str, fingerprint: str) -> Tensor | None:
+    def teacher_logits(self, teacher: str, fingerprint: str) -> "Tensor | None":
         """Return the saved logits of this teacher for this data set, float [N, classes], or None."""
         if not self.teacher_file.exists():
             return None
@@ -286,11 +311,11 @@ class Run:
         logits: Tensor = saved["logits"]
         return logits
 
-    def save_test_logits(self, logits: Tensor, temperature: float) -> None:
+    def save_test_logits(self, logits: "Tensor", temperature: float) -> None:
         """Save the exported model's calibrated logits on the test set, float32 [N, classes]."""
         write_durably(self.logits_file, _serialize({"logits": logits, "temperature": temperature}))
 
-    def test_logits(self) -> tuple[Tensor, float]:
+    def test_logits(self) -> tuple["Tensor", float]:
         """Return the calibrated logits of the test set, float32 [N, classes], and the temperature that divided them.
 
         Raises:
@@ -385,11 +410,15 @@ def _read_file(path: Path, parse: Callable[[bytes], Parsed]) -> Parsed:
 
 
 def _deserialize(content: bytes) -> Any:
+    import torch
+
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _serialize(value: Any) -> memoryview:
     """Serialize in memory, because PyTorch may abort the process if it cannot write to a file."""
+    import torch
+
     content = io.BytesIO()
     torch.save(value, content)
     return content.getbuffer()

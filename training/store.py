@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, FiniteFloat, PositiveFloat, ValidationError, model_validator
 
+from training.errors import ReportedError
 from training.files import lock_folder, sha256, sync, write_durably
 from training.text import quote, shorten
 
@@ -29,6 +30,7 @@ MODEL = "model.pt"
 CASCADE = "cascade.json"
 LIVE = "live"
 
+FamiliarityScore = Literal["energy", "agreement"]
 Promotion = Literal["if-better", "always", "never"]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
@@ -37,7 +39,7 @@ _ROUNDING = 1e-6
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
-class StoreError(ValueError):
+class StoreError(ReportedError, ValueError):
     """The model or version does not exist, is damaged, or cannot be used."""
 
 
@@ -127,15 +129,25 @@ class CascadeReport(BaseModel, use_attribute_docstrings=True):
 class FamiliarityThreshold(BaseModel, use_attribute_docstrings=True):
     """The score below which an image is probably none of the classes."""
 
-    score: Literal["energy"] = "energy"
-    """Score of an image: the logarithm of the sum of the exponentials of its calibrated logits, which is the negative
-    energy of Liu et al. 2020, arXiv:2010.03759."""
+    score: FamiliarityScore = "energy"
+    """Score of an image. `energy` is the logarithm of the sum of the exponentials of its calibrated logits, which is
+    the negative energy of Liu et al. 2020, arXiv:2010.03759. `agreement` is that of the mean of both members'
+    calibrated logits, which is high only where both members favor the same class."""
     threshold: FiniteFloat
     """Lowest score of a familiar image."""
     kept: Rate
     """Fraction of the held-out images whose score is at least the threshold."""
     images: int
     """Number of held-out images."""
+
+
+class ExtraData(BaseModel, use_attribute_docstrings=True):
+    """Training images that are not of the data set, such as corrections of users."""
+
+    images: int
+    """Number of these images."""
+    sha256: str
+    """sha256 of the npz file that had them."""
 
 
 class EpochSummary(BaseModel, use_attribute_docstrings=True):
@@ -192,6 +204,10 @@ class ModelCard(BaseModel, use_attribute_docstrings=True):
     """The fit of a cascade; None for a version with a model of its own."""
     familiarity: FamiliarityThreshold | None = None
     """The threshold of familiar images; None if the recipe holds no images out, and in cards of earlier releases."""
+    full_familiarity: FamiliarityThreshold | None = None
+    """The same for the agreement of both members of a cascade; None for other models."""
+    extra_data: ExtraData | None = None
+    """Further training images; None if there were none."""
     curve: list[EpochSummary]
     """Measures of every epoch."""
     training_seconds: float
@@ -223,6 +239,24 @@ class ModelCard(BaseModel, use_attribute_docstrings=True):
     def held_out(self) -> int:
         """The number of training images that the recipe held out for validation, which the model has never seen."""
         return int(self.recipe.get("validation_images", 0))
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """The key by which the default model is the greatest: a cascade before others, then the accuracy."""
+        return CASCADE in self.files, self.test.top1
+
+
+def open_store(root: Path) -> "Store":
+    """Return the store in an existing folder.
+
+    Raises:
+        StoreError: There is no such folder.
+        OSError: The folder cannot be read.
+    """
+    if not root.is_dir():
+        raise StoreError(f"there is no model store {root.absolute()}; name one by --models or CIFAR100_MODELS")
+    next(root.iterdir(), None)  # fails without permission
+    return Store(root)
 
 
 class Store:
@@ -284,7 +318,10 @@ class Store:
             )
         version = int(number) if slash else self.live(name)
         if version is None:
-            raise StoreError(f"{name} has no live version in {self.root}; give NAME/VERSION, or promote a version")
+            root = self.root.absolute()
+            if not self.versions(name):
+                raise StoreError(f"there is no model {name} in {root}; there are: {', '.join(self.names()) or 'none'}")
+            raise StoreError(f"{name} has no live version in {root}; give NAME/VERSION, or promote a version")
         return name, version
 
     def card(self, name: str, version: int) -> ModelCard:
@@ -301,6 +338,17 @@ class Store:
         if (card.name, card.version) != (name, version):
             raise StoreError(f"{path} is the card of {card.name} version {card.version}")
         return card
+
+    def default_card(self) -> ModelCard:
+        """Read the card of the version that answers requests for no named model, see `ModelCard.rank`.
+
+        Raises:
+            StoreError: No model is live, or a card is unreadable.
+        """
+        live = [(name, version) for name in self.names() if (version := self.live(name)) is not None]
+        if not live:
+            raise StoreError(f"no model is live in {self.root.absolute()}; train one, or promote a version")
+        return max((self.card(*each) for each in live), key=lambda card: card.rank)
 
     def locate(self, card: ModelCard) -> Path:
         """Return the folder of a version that has all files of its card, and all versions that it pins.
@@ -526,14 +574,17 @@ class Store:
 
     def find_by_checksum(self, name: str, file_sha256: str) -> ModelCard | None:
         """Return the card of the newest version that has a file with this checksum, or None."""
+        return next((card for card in self._readable_cards(name) if file_sha256 in card.files.values()), None)
+
+    def find_by_files(self, name: str, files: dict[str, str]) -> ModelCard | None:
+        """Return the card of the newest version with exactly these files, given as in `ModelCard.files`, or None."""
+        return next((card for card in self._readable_cards(name) if card.files == files), None)
+
+    def _readable_cards(self, name: str) -> Iterator[ModelCard]:
+        """Iterate over the cards of a model, newest first, without damaged ones."""
         for version in reversed(self.versions(name)):
-            try:
-                card = self.card(name, version)
-            except StoreError:  # a damaged version cannot match
-                continue
-            if file_sha256 in card.files.values():
-                return card
-        return None
+            with suppress(StoreError):
+                yield self.card(name, version)
 
     def prune(self, name: str, keep: int, protected: Collection[int] = ()) -> list[int]:
         """Remove all versions except the newest `keep`. The live version and those that cascades pin always stay.

@@ -66,10 +66,14 @@ class BatchOutput:
     Args:
         logits: The logits.
         familiarity: Scores of the rows, if another output than these logits gives them.
+        times: Times of the batch, if an engine has computed all of it.
     """
 
-    def __init__(self, logits: Logits, familiarity: NDArray[np.float64] | None = None):
+    def __init__(
+        self, logits: Logits, familiarity: NDArray[np.float64] | None = None, times: "BatchTimes | None" = None
+    ):
         self.logits = logits
+        self.times = times
         self._familiarity = familiarity
 
     @cached_property
@@ -140,10 +144,13 @@ class Scores(NamedTuple):
 class BatchTimes(NamedTuple):
     """The size of a computed batch and the seconds that its parts took."""
 
+    started: float
+    """Time of `time.perf_counter` at which the batch left the queue."""
     images: int
-    requests: int
-    waiting_s: float
-    """Time in the queue, summed over the requests."""
+    waiting_s: list[float]
+    """Time in the queue of each request."""
+    has_decoded: bool
+    """True if images were decoded with the batch."""
     decoding_s: float
     computing_s: float
 
@@ -166,6 +173,8 @@ class Batcher:
         max_queue: Largest number of waiting images.
         observe: Callback with the times of each batch. It runs in the thread that computed the batch.
         shares_cpu: True if the engine thread and the event loop share a single CPU.
+        trace: Callback with the time of `time.perf_counter` at which a request joined the queue, and the times of its
+            batch. It runs in the task of the request.
     """
 
     def __init__(
@@ -175,8 +184,10 @@ class Batcher:
         max_queue: int,
         observe: Callable[[BatchTimes], None] = lambda _: None,
         shares_cpu: bool = False,
+        trace: Callable[[float, BatchTimes], None] | None = None,
     ):
         self.engine = engine
+        self._trace = trace
         self._observe = observe
         self.max_batch = max_batch
         self.max_queue = max_queue
@@ -226,11 +237,7 @@ class Batcher:
         work = _BatchItem(images, count, loop.create_future(), deadline)
         if self._enqueue(work, accepted):
             loop.call_soon(self._start, loop)  # requests that arrive in this turn of the loop join the batch
-        try:
-            return await work.result
-        except asyncio.CancelledError:
-            self._forget(work)
-            raise
+        return await self._await(work)
 
     async def _run_decoding(self, image: QuickImage, deadline: float | None) -> Scores:
         """Compute the scores of an image that a decoder thread decodes, see `run`.
@@ -241,12 +248,19 @@ class Batcher:
         work = _BatchItem(_NO_IMAGES, 1, loop.create_future(), deadline)
         image.start(partial(self._add_decoded, loop, work, image))
         try:
-            return await work.result
+            return await self._await(work)
+        finally:
+            image.stop()
+
+    async def _await(self, work: _BatchItem) -> Scores:
+        try:
+            scores = await work.result
         except asyncio.CancelledError:
             self._forget(work)
             raise
-        finally:
-            image.stop()
+        if self._trace and scores.output.times:
+            self._trace(work.arrived, scores.output.times)
+        return scores
 
     def _add_decoded(
         self, loop: asyncio.AbstractEventLoop, work: _BatchItem, image: QuickImage, decoded: Images | Exception
@@ -274,7 +288,7 @@ class Batcher:
         """
         with self._lock:
             if self._queue and self.queued + work.count > self.max_queue and not accepted:
-                raise Unavailable(f"{self.queued} images are waiting already; try again later")
+                raise Unavailable(f"{self.queued} images are waiting already; try again later", "queue_full")
             self._queue.append(work)
             self.queued += work.count
             idle, self._busy = not self._busy, True
@@ -299,7 +313,7 @@ class Batcher:
         works = [_BatchItem(chunk, len(chunk), loop.create_future(), deadline) for chunk in chunks]
         with self._lock:
             if self.waiting and self.waiting + len(images) > self.max_queue:
-                raise Unavailable(f"{self.waiting} images are waiting already; try again later")
+                raise Unavailable(f"{self.waiting} images are waiting already; try again later", "queue_full")
             self._background.extend(works)
             self.queued_in_background += len(images)
             idle, self._busy = not self._busy, True
@@ -349,15 +363,17 @@ class Batcher:
         decoded = time.perf_counter()
         try:
             images = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
-            output = BatchOutput(self.engine(images))
+            logits = self.engine(images)
         except Exception as error:  # every request of the batch gets the engine's error
             _call_in_loop(loop, _set_error, batch, error)
             return
-        computed = time.perf_counter()
-        _call_in_loop(loop, _set_results, batch, output)
-        waiting_s = sum(started - work.arrived for work in batch)
+        computing_s = time.perf_counter() - decoded
+        waiting_s = [started - work.arrived for work in batch]
+        has_decoded = any(callable(work.images) for work in batch)
+        times = BatchTimes(started, len(images), waiting_s, has_decoded, decoded - started, computing_s)
+        _call_in_loop(loop, _set_results, batch, BatchOutput(logits, times=times))
         try:
-            self._observe(BatchTimes(len(images), len(batch), waiting_s, decoded - started, computed - decoded))
+            self._observe(times)
         except Exception:  # a failing metric must not stop the engine
             log.exception("the metrics of a batch could not be recorded")
 
@@ -423,7 +439,7 @@ def _set_results(batch: list[_BatchItem], output: BatchOutput) -> None:
 
 def _set_late(late: list[_BatchItem]) -> None:
     for work in late:
-        _set_error([work], Unavailable("the request waited longer than its deadline; try again later"))
+        _set_error([work], Unavailable("the request waited longer than its deadline; try again later", "deadline"))
 
 
 def _set_error(batch: list[_BatchItem], error: Exception) -> None:

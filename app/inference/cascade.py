@@ -9,13 +9,14 @@ queues and batches.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.exceptions import Unavailable
 from app.inference.batching import Batcher, BatchOutput, Images, ImageSource, Logits, Probabilities, Scores
-from training.runtimes.cascade import answer, join_names
+from training.runtimes.cascade import answer, average, join_names
 from training.store import Cascade
 
 
@@ -27,9 +28,17 @@ class CascadeBatcher:
         first: Batcher of the first member, which computes every image.
         second: Batcher of the second member, which computes the images that are sent on.
         observe: Callback with the number of images of a request and the number of these that are sent on.
+        trace: Function that returns a span of the images that are sent on, given their number.
     """
 
-    def __init__(self, cascade: Cascade, first: Batcher, second: Batcher, observe: Callable[[int, int], None]):
+    def __init__(
+        self,
+        cascade: Cascade,
+        first: Batcher,
+        second: Batcher,
+        observe: Callable[[int, int], None],
+        trace: Callable[[int], AbstractContextManager[object]] = nullcontext,
+    ):
         self.engine_name = join_names(first.engine_name, second.engine_name)
         self.max_batch = min(first.max_batch, second.max_batch)
         self.max_queue = first.max_queue
@@ -37,6 +46,7 @@ class CascadeBatcher:
         self._first = first
         self._second = second
         self._observe = observe
+        self._trace = trace
 
     @property
     def queued(self) -> int:
@@ -48,25 +58,36 @@ class CascadeBatcher:
         """Number of images that wait for either member, including those in the background."""
         return self._first.waiting + self._second.waiting
 
-    async def run(self, images: ImageSource, deadline: float | None = None) -> Scores:
+    async def run(self, images: ImageSource, deadline: float | None = None, full_familiarity: bool = False) -> Scores:
         """Compute the scores of images, see `Batcher.run`.
 
         A request is refused if both queues together are full. An image that is sent on is never refused for a full
         queue, because its request was accepted. The queue of the second member may thus exceed `max_queue` by one
         batch. The deadline holds for the start of both parts.
+
+        Args:
+            images: See `Batcher.run`.
+            deadline: See `Batcher.run`.
+            full_familiarity: True if both members compute all images, and the familiarity is their agreement. False if
+                it is the energy of the first member. The probabilities are the same.
         """
         source = _KeptImage(images) if callable(images) else images
         count = len(source) if isinstance(source, np.ndarray) else 1
         if self.queued and self.queued + count > self.max_queue:
-            raise Unavailable(f"{self.queued} images are waiting already; try again later")
+            raise Unavailable(f"{self.queued} images are waiting already; try again later", "queue_full")
         scores = await self._first.run(source, deadline)
-        rows = np.flatnonzero(scores.confidence < self._cascade.threshold)
-        self._observe(count, len(rows))
-        if not len(rows):
+        unsure = scores.confidence < self._cascade.threshold
+        sent_on = np.ones_like(unsure) if full_familiarity else unsure
+        self._observe(count, int(sent_on.sum()))
+        if not sent_on.any():
             return scores
-        pixels = source[rows] if isinstance(source, np.ndarray) else source.pixels
-        second = await self._second.run(pixels, deadline, accepted=True)
-        return Scores(BatchOutput(answer(self._cascade, scores.logits, rows, second.logits), scores.familiarity))
+        pixels = source[sent_on] if isinstance(source, np.ndarray) else source.pixels
+        with self._trace(int(sent_on.sum())):
+            second = (await self._second.run(pixels, deadline, accepted=True)).logits
+        logits = answer(self._cascade, scores.logits, np.flatnonzero(unsure), second[unsure[sent_on]])
+        if full_familiarity:
+            return Scores(BatchOutput(logits, BatchOutput(average(scores.logits, second)).familiarity))
+        return Scores(BatchOutput(logits, scores.familiarity))
 
     async def run_in_background(self, images: Images, deadline: float | None = None) -> Probabilities:
         """Compute the probabilities of images in the background, see `Batcher.run_in_background`."""

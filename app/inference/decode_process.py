@@ -8,7 +8,6 @@ that it takes little CPU time from smaller images. It ends with the server, beca
 """
 
 import os
-import resource
 import signal
 import struct
 import subprocess
@@ -22,9 +21,9 @@ from typing import IO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from app.exceptions import DamagedImage, Problem, TooLarge, UnsupportedImage
+from app.exceptions import IMAGE_ERRORS, DamagedImage, Problem, TooLarge
 from app.inference.images import encoded
-from app.machine import bound_malloc, set_niceness
+from app.machine import bound_malloc, limit_memory, set_niceness
 
 MAX_CPU_S = 4.0
 """CPU time limit of one image. It is twice the largest accepted estimate, for slow machines."""
@@ -35,8 +34,7 @@ _MEMORY_MARGIN = 64 << 20
 _REQUEST = struct.Struct("<Q")  # size of the file in bytes
 _REPLY = struct.Struct("<dBQ")  # CPU time in seconds, kind of the result, its size in bytes
 _PIXELS_BYTES = 3 * encoded.SIZE**2  # the warnings follow the pixels, a line for each
-_PIXELS = 0
-_ERRORS: tuple[type[Problem], ...] = (UnsupportedImage, DamagedImage, TooLarge)  # kinds 1, 2, 3
+_PIXELS = 0  # the kinds 1, 2 and 3 are those of IMAGE_ERRORS
 _PACKAGES = Path(__file__).parents[2]
 
 
@@ -90,7 +88,7 @@ class DecodeProcess:
             watchdog.cancel()
         self.cpu_s += cpu_s
         if kind != _PIXELS:
-            raise _ERRORS[kind - 1](result.decode())
+            raise IMAGE_ERRORS[kind - 1](result.decode())
         pixels = np.frombuffer(result, np.uint8, _PIXELS_BYTES).reshape(3, encoded.SIZE, encoded.SIZE)
         return pixels, result[_PIXELS_BYTES:].decode().splitlines()
 
@@ -148,19 +146,16 @@ def _serve(requests: IO[bytes], replies: IO[bytes], max_bytes: int, max_pixels: 
         try:
             image = encoded.EncodedImage(data, max_bytes, max_pixels)
             kind, result = _PIXELS, image.decode().tobytes() + "\n".join(image.warnings).encode()
-        except _ERRORS as error:
-            kind, result = 1 + _ERRORS.index(type(error)), error.detail.encode("utf-8", "replace")
+        except IMAGE_ERRORS as error:
+            kind, result = 1 + IMAGE_ERRORS.index(type(error)), error.detail.encode("utf-8", "replace")
         except MemoryError:
-            kind, result = 1 + _ERRORS.index(TooLarge), b"decoding the image takes too much memory; send a smaller one"
+            kind, result = (
+                1 + IMAGE_ERRORS.index(TooLarge),
+                b"decoding the image takes too much memory; send a smaller one",
+            )
         signal.setitimer(signal.ITIMER_PROF, 0)
         replies.write(_REPLY.pack(time.process_time() - started, kind, len(result)) + result)
         replies.flush()
-
-
-def _limit_memory(size: int) -> None:
-    """Limit the address space to `size` bytes beyond the current mappings of the interpreter and its libraries."""
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + size, mapped + size))
 
 
 def main(max_bytes: str, max_pixels: str, max_cpu_s: str, max_memory_bytes: str) -> None:
@@ -169,8 +164,7 @@ def main(max_bytes: str, max_pixels: str, max_cpu_s: str, max_memory_bytes: str)
         signal.signal(ignored, signal.SIG_IGN)
     set_niceness(os.getpid(), min(os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS, 19))
     bound_malloc()
-    if sys.platform == "linux":
-        _limit_memory(int(max_memory_bytes))
+    limit_memory(int(max_memory_bytes))
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library that prints must not write into the replies
     _serve(requests, replies, int(max_bytes), int(max_pixels), float(max_cpu_s))

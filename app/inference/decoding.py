@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.clients import FairShares
-from app.exceptions import Problem, Unavailable
+from app.exceptions import IMAGE_ERRORS, Problem, Unavailable
 from app.inference.decode_process import DecodeProcess
 from app.inference.fair_threads import FairThreads, Outcome, measure
 from app.inference.images import encoded, jpeg
@@ -58,6 +58,8 @@ File = tuple[str | None, BinaryIO]
 Charge = Callable[[int], None]
 """Function that charges a client's rate limit a number of units, or raises TooManyRequests."""
 
+Lane = Literal["quick", "medium", "costly"]
+
 Value = TypeVar("Value")
 
 
@@ -65,10 +67,14 @@ _Decoded = tuple[NDArray[np.uint8], list[str]]  # pixels and warnings of one ima
 
 
 class DecodedImages(NamedTuple):
-    """The images of a request, uint8 [N, 3, 32, 32], and the warnings about each of them."""
+    """The decoded images of a request, uint8 [N, 3, 32, 32], the warnings about each of them, and the errors.
+
+    `errors` has the error of each image that cannot be decoded, by its number in the request.
+    """
 
     pixels: NDArray[np.uint8]
     warnings: list[list[str]]
+    errors: dict[int, Problem]
 
 
 @dataclass(eq=False)
@@ -146,6 +152,8 @@ class QuickImage:
         self._timer.cancel()
         if not self.decoding_s:
             self._discard()
+        elif len(self.pixels):
+            self._decoders.observe("quick", self._started, self._started + self.decoding_s)
 
     def _decode(self) -> float:
         outcome = measure(partial(self._decoders.decode_if_quick, self._file, self._deadline))
@@ -179,10 +187,13 @@ class Decoders:
 
     Args:
         settings: Limits of an image, and the number of images that may wait.
+        observe: Callback with the lane of each decoded image, and the times of `time.perf_counter` before and after. It
+            runs in the task of the request.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, observe: Callable[[Lane, float, float], None] = lambda *_: None):
         self._settings = settings
+        self.observe = observe
         count = min(cpu_count(), _MAX_THREADS)
         self.quick = FairThreads(count, count * _QUICK.memory_bytes, "decoder")
         """The threads of the quick lane."""
@@ -244,6 +255,7 @@ class Decoders:
         deadline: float,
         charge: Charge | None = None,
         opened: EncodedImage | None = None,
+        tolerate_errors: bool = False,
     ) -> DecodedImages:
         """Decode the images of a request.
 
@@ -253,6 +265,7 @@ class Decoders:
             deadline: Time on the monotonic clock. An image whose decoding has not begun by then is refused.
             charge: Function that is called with the rate units of the estimated cost beyond the first unit.
             opened: The first image, if its header has been read, but the quick lane does not decode it.
+            tolerate_errors: True to leave out images that cannot be decoded, instead of raising the first error.
 
         Raises:
             Unavailable: Too many images are waiting, or the deadline has passed.
@@ -261,21 +274,26 @@ class Decoders:
         """
         request = _Request(client, deadline, len(files), charge)
         decoded: list[_Decoded] = []
+        errors: dict[int, Problem] = {}
         self.add_waiting(client, len(files))
         try:
-            for name, file in files:
+            for number, (name, file) in enumerate(files):
                 try:
                     decoded.append(await self._decode(request, file, opened))
                     opened = None
                 except Problem as error:
-                    if len(files) > 1:
-                        error.detail = f"{name}: {error.detail}"
-                    raise
+                    if tolerate_errors and isinstance(error, IMAGE_ERRORS):
+                        errors[number] = error
+                    else:
+                        if len(files) > 1:
+                            error.detail = f"{name}: {error.detail}"
+                        raise
                 request.left -= 1
                 self.remove_waiting(client, 1)
         finally:
             self.remove_waiting(client, request.left)
-        return DecodedImages(np.array([pixels for pixels, _ in decoded]), [warnings for _, warnings in decoded])
+        pixels = np.array([pixels for pixels, _ in decoded])
+        return DecodedImages(pixels, [warnings for _, warnings in decoded], errors)
 
     def add_waiting(self, client: str, count: int) -> None:
         """Count images that a client waits for.
@@ -285,7 +303,9 @@ class Decoders:
         """
         with self._waiting_lock:
             if self._waiting.exceeds_share(client, count):
-                raise Unavailable(f"{self.waiting} images are waiting to be decoded already; try again later")
+                raise Unavailable(
+                    f"{self.waiting} images are waiting to be decoded already; try again later", "decoders_full"
+                )
             self._waiting.add(client, count)
 
     def remove_waiting(self, client: str, count: int) -> None:
@@ -311,6 +331,14 @@ class Decoders:
         return image, None if image.needs_process or image.cost.exceeds(_QUICK) else image.decode()
 
     async def _decode(self, request: _Request, file: BinaryIO, opened: EncodedImage | None) -> _Decoded:
+        started = time.perf_counter()
+        lane, decoded = await self._decode_in_lane(request, file, opened)
+        self.observe(lane, started, time.perf_counter())
+        return decoded
+
+    async def _decode_in_lane(
+        self, request: _Request, file: BinaryIO, opened: EncodedImage | None
+    ) -> tuple[Lane, _Decoded]:
         if opened:
             image, pixels = opened, None
         else:
@@ -319,12 +347,13 @@ class Decoders:
         cost, needs_process = image.cost, image.needs_process
         request.add_cost(cost)
         if pixels is not None:
-            return pixels, image.warnings
+            return "quick", (pixels, image.warnings)
         if not (needs_process or cost.exceeds(MEDIUM)):
-            return await self._run(self._medium, request, cost, partial(measure, image.decode)), image.warnings
+            pixels = await self._run(self._medium, request, cost, partial(measure, image.decode))
+            return "medium", (pixels, image.warnings)
         del image, opened  # the process reads the file again
         with self._hold_up(request):
-            return await self._run(self._costly, request, cost, partial(self._decode_apart, file))
+            return "costly", await self._run(self._costly, request, cost, partial(self._decode_apart, file))
 
     def _decode_apart(self, file: BinaryIO) -> Outcome[_Decoded]:
         process = self._idle_processes.get()
@@ -343,7 +372,7 @@ class Decoders:
         """Count a request's remaining images in `held_up` while one of them is costly. They delay no other request."""
         count = request.left
         if self._held_up.exceeds_share(request.client, count):
-            raise Unavailable(f"{self.held_up} images wait for costly ones already; try again later")
+            raise Unavailable(f"{self.held_up} images wait for costly ones already; try again later", "decoders_full")
         self.remove_waiting(request.client, count)
         self._held_up.add(request.client, count)
         try:
@@ -384,4 +413,4 @@ def _has_short_header(content: bytes) -> bool:
 
 
 def _late() -> Unavailable:
-    return Unavailable("the image waited longer than the deadline to be decoded; try again later")
+    return Unavailable("the image waited longer than the deadline to be decoded; try again later", "deadline")

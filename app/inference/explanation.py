@@ -12,10 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from app.exceptions import BadRequest
 from app.inference.images.encoded import SIZE
+from training.store import ModelCard
+from training.text import quote, suggest
 
 CELL = 4
 """Side of a cell of the map in pixels, which is also the distance of two windows."""
+
+DECIMALS = 4
+"""Decimals of the numbers of a map in an answer."""
 
 _WINDOW = 8  # side of a window in pixels
 _OVERLAY = 128  # side of the overlay in pixels
@@ -53,6 +59,17 @@ def occlude(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
     color = image.mean((1, 2)).round().astype(np.uint8)[:, None, None]
     return np.concatenate([image[None], np.where(_WINDOWS[:, None], color, image)])
+
+
+def find_class(label: str, card: ModelCard) -> int:
+    """Return the id of a class.
+
+    Raises:
+        BadRequest: The model has no such class.
+    """
+    if label not in card.classes:
+        raise BadRequest(f"{card.name} has no class {quote(label)}; {suggest(label, card.classes, 'classes')}")
+    return card.classes.index(label)
 
 
 def importance_map(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -21,10 +21,10 @@ class LoadShedder:
         decoders: Decoders with the shares of their clients.
         is_behind_proxy: True if the service trusts a proxy. The client address is then known only after the request has
             reached the application, so no client exceeds its share here.
-        count: Callback with the path of the route for each refused prediction.
+        count: Callback with the path of the route and the reason for each refused prediction.
     """
 
-    def __init__(self, pool: ModelPool, decoders: Decoders, is_behind_proxy: bool, count: Callable[[str], None]):
+    def __init__(self, pool: ModelPool, decoders: Decoders, is_behind_proxy: bool, count: Callable[[str, str], None]):
         self._pool = pool
         self._decoders = decoders
         self._is_behind_proxy = is_behind_proxy
@@ -55,7 +55,7 @@ class LoadShedder:
             return False
         is_full = model.batcher.queued + self._arriving >= model.batcher.max_queue
         if is_full or self.exceeds_share(client):
-            self._count(route)
+            self._count(route, "queue_full" if is_full else "decoders_full")
             return True
         self._arriving += 1
         asyncio.get_running_loop().call_soon(self._count_arrived)

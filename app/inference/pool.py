@@ -8,11 +8,10 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -23,6 +22,8 @@ from app.inference.batching import Batcher, BatchTimes
 from app.inference.cascade import CascadeBatcher
 from app.inference.statistics import ModelStatistics
 from app.machine import cpu_count
+from app.observability.metrics import Metrics
+from app.observability.tracing import Tracing
 from app.settings import Settings
 from app.threads import Threads
 from training.encoding import replace_surrogates
@@ -52,11 +53,6 @@ class Model:
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
     loaded: datetime = field(default_factory=lambda: datetime.now(UTC))
 
-    @cached_property
-    def rank(self) -> tuple[bool, float]:
-        """The key by which the default model is the greatest: a cascade before others, then the accuracy."""
-        return bool(self.members), self.card.test.top1
-
 
 class ModelPool:
     """The live models by name, and up to two other versions that requests asked for.
@@ -64,21 +60,14 @@ class ModelPool:
     Args:
         settings: Device, batch and queue sizes, and poll interval.
         store: The model store.
-        observe: Callback with the model name and the times of each batch.
-        observe_cascade: Callback with the name of a cascade, the number of images of a request, and the number of these
-            that are sent on to the second member.
+        metrics: Metrics of batches, cascades and loads.
+        tracing: Traces of batches and cascades, or None.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: Store,
-        observe: Callable[[str, BatchTimes], None],
-        observe_cascade: Callable[[str, int, int], None],
-    ):
+    def __init__(self, settings: Settings, store: Store, metrics: Metrics, tracing: Tracing | None):
         self.store = store
-        self._observe = observe
-        self._observe_cascade = observe_cascade
+        self._metrics = metrics
+        self._tracing = tracing
         self.errors: dict[str, str] = {}
         """Reason why the live version of a model is not served, by model name."""
         self._settings = settings
@@ -144,7 +133,9 @@ class ModelPool:
         if name is None:
             name = self._default()
         if name is None:
-            raise Unavailable("no model is live; train one: curl -X POST /train, or python -m training train resnet")
+            raise Unavailable(
+                "no model is live; train one: curl -X POST /train, or python -m training train resnet", "no_model"
+            )
         model = self._live.get(name)
         if model and version in (None, model.card.version):
             return model
@@ -230,6 +221,16 @@ class ModelPool:
                 failure = ""
 
     def _load(self, name: str, version: int) -> Model:
+        started = time.perf_counter()
+        try:
+            model = self._load_version(name, version)
+        except Exception:
+            self._metrics.count_load_failure(name)
+            raise
+        self._metrics.observe_load(name, time.perf_counter() - started)
+        return model
+
+    def _load_version(self, name: str, version: int) -> Model:
         card = self.store.card(name, version)
         folder = self.store.verify(card)
         if CASCADE in card.files:
@@ -240,10 +241,15 @@ class ModelPool:
 
         def observe(times: BatchTimes) -> None:
             statistics.count_batch(times)
-            self._observe(name, times)
+            self._metrics.observe_batch(name, times)
 
         batcher = Batcher(
-            engine, self._settings.max_batch, self._settings.max_queue, observe, shares_cpu=cpu_count() == 1
+            engine,
+            self._settings.max_batch,
+            self._settings.max_queue,
+            observe,
+            shares_cpu=cpu_count() == 1,
+            trace=partial(self._tracing.record_batch, name, version, engine.name) if self._tracing else None,
         )
         return Model(card, batcher, statistics=statistics)
 
@@ -260,8 +266,9 @@ class ModelPool:
                     f"{member.card.name} version {member.card.version} does not fit {card.name}; fit it again"
                 )
             batchers.append(member.batcher)
-        observe = partial(self._observe_cascade, card.name)
-        return Model(card, CascadeBatcher(cascade, batchers[0], batchers[1], observe), members)
+        observe = partial(self._metrics.observe_cascade, card.name)
+        trace = partial(self._tracing.span, "cascade") if self._tracing else nullcontext
+        return Model(card, CascadeBatcher(cascade, batchers[0], batchers[1], observe, trace), members)
 
     def _find_loaded(self, name: str, version: int) -> Model | None:
         """Return a version that is in memory because it is live, was asked for, or is pinned by a loaded cascade."""
@@ -272,7 +279,7 @@ class ModelPool:
     async def _load_other(self, name: str, version: int, patient: bool) -> Model:
         self._require_version(name, version)
         if self._loading.locked() and not patient:
-            raise Unavailable("another version is being loaded; try again later")
+            raise Unavailable("another version is being loaded; try again later", "no_model")
         async with self._loading:
             model = self._others.get((name, version))  # another request may have loaded it meanwhile
             if model is None:
@@ -280,7 +287,7 @@ class ModelPool:
                     model = await self._threads.run(self._load, name, version)
                 except (StoreError, OSError, RuntimeError) as error:
                     self._require_version(name, version)  # raises NotFound if a training job has removed it
-                    raise Unavailable(f"{name} version {version} cannot be loaded: {error}") from error
+                    raise Unavailable(f"{name} version {version} cannot be loaded: {error}", "no_model") from error
                 self._others[name, version] = model
                 while len(self._others) > _MAX_OLD_VERSIONS:
                     self._others.popitem(last=False)
@@ -294,12 +301,12 @@ class ModelPool:
 
     def _default(self) -> str | None:
         """Return the name of the configured model, or else of the live one with the highest rank."""
-        highest = max(self._live, key=lambda name: self._live[name].rank, default=None)
+        highest = max(self._live, key=lambda name: self._live[name].card.rank, default=None)
         return self._settings.default_model or highest
 
     def _not_live_error(self, name: str) -> NotFound | Unavailable:
         if name in self.errors:
-            return Unavailable(f"{name} cannot be served: {self.errors[name]}")
+            return Unavailable(f"{name} cannot be served: {self.errors[name]}", "no_model")
         live = ", ".join(sorted(self._live)) or "none"
         return NotFound(f"there is no live model {quote(name)}, live are: {live}; GET /models lists all")
 

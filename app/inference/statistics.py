@@ -60,10 +60,10 @@ class ModelStatistics:
 
     def count_batch(self, times: BatchTimes) -> None:
         """Count a batch that the engine has computed."""
-        requests = times.requests
+        requests = len(times.waiting_s)
         with self._lock:
             self.batches += 1
-            self.queue.add(times.waiting_s, requests)
+            self.queue.add(sum(times.waiting_s), requests)
             self.compute_input.add(times.decoding_s * requests, requests)
             self.compute_infer.add(times.computing_s * requests, requests)
             by_size = self.by_size[times.images]

@@ -19,6 +19,7 @@ from sqlalchemy.types import TypeDecorator
 
 from app.exceptions import Unavailable
 from app.threads import Threads
+from training.errors import ReportedError
 from training.files import lock_folder
 from training.text import shorten
 
@@ -53,7 +54,7 @@ MAX_ERROR = 2000
 """Largest number of characters in the error of a job."""
 
 
-class NewerDatabase(RuntimeError):
+class NewerDatabase(ReportedError, RuntimeError):
     """Error for a database that a newer release has created."""
 
 
@@ -125,14 +126,24 @@ class Database:
         if self._engine:
             return True
         try:
-            self.runs.mkdir(parents=True, exist_ok=True)
-            self._engine = connect(self.runs / DATABASE)
+            self.connect()
         except (OSError, DatabaseError, NewerDatabase) as error:
             if self._fault != str(error):
                 self._fault = str(error)
                 log.error("jobs are unavailable, because %s cannot be used: %s", self.runs, error)
             return False
         return True
+
+    def connect(self) -> None:
+        """Open the database, and create the runs folder and the database if they do not exist.
+
+        Raises:
+            OSError: The runs folder cannot be used.
+            NewerDatabase: A newer release has created the database.
+            sqlalchemy.exc.DatabaseError: The file cannot be used.
+        """
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self._engine = connect(self.runs / DATABASE)
 
     def close(self) -> None:
         """Close all connections and refuse further calls of `threads`."""

@@ -37,6 +37,17 @@ class Mistake(BaseModel, use_attribute_docstrings=True):
     """Probability of that class."""
 
 
+class ReliabilityBin(BaseModel, use_attribute_docstrings=True):
+    """The images whose most probable class has a probability in one of 15 equal intervals."""
+
+    images: int
+    """Number of these images."""
+    confidence: float
+    """Mean probability of their most probable class, 0-1."""
+    accuracy: float
+    """Fraction of these images whose most probable class is right."""
+
+
 class EvaluationResult(Evaluation):
     """The measures of an evaluation job, with the figures of each class in the order of `classes`.
 
@@ -51,6 +62,8 @@ class EvaluationResult(Evaluation):
     """Number of images by true class (row) and predicted class (column). Lists of jobs leave it out."""
     mistakes: list[Mistake] | None = None
     """The most confident mistakes, the worst first. Lists of jobs leave them out."""
+    reliability: list[ReliabilityBin] | None = None
+    """The reliability diagram, by rising confidence, without empty intervals. Lists of jobs leave it out."""
 
 
 class EvaluationRequest(BaseModel):
@@ -141,13 +154,13 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
         unfinished = select(func.count()).where(JobRow.kind == self.kind, JobRow.state.in_(UNFINISHED))
         count = session.scalar(unfinished) or 0
         if count >= MAX_UNFINISHED:
-            raise Unavailable(f"{count} evaluations are waiting or running; try again later")
+            raise Unavailable(f"{count} evaluations are waiting or running; try again later", "jobs_full")
 
     def newest(self, limit: int) -> list[EvaluationJob]:
-        """Return the latest `limit` jobs, newest first, without their confusion matrices and mistakes."""
+        """Return the latest `limit` jobs, newest first, without the details of their results."""
         with self._transaction() as session:
             rows = session.scalars(self._select().order_by(JobRow.sequence.desc()).limit(limit)).all()
-        return [self._view(row, {"confusion", "mistakes"}) for row in rows]
+        return [self._view(row, {"confusion", "mistakes", "reliability"}) for row in rows]
 
     def unfinished(self) -> list[str]:
         """Return the ids of all jobs that wait or run, oldest first."""

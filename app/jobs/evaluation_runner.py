@@ -24,12 +24,19 @@ from torch import Tensor
 from app.errors import describe_shortage
 from app.exceptions import Problem, Unavailable
 from app.inference.pool import Model, ModelPool
-from app.jobs.evaluation_queue import EvaluationJob, EvaluationQueue, EvaluationRequest, EvaluationResult, Mistake
+from app.jobs.evaluation_queue import (
+    EvaluationJob,
+    EvaluationQueue,
+    EvaluationRequest,
+    EvaluationResult,
+    Mistake,
+    ReliabilityBin,
+)
 from app.jobs.labeled_images import LabeledImages, read_split, read_zip
 from app.jobs.queue import State, new_job_id
 from app.settings import Settings
 from app.threads import Threads
-from training.evaluate import count_confusion, evaluate
+from training.evaluate import compute_calibration_bins, count_confusion, evaluate
 from training.run import Run, RunBusy
 
 log = logging.getLogger(__name__)
@@ -298,6 +305,7 @@ def _compute_result(logits: Tensor, labels: Tensor, names: list[str], classes: l
         images_per_class=confusion.sum(1).tolist(),
         confusion=confusion.tolist(),
         mistakes=list(_find_mistakes(logits, labels, names, classes)),
+        reliability=_fill_bins(logits, labels),
     )
 
 
@@ -312,6 +320,16 @@ def _find_mistakes(logits: Tensor, labels: Tensor, names: list[str], classes: li
             predicted=classes[predicted[index]],
             probability=float(probabilities[index]),
         )
+
+
+def _fill_bins(logits: Tensor, labels: Tensor) -> list[ReliabilityBin]:
+    bins = compute_calibration_bins(logits, labels)
+    rows = zip(bins.images.tolist(), bins.confidence.tolist(), bins.accuracy.tolist(), strict=True)
+    return [
+        ReliabilityBin(images=round(images), confidence=confidence, accuracy=accuracy)
+        for images, confidence, accuracy in rows
+        if images
+    ]
 
 
 def _delete_zip(run: Run) -> None:

@@ -1,9 +1,7 @@
 """Read labeled images for an evaluation: a split of the data set, or an uploaded zip with a folder for each class."""
 
-import struct
 import threading
 import zipfile
-import zlib
 from collections.abc import Callable
 from contextlib import closing
 from typing import BinaryIO, Literal
@@ -12,33 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from app.archives import open_zip, read_chunks
 from app.exceptions import BadRequest, Problem, TooLarge, Unavailable
 from app.inference import decoding
 from app.inference.decode_process import DecodeProcess
 from app.inference.images import encoded
-from app.machine import MIB
 from app.settings import Settings
-from training.dataset import DataError, load_dataset
+from training.dataset import DataError, load_dataset, sample_rows
 from training.encoding import replace_surrogates
 from training.text import quote
-
-# Python decompresses data of other methods at once, with unbounded memory.
-_BOUNDED_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# Exceptions that zipfile raises for damaged files. RuntimeError also stands for encrypted files.
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zipfile.LargeZipFile,
-    zlib.error,
-    struct.error,
-    OSError,
-    RuntimeError,
-    ValueError,
-    IndexError,
-    EOFError,
-)
-_ENTRY_HEADER = struct.Struct("<26x2H")  # precedes an entry's data; ends with the lengths of its name and extra fields
-_HEADER_SIGNATURE = b"PK\x03\x04"
-_ENTRY_SIGNATURE = b"PK\x01\x02"  # begins every entry of a zip's directory
 
 # In lower case. Names that begin with a dot, such as .DS_Store, are hidden files and are skipped as well.
 _SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
@@ -83,10 +63,9 @@ def read_split(
     if list(dataset.classes) != classes:
         raise BadRequest("the classes of the model differ from those of the data set")
     part = dataset.test if split == "test" else dataset.train
-    order = np.random.default_rng(0).permutation(len(part))[:limit]
-    order.sort()
-    chosen = part[order]
-    names = [f"{split}/{number}" for number in order]
+    rows = sample_rows(len(part), limit)
+    chosen = part[rows]
+    names = [f"{split}/{number}" for number in rows]
     return LabeledImages(images=chosen.images.transpose(0, 3, 1, 2), labels=chosen.labels, names=names, split=split)
 
 
@@ -108,38 +87,29 @@ def read_zip(settings: Settings, file: BinaryIO, classes: list[str], stop_event:
     ids = {_folder_name(label): number for number, label in enumerate(classes)}
     pixels, labels, names = [], [], []
     limits = settings.max_image_bytes, settings.max_image_pixels
-    if _directory_entries(file) > settings.max_archive_images:
-        raise TooLarge(f"the zip has more than {settings.max_archive_images:,} entries")
-    try:
-        with zipfile.ZipFile(file) as archive, closing(DecodeProcess(*limits)) as process:
-            _require_apart(file, archive)
-            entries = [entry for entry in archive.infolist() if not _is_ignored(entry)]
-            if sum(entry.file_size for entry in entries) > settings.max_archive_bytes:
-                raise TooLarge(f"the zip unpacks to more than {settings.max_archive_bytes:,} bytes")
-            for entry in entries:
-                if stop_event.is_set():
-                    raise Unavailable("the evaluation was stopped")
-                folder = ["", *_parts(entry)][-2]
-                if _folder_name(folder) not in ids:
-                    raise BadRequest(
-                        f"{quote(entry.filename)}: the folder {quote(folder)} is not a class; "
-                        "GET /models/{name} names them"
-                    )
-                if entry.file_size > settings.max_image_bytes:
-                    raise TooLarge(f"{entry.filename} is larger than {settings.max_image_bytes:,} bytes")
-                if entry.compress_type not in _BOUNDED_METHODS:
-                    raise BadRequest(f"{entry.filename} is compressed with an unsupported method; use deflate")
-                with archive.open(entry) as member:
-                    content = member.read(settings.max_image_bytes + 1)
-                try:
-                    pixels.append(_decode(content, limits, process))
-                except Problem as error:
-                    error.detail = f"{entry.filename}: {error.detail}"
-                    raise
-                labels.append(ids[_folder_name(folder)])
-                names.append(replace_surrogates(entry.filename))
-    except _ZIP_ERRORS as error:
-        raise BadRequest(f"the zip cannot be read: {error}") from None
+    with open_zip(file, settings.max_archive_images) as archive, closing(DecodeProcess(*limits)) as process:
+        entries = [entry for entry in archive.infolist() if not _is_ignored(entry)]
+        if sum(entry.file_size for entry in entries) > settings.max_archive_bytes:
+            raise TooLarge(f"the zip unpacks to more than {settings.max_archive_bytes:,} bytes")
+        for entry in entries:
+            if stop_event.is_set():
+                raise Unavailable("the evaluation was stopped")
+            folder = ["", *_parts(entry)][-2]
+            if _folder_name(folder) not in ids:
+                raise BadRequest(
+                    f"{quote(entry.filename)}: the folder {quote(folder)} is not a class; "
+                    "GET /models/{name} names them"
+                )
+            if entry.file_size > settings.max_image_bytes:
+                raise TooLarge(f"{entry.filename} is larger than {settings.max_image_bytes:,} bytes")
+            content = b"".join(read_chunks(archive, entry))
+            try:
+                pixels.append(_decode(content, limits, process))
+            except Problem as error:
+                error.detail = f"{entry.filename}: {error.detail}"
+                raise
+            labels.append(ids[_folder_name(folder)])
+            names.append(replace_surrogates(entry.filename))
     if not pixels:
         raise BadRequest("the zip has no images; put them into folders named by class, such as apple/1.png")
     return LabeledImages(images=np.stack(pixels), labels=np.array(labels, np.int64), names=names, split="zip")
@@ -151,42 +121,6 @@ def _decode(content: bytes, limits: tuple[int, int], process: DecodeProcess) -> 
         return encoded.decode(content, *limits, decoding.MEDIUM)
     except encoded.CostlyImage:
         return process.decode(content)[0]
-
-
-def _directory_entries(file: BinaryIO) -> int:
-    """Return an upper bound on the entries of a zip: the number of entry signatures in the file.
-
-    `zipfile` reads the whole directory and allocates memory for each entry, so the bound is checked first.
-    """
-    count, tail = 0, b""
-    while chunk := file.read(MIB):
-        chunk = tail + chunk
-        count += chunk.count(_ENTRY_SIGNATURE)
-        tail = chunk[-len(_ENTRY_SIGNATURE) + 1 :]
-    return count
-
-
-def _require_apart(file: BinaryIO, archive: zipfile.ZipFile) -> None:
-    """Check that no two entries share bytes. Otherwise a few kilobytes could hold one image a thousand times.
-
-    Later releases of Python check this when an entry is opened, but accept two entries at the same offset.
-
-    Raises:
-        BadRequest: An entry does not begin with a header, or overlaps the next entry or the directory.
-    """
-    end, following = archive.start_dir, "the directory"
-    for entry in sorted(archive.infolist(), key=lambda each: each.header_offset, reverse=True):
-        name = quote(entry.filename)
-        if not 0 <= entry.header_offset < end:
-            raise BadRequest(f"the zip cannot be read: {name} and {following} overlap")
-        file.seek(entry.header_offset)
-        header = file.read(_ENTRY_HEADER.size)
-        if len(header) < _ENTRY_HEADER.size or not header.startswith(_HEADER_SIGNATURE):
-            raise BadRequest(f"the zip cannot be read: {name} has no header at byte {entry.header_offset:,}")
-        name_length, extra_length = _ENTRY_HEADER.unpack(header)
-        if entry.header_offset + len(header) + name_length + extra_length + entry.compress_size > end:
-            raise BadRequest(f"the zip cannot be read: {name} and {following} overlap")
-        end, following = entry.header_offset, name
 
 
 def _parts(entry: zipfile.ZipInfo) -> list[str]:

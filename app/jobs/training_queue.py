@@ -15,7 +15,6 @@ from app.exceptions import BadRequest, NotFound, Unavailable
 from app.jobs.database import TRAINING, WRITES, Database, JobRow
 from app.jobs.queue import UNFINISHED, WAITING, JobQueue, State, new_job_id
 from app.settings import Settings
-from training import resources
 from training.dataset import split_sizes
 from training.recipes import RECIPES, Recipe, RecipeError, make_recipe, parse_recipe
 from training.run import Publication, RunPhase
@@ -138,7 +137,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
                     session.scalar(select(func.count()).where(JobRow.kind == self.kind, JobRow.state.in_(WAITING))) or 0
                 )
                 if waiting >= self._settings.max_jobs:
-                    raise Unavailable(f"{waiting} jobs are waiting already; try again later")
+                    raise Unavailable(f"{waiting} jobs are waiting already; try again later", "jobs_full")
                 session.add(row)
         return self._view(known or row)
 
@@ -250,6 +249,8 @@ class TrainingQueue(JobQueue[TrainingJob]):
 
     def _reason_not_fitting(self, wanted: Recipe) -> str | None:
         """Return the reason why this machine cannot train a recipe, or None."""
+        from training import resources  # imports PyTorch, which a list of jobs does not need
+
         train, test = split_sizes(self._settings.data)
         train, evaluation = max(1, train - wanted.validation_images), wanted.validation_images or test
         try:
@@ -260,6 +261,8 @@ class TrainingQueue(JobQueue[TrainingJob]):
 
     def _held_by_training(self) -> int:
         """Return the resident memory of the running job's process in bytes. It is freed before the next job starts."""
+        from training import resources
+
         running = self.running()
         holder = self.run_folder(running).holder(wait_s=0) if running else None
         return resources.resident_memory(holder) if holder else 0

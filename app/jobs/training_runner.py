@@ -39,7 +39,7 @@ _TERM_GRACE_S = 3.0
 _LEASE_POLL_S = 2.0
 _PATIENCE_S = 60.0  # only the queue uses this thread, so a call waits for a slow disk at most
 _INTERRUPTED = 130  # exit status of a training process that a signal stopped
-_SECRETS = ("CIFAR100_API_KEYS",)  # environment variables that a training process must not see
+_SECRETS = ("CIFAR100_API_KEYS", "CIFAR100_API_KEY")  # environment variables that a training process must not see
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "MemoryError")
 
 
@@ -128,14 +128,18 @@ class TrainingRunner:
             return
         if publication := await self._threads.run(run.outcome):
             await self._jobs.record_outcome(self._threads, self._jobs.succeed, job.id, publication)
-            if self._settings.keep_versions:
-                await self._threads.run(self._prune, publication.model, self._settings.keep_versions)
+            await self._threads.run(self.prune, publication.model)
             await self._on_published()
         else:
             await self._jobs.record_outcome(self._threads, self._jobs.interrupt, job.id, crash)
 
-    def _prune(self, model: str, keep: int) -> None:
-        """Remove old versions of the cascades that pin versions of a model, then old versions of the model."""
+    def prune(self, model: str) -> None:
+        """Remove old versions of the cascades that pin versions of a model, then old versions of the model.
+
+        `CIFAR100_KEEP_VERSIONS` is the number of versions to keep. Without it, all are kept.
+        """
+        if not (keep := self._settings.keep_versions):
+            return
         store = Store(self._settings.models)
         for name in sorted({cascade.partition("/")[0] for cascade in store.pins(model).values()}):
             store.prune(name, keep)
@@ -199,6 +203,7 @@ class TrainingRunner:
             changed = [field for field in Recipe.model_fields if getattr(recipe, field) != getattr(original, field)]
             command += [f"{field}={format_value(getattr(recipe, field))}" for field in changed]
         command += ["--run", str(run.path), "--models", str(self._settings.models), "--promote", job.request.promote]
+        command.append("--debug")  # the output of the process has the traceback of an error
         return command
 
 

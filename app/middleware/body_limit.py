@@ -5,6 +5,7 @@ as well.
 """
 
 import asyncio
+import re
 import time
 from http import HTTPStatus
 from typing import NoReturn
@@ -26,6 +27,7 @@ from app.settings import Settings
 from training.text import quote
 
 _OTHER_BYTES = MIB
+_UPLOAD, _MODEL = "/models/{name}", re.compile("/models/[^/]+")
 _SUPPORTED: dict[str, Coding] = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate"}
 _MULTIPART_OVERHEAD = 64 << 10
 # Time budget of a body, in seconds. Waiting for data uses it up; each 64 KiB received adds one second, up to 30 s.
@@ -45,8 +47,11 @@ class BodyLimitMiddleware:
         self.limits = {
             "/predict": settings.max_predict_bytes + _MULTIPART_OVERHEAD,
             "/explain": settings.max_predict_bytes + _MULTIPART_OVERHEAD,
+            "/feedback": settings.max_image_bytes + _MULTIPART_OVERHEAD,
             "/evaluate": settings.max_archive_bytes + _MULTIPART_OVERHEAD,
         }
+        if settings.allow_uploads:
+            self.limits[_UPLOAD] = settings.max_archive_bytes + _MULTIPART_OVERHEAD
         self.pending = FairShares(settings.max_pending_bytes)
         """Bytes received for all requests in progress, per client network."""
 
@@ -57,8 +62,7 @@ class BodyLimitMiddleware:
             return
         headers = dict(scope["headers"])
         path = route_path(scope)
-        is_inference = is_open_inference(path) and path.endswith("/infer")
-        limit = self.limits.get("/predict" if is_inference else path, _OTHER_BYTES)
+        limit = self.limits.get(path) or self.limits.get(_pattern(path), _OTHER_BYTES)
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             await _too_large(limit)(scope, receive, send)
@@ -151,7 +155,9 @@ class _LimitedBody:
         if self._pending_bytes > self._limit:
             self._refuse(_too_large(self._limit))
         if not has_place:
-            refusal = _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too much data is being sent; try again later")
+            refusal = _refusal(
+                HTTPStatus.SERVICE_UNAVAILABLE, "too much data is being sent; try again later", "bodies_full"
+            )
             refusal.headers["Retry-After"] = "1"
             self._refuse(refusal)
 
@@ -182,6 +188,13 @@ class _LimitedBody:
         self._pending.remove(self._client, self._pending_bytes)
 
 
+def _pattern(path: str) -> str:
+    """Return the path of the limit that a path with a name shares."""
+    if is_open_inference(path) and path.endswith("/infer"):
+        return "/predict"
+    return _UPLOAD if _MODEL.fullmatch(path) else path
+
+
 def _codings(scope: Scope) -> list[str]:
     """Return the content codings of a body except `identity`, in the order in which they were applied."""
     names = ",".join(Headers(scope=scope).getlist("content-encoding")).lower().split(",")
@@ -199,5 +212,5 @@ def _too_large(limit: int) -> JSONResponse:
     return _refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request body is larger than {limit:,} bytes")
 
 
-def _refusal(status: HTTPStatus, detail: str) -> JSONResponse:
-    return problem_response(status, detail, {"Connection": "close"})
+def _refusal(status: HTTPStatus, detail: str, reason: str | None = None) -> JSONResponse:
+    return problem_response(status, detail, {"Connection": "close"}, reason)

@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+from collections.abc import Callable
 from random import getrandbits
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,17 +17,23 @@ CLIENT_CLOSED_REQUEST = 499
 """Status of a request whose client disconnected before the response, as in nginx."""
 
 _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_PROBES = ("/health/live", "/health/ready", "/metrics")  # called every few seconds
+PROBES = ("/health/live", "/health/ready", "/metrics")
+"""Paths that monitors call every few seconds."""
 
 
 class RequestLogMiddleware:
     """ASGI middleware that gives every request an id, returns it as X-Request-ID, and logs one line per request.
 
     It keeps the X-Request-ID of a client that has 1 to 64 letters, digits, dots, underscores or hyphens.
+
+    Args:
+        app: Next ASGI application.
+        trace_id: Function that returns the id of the trace of the current request. None if there are no traces.
     """
 
-    def __init__(self, app: ASGIApp):
+    def __init__(self, app: ASGIApp, trace_id: Callable[[], str] | None = None):
         self.app = app
+        self._trace_id = trace_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, then log it."""
@@ -50,9 +57,10 @@ class RequestLogMiddleware:
             await self.app(scope, receive, send_with_id)
         finally:
             path = scope.get("raw_path", b"").decode("ascii", "replace")
-            level = logging.DEBUG if route_path(scope) in _PROBES else logging.INFO
+            level = logging.DEBUG if route_path(scope) in PROBES else logging.INFO
             if log.isEnabledFor(level):
                 client = scope["client"][0] if scope.get("client") else None
                 milliseconds = round((time.perf_counter() - started) * 1000, 3)
                 extra = {"client": client, "milliseconds": milliseconds}
+                extra |= {"trace_id": self._trace_id()} if self._trace_id else {}
                 log.log(level, "%s %s %d", scope["method"], path, status, extra=extra)

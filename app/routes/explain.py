@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, ClassVar
 
 from fastapi import APIRouter, Query, Request, Response
@@ -16,17 +15,15 @@ from pydantic import Field
 
 from app.clients import FairShares
 from app.dependencies import services_of
-from app.exceptions import BadRequest, Unavailable
+from app.exceptions import Unavailable
 from app.inference import explanation
 from app.middleware.access import access_of, authorize_prediction, client_of
 from app.routes.images import DESCRIBED, ImageRoute, ModelQuery, describe_body, read_images
 from app.routes.parameters import parse_parameters
-from training.store import ModelCard
-from training.text import quote, suggest
+from app.routes.scoring import decoding_charge
 
 _PNG = "image/png"
 _JSON_TYPES = ("application/json", "application/*", "*/*")
-_DECIMALS = 4
 _REMEDY = "explanations need a higher CIFAR100_PREDICT_RATE_LIMIT"
 
 
@@ -85,7 +82,7 @@ async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> 
     """
     authorize_prediction(request)
     services, settings = services_of(request), services_of(request).settings
-    charge = partial(access_of(request).charge_prediction, request) if settings.predict_rate_limit else None
+    charge = decoding_charge(request, services)
     async with read_images(request, settings.max_image_bytes, max_images=1) as (files, fields):
         if fields:
             query = parse_parameters(ExplainQuery, request.scope["query_string"], fields)
@@ -93,9 +90,9 @@ async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> 
         deadline = time.monotonic() + settings.deadline_s
         images = await services.decoders.decode(files, client_of(request), deadline, charge)
     model = await services.pool.get(query.model, query.version)
-    wanted = None if query.label is None else _find_class(query.label, model.card)
-    if charge:
-        charge(explanation.COUNT - 1, _REMEDY)  # the request was charged one unit before its body was read
+    wanted = None if query.label is None else explanation.find_class(query.label, model.card)
+    if settings.predict_rate_limit:  # the request was charged one unit before its body was read
+        access_of(request).charge_prediction(request, explanation.COUNT - 1, _REMEDY)
     with _share(services.masked_images, client_of(request)):
         masked = explanation.occlude(images.pixels[0])
         probabilities = await model.batcher.run_in_background(masked, deadline)
@@ -112,20 +109,9 @@ async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> 
         label=model.card.classes[class_id],
         superclass=model.card.superclasses[class_id],
         probability=float(probabilities[0, class_id]),
-        map=importance.round(_DECIMALS).tolist(),
+        map=importance.round(explanation.DECIMALS).tolist(),
         warnings=images.warnings[0],
     )
-
-
-def _find_class(label: str, card: ModelCard) -> int:
-    """Return the id of a class.
-
-    Raises:
-        BadRequest: The model has no such class.
-    """
-    if label not in card.classes:
-        raise BadRequest(f"{card.name} has no class {quote(label)}; {suggest(label, card.classes, 'classes')}")
-    return card.classes.index(label)
 
 
 @contextmanager
@@ -136,7 +122,7 @@ def _share(masked: FairShares, client: str) -> Iterator[None]:
         Unavailable: The client has its full share.
     """
     if masked.exceeds_share(client, explanation.COUNT):
-        raise Unavailable(f"{masked.total} masked images are waiting already; try again later")
+        raise Unavailable(f"{masked.total} masked images are waiting already; try again later", "queue_full")
     masked.add(client, explanation.COUNT)
     try:
         yield

@@ -37,12 +37,16 @@ class Health(BaseModel, use_attribute_docstrings=True):
     """Version of the service."""
     uptime_s: float
     """Seconds since the start of this server process."""
+    max_images: int
+    """Largest number of images in a request to /predict."""
     store: str | None
     """Folder of the model store, as CIFAR100_MODELS names it; None unless no model is live."""
     models: dict[str, LiveModel]
     """The models in memory, by name."""
     errors: dict[str, str]
     """Reasons why live versions cannot be served, by model name."""
+    feedback: bool
+    """True if POST /feedback accepts corrections."""
     training: str | None
     """Id of the running training job, or the last known one if the job database does not answer."""
 
@@ -62,6 +66,7 @@ async def health(request: Request, services: ServicesDependency) -> Health:
         status="ready" if services.ready else "not ready",
         version=request.app.version,
         uptime_s=round((datetime.now(UTC) - services.started).total_seconds(), 1),
+        max_images=min(services.settings.max_images, services.settings.max_batch),
         store=None if live else str(services.settings.models),
         models={
             name: LiveModel(
@@ -74,6 +79,7 @@ async def health(request: Request, services: ServicesDependency) -> Health:
             for name, model in sorted(live.items())
         },
         errors=services.pool.errors,
+        feedback=services.settings.feedback,
         training=await services.training_jobs.running_soon(),
     )
 

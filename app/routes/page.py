@@ -26,8 +26,12 @@ _REVALIDATE = {"Cache-Control": "no-cache"}  # a browser never combines files of
 class PageFiles(StaticFiles):
     """The files of the page. A browser asks each time whether its copies are still valid."""
 
+    path = "/static"
+    """Path under which the files are mounted. The metrics have it as the route of their requests."""
+
     @override
     async def get_response(self, path: str, scope: Scope) -> Response:
+        scope["route"] = self
         response = await super().get_response(path, scope)
         response.headers.update(_REVALIDATE)
         return response

@@ -58,7 +58,7 @@ class EventStream(StreamingResponse):
         client = scope.get("client")
         network = client_network(client[0] if client else "")
         if not self._streams.allows(network, 1, self._streams.total + 1):
-            raise Unavailable(f"{self._streams.total} clients follow jobs already; try again later")
+            raise Unavailable(f"{self._streams.total} clients follow jobs already; try again later", "jobs_full")
         self._streams.add(network, 1)
         try:
             await super().__call__(scope, receive, send)

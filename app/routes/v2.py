@@ -25,7 +25,7 @@ from app.routes import tensors
 from app.routes.disconnects import run_until_disconnect
 from app.routes.models import ModelName, VersionNumber, read_card
 from app.routes.parameters import StrictRoute
-from app.routes.scoring import ScoredImages, compute_scores
+from app.routes.scoring import ImageScorer, ScoredImages
 from app.routes.tensors import InferenceRequest, OutputName, OutputTensor
 from training.store import ModelCard
 from training.text import quote
@@ -263,7 +263,7 @@ async def _infer(request: Request, name: str, version: int | None) -> Response:
     wait_s = settings.deadline_s
     if wanted.parameters.timeout is not None:
         wait_s = min(wait_s, wanted.parameters.timeout / 1e6)
-    scored = await compute_scores(request, services, name, version, images, arrived + wait_s)
+    scored = await ImageScorer(request, services, name, version, arrived + wait_s).score(images)
     card = scored.model.card
     response = {"model_name": card.name, "model_version": str(card.version)}
     if wanted.id is not None:

@@ -7,6 +7,7 @@ predictions after reading their bytes, before they cost more.
 
 import asyncio
 from collections.abc import Callable
+from functools import cache
 from http import HTTPStatus
 from typing import Any, NoReturn, cast
 
@@ -47,7 +48,10 @@ class BoundedHttp(HttpToolsProtocol):
             must be refused with 503.
         exceeds_share: Function of a client address. It returns True if the client has its full share of images waiting.
             After a 503 its connection is not read for the second that Retry-After names.
+        count_refusal: Callback with the reason of a refusal that no other object counts.
         table: Connections of this process.
+        root_path: Path prefix of the service in its settings. It is a part of the types of the problems that the
+            protocol itself sends.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class BoundedHttp(HttpToolsProtocol):
         should_shed: Callable[[bytes, str], bool],
         table: ConnectionTable,
         exceeds_share: Callable[[str], bool] = lambda _: False,
+        count_refusal: Callable[[str], None] = lambda _: None,
+        root_path: str = "",
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -65,6 +71,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._from_proxy = False
         self._should_shed = should_shed
         self._exceeds_share = exceeds_share
+        self._count_refusal = count_refusal
+        self._root_path = root_path
         self._is_shedding = False
         self._is_refused = False
         self._in_head = True
@@ -82,7 +90,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._from_proxy = self._table.is_proxy(host)
         self.progress = self.loop.time()
         if not self._table.admit(self, host):
-            self._refuse(_unavailable(_TOO_MANY_CONNECTIONS))
+            self._refuse(_unavailable(_TOO_MANY_CONNECTIONS, "connections_full"))
         self._start_head_timer()
 
     @override
@@ -171,7 +179,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._finish_head()
         if self._from_proxy:
             self._table.discharge(self)
-        self.transport.write(_OVERLOADED_V2_RESPONSE if b"/v2/" in self.url else _OVERLOADED_RESPONSE)
+        self.transport.write(_encode_overloaded(self._root_path, is_open_inference=b"/v2/" in self.url))
         if not self._from_proxy and self.client and self._exceeds_share(self.client[0]):
             self.flow.pause_reading()
             self.loop.call_later(_RETRY_AFTER_S, self.flow.resume_reading)
@@ -256,11 +264,12 @@ class BoundedHttp(HttpToolsProtocol):
         """Count the request for the client that the proxy names."""
         forwarded = [value for name, value in self.headers if name == b"x-forwarded-for"]
         if forwarded and not self._table.charge(self, b", ".join(forwarded).decode("latin-1")):
-            self._reject(HTTPStatus.SERVICE_UNAVAILABLE, _TOO_MANY_CONNECTIONS, Unavailable.default_headers)
+            self._refuse(_unavailable(_TOO_MANY_CONNECTIONS, "connections_full"))
+            raise ValueError(_TOO_MANY_CONNECTIONS)  # stops the parser
 
-    def _reject(self, status: HTTPStatus, detail: str, headers: dict[str, str] | None = None) -> NoReturn:
+    def _reject(self, status: HTTPStatus, detail: str) -> NoReturn:
         """Send an error response to a head, and stop the parser."""
-        self._refuse(problem_response(status, detail, headers))
+        self._refuse(problem_response(status, detail))
         raise ValueError(detail)
 
     def _reset_head_bytes(self) -> None:
@@ -291,7 +300,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._stalled_timer.cancel()
             self._stalled_timer = None
 
-    def _refuse(self, response: JSONResponse) -> None:
+    def _refuse(self, response: ProblemResponse) -> None:
         """Send a response and close the connection.
 
         If earlier requests are in progress, they get their responses first. The connection then closes without
@@ -300,6 +309,8 @@ class BoundedHttp(HttpToolsProtocol):
         if self._is_refused:
             return
         self._is_refused = True
+        if response.refusal and not self._is_shedding:  # `should_shed` counts the predictions that it refuses
+            self._count_refusal(response.refusal)
         is_earlier_under_way = self._in_head and not self._idle
         self._finish_head()
         if is_earlier_under_way:
@@ -307,7 +318,7 @@ class BoundedHttp(HttpToolsProtocol):
             return
         if self._idle or not self.cycle.response_started:
             response.headers["Connection"] = "close"
-            self.transport.write(_encode_response(response))
+            self.transport.write(_encode_response(response.adapt(self._root_path)))
         self._close()
 
     def _close(self) -> None:
@@ -316,8 +327,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._start_stall_timer()
 
 
-def _unavailable(detail: str) -> ProblemResponse:
-    return problem_response(Unavailable.status, detail, Unavailable.default_headers)
+def _unavailable(detail: str, refusal: str | None = None) -> ProblemResponse:
+    return problem_response(Unavailable.status, detail, Unavailable.default_headers, refusal)
 
 
 def _encode_response(response: JSONResponse) -> bytes:
@@ -328,5 +339,8 @@ def _encode_response(response: JSONResponse) -> bytes:
 
 _TOO_MANY_CONNECTIONS = "too many connections; try again later"
 _OVERLOADED = "too many images are waiting; try again later"
-_OVERLOADED_RESPONSE = _encode_response(_unavailable(_OVERLOADED))
-_OVERLOADED_V2_RESPONSE = _encode_response(_unavailable(_OVERLOADED).for_open_inference())
+
+
+@cache
+def _encode_overloaded(root_path: str, is_open_inference: bool) -> bytes:
+    return _encode_response(_unavailable(_OVERLOADED).adapt(root_path, is_open_inference))

@@ -167,7 +167,12 @@ def serve(settings: Settings, listening: Sequence[socket.socket], link: workers.
     table = ConnectionTable(max(1, min(_MAX_CONNECTIONS, descriptors - _OTHER_FILES)), settings.trusted_proxies)
     services = app.state.services
     http = partial(
-        BoundedHttp, should_shed=services.shedder.should_shed, exceeds_share=services.shedder.exceeds_share, table=table
+        BoundedHttp,
+        should_shed=services.shedder.should_shed,
+        exceeds_share=services.shedder.exceeds_share,
+        count_refusal=services.metrics.count_refusal,
+        table=table,
+        root_path=settings.root_path,
     )
     config = uvicorn.Config(
         app,

@@ -6,14 +6,15 @@ Output: `Settings` and listening sockets, or a `StartupError` whose text is one 
 import errno
 import ipaddress
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
 from app.settings import Settings
+from training.errors import WRONG_USAGE, ReportedError
 from training.store import Store
 
 BACKLOG = 2048
@@ -25,24 +26,34 @@ _ATTEMPTS = 20  # attempts to find a port that is free at every address
 _ADDRESS_MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
-class StartupError(Exception):
+class StartupError(ReportedError):
     """A setting that prevents the start. The text names the setting, the reason and the remedy."""
 
 
-def read_settings() -> Settings:
-    """Read the settings from the environment.
+def read_settings(options: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings from options and, for others, from the environment.
+
+    Args:
+        options: Values by the names of the settings, as texts.
 
     Raises:
-        StartupError: A variable has an invalid value or an unknown name.
+        StartupError: An option or a variable has an invalid value, or a variable has an unknown name.
     """
+    options = options or {}
     try:
-        return Settings()
+        return Settings(**cast(dict[str, Any], options))
     except ValidationError as error:
-        raise StartupError("; ".join(map(_describe_fault, error.errors()))) from None
+        faults = error.errors()
+        refused = StartupError("; ".join(_describe_fault(fault, options) for fault in faults))
+        if all(fault["loc"] and fault["loc"][0] in options for fault in faults):
+            refused.exit_status = WRONG_USAGE
+        raise refused from None
 
 
-def _describe_fault(error: Any) -> str:
+def _describe_fault(error: Any, options: Mapping[str, str]) -> str:
     name = "_".join(map(str, ("CIFAR100", *error["loc"]))).upper()
+    if error["loc"] and error["loc"][0] in options:
+        name = "--" + error["loc"][0].replace("_", "-")
     message = error["msg"].removeprefix("Value error, ")
     return f"{name}: {message}" if error["loc"] else message
 

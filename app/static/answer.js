@@ -1,7 +1,7 @@
 // Shows the answer of /predict for one picture: the most probable classes of one model, or of several side by side.
 
-import { offers } from "./api.js";
-import { h, percent, sentence, superclassWords, words } from "./dom.js";
+import { h } from "./dom.js";
+import { percent, sentence, superclassWords, words } from "./text.js";
 
 const SHOWN = 5;
 
@@ -13,8 +13,8 @@ export function showWaiting(place, preview) {
 }
 
 /**
- * Show answers, each with model, version, milliseconds, classes and warnings. `explain` is called with an answer, a
- * class and the button, where the service can explain.
+ * Show answers, each with model, version, milliseconds, classes, familiar and warnings. `explain` is called with an
+ * answer, a class and the button.
  */
 export function showAnswers(place, preview, answers, explain) {
   place.className = `answer${answers.length > 1 ? " several" : ""}`;
@@ -39,13 +39,10 @@ function showAnswer(answer, isOneOfSeveral, explain) {
 
 function row(answer, predicted, explain) {
   const { label, superclass, probability } = predicted;
-  const item = h("li", {},
+  return h("li", {},
     h("span", { class: "name" }, words(label), " ", h("small", {}, superclassWords(superclass))),
     h("span", { class: "share" }, percent(probability)),
-    h("span", { class: "bar" }, h("span", { style: { width: `${100 * probability}%` } })));
-  offers("explain").then((does) => does && item.append(h("button", {
-    type: "button", class: "why", "aria-pressed": "false", "aria-label": `Why ${words(label)}?`,
-    onclick: (event) => explain(answer, predicted, event.currentTarget),
-  }, "Why?")), () => {});
-  return item;
+    h("span", { class: "bar" }, h("span", { style: { width: `${100 * probability}%` } })),
+    h("button", { type: "button", class: "why", "aria-pressed": "false", "aria-label": `Why ${words(label)}?`,
+      onclick: (event) => explain(answer, predicted, event.currentTarget) }, "Why?"));
 }

@@ -1,7 +1,8 @@
 // Calls the service. Addresses are relative to the page, which a proxy may publish under a prefix. Every failure is an
 // Error whose message is a sentence for the reader.
 
-import { h, sentence } from "./dom.js";
+import { h } from "./dom.js";
+import { sentence } from "./text.js";
 
 const KEY = `key of ${location.pathname}`; // the tab keeps it; other services of this host have other paths
 
@@ -51,11 +52,21 @@ async function describe(response) {
     + "Try again in a minute.";
 }
 
+let heldKey = ""; // where the browser forbids storage
+
 function readKey() {
   try {
     return sessionStorage.getItem(KEY) ?? "";
   } catch {
-    return ""; // the browser forbids storage
+    return heldKey;
+  }
+}
+
+function keepKey(key) {
+  try {
+    sessionStorage.setItem(KEY, key);
+  } catch {
+    heldKey = key;
   }
 }
 
@@ -72,7 +83,7 @@ function askForKey(detail, refused) {
       resolve(dialog.returnValue === "use");
     } },
     h("form", { method: "dialog", onsubmit: (event) => {
-      if (event.submitter?.value === "use") sessionStorage.setItem(KEY, input.value);
+      if (event.submitter?.value === "use") keepKey(input.value);
     } },
     h("h2", { id: "key-title" }, "A key, please"),
     h("p", {}, refused ? sentence(detail) : "This service wants an API key for training, canceling, promoting and "
@@ -87,17 +98,3 @@ function askForKey(detail, refused) {
   });
   return asking;
 }
-
-let description = null;
-
-/** Return the OpenAPI document, which says what this release of the service can do. */
-export function describeService() {
-  description ??= call("openapi.json").catch((error) => {
-    description = null;
-    throw error;
-  });
-  return description;
-}
-
-/** Resolve to whether this release of the service has a call, such as explain. */
-export const offers = async (path) => `/${path}` in (await describeService()).paths;

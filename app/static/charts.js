@@ -1,11 +1,13 @@
 // Draws curves, bars and confusion matrices. Each figure has its content in words as well.
 
-import { h, percent, svg, words } from "./dom.js";
+import { h, svg } from "./dom.js";
+import { percent, words } from "./text.js";
 
 const WIDTH = 480;
 const HEIGHT = 200;
 const MARGIN = { left: 48, right: 8, top: 8, bottom: 32 };
 const TICKS = 4;
+const BINS = 15; // of a reliability diagram
 const CELL = 1.75; // of a confusion matrix, in rem
 
 /** Formats of values and of grid lines, which have as many decimals as they need. */
@@ -31,20 +33,46 @@ export function curves(title, series, format, extent = []) {
   const decimals = Math.max(0, -Math.floor(Math.log10(step)));
   const levels = Array.from({ length: Math.floor(top / step) - Math.ceil(bottom / step) + 1 }, (_, i) => (Math.ceil(bottom / step) + i) * step);
   const last = series.filter((each) => each.points.length).map(({ name, points: all }) => `${name} ${format.value(all.at(-1)[1])}`);
-  return h("figure", { class: "chart" },
-    h("figcaption", {}, title),
-    svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${title}. At the end: ${last.join(", ")}.` },
-      levels.map((level) => [
-        svg("line", { class: "grid", x1: MARGIN.left, x2: WIDTH - MARGIN.right, y1: y(level), y2: y(level) }),
-        svg("text", { x: MARGIN.left - 8, y: y(level) + 4, "text-anchor": "end" }, format.level(level, decimals)),
-      ]),
-      svg("text", { x: MARGIN.left, y: HEIGHT - 8 }, `epoch ${round(left)}`),
-      svg("text", { x: WIDTH - MARGIN.right, y: HEIGHT - 8, "text-anchor": "end" }, round(right)),
-      series.map(({ points: all }, i) => [
-        svg("polyline", { class: `series s${i}`, points: all.map(([a, b]) => `${x(a)},${y(b)}`).join(" ") }),
-        all.length && svg("rect", { class: `mark s${i}`, x: x(all.at(-1)[0]) - 4, y: y(all.at(-1)[1]) - 4, width: 8, height: 8 }),
-      ])),
-    h("p", { class: "key quiet" }, series.map(({ name }, i) => [h("span", { class: `swatch s${i}` }), name])));
+  return chart(title, `At the end: ${last.join(", ")}.`, [
+    axes(levels.map((level) => [y(level), format.level(level, decimals)]), `epoch ${round(left)}`, round(right)),
+    series.map(({ points: all }, i) => all.length > 0 && [
+      svg("polyline", { class: `series s${i}`, points: all.map(([a, b]) => `${x(a)},${y(b)}`).join(" ") }),
+      svg("rect", { class: `mark s${i}`, x: x(all.at(-1)[0]) - 4, y: y(all.at(-1)[1]) - 4, width: 8, height: 8 }),
+    ]),
+  ], h("p", { class: "key quiet" }, series.map(({ name, points: all }, i) => all.length > 0 && [h("span", { class: `swatch s${i}` }), name])));
+}
+
+/** Return a reliability diagram of bins with the number of images, their mean confidence and their accuracy. */
+export function reliability(bins) {
+  const [width, height] = [WIDTH - MARGIN.left - MARGIN.right, HEIGHT - MARGIN.top - MARGIN.bottom];
+  const x = (confidence) => MARGIN.left + width * confidence;
+  const y = (accuracy) => HEIGHT - MARGIN.bottom - height * accuracy;
+  const bar = (0.8 * width) / BINS;
+  const said = bins.map(({ images, confidence, accuracy }) => `${percent(accuracy)} right of ${images} answers at ${percent(confidence)}`);
+  return chart("Reliability", `${said.join(", ")}.`, [
+    axes([0, 0.25, 0.5, 0.75, 1].map((level) => [y(level), SHARES.level(level, 2)]), "probability 0\u00a0%", "100\u00a0%"),
+    bins.map(({ confidence, accuracy }) =>
+      svg("rect", { class: "mark s0", x: x(confidence) - bar / 2, y: y(accuracy), width: bar, height: height * accuracy })),
+    svg("line", { class: "series s1", x1: x(0), y1: y(0), x2: x(1), y2: y(1) }),
+  ], h("p", { class: "quiet" }, "A bar is the share that is right of the answers with about this probability. On the line both are equal."));
+}
+
+/** Return a figure with a drawing of WIDTH x HEIGHT, which `said` describes. */
+function chart(title, said, drawing, legend) {
+  return h("figure", { class: "chart" }, h("figcaption", {}, title),
+    svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${title}. ${said}` }, drawing), legend);
+}
+
+/** Return grid lines, given as pairs of a height and a label, and the labels of both ends of the horizontal axis. */
+function axes(levels, from, to) {
+  return [
+    levels.map(([y, label]) => [
+      svg("line", { class: "grid", x1: MARGIN.left, x2: WIDTH - MARGIN.right, y1: y, y2: y }),
+      svg("text", { x: MARGIN.left - 8, y: y + 4, "text-anchor": "end" }, label),
+    ]),
+    svg("text", { x: MARGIN.left, y: HEIGHT - 8 }, from),
+    svg("text", { x: WIDTH - MARGIN.right, y: HEIGHT - 8, "text-anchor": "end" }, to),
+  ];
 }
 
 /** Return 1, 2, 5 or 10 times a power of ten, near a value. */

@@ -1,7 +1,8 @@
 // Lists the classes of a model by superclass, in a dialog.
 
 import { call } from "./api.js";
-import { h, problem, words } from "./dom.js";
+import { h, problem } from "./dom.js";
+import { superclassWords, words } from "./text.js";
 
 /** Show the classes of the first live model. */
 export async function showClasses(live) {
@@ -16,7 +17,7 @@ export async function showClasses(live) {
     const { classes, superclasses } = await call(`models/${name}/${live[name].version}`);
     const groups = Map.groupBy(classes.keys(), (id) => superclasses[id]);
     for (const [superclass, ids] of [...groups].sort()) {
-      body.append(h("section", {}, h("h3", {}, words(superclass)), h("p", {}, ids.map((id) => words(classes[id])).join(", "))));
+      body.append(h("section", {}, h("h3", {}, superclassWords(superclass)), h("p", {}, ids.map((id) => words(classes[id])).join(", "))));
     }
   } catch (error) {
     body.append(problem(error));

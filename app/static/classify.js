@@ -5,19 +5,21 @@
 // The address keeps the sample, the model and the square, so that a link shows the same again.
 
 import { call } from "./api.js";
-import { byId, h, load, notify, percent, problem, sentence, words } from "./dom.js";
-import { drawHalo } from "./halo.js";
+import { drawBackdrop } from "./backdrop.js";
+import { byId, h, load, notify, problem } from "./dom.js";
 import { centerCrop, drawPreview, encodeCrop, limitCrop, NETWORK_SIDE, openPicture } from "./pictures.js";
 import { SAMPLES } from "./samples.js";
+import { percent, sentence, words } from "./text.js";
 
-const MAX_PICTURES = 32; // the default limit of the service
 const PAUSE_MS = 150; // after the last key that moves the square
 const ALL = "all";
+const COPY = "Copy link";
 
 const view = byId("classify");
 const items = [];
 let selected = null;
-let live = {}; // the live models by name
+let live = {}; // the live models by name, the most accurate first
+let maxPictures = 32; // in a request, as the service says
 let model = ""; // "" for the service's default, or ALL
 let wanted = {}; // what the address asks for
 let running = new AbortController();
@@ -46,7 +48,8 @@ async function loadParts() {
 async function listModels() {
   try {
     const health = await call("health");
-    live = health.models;
+    live = Object.fromEntries(Object.entries(health.models).sort(([, a], [, b]) => b.test_top1 - a.test_top1));
+    maxPictures = health.max_images;
     showControls();
     byId("problem").replaceChildren();
     if (Object.keys(live).length === 0) showNoModel(health);
@@ -67,7 +70,7 @@ function showNoModel({ store, errors }) {
 }
 
 function showControls() {
-  const names = Object.keys(live).sort((a, b) => live[b].test_top1 - live[a].test_top1);
+  const names = Object.keys(live);
   if (!(model === ALL && names.length > 1) && !names.includes(model)) model = names[0] ?? "";
   const select = h("select", { id: "model", onchange: () => {
     model = select.value;
@@ -78,7 +81,7 @@ function showControls() {
     `${name} (${percent(live[name].test_top1)} right)`)),
   names.length > 1 && h("option", { value: ALL, selected: model === ALL }, "All models side by side"));
   byId("controls").replaceChildren(h("label", { for: "model" }, "Model"), select,
-    h("button", { type: "button", onclick: copyLink }, "Copy link"));
+    h("button", { type: "button", id: "copy", onclick: copyLink }, COPY));
 }
 
 /** Open files as pictures and classify them. What the browser cannot show is refused with a sentence. */
@@ -87,7 +90,7 @@ export async function chooseFiles(files, sample = "") {
   byId("problem").replaceChildren();
   view.dataset.busy = "";
   const loading = loadParts().catch((error) => error);
-  const opened = await Promise.allSettled([...files].slice(0, MAX_PICTURES).map(openPicture));
+  const opened = await Promise.allSettled([...files].slice(0, maxPictures).map(openPicture));
   const failure = await loading;
   delete view.dataset.busy;
   if (failure) {
@@ -95,8 +98,8 @@ export async function chooseFiles(files, sample = "") {
     return;
   }
   const refusals = opened.filter(({ reason }) => reason).map(({ reason }) => sentence(reason.message));
-  if (files.length > MAX_PICTURES) {
-    refusals.push(`${MAX_PICTURES} photos at a time are the limit. The other ${files.length - MAX_PICTURES} are left out.`);
+  if (files.length > maxPictures) {
+    refusals.push(`${maxPictures} photos at a time are the limit. The other ${files.length - maxPictures} are left out.`);
   }
   byId("refused").replaceChildren(...(refusals.length ? [h("div", { class: "problem" }, refusals.map((each) => h("p", {}, each)))] : []));
   const pictures = opened.filter(({ value }) => value).map(({ value }) => value);
@@ -131,6 +134,7 @@ function keepInAddress() {
   const shares = [crop.x, crop.y, crop.size].map((each) => Number((each / side).toFixed(4)));
   const parameters = new URLSearchParams({ ...(sample && { sample }), ...(model && { model }), crop: shares.join(",") });
   history.replaceState(null, "", `#/?${parameters.toString().replaceAll("%2C", ",")}`);
+  byId("copy")?.replaceChildren(COPY);
 }
 
 async function chooseSample(name) {
@@ -188,7 +192,8 @@ async function classify(changed) {
     }
     for (const [i, item] of batch.entries()) {
       item.answers = answers.map(({ predictions, ...rest }) => ({ ...rest, ...predictions[i] }));
-      item.label.textContent = words(item.answers[0].classes[0].label);
+      const [{ classes: [{ label }], familiar }] = item.answers;
+      item.label.textContent = familiar === false ? `${words(label)}?` : words(label);
     }
     byId("problem").replaceChildren();
     render();
@@ -227,7 +232,7 @@ async function explain({ model: name, version }, { label }, button) {
   const item = selected;
   const { crop } = item;
   try {
-    const [{ drawMap }] = await load(import("./explanation.js"));
+    const [{ drawMap, findStrongest }] = await load(import("./explanation.js"));
     const form = new FormData();
     form.append("file", await encodeCrop(item.picture, crop));
     const query = new URLSearchParams({ model: name, version, class: label });
@@ -238,6 +243,7 @@ async function explain({ model: name, version }, { label }, button) {
     const legend = byId("legend");
     legend.hidden = false;
     legend.replaceChildren(h("span", { class: "for" }), `speaks for ${words(label)}`, h("span", { class: "against" }), "speaks against it");
+    byId("said").textContent = `The photo shows which regions speak for ${words(label)}, most of all the ${findStrongest(map)}.`;
   } catch (error) {
     showProblem(error);
   } finally {
@@ -256,14 +262,15 @@ async function copyLink(event) {
   try {
     await navigator.clipboard.writeText(location.href);
     button.textContent = "Link copied";
+    byId("said").textContent = "The link is copied.";
   } catch {
     notify(`The link is ${location.href}`); // the browser forbids copying outside HTTPS
   }
 }
 
 function setUp() {
-  drawHalo(byId("halo"));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawHalo(byId("halo")));
+  drawBackdrop(byId("backdrop"));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawBackdrop(byId("backdrop")));
   byId("tools").append(
     h("button", { type: "button", "aria-label": "Smaller square", onclick: () => parts.box.scale(1 / 1.25) }, "−"),
     h("button", { type: "button", "aria-label": "Larger square", onclick: () => parts.box.scale(1.25) }, "+"),

@@ -1,5 +1,6 @@
-// Builds elements, and puts numbers and names into words. The page's policy forbids style attributes, so styles are set
-// as properties.
+// Builds elements. The page's policy forbids style attributes, so styles are set as properties.
+
+import { sentence } from "./text.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -26,34 +27,6 @@ export const add = (element, ...children) => fill(element, {}, children);
 
 export const byId = (id) => document.getElementById(id);
 
-/** Return a share in 0-1 as a percentage with one decimal. */
-export const percent = (share) => (share == null ? "–" : `${(100 * share).toFixed(1)}\u00a0%`);
-
-export const words = (name) => name.replaceAll("_", " ");
-
-const SUPERCLASSES = { vehicles_1: "vehicles", vehicles_2: "other vehicles" };
-export const superclassWords = (name) => SUPERCLASSES[name] ?? words(name);
-
-/** Return a text as a sentence: with a capital letter and a full stop. */
-export function sentence(text) {
-  const trimmed = text.trim();
-  return trimmed.charAt(0).toUpperCase() + trimmed.slice(1) + (/[.!?]$/.test(trimmed) ? "" : ".");
-}
-
-/** Return seconds in words, such as "3 min 20 s". */
-export function duration(seconds) {
-  if (seconds == null) return "unknown";
-  const s = Math.round(seconds);
-  if (s < 60) return `${s} s`;
-  if (s < 3600) return `${Math.floor(s / 60)} min ${s % 60} s`;
-  return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
-}
-
-export const count = (number) => number.toLocaleString("en-US");
-
-export const when = (time) =>
-  new Date(time).toLocaleString("en-US", { dateStyle: "medium", timeStyle: "short", hour12: false });
-
 /** Show a message above the view. An empty text hides it. */
 export function notify(text) {
   byId("notice").textContent = text;
@@ -73,6 +46,19 @@ export async function load(...modules) {
   } catch {
     throw new Error("A part of the page cannot be loaded. Check the connection to the service, then try again.");
   }
+}
+
+/**
+ * Show what `build` returns, unless the place shows it for the same key already. A button in it thus keeps its focus, and
+ * an image is not loaded again. If the focused element disappears, the heading of the view gets the focus.
+ */
+export function refresh(place, key, build) {
+  if (place.dataset.key === key) return;
+  const hadFocus = place.contains(document.activeElement);
+  place.dataset.key = key;
+  place.replaceChildren();
+  add(place, build());
+  if (hadFocus) place.closest(".view").querySelector("h1").focus({ preventScroll: true });
 }
 
 /** Return a table in a region that scrolls where the screen is narrow. */

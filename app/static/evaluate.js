@@ -1,12 +1,14 @@
 // The view Evaluate: measures a version on a zip of labeled photos or on the data set, and shows the result.
 
 import { call } from "./api.js";
-import { bySuperclass, confusion } from "./charts.js";
-import { add, count, h, notify, percent, problem, sentence, superclassWords, table, when, words } from "./dom.js";
+import { bySuperclass, confusion, reliability } from "./charts.js";
+import { add, h, notify, problem, refresh, table } from "./dom.js";
+import { isFinished, jobList, stateOf } from "./jobs.js";
+import { count, percent, sentence, superclassWords, when, words } from "./text.js";
 
 const MAX_CLASSES = 30; // a larger matrix is shown by superclass
 const POLL_MS = 1000;
-const FINISHED = ["succeeded", "failed", "cancelled"];
+const SOURCES = { zip: "your photos", test: "test images", train: "training images" };
 
 let offered = null; // a zip that was dropped on the page
 
@@ -25,10 +27,10 @@ async function showForm(place, { model, version }) {
   const versions = models.flatMap(({ name, versions: all, live }) => all.map((each) => ({ name, version: each, isLive: each === live })));
   const wanted = model ? `${model}/${version}` : "";
   const select = h("select", { id: "version" }, versions.sort((a, b) => b.isLive - a.isLive).map(({ name, version: each, isLive }) =>
-    h("option", { selected: `${name}/${each}` === wanted }, `${name}/${each}`, isLive && " (live)")));
+    h("option", { value: `${name}/${each}`, selected: `${name}/${each}` === wanted }, `${name}/${each}`, isLive && " (live)")));
   const input = h("input", { type: "file", id: "zip", required: true, accept: ".zip,application/zip" });
   const limit = h("input", { type: "number", id: "limit", required: true, min: 1, step: 1, value: 1000 });
-  const fault = h("div", {});
+  const fault = h("div", { id: "fault" });
   if (offered) input.files = fileList(offered);
   offered = null;
 
@@ -43,7 +45,7 @@ async function showForm(place, { model, version }) {
     button.disabled = true;
     fault.replaceChildren(h("p", { role: "status" }, "Sending and measuring …"));
     try {
-      const [name, number] = select.value.split(" ")[0].split("/");
+      const [name, number] = select.value.split("/");
       const job = await call(`evaluate?${new URLSearchParams({ model: name, version: number, ...query() })}`, { method: "POST", body: body() });
       location.hash = `#/evaluate/${job.id}`;
     } catch (error) {
@@ -72,10 +74,15 @@ async function showForm(place, { model, version }) {
         h("p", { class: "buttons" }, h("button", {}, "Evaluate the test images")))),
     h("p", { class: "quiet" }, "Evaluating needs a key if the service has keys."),
     h("h2", {}, "Evaluations"),
-    jobs.length ? h("ul", { class: "jobs" }, jobs.map(({ id, model: name, version: number, split, state, created, result }) => h("li", {},
-      h("a", { href: `#/evaluate/${id}` }, `${name}/${number}`), h("span", { class: `state ${state}` }, state),
-      h("span", { class: "quiet" }, when(created), `. ${split ?? ""}`, result && `, ${percent(result.top1)} of ${count(result.images)} right`))))
-      : h("p", {}, "None yet."));
+    jobs.length ? jobList(jobs, describeJob) : h("p", {}, "None yet."));
+}
+
+function describeJob({ id, model, version, split, created, result, error }) {
+  return {
+    href: `#/evaluate/${id}`,
+    name: `${model}/${version} on ${SOURCES[split] ?? "images"}`,
+    details: [when(created), result && `. ${percent(result.top1)} of ${count(result.images)} right`, error && `. ${sentence(error)}`],
+  };
 }
 
 function fileList(file) {
@@ -87,10 +94,13 @@ function fileList(file) {
 async function showEvaluation(place, id) {
   const path = `evaluate/${encodeURIComponent(id)}`;
   const body = h("div", { class: "evaluation" });
+  const progress = h("progress", { "aria-label": "Progress" });
+  const done = h("p", {});
+  const said = h("p", { class: "hidden", role: "status" });
   let timer = 0;
   let job = await call(path);
   place.append(h("p", {}, h("a", { href: "#/evaluate" }, "All evaluations")),
-    h("h1", { tabindex: -1 }, `${job.model}/${job.version} on ${job.split === "zip" ? "your photos" : `images of the ${job.split} split`}`), body);
+    h("h1", { tabindex: -1 }, describeJob(job).name), body, said);
 
   const cancel = async () => {
     try {
@@ -100,33 +110,33 @@ async function showEvaluation(place, id) {
     }
   };
   const update = async () => {
-    if (!FINISHED.includes(job.state)) {
-      body.replaceChildren(h("div", { class: "card" }, h("p", { role: "status" }, sentence(job.phase ?? job.state)),
-        h("progress", { "aria-label": "Progress", ...(job.images && { max: job.images, value: job.done }) }),
-        h("p", {}, `${count(job.done)} images so far.`),
+    const state = sentence(job.phase ?? stateOf(job));
+    if (said.textContent !== state) said.textContent = state; // a screen reader reads every change
+    if (!isFinished(job)) {
+      refresh(body, "unfinished", () => h("div", { class: "card" }, progress, done,
         h("p", { class: "buttons" }, h("button", { type: "button", onclick: cancel }, "Cancel the evaluation"))));
+      if (job.images) Object.assign(progress, { max: job.images, value: job.done });
+      done.textContent = `${state} ${count(job.done)} images so far.`;
       timer = setTimeout(async () => {
         job = await call(path).catch(() => job);
         update();
       }, POLL_MS);
       return;
     }
-    if (job.error) body.replaceChildren(problem(new Error(job.error)));
-    else if (job.result) await showResult(body, job);
-    else body.replaceChildren(h("p", {}, "The evaluation was canceled."));
+    refresh(body, "finished", () => job.error ? problem(new Error(job.error)) : !job.result && h("p", {}, "The evaluation was canceled."));
+    if (job.result) await showResult(body, job).catch((error) => body.append(problem(error)));
   };
   await update();
   return () => clearTimeout(timer);
 }
 
 async function showResult(body, { model, version, engine, result }) {
-  const { images, top1, top5, ece, classes = [], images_per_class: numbers = [], per_class: rates, confusion: counts, mistakes } = result;
-  const present = classes?.map((_, id) => id).filter((id) => numbers[id] > 0) ?? [];
+  const { images, top1, top5, ece, classes, images_per_class: numbers, per_class: rates, confusion: counts, mistakes, reliability: bins } = result;
   const missed = (id) => {
     const [worst] = counts[id].map((number, answer) => ({ number, answer })).filter(({ answer }) => answer !== id).sort((a, b) => b.number - a.number);
     return worst.number ? `${words(classes[worst.answer])} (${worst.number})` : "–";
   };
-  body.replaceChildren(
+  body.append(
     h("dl", { class: "facts" }, [
       ["Right", percent(top1)],
       ["Images", `${count(Math.round(top1 * images))} of ${count(images)} right`],
@@ -138,7 +148,9 @@ async function showResult(body, { model, version, engine, result }) {
     body.append(h("h2", {}, "The most confident mistakes"), table("The most confident mistakes", ["Image", "Class", "Answer", "Probability"],
       mistakes.map(({ file, label, predicted, probability }) => [file, words(label), words(predicted), percent(probability)])));
   }
-  if (!counts) return;
+  if (!counts) return; // an evaluation of an early release
+  const present = classes.map((_, id) => id).filter((id) => numbers[id] > 0);
+  if (bins) body.append(h("div", { class: "charts" }, reliability(bins)));
   body.append(h("h2", {}, "Confusions"));
   if (present.length <= MAX_CLASSES) {
     const answers = counts[0].map((_, id) => id).filter((id) => numbers[id] > 0 || present.some((truth) => counts[truth][id] > 0));

@@ -5,6 +5,8 @@ import { h } from "./dom.js";
 const FOR = [255, 138, 0];
 const AGAINST = [30, 110, 255];
 const STRONGEST = 0.75; // opacity
+const ROWS = ["top", "middle", "bottom"];
+const COLUMNS = ["left", "center", "right"];
 
 /** Return a canvas for rows of numbers. A number is positive where the region speaks for the class. */
 export function drawMap(map) {
@@ -15,4 +17,13 @@ export function drawMap(map) {
   ]);
   canvas.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(pixels), map[0].length, map.length), 0, 0);
   return canvas;
+}
+
+/** Return the place of the largest number in words, such as "top left". */
+export function findStrongest(map) {
+  const values = map.flat();
+  const index = values.indexOf(Math.max(...values));
+  const third = (place, size) => Math.floor((3 * (place + 0.5)) / size);
+  const row = third(Math.floor(index / map[0].length), map.length);
+  return `${ROWS[row]} ${COLUMNS[third(index % map[0].length, map[0].length)]}`;
 }

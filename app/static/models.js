@@ -1,9 +1,10 @@
 // The view Models: all versions, the card of one version, and two versions side by side.
 
 import { call, sendJson } from "./api.js";
-import { bars, bySuperclass, confusion, curves, LOSSES, SHARES } from "./charts.js";
-import { add, count, h, notify, percent, problem, superclassWords, table, when, words } from "./dom.js";
-import { pictures } from "./train.js";
+import { bars, bySuperclass, confusion, curves, LOSSES, reliability, SHARES } from "./charts.js";
+import { add, h, notify, problem, table } from "./dom.js";
+import { runPictures } from "./jobs.js";
+import { count, percent, sentence, superclassWords, when, words } from "./text.js";
 
 /** Show all models, or the version of the path, beside the version of the parameter `with`. */
 export async function show(place, [name, version], { with: other }) {
@@ -59,20 +60,18 @@ async function showCard(place, card, cards, other) {
         h("option", { value: id, selected: id === other?.id }, id)))),
     other ? table("Figures", ["Figure", ...shown.map(({ id }) => id)], facts(shown))
       : h("dl", { class: "facts" }, facts(shown).map(([name, value]) => h("div", {}, h("dt", { class: "quiet" }, name), h("dd", {}, value)))),
-    card.notes && !other && h("p", { class: "quiet" }, card.notes),
-    h("h2", {}, "Training"),
-    h("div", { class: "charts" },
+    card.notes && !other && h("p", { class: "quiet" }, sentence(card.notes)),
+    shown.some((each) => each.curve.length > 0) && [h("h2", {}, "Training"), h("div", { class: "charts" },
       curves("Accuracy", shown.flatMap((each) => curve(each, "top1", shown.length > 1)), SHARES),
-      curves("Loss", shown.flatMap((each) => curve(each, "loss", shown.length > 1)), LOSSES)),
+      curves("Loss", shown.flatMap((each) => curve(each, "loss", shown.length > 1)), LOSSES))],
     h("details", {}, h("summary", {}, "The recipe"), recipeTable(shown)),
     h("h2", {}, "Accuracy by class"),
     other && h("p", { class: "key quiet" }, shown.map(({ id }, i) => [h("span", { class: `swatch s${i}` }), id])),
     h("div", { class: "groups" }, superclassesOf(shown)));
   if (!other) {
-    const confusions = h("section", { "aria-labelledby": "confusions" }, h("h2", { id: "confusions" }, "Confusions between superclasses"));
-    const run = h("section", {});
-    place.append(confusions, run);
-    await Promise.all([showConfusions(confusions, card), showRun(run, card)]);
+    const [evaluation, run] = [h("section", { class: "evaluation" }), h("section", { class: "job" })];
+    place.append(evaluation, run);
+    await Promise.all([showEvaluation(evaluation, card), showRun(run, card)]);
   }
 }
 
@@ -97,7 +96,7 @@ function facts(cards) {
     .map((row) => row.map((value) => value ?? "–"));
 }
 
-function curve({ curve: epochs = [], id }, measure, isOneOfTwo) {
+function curve({ curve: epochs, id }, measure, isOneOfTwo) {
   const training = { top1: "train_accuracy", loss: "train_loss" }[measure];
   const evaluation = { name: isOneOfTwo ? id : "evaluation", points: epochs.map((each) => [each.epoch, each[measure]]) };
   return isOneOfTwo ? [evaluation] : [{ name: "training", points: epochs.map((each) => [each.epoch, each[training]]) }, evaluation];
@@ -116,18 +115,22 @@ function superclassesOf(shown) {
     bars(ids.map((id) => ({ name: classes[id], shares: shown.map(({ test }) => test.per_class[id]) })))));
 }
 
-async function showConfusions(place, { name, version, superclasses }) {
+/** Show what the latest evaluation of a version on this service has that its card lacks. */
+async function showEvaluation(place, { name, version, superclasses }) {
   try {
     const jobs = await call("evaluate/jobs");
-    const measured = jobs.find((job) => job.model === name && job.version === version && job.state === "succeeded");
-    const { result } = measured ? await call(`evaluate/${measured.id}`) : {};
+    const latest = jobs.find((job) => job.model === name && job.version === version && job.state === "succeeded");
+    const { result } = latest ? await call(`evaluate/${latest.id}`) : {};
     if (!result?.confusion) {
-      place.append(h("p", {}, "Nobody has measured this version since the service keeps confusions. ",
-        h("a", { href: `#/evaluate?model=${name}&version=${version}` }, "Measure it now")));
+      place.append(h("h2", {}, "Reliability and confusions"), h("p", {}, "An evaluation shows how far the probabilities can be trusted, and which "
+        + "classes are confused. ", h("a", { href: `#/evaluate?model=${name}&version=${version}` }, `Evaluate ${name}/${version}`), "."));
       return;
     }
     const { labels, counts } = bySuperclass(result.confusion, superclasses);
-    place.append(h("p", { class: "quiet" }, `From an evaluation of ${count(result.images)} images (${measured.split}).`), confusion(labels, counts));
+    add(place, h("h2", {}, "The latest evaluation"),
+      h("p", {}, h("a", { href: `#/evaluate/${latest.id}` }, `${count(result.images)} images (${latest.split})`), `, ${when(latest.created)}.`),
+      result.reliability && h("div", { class: "charts" }, reliability(result.reliability)),
+      h("h3", {}, "Confusions between superclasses"), confusion(labels.map(superclassWords), counts));
   } catch (error) {
     place.append(problem(error));
   }
@@ -139,5 +142,5 @@ async function showRun(place, { name, version }) {
   const job = jobs.find(({ published }) => published?.model === name && published.version === version);
   if (!job) return;
   place.append(h("p", {}, h("a", { href: `#/train/${job.id}` }, "The training of this version")));
-  place.append(...pictures(await call(`train/${job.id}`).catch(() => ({}))));
+  add(place, runPictures(await call(`train/${job.id}`).catch(() => ({}))));
 }

@@ -3,19 +3,18 @@
 //   GET /train/recipes, openapi.json --> form --> POST /train --> job
 //   GET /train/{id}/events --> curves, phase and time left until the event `end`
 
-import { call, describeService, sendJson, text } from "./api.js";
+import { call, sendJson, text } from "./api.js";
 import { curves, LOSSES, SHARES } from "./charts.js";
-import { duration, h, notify, percent, problem, sentence, when, words } from "./dom.js";
+import { h, notify, problem, refresh } from "./dom.js";
+import { isFinished, jobList, runPictures, stateOf } from "./jobs.js";
+import { duration, percent, sentence, when, words } from "./text.js";
 
 const MAIN_FIELDS = ["epochs", "learning_rate", "batch_size", "width", "image_size"];
 const PHASES = ["loading", "features", "training", "exporting", "quantizing", "measuring", "publishing"];
-const EVENTS = ["phase", "preparation", "tick", "epoch"];
+const EVENTS = ["phase", "tick", "epoch"];
 const NETWORKS = / \((shared-resnet|resnet|resnet18)(, [a-z0-9-]+)*\)\.$/; // in a description: the networks that have the field
 const POLL_MS = 3000; // where the stream of events is refused
 const PROMOTE = { "if-better": "If it is at least as accurate as the live version", always: "Always", never: "Never" };
-const STATES = { queued: "Waiting", running: "Running", interrupted: "Interrupted, to be resumed", succeeded: "Finished",
-  failed: "Failed", cancelled: "Canceled" };
-const FINISHED = ["succeeded", "failed", "cancelled"];
 
 /** Show the form and all jobs, or the job of the path. Returns a function that ends the updates. */
 export async function show(place, [id]) {
@@ -23,7 +22,7 @@ export async function show(place, [id]) {
 }
 
 async function showForm(place) {
-  const [{ components }, recipes, jobs] = await Promise.all([describeService(), call("train/recipes"), call("train?limit=20")]);
+  const [{ components }, recipes, jobs] = await Promise.all([call("openapi.json"), call("train/recipes"), call("train?limit=20")]);
   const { overrides } = components.schemas.TrainingRequest.properties;
   const form = h("form", { class: "card", "aria-labelledby": "new", onsubmit: start });
   let recipe = recipes.find(({ name }) => name === "resnet") ?? recipes[0];
@@ -47,7 +46,7 @@ async function showForm(place) {
       h("details", {}, h("summary", {}, `${others.length} more settings`), h("div", { class: "pairs" }, others.map(({ element }) => element))),
       h("p", { class: "field" }, h("label", { for: "promote" }, "Make it live"),
         h("select", { id: "promote", name: "promote" }, Object.entries(PROMOTE).map(([value, label]) => h("option", { value }, label)))),
-      h("div", { class: "fault" }),
+      h("div", { id: "fault" }),
       h("p", { class: "buttons" }, h("button", { class: "primary" }, "Start training"),
         h("span", { class: "quiet" }, "Needs a key if the service has keys.")));
   }
@@ -61,16 +60,27 @@ async function showForm(place) {
       const job = await sendJson("POST", "train", { recipe: recipe.name, overrides: values, promote });
       location.hash = `#/train/${job.id}`;
     } catch (error) {
-      form.querySelector(".fault").replaceChildren(problem(error));
+      showFault(error);
       button.disabled = false;
     }
+  }
+
+  /** Show why the service has refused the training, and mark the first field that the reason names. */
+  function showFault(error) {
+    form.querySelector("#fault").replaceChildren(problem(error));
+    const name = error.message.toLowerCase().match(/\w+/g).find((word) => word in recipe.fields);
+    const input = form.querySelector(`#field-${name}`);
+    if (!input) return;
+    input.closest("details")?.setAttribute("open", "");
+    input.setAttribute("aria-invalid", true);
+    input.setAttribute("aria-describedby", `fault field-${name}-help`);
   }
 
   draw();
   place.append(h("h1", { tabindex: -1 }, "Train a network"),
     h("div", { class: "columns" }, form, h("section", { "aria-labelledby": "jobs" },
       h("h2", { id: "jobs" }, "Trainings"),
-      jobs.length ? h("ul", { class: "jobs" }, jobs.map(jobLine))
+      jobs.length ? jobList(jobs, describeJob)
         : h("p", {}, "None yet. The result of a training becomes the next version of a model, and the service shows its progress here."))));
 }
 
@@ -88,6 +98,8 @@ function field(name, schema, value, values) {
     const given = read(target);
     if (given === shown || Number.isNaN(given)) delete values[name];
     else values[name] = given;
+    target.removeAttribute("aria-invalid");
+    target.setAttribute("aria-describedby", `${id}-help`);
   };
   const attributes = { id, oninput: update, "aria-describedby": `${id}-help` };
   const input = options ? h("select", attributes, options.map((option) => h("option", { selected: option === value }, option)))
@@ -104,31 +116,38 @@ function limits({ type, minimum, maximum, multipleOf }) {
   return { min: minimum, max: maximum, step: type === "integer" ? multipleOf ?? 1 : "any" };
 }
 
-function jobLine({ id, state, phase, request, created, published, error }) {
-  return h("li", {}, h("a", { href: `#/train/${id}` }, request.recipe),
-    h("span", { class: `state ${state}` }, state === "running" && phase ? words(phase) : STATES[state] ?? state),
-    h("span", { class: "quiet" }, when(created), published && `. ${published.model}/${published.version}, ${percent(published.test.top1)} right`,
-      error && `. ${sentence(error)}`));
+function describeJob({ id, state, phase, request, created, published, error }) {
+  return {
+    href: `#/train/${id}`,
+    name: request.recipe,
+    ...(state === "running" && phase && { state: sentence(phase).replace(".", "") }),
+    details: [when(created), published && `. ${published.model}/${published.version}, ${percent(published.test.top1)} right`,
+      error && `. ${sentence(error)}`],
+  };
 }
 
 async function showJob(place, id) {
-  let job = await call(`train/${encodeURIComponent(id)}`);
+  const path = `train/${encodeURIComponent(id)}`;
+  let job = await call(path);
   let timer = 0;
   const ticks = [];
-  const epochs = new Map(job.history.map((each) => [each.epoch, each]));
-  const body = h("div", { class: "job" });
-  const said = h("p", { class: "hidden", role: "status" });
-  place.append(h("p", {}, h("a", { href: "#/train" }, "All trainings")), h("h1", { tabindex: -1 }, `Training of ${job.request.recipe}`), body, said);
+  const epochs = new Map();
+  const inCard = { state: h("p"), changes: h("p", { class: "quiet" }), progress: h("div"), outcome: h("div"),
+    buttons: h("p", { class: "buttons" }), log: h("div") };
+  const below = { charts: h("div", { class: "charts" }), pictures: h("div", { class: "job" }),
+    said: h("p", { class: "hidden", role: "status" }) };
+  const parts = { ...inCard, ...below };
+  place.append(h("p", {}, h("a", { href: "#/train" }, "All trainings")), h("h1", { tabindex: -1 }, `Training of ${job.request.recipe}`),
+    h("div", { class: "job" }, h("div", { class: "card" }, Object.values(inCard)), Object.values(below)));
 
   const draw = () => {
-    const state = STATES[job.state] ?? job.state;
-    if (!said.textContent.startsWith(state)) said.textContent = `${state}.`;
-    drawJob(body, job, [...epochs.values()], ticks, cancel);
+    for (const each of job.history) epochs.set(each.epoch, each);
+    drawJob(parts, job, [...epochs.values()], ticks, cancel);
   };
 
   async function cancel() {
     try {
-      job = await call(`train/${id}`, { method: "DELETE" });
+      job = await call(path, { method: "DELETE" });
     } catch (error) {
       notify(error.message);
     }
@@ -136,15 +155,14 @@ async function showJob(place, id) {
   }
 
   async function poll() {
-    job = await call(`train/${id}`).catch(() => job);
-    for (const each of job.history) epochs.set(each.epoch, each);
+    job = await call(path).catch(() => job);
     draw();
-    if (!FINISHED.includes(job.state)) timer = setTimeout(poll, POLL_MS);
+    if (!isFinished(job)) timer = setTimeout(poll, POLL_MS);
   }
 
   draw();
-  if (FINISHED.includes(job.state)) return null;
-  const source = new EventSource(`./train/${encodeURIComponent(id)}/events`);
+  if (isFinished(job)) return null;
+  const source = new EventSource(`./${path}/events`);
   for (const kind of EVENTS) {
     source.addEventListener(kind, ({ data }) => {
       const progress = JSON.parse(data);
@@ -168,34 +186,27 @@ async function showJob(place, id) {
   };
 }
 
-function drawJob(body, job, epochs, ticks, cancel) {
-  const { state, progress, published, error } = job;
-  const isFinished = FINISHED.includes(state);
-  const changes = Object.entries(job.request.overrides).map(([name, value]) => `${words(name)} ${value}`);
-  const live = ticks.map(({ epoch, step, steps, loss, accuracy }) => ({ epoch: epoch - 1 + step / steps, loss, accuracy }));
-  const extent = isFinished ? [] : [0, job.epochs];
-  const training = live.length ? live : epochs.map(({ epoch, train_loss, train_accuracy }) => ({ epoch, loss: train_loss, accuracy: train_accuracy }));
-  body.replaceChildren(
-    h("div", { class: "card" },
-      h("p", {}, h("strong", { class: `state ${state}` }, STATES[state] ?? state), ` ${timesOf(job)}`),
-      changes.length > 0 && h("p", { class: "quiet" }, `Changed: ${changes.join(", ")}.`),
-      !isFinished && progressOf(job, progress, epochs.length),
-      error && h("div", { class: "problem" }, h("p", {}, sentence(error))),
-      published && h("p", {}, h("a", { href: `#/models/${published.model}/${published.version}` }, `${published.model}/${published.version}`),
-        ` is published${published.live ? " and live" : ", but not live"}. ${percent(published.test.top1)} of the test images are right.`),
-      h("p", { class: "buttons" },
-        !isFinished && h("button", { type: "button", onclick: cancel }, "Cancel the training"),
-        job.files?.includes("output.log") && h("button", { type: "button", onclick: (event) => showLog(event.currentTarget, job.id) }, "Show the log"))),
-    (epochs.length > 0 || live.length > 0) && h("div", { class: "charts" },
-      curves("Accuracy", [
-        { name: "training", points: training.map(({ epoch, accuracy }) => [epoch, accuracy]) },
-        { name: "evaluation", points: epochs.map(({ epoch, top1 }) => [epoch, top1]) },
-      ], SHARES, extent),
-      curves("Loss", [
-        { name: "training", points: training.map(({ epoch, loss }) => [epoch, loss]) },
-        { name: "evaluation", points: epochs.map(({ epoch, loss }) => [epoch, loss]) },
-      ], LOSSES, extent)),
-    ...pictures(job));
+/** Bring the parts of the view of a job up to date. Buttons and pictures stay as they are while they need no change. */
+function drawJob(parts, job, epochs, ticks, cancel) {
+  const { id, state, phase, request, files, published, error } = job;
+  const changes = Object.entries(request.overrides).map(([name, value]) => `${words(name)} ${value}`);
+  const said = `${stateOf(job)}${phase ? `: ${phase}` : ""}.`;
+  if (parts.said.textContent !== said) parts.said.textContent = said; // a screen reader reads every change
+  parts.state.replaceChildren(h("strong", { class: `state ${state}` }, stateOf(job)), ` ${timesOf(job)}`);
+  parts.changes.textContent = changes.length ? `Changed: ${changes.join(", ")}.` : "";
+  parts.progress.replaceChildren(...(isFinished(job) ? [] : progressOf(job)));
+  refresh(parts.outcome, state, () => [
+    error && h("div", { class: "problem" }, h("p", {}, sentence(error))),
+    published && h("p", {}, h("a", { href: `#/models/${published.model}/${published.version}` }, `${published.model}/${published.version}`),
+      ` is published${published.live ? " and live" : ", but not live"}. ${percent(published.test.top1)} of the test images are right.`),
+  ]);
+  const hasLog = files.includes("output.log");
+  refresh(parts.buttons, `${isFinished(job)} ${hasLog}`, () => [
+    !isFinished(job) && h("button", { type: "button", onclick: cancel }, "Cancel the training"),
+    hasLog && h("button", { type: "button", onclick: () => showLog(parts.log, id) }, "Show the log"),
+  ]);
+  parts.charts.replaceChildren(...chartsOf(job, epochs, ticks));
+  refresh(parts.pictures, files.join(), () => runPictures(job));
 }
 
 function timesOf({ created, started, finished }) {
@@ -203,35 +214,34 @@ function timesOf({ created, started, finished }) {
   return when(finished) + (started ? `, after ${duration((new Date(finished) - new Date(started)) / 1000)}` : "");
 }
 
-function progressOf({ state, phase, epochs }, progress, done) {
-  if (state !== "running") return h("p", {}, "It starts when the trainings before it have ended.");
-  const now = phase ?? (progress?.epoch ? "training" : "loading");
-  const step = progress?.steps ? progress.epoch - 1 + progress.step / progress.steps : progress?.images ? progress.done / progress.images : done;
-  const all = progress?.images && !progress.steps && progress.done != null ? 1 : epochs;
+function progressOf({ state, phase, epochs, progress }) {
+  if (state !== "running") return [h("p", {}, "It starts when the trainings before it have ended.")];
+  const { epoch, step, steps, done, images, message, remaining_s: left } = progress ?? {};
+  const part = phase === "training" && epoch ? (epoch - 1 + (steps ? step / steps : 1)) / epochs : images ? done / images : null;
   return [
-    h("ol", { class: "phases", "aria-label": "Phases" }, (phase ? PHASES : [now]).map((each) =>
-      h("li", each === now ? { "aria-current": "step" } : {}, each))),
-    h("progress", { max: all, value: Math.min(step, all), "aria-label": "Progress" }),
-    h("p", { class: "quiet" }, progress?.message && `${sentence(progress.message)} `,
-      progress?.epoch && `Epoch ${progress.epoch} of ${epochs}. `,
-      progress?.remaining_s != null && now === "training" && `${duration(progress.remaining_s)} left.`),
+    h("ol", { class: "phases", "aria-label": "Phases" }, PHASES.map((each) =>
+      h("li", each === phase ? { "aria-current": "step" } : {}, each))),
+    h("progress", { value: part, "aria-label": "Progress" }),
+    h("p", { class: "quiet" }, message && `${sentence(message)} `, epoch > 0 && `Epoch ${epoch} of ${epochs}. `,
+      left > 0 && `${duration(left)} left${phase === "training" ? "" : " for this step"}.`),
   ];
 }
 
-/** Return the pictures of a finished run, where the service has them. */
-export function pictures({ id, files = [] }) {
-  const names = files.filter((name) => name.endsWith(".png") && name !== "curves.png"); // the page draws the curves itself
-  return names.length === 0 ? [] : [h("h2", {}, "Pictures of the run"), h("div", { class: "pictures" }, names.map((name) => {
-    const title = words(name.replace(".png", ""));
-    const address = `./train/${id}/files/${name}`;
-    return h("figure", {}, h("a", { href: address }, h("img", { src: address, alt: `Diagram of the run: ${title}`, loading: "lazy" })),
-      h("figcaption", {}, title));
-  }))];
+function chartsOf(job, epochs, ticks) {
+  if (epochs.length + ticks.length === 0) return [];
+  const training = ticks.length ? ticks.map(({ epoch, step, steps, loss, accuracy }) => ({ epoch: epoch - 1 + step / steps, loss, accuracy }))
+    : epochs.map(({ epoch, train_loss, train_accuracy }) => ({ epoch, loss: train_loss, accuracy: train_accuracy }));
+  const extent = isFinished(job) && ticks.length === 0 ? [] : [0, job.epochs];
+  return [["Accuracy", "accuracy", "top1", SHARES], ["Loss", "loss", "loss", LOSSES]].map(([title, trained, evaluated, format]) =>
+    curves(title, [
+      { name: "training", points: training.map((each) => [each.epoch, each[trained]]) },
+      { name: "evaluation", points: epochs.map((each) => [each.epoch, each[evaluated]]) },
+    ], format, extent));
 }
 
-async function showLog(button, id) {
+async function showLog(place, id) {
   try {
-    button.replaceWith(h("pre", { tabindex: 0, "aria-label": "Log" }, await text(`train/${id}/files/output.log`)));
+    place.replaceChildren(h("pre", { tabindex: 0, role: "region", "aria-label": "Log" }, await text(`train/${id}/files/output.log`)));
   } catch (error) {
     notify(error.message);
   }

@@ -193,6 +193,40 @@ def test_a_bad_image_among_several_is_named(client: TestClient, image: bytes) ->
     assert_problem(client.post("/predict", files=files), 415, "bad.png")
 
 
+def test_partial_answers_have_a_prediction_or_an_error_for_each_image(client: TestClient, image: bytes) -> None:
+    contents = {"a.png": image, "text.png": b"hello", "large.png": bytes(20_001), "b.png": image, "half": image[:-200]}
+    files = [("file", (name, content)) for name, content in contents.items()]
+    alone = [client.post("/predict", files=[file]).json() for file in files]
+    answers = [client.post("/predict", files=files, params={"partial": "true"})]
+    answers.append(client.post("/predict", files=files, data={"partial": "true"}))
+    for answer in answers:
+        assert answer.status_code == 200
+        predictions = answer.json()["predictions"]
+        assert [each["file"] for each in predictions] == list(contents)
+        for prediction, expected in zip(predictions, alone, strict=True):
+            if "predictions" in expected:
+                assert prediction["classes"][0]["label"] == expected["predictions"][0]["classes"][0]["label"]
+            else:
+                assert prediction == {"file": prediction["file"], "error": expected}
+        assert [each.get("error", {}).get("status") for each in predictions] == [None, 415, 413, None, 422]
+    assert_problem(client.post("/predict", files=files), 415, "text.png: ")
+
+
+def test_partial_answers_with_errors_only_are_200_and_limits_of_the_request_hold(
+    client: TestClient, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = {"partial": "true", "model": "resnet"}
+    for files in ([("file", b"hello")], [("file", b"hello")] * 2):
+        answer = client.post("/predict", files=files, params=partial).json()
+        assert (answer["model"], answer["version"]) == ("resnet", 1)
+        assert [each["error"]["status"] for each in answer["predictions"]] == [415] * len(files)
+    assert_problem(client.post("/predict", files=[("file", image)] * 33, params=partial), 400, "Too many files")
+    assert_problem(client.post("/predict", files={"file": image}, params={**partial, "model": "vgg"}), 404, "vgg")
+    decoders = cast(FastAPI, client.app).state.services.decoders
+    monkeypatch.setattr(decoders, "_decode", AsyncMock(side_effect=Unavailable("late")))
+    assert_problem(client.post("/predict", files=[("file", image)] * 2, params=partial), 503, "late")
+
+
 def test_other_bodies_are_problems(client: TestClient, image: bytes) -> None:
     assert_problem(client.post("/predict", json={}), 415, "application/json")
     assert_problem(client.post("/predict", content=b"hello"), 415, "the content type is '(none)'")
@@ -346,7 +380,13 @@ def test_evaluate_measures_a_zip_of_labelled_folders(client: TestClient, models:
     }
     assert result["per_class"] == [confusion[row, row] / totals[row] if totals[row] else None for row in range(100)]
     (listed,) = client.get("/evaluate/jobs").json()
-    assert listed["result"] == result | {"confusion": None, "mistakes": None}
+    bins = result["reliability"]
+    assert sum(each["images"] for each in bins) == result["images"]
+    assert sum(each["images"] * each["accuracy"] for each in bins) == pytest.approx(result["images"] * result["top1"])
+    assert sum(each["images"] * abs(each["accuracy"] - each["confidence"]) for each in bins) == pytest.approx(
+        result["images"] * result["ece"]
+    )
+    assert listed["result"] == result | {"confusion": None, "mistakes": None, "reliability": None}
 
 
 def test_bad_zips_are_problems(client: TestClient, image: bytes) -> None:

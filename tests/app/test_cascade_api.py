@@ -13,7 +13,7 @@ from local_client import make_local_client, services_of
 from app.inference.load_shedding import LoadShedder
 from app.main import create_app
 from app.settings import Settings
-from training.store import Store
+from training.store import FamiliarityThreshold, Store
 
 
 @pytest.fixture
@@ -47,6 +47,27 @@ def test_a_live_cascade_is_the_default_and_sends_unsure_images_on(client: TestCl
     (mean,), (first,) = answer["predictions"], alone["predictions"]
     assert mean["classes"][0]["label"] == first["classes"][0]["label"]
     assert mean["classes"][0]["probability"] < first["classes"][0]["probability"]  # at temperature 2
+
+
+def test_full_familiarity_has_a_threshold_of_its_own_and_needs_a_cascade(
+    store: Store, tmp_path: Path, image: bytes
+) -> None:
+    thresholds = {
+        field: FamiliarityThreshold(threshold=threshold, kept=0.95, images=100)
+        for field, threshold in (("familiarity", -1000.0), ("full_familiarity", 1000.0))
+    }
+    store.amend(store.card("cascade", 1).model_copy(update=thresholds))
+    with make_local_client(create_app(Settings(models=store.root, runs=tmp_path / "runs"))) as client:
+        (fast,), (full,) = (ask(client, image, familiarity=kind)["predictions"] for kind in ("fast", "full"))
+        assert (fast["familiar"], full["familiar"]) == (True, False)
+        assert fast["classes"] == full["classes"]
+        assert fast["familiarity"] == full["familiarity"]  # both members are the same network
+        asked = {"model": "resnet", "familiarity": "full"}
+        for refused in (
+            client.post("/predict", params=asked, files={"file": image}),
+            client.post("/predict", data=asked, files={"file": image}),
+        ):
+            assert_problem(refused, 422, "resnet is no cascade; leave familiarity out, or name a cascade")
 
 
 def test_a_configured_default_precedes_the_cascade(store: Store, tmp_path: Path, image: bytes) -> None:
@@ -147,6 +168,6 @@ def test_images_that_wait_for_the_second_member_shed_load(client: TestClient) ->
     batcher = services.pool.live()["resnet18"].batcher
     assert services.pool.live()["cascade"].batcher.queued == 0
     batcher.queued = batcher.max_queue  # type: ignore[misc]  # the batcher of a member has no property
-    shed = LoadShedder(services.pool, services.decoders, True, lambda _: None).should_shed
+    shed = LoadShedder(services.pool, services.decoders, True, lambda *_: None).should_shed
     assert shed(b"/predict?model=cascade", "127.0.0.1")
     assert shed(b"/predict", "127.0.0.1")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.client import AsyncClient, Client, Event, ServiceError, encode_image
+from app.client import AsyncClient, Client, Event, Prediction, ServiceError, encode_image
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -201,6 +201,19 @@ def test_more_images_than_a_request_may_have_are_sent_in_parts() -> None:
         assert client.predict([]) == []
         assert client.predict(b"image").label == "a"
     assert sizes == [32, 32, 6, 1]
+
+
+def test_each_image_gets_its_prediction_or_its_error() -> None:
+    classes = [{"class_id": 1, "label": "a", "superclass": "b", "probability": 0.5}]
+    error = {"type": "/errors#415", "title": "Unsupported Media Type", "status": 415, "detail": "no image"}
+    predictions = [{"file": "image 0", "classes": classes}, {"file": "image 1", "error": error}]
+    handle, received = sequence(ok({"model": "resnet", "version": 2, "predictions": predictions}))
+    good, bad = make_client(handle).predict_each([b"image", b"text"], top_k=1)
+    assert isinstance(good, Prediction)
+    assert good.label == "a"
+    assert isinstance(bad, ServiceError)
+    assert (bad.status, bad.type, bad.title, bad.detail) == (415, "/errors#415", "Unsupported Media Type", "no image")
+    assert dict(received[0].url.params) == {"top_k": "1", "partial": "true"}
 
 
 FIRST = b'id: 1\nevent: tick\ndata: {"epoch": 0}\n\n'

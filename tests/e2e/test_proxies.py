@@ -3,13 +3,16 @@
 They offer a protocol upgrade, publish the service under a path prefix, and connect over a unix socket.
 """
 
+import http.client
+import json
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import httpx
@@ -19,9 +22,12 @@ from server import Server
 from service import TINY, run_service
 from sockets import make_head, make_upload, read_response
 
+from app.server import probe
 from training.store import Store
 
 pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
 
 _JAVA = """
 import java.net.URI;
@@ -106,6 +112,9 @@ def test_service_works_under_a_path_prefix_of_nginx(
             for url in (removing, upstream):  # nginx replaces /ml/ by /, or passes the whole path on
                 with nginx.run_nginx(tmp_path, url, directives, "/ml/") as proxy:
                     check_prefixed(proxy, image)
+            if socket_folder:
+                assert probe.is_ready(port=0, uds=chosen["uds"])
+                check_shipped_site(tmp_path, chosen["uds"], image)
     assert '"client": "127.0.0.1"' in (tmp_path / "log").read_text()
     assert "Traceback" not in (tmp_path / "log").read_text()
 
@@ -142,6 +151,44 @@ def check_prefixed(proxy: str, image: Path) -> None:
                 assert any(line == "event: end" for line in events.iter_lines())
         refused = client.post("/ml/train", headers={"Authorization": ""}, json={})
         assert refused.status_code == 401
+
+
+def check_shipped_site(folder: Path, socket_path: str, image: Path) -> None:
+    """Check that deploy/nginx/cifar100.conf publishes the service with TLS, and names each client by its address."""
+    plain, port = nginx.find_free_port(), nginx.find_free_port()
+    site = (ROOT / "deploy" / "nginx" / "cifar100.conf").read_text()
+    for old, new in {
+        "/run/cifar100/service.sock": socket_path,
+        "/etc/ssl/cifar100": str(folder),
+        "listen 80;": f"listen 127.0.0.1:{plain};",
+        "listen 443 ssl;": f"listen 127.0.0.1:{port} ssl;",
+    }.items():
+        assert site.count(old) >= 1, old
+        site = site.replace(old, new)
+    certificate = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=example.org"]
+    certificate += ["-addext", "subjectAltName=IP:127.0.0.1"]
+    certificate += ["-keyout", str(folder / "privkey.pem"), "-out", str(folder / "fullchain.pem")]
+    subprocess.run(certificate, check=True, capture_output=True)
+    trusted = ssl.create_default_context(cafile=folder / "fullchain.pem")
+    with (
+        nginx.run_servers(folder, site, port),
+        httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trusted, timeout=60) as client,
+    ):
+        assert httpx.get(f"http://127.0.0.1:{plain}/ml/").headers["location"] == "https://127.0.0.1/ml/"
+        assert client.get("/ml", follow_redirects=True).url == f"https://127.0.0.1:{port}/ml/"
+        forged = {"X-Forwarded-For": "192.0.2.7", "X-Forwarded-Prefix": "/other", "X-Request-ID": "forged-headers"}
+        answer = client.post("/ml/predict", headers=forged, files={"file": image.read_bytes()})
+        assert answer.status_code == 200
+        refused = http.client.HTTPSConnection("127.0.0.1", port, timeout=60, context=trusted)
+        with closing(refused):
+            refused.putrequest("POST", "/ml/evaluate")
+            refused.putheader("Content-Length", str((256 << 20) + 1))
+            refused.endheaders()
+            assert refused.getresponse().status == 413
+        assert "cifar100_requests_total" in client.get("/ml/metrics").text
+    records = [json.loads(line) for line in (folder / "log").read_text().splitlines() if line.startswith("{")]
+    (record,) = (each for each in records if each.get("request_id") == "forged-headers" and "client" in each)
+    assert record["client"] == "127.0.0.1"
 
 
 @pytest.mark.skipif(not shutil.which("java"), reason="needs Java")

@@ -51,6 +51,11 @@ def live(address: httpx.URL) -> bool:
         return False
 
 
+def read_metrics(address: httpx.URL) -> set[str]:
+    """Return the lines of /metrics, over a new connection."""
+    return set(httpx.get(f"{address}/metrics").text.splitlines())
+
+
 def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path) -> None:
     log = tmp_path / "log"
     sent: dict[str, Any] = {"content": image.read_bytes(), "headers": {"Content-Type": "image/png"}}
@@ -65,8 +70,16 @@ def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path
         assert len({json.dumps(answer.json()["predictions"]) for answer in predicted}) == 1
         wait_for(lambda: heard_by(log, "POST /predict 200").total() == 30, 60, log)
         assert set(heard_by(log, "POST /predict 200")) == workers
-        counted = 'cifar100_requests_total{method="POST",route="/predict",status="200"} 30.0'
-        assert all(counted in httpx.get(f"{address}/metrics").text for _ in range(10))
+        counted = {
+            'cifar100_requests_total{method="POST",route="/predict",status="200"} 30.0',
+            'cifar100_images_total{model="resnet",outcome="predicted"} 30.0',
+            'cifar100_queue_seconds_count{model="resnet"} 30.0',
+            "cifar100_workers 2.0",
+            "cifar100_worker_starts_total 2.0",
+            "cifar100_ready 1.0",
+        }
+        # A worker knows the counts of the others after a second.
+        wait_for(lambda: all(counted <= read_metrics(address) for _ in range(4)), 60, log)
 
         measured = httpx.post(f"{address}/evaluate").raise_for_status().json()
         assert all(httpx.get(f"{address}/evaluate/{measured['id']}").json() == measured for _ in range(10))
@@ -83,6 +96,9 @@ def test_workers_answer_as_one_service(tmp_path: Path, models: Path, image: Path
         workers = list_children(supervisor.pid)
         wait_for(lambda: ready(log, workers, address), 60, log)
         assert all(httpx.post(f"{address}/predict", **sent).status_code == 200 for _ in range(10))
+        replaced = {"cifar100_workers 2.0", "cifar100_worker_starts_total 3.0"}
+        replaced |= {'cifar100_jobs{kind="training",state="succeeded"} 1.0'}
+        wait_for(lambda: all(replaced <= read_metrics(address) for _ in range(4)), 60, log)
 
         supervisor.terminate()
         assert supervisor.wait(60) == 0

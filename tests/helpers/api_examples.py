@@ -6,6 +6,7 @@ The service has two versions of `resnet` from the shipped models. It trains a sm
 which takes some seconds. Long lists are cut to their first items.
 """
 
+import base64
 import io
 import json
 import re
@@ -27,6 +28,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from local_client import make_local_client
 
+from app.archives import zip_chunks
 from app.main import create_app
 from app.openapi import EXAMPLES
 from app.settings import Settings
@@ -44,6 +46,7 @@ TRAINING = {
 JOB_S = 200.0
 MAX_ITEMS = 3
 
+_BINARY = ("image/", "application/octet-stream", "application/zip")
 _JSON = ("application/json", "application/problem+json")
 # Members whose values depend on the machine, or on the moment at which a job is read.
 _FREE = {"commit", "device", "engine", "libraries", "title", "version"}
@@ -105,7 +108,7 @@ class Recorder:
         return content
 
     def _read(self, answer: httpx.Response) -> Any:
-        if answer.headers["content-type"].startswith("image/"):
+        if answer.headers["content-type"].startswith(_BINARY):
             return answer.content
         text = answer.text.replace(f"{self._folder}/", "")
         return json.loads(text) if answer.headers["content-type"] in _JSON else text
@@ -142,6 +145,7 @@ def collect(folder: Path) -> Examples:
         runtime="torchscript",
         operator_rate_limit=None,
         deadline_s=600,
+        feedback=True,
     )
     app = create_app(settings)
     recorder = Recorder(app, folder)
@@ -151,16 +155,19 @@ def collect(folder: Path) -> Examples:
         evaluation_id = _evaluate(recorder, client)
         _read_models(recorder, client)
         _infer(recorder, client)
+        correction_id = _correct(recorder, client)
         _train(recorder, client, job_id)
         for name in ("health", "live", "ready", "metrics"):
             recorder.call(client, name, 200)
-        ids = {"job_id": job_id, "evaluation_id": evaluation_id, "name": "resnet", "version": "4"}
+        ids = {"job_id": job_id, "evaluation_id": evaluation_id, "correction_id": correction_id}
+        ids |= {"name": "resnet", "version": "4", "file": "model.pt"}
         recorder.refuse_unknown_parameters(client, **ids)
         app.state.services.pool.live = _break
         failure = client.get("/evaluate").json()
         stranger = TestClient(app, base_url="http://127.0.0.1", client=("192.0.2.1", 50000))
         with _client(settings.model_copy(update={"api_keys": (_secret(),)})) as keyed:
             recorder.refuse_strangers(keyed, stranger, **ids)
+    _upload(recorder, folder, settings)
     (folder / "no_runs").write_text("a file, not a folder")
     with _client(settings.model_copy(update={"models": folder / "none", "runs": folder / "no_runs"})) as empty:
         _lack(recorder, empty)
@@ -171,7 +178,9 @@ def collect(folder: Path) -> Examples:
 
 def _predict(recorder: Recorder, client: TestClient) -> None:
     file = {"file": ("rocket.jpg", PHOTO.read_bytes())}
-    recorder.call(client, "predict", 200, files=file, params={"model": "resnet", "version": 4, "top_k": 3})
+    recorder.call(
+        client, "predict", 200, files=file, params={"model": "resnet", "version": 4, "top_k": 3, "partial": False}
+    )
     recorder.call(client, "explain", 200, files=file, params={"model": "resnet", "version": 4, "class": "rocket"})
     recorder.call(client, "explain", 422, files=file, params={"class": "rockets"})
     recorder.call(client, "predict", 422, files=file, params={"top_k": 0})
@@ -180,6 +189,35 @@ def _predict(recorder: Recorder, client: TestClient) -> None:
         recorder.call(client, name, 404, files=file, params={"model": "vgg"})
         recorder.call(client, name, 413, files={"file": bytes(11 << 20)})
         recorder.call(client, name, 415, files={"file": b"hello"})
+
+
+def _correct(recorder: Recorder, client: TestClient) -> str:
+    """Send corrections, list them and delete one. Return the id of another one."""
+    file = {"file": ("rocket.jpg", PHOTO.read_bytes())}
+    ids = [
+        recorder.call(
+            client, "send_feedback", 201, files=each, params={"model": "resnet", "version": 4, "class": label}
+        )["id"]
+        for each, label in (({"file": base64.b64decode(PIXEL)}, "cloud"), (file, "rocket"))
+    ]
+    recorder.call(client, "send_feedback", 422, files=file, params={"class": "rockets"})
+    recorder.call(client, "corrections", 200, params={"limit": 1})
+    recorder.call(client, "delete_correction", 200, path={"correction_id": ids[0]})
+    recorder.call(client, "delete_correction", 404, path={"correction_id": ids[0]})
+    return str(ids[1])
+
+
+def _upload(recorder: Recorder, folder: Path, settings: Settings) -> None:
+    """Upload a version to a service with an empty store, twice."""
+    archive = b"".join(zip_chunks(sorted((ROOT / "models/resnet-seed/1").iterdir())))
+    request: dict[str, Any] = {"path": {"name": "resnet-seed"}, "headers": {"Authorization": f"Bearer {KEY}"}}
+    request |= {"files": {"file": ("resnet-seed-1.zip", archive)}, "params": {"promote": "never"}}
+    stores = {"models": folder / "uploaded", "runs": folder / "runs-of-uploads"}
+    with _client(settings.model_copy(update={"api_keys": (_secret(),), "allow_uploads": True, **stores})) as client:
+        recorder.call(client, "upload_version", 201, **request)
+        recorder.call(client, "upload_version", 200, **request)
+        recorder.call(client, "upload_version", 422, **request | {"path": {"name": "vgg"}})
+        recorder.call(client, "upload_version", 415, **request | {"files": None})
 
 
 def _evaluate(recorder: Recorder, client: TestClient) -> str:
@@ -220,6 +258,12 @@ def _read_models(recorder: Recorder, client: TestClient) -> None:
     )
     recorder.call(client, "model", 404, path={"name": "vgg"})
     recorder.call(client, "card", 404, path=path | {"version": 9})
+    recorder.call(client, "version_file", 200, path=path | {"version": 4, "file": "model.pt"})
+    recorder.call(client, "version_file", 404, path=path | {"version": 4, "file": "live"})
+    behind = {"Range": "bytes=99999999-"}
+    recorder.call(client, "version_file", 416, path=path | {"version": 4, "file": "model.pt"}, headers=behind)
+    recorder.call(client, "version_zip", 200, path=path | {"version": 4})
+    recorder.call(client, "version_zip", 404, path=path | {"version": 9})
     recorder.call(client, "delete_version", 404, path=path | {"version": 9})
     recorder.call(client, "delete_version", 409, path=path | {"version": 4})
     recorder.call(client, "delete_version", 200, path=path | {"version": 3})

@@ -23,19 +23,23 @@ http {{
     fastcgi_temp_path {folder}/fastcgi;
     uwsgi_temp_path {folder}/uwsgi;
     scgi_temp_path {folder}/scgi;
-    map $http_upgrade $connection_upgrade {{ default upgrade; '' close; }}
-    server {{
-        listen 127.0.0.1:{port} backlog=2048;
-        client_max_body_size 64m;
-        location {location} {{
-            proxy_pass {upstream};
-            proxy_http_version 1.1;
-            proxy_set_header Upgrade $http_upgrade;
-            proxy_set_header Connection $connection_upgrade;
-            proxy_set_header Host $http_host;
-            proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
-            {more}
-        }}
+{servers}
+}}
+"""
+
+_SERVER = """
+map $http_upgrade $connection_upgrade {{ default upgrade; '' close; }}
+server {{
+    listen 127.0.0.1:{port} backlog=2048;
+    client_max_body_size 64m;
+    location {location} {{
+        proxy_pass {upstream};
+        proxy_http_version 1.1;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection $connection_upgrade;
+        proxy_set_header Host $http_host;
+        proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+        {more}
     }}
 }}
 """
@@ -59,20 +63,38 @@ def run_nginx(folder: Path, upstream: str, more: str = "", location: str = "/") 
     Yields:
         The URL of the nginx.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
+    with run_servers(folder, _SERVER.format(port=port, upstream=upstream, more=more, location=location), port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def run_servers(folder: Path, servers: str, port: int) -> Iterator[None]:
+    """Run an nginx with these server blocks. Wait until it answers on the port.
+
+    Args:
+        folder: Folder for the files of nginx.
+        servers: Directives of the http block, such as a file of /etc/nginx/conf.d.
+        port: A port of 127.0.0.1 on which a server listens.
+    """
     configuration = folder / "nginx.conf"
-    values = {"folder": folder, "port": port, "upstream": upstream, "more": more, "location": location}
-    configuration.write_text(_CONFIGURATION.format(**values))
+    configuration.write_text(_CONFIGURATION.format(folder=folder, servers=servers))
     command = [shutil.which("nginx") or "nginx", "-c", str(configuration), "-e", str(folder / "error.log")]
     process = subprocess.Popen(command)
     try:
         wait_for(lambda: _answers(port), 20, folder / "error.log")
-        yield f"http://127.0.0.1:{port}"
+        yield
     finally:
         process.terminate()
         process.wait()
+
+
+def find_free_port() -> int:
+    """Return a port of 127.0.0.1 on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def _answers(port: int) -> bool:

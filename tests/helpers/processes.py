@@ -1,5 +1,6 @@
 """Read memory, open files and child processes from the kernel. Linux only, except `find_processes`."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,12 @@ def memory_mib(process: int, field: str = "VmRSS") -> float:
     """
     status = Path(f"/proc/{process}/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:")) / 1024
+
+
+def cpu_s(process: int) -> float:
+    """Return the CPU time of a process in seconds, of all its threads."""
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def list_children(process: int) -> set[int]:

@@ -25,6 +25,7 @@ def run_server(
     trusted_proxies: str = "",
     stop_s: int = 20,
     exceeds_share: Callable[[str], bool] = lambda _: False,
+    root_path: str = "",
 ) -> Iterator[socket.socket]:
     """Start a server in a thread and yield its listening socket once the server accepts connections."""
     http = partial(
@@ -32,6 +33,7 @@ def run_server(
         should_shed=should_shed,
         table=table or ConnectionTable(900, trusted_proxies),
         exceeds_share=exceeds_share,
+        root_path=root_path,
     )
     config = uvicorn.Config(
         app,

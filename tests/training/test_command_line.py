@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cascades import add_second_member
+from cascades import MEMBERS, add_second_member
 from server import DATA
 from tiny_models import make_store
 from typer.testing import CliRunner, Result
 
 from training.__main__ import cli
+from training.cascade import publish as publish_cascade
 from training.dataset import Dataset
 from training.evaluate import evaluate, predict
 from training.loop import make_splits
@@ -67,7 +68,7 @@ def test_the_threshold_of_familiar_images_is_added_to_a_card_that_lacks_it(model
     store.amend(exported.model_copy(update={"familiarity": None}))
     added = typed(*words)
     assert added.exit_code == 0, added.output
-    assert "resnet/1: 95.0% of 100 held-out images have a score of at least" in said(added)
+    assert "resnet/1: 95.0% of 100 held-out images have a score (energy) of at least" in said(added)
     measured = store.card("resnet", 1).familiarity
     assert measured
     assert measured.threshold == pytest.approx(exported.familiarity.threshold, abs=1e-4)
@@ -77,6 +78,20 @@ def test_the_threshold_of_familiar_images_is_added_to_a_card_that_lacks_it(model
     refused = typed(*words)
     assert refused.exit_code == 1
     assert "has held out none of these images" in said(refused)
+
+
+def test_a_cascade_gets_a_threshold_for_each_of_its_scores(models: Path, dataset: Dataset) -> None:
+    store = Store(models)
+    add_second_member(store)
+    publish_cascade(store, dataset, MEMBERS)
+    fitted = store.card("cascade", 1)
+    assert fitted.full_familiarity
+    assert fitted.full_familiarity.score == "agreement"
+    store.amend(fitted.model_copy(update={"familiarity": None, "full_familiarity": None}))
+    added = typed("familiarity", "cascade", "--data", DATA, "--models", str(models))
+    assert added.exit_code == 0, added.output
+    assert "cascade/1: 95.0% of 100 held-out images have a score (agreement) of at least" in said(added)
+    assert store.card("cascade", 1) == fitted
 
 
 def test_a_run_that_is_finished_and_published_is_not_published_again(tmp_path: Path) -> None:

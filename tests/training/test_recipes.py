@@ -67,7 +67,7 @@ def test_all_faults_are_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "fault"),
     [
-        ("resnet", {"image_size": 224}, "image_size applies to network=resnet18, not to resnet"),
+        ("resnet", {"image_size": 224}, "^image_size applies to network=resnet18, not to resnet"),
         ("resnet", {"weights": "imagenet"}, "weights=imagenet applies to network=resnet18, not"),
         ("resnet-seed", {"finetune_epochs": 1}, "finetune_epochs applies to network=resnet18, not to shared"),
         ("resnet", {"trainable": "layer4,fc"}, "trainable applies to network=resnet18, not"),

@@ -1,8 +1,6 @@
-"""Test the report: pictures and TensorBoard events show the measured values."""
+"""Test the report: the pictures show the measured values."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,41 +8,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training import report
 from training.dataset import Dataset
-from training.loop import Epoch, Event
 from training.run import Run, RunError
 
 FOUR_CLASSES = ("animal", "animal", "plant", "plant")  # the superclasses of classes 0 to 3
-
-
-def epoch(number: int, top1: float) -> Epoch:
-    return Epoch(
-        epoch=number, epochs=3, learning_rate=0.1, train_loss=2.0, train_accuracy=0.4, split="validation", loss=3.0,
-        top1=top1, top5=0.8, images_per_s=100.0, seconds=1.0, remaining_s=0.0
-    )  # fmt: skip
-
-
-def scalars(folder: Path, tag: str) -> list[tuple[int, Any]]:
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return [(each.step, pytest.approx(each.value)) for each in events.Scalars(tag)]
-
-
-def test_tensorboard_shows_every_epoch_once_also_after_a_crash(tmp_path: Path) -> None:
-    def crashing() -> Iterator[Event]:
-        yield epoch(1, 0.1)
-        yield epoch(2, 0.2)
-        raise OSError
-
-    with pytest.raises(OSError):  # noqa: PT011
-        list(report.log_scalars(crashing(), tmp_path))
-    again: list[Event] = [epoch(2, 0.25), epoch(3, 0.3)]
-    assert list(report.log_scalars(again, tmp_path)) == again
-    assert scalars(tmp_path, "top-1/validation") == [(1, 0.1), (2, 0.25), (3, 0.3)]
-    assert scalars(tmp_path, "loss/train") == [(1, 2.0), (2, 2.0), (3, 2.0)]
 
 
 def test_the_pictures_of_a_published_run_are_in_its_folder(

@@ -93,6 +93,10 @@ def test_metrics_that_a_crash_has_damaged_are_left_out(tmp_path: Path) -> None:
         file.write('{"event": "ti\n')
     run.record({"event": "epoch", "epoch": 1})
     assert [metrics["event"] for metrics in run.metrics()] == ["tick", "epoch"]
+    assert run.latest_metrics() == {"event": "epoch", "epoch": 1}
+    with run.metrics_file.open("a") as file:
+        file.write("\n" * 100 + '{"event": "ti')
+    assert run.latest_metrics() == {"event": "epoch", "epoch": 1}
 
 
 def test_numbers_of_forgotten_metrics_are_not_given_again(tmp_path: Path) -> None:
@@ -105,6 +109,7 @@ def test_numbers_of_forgotten_metrics_are_not_given_again(tmp_path: Path) -> Non
     assert numbered == [(2, "epoch", 1), (5, "epoch", 2)]
     run.drop_metrics_after(0)
     assert list(run.metrics()) == []
+    assert run.latest_metrics() is None
 
 
 def test_what_an_earlier_epoch_has_become_is_not_the_outcome(published_store: Path, tmp_path: Path) -> None:

@@ -198,6 +198,8 @@ INT8_INSTRUCTIONS = {"avx512_vnni": True}
         ({}, True, "auto", "torchscript", "serving", [*GPU_CANDIDATES, CPU_CANDIDATES[2]]),
         ({}, True, "auto", "openvino", "serving", CPU_CANDIDATES[:2]),
         ({}, False, "cpu", "int8", "serving", ["int8 on cpu"]),
+        (INT8_INSTRUCTIONS, False, "cpu", "pt2", "serving", ["pt2 on cpu in float32"]),
+        ({}, True, "auto", "onnx", "serving", ["onnx on cpu in float32"]),
         (INT8_INSTRUCTIONS, False, "cpu", "auto", "serving", ["int8 on cpu", *CPU_CANDIDATES]),
         (
             BFLOAT16_INSTRUCTIONS,

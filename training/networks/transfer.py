@@ -12,11 +12,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from training.errors import ReportedError
+
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
 _STAGE_LAYERS = {"stem": ("conv1", "bn1")}
 
 
-class WeightsError(ValueError):
+class WeightsError(ReportedError, ValueError):
     """The pretrained weights cannot be used. The message gives the reason and a remedy."""
 
 

@@ -55,6 +55,11 @@ def mix(first: Logits, second: Logits, weights: tuple[float, float], temperature
     return mixed
 
 
+def average(first: Logits, second: Logits) -> Logits:
+    """Return the mean of both members' logits, [N, classes]. Its energy is the score `agreement` of an image."""
+    return (first + second) / np.float32(2)
+
+
 def join_names(first: str, second: str) -> str:
     """Return one name for the engines of both members."""
     return f"{first} + {second}"

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from training.errors import ReportedError
+
 CPU_BATCH_SIZES: tuple[int, ...] = (1, 2, 4, 8, 16)
 """Batch sizes for warm-up on the CPU.
 
@@ -23,7 +25,7 @@ The shipped models deviate by 0.8 to 1.4 % in bfloat16 and by 6 to 15 % in int8.
 measured when it is quantized."""
 
 
-class EngineError(RuntimeError):
+class EngineError(ReportedError, RuntimeError):
     """A runtime cannot compute a model. The message gives the reason."""
 
 

@@ -40,7 +40,7 @@ class OpenVinoEngine(Engine):
     """A model compiled by OpenVINO for this CPU, in its fastest precision by default. It is not thread-safe.
 
     Args:
-        file: An exported `model.pt`, which is converted, or an `int8.xml`.
+        file: An exported `model.pt`, which is converted, an `int8.xml` or a `model.onnx`.
         precision: OpenVINO precision of the layers that are not quantized, such as f32, instead of the fastest.
     """
 
@@ -56,7 +56,8 @@ class OpenVinoEngine(Engine):
         self.precision: str = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         """Precision of the layers that are not quantized: f32, bf16 or f16."""
         quantized = file.name == INT8
-        self.name = f"openvino-{'int8' if quantized else self.precision}"
+        kind = "onnx" if file.suffix == ".onnx" else "openvino"
+        self.name = f"{kind}-{'int8' if quantized else self.precision}"
         self.tolerance = MAX_DEVIATION["int8" if quantized else "float32" if self.precision == "f32" else "half"]
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -1,6 +1,6 @@
 """`load` chooses the runtime of an exported model, for the service, for evaluation and for teachers alike.
 
-Input: `model.pt`, for some models with an `int8.xml` beside it, and a purpose.
+Input: `model.pt`, for some models with an `int8.xml`, `model.pt2` or `model.onnx` beside it, and a purpose.
 Output: an `Engine`.
 
     purpose         on a GPU                                  on a CPU
@@ -10,8 +10,9 @@ Output: an `Engine`.
     teaching        TorchScript in float16                    OpenVINO in its fastest precision
     online-teaching TorchScript in float16                    int8 if there is one, else as teaching
 
-Serving takes the first candidate whose logits match the model. The other purposes have exactly one candidate without
-such a check: the accuracies and training targets that they compute must not depend on a tolerance.
+Serving takes the first candidate whose logits match the model. The runtimes "pt2" and "onnx" serve on a CPU if they are
+chosen by name. The other purposes have exactly one candidate without such a check: the accuracies and training targets
+that they compute must not depend on a tolerance.
 """
 
 import logging
@@ -26,9 +27,11 @@ from training.runtimes import Device, Runtime
 from training.runtimes.cascade import CascadeEngine
 from training.runtimes.cuda import CudaGraphEngine
 from training.runtimes.engine import Engine, EngineError, deviation, example_images
+from training.runtimes.forms import FORM_FILES
 from training.runtimes.openvino import INT8, OpenVinoEngine, computes_int8
+from training.runtimes.torch_export import TorchExportEngine
 from training.runtimes.torchscript import TorchScriptEngine, computes_bfloat16
-from training.store import MODEL, ModelCard, Store
+from training.store import CASCADE, MODEL, Cascade, ModelCard, Store
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,10 @@ class Candidate:
         """
         if self.runtime == "int8":
             return OpenVinoEngine(model.with_name(INT8))
+        if self.runtime == "pt2":
+            return TorchExportEngine(model.with_name(FORM_FILES["pt2"]))
+        if self.runtime == "onnx":
+            return OpenVinoEngine(model.with_name(FORM_FILES["onnx"]), "f32")
         if self.runtime == "openvino":
             return OpenVinoEngine(model, "f32" if self.dtype is torch.float32 else None)
         dtype = self.dtype or torch.float32
@@ -86,9 +93,13 @@ def load_version(store: Store, card: ModelCard, device: Device = "auto", runtime
         EngineError: No runtime can compute it.
     """
     folder = store.verify(card)
-    if not card.cascade:
+    if CASCADE not in card.files:
         return load(folder / MODEL, device, runtime)
-    cascade = store.cascade(card)
+    return load_cascade(store, store.cascade(card), device, runtime)
+
+
+def load_cascade(store: Store, cascade: Cascade, device: Device = "auto", runtime: Runtime = "auto") -> Engine:
+    """Load the engines of both members of a cascade as one engine, see `load_version`."""
     first, second = (load_version(store, store.member_card(member), device, runtime) for member in cascade.members)
     return CascadeEngine(cascade, first, second)
 
@@ -138,7 +149,9 @@ def list_candidates(model: Path, device: Device, runtime: Runtime, purpose: Purp
                 candidates += [
                     Candidate("torchscript", "cuda", dtype, graphs=True) for dtype in (torch.float16, torch.float32)
                 ]
-            if device != "cuda" or runtime in ("int8", "openvino"):  # these run on the CPU only
+            if runtime in FORM_FILES:
+                candidates = [Candidate(runtime, dtype=torch.float32)]
+            elif device != "cuda" or runtime in ("int8", "openvino"):  # these run on the CPU only
                 if runtime == "int8" or (has_int8 and computes_int8()):
                     candidates.append(Candidate("int8"))
                 candidates += [Candidate("openvino"), Candidate("openvino", dtype=torch.float32)]

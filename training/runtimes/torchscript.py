@@ -2,8 +2,8 @@
 
 An exported classifier maps uint8 images [N, 3, 32, 32] to float32 logits [N, classes].
 
-PyTorch has deprecated TorchScript in favor of torch.export. All uses of torch.jit are in this module, so that a
-successor replaces only these few functions.
+PyTorch has deprecated TorchScript in favor of torch.export, see `torch_export`. All uses of torch.jit in this package
+are in this module, so that a successor replaces only these few functions.
 
 Run as a program, it computes the logits of a file in a process without the network's definition:
 `python -m training.runtimes.torchscript MODEL IMAGES LOGITS`.
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from training.errors import ReportedError
 from training.runtimes.engine import CPU_BATCH_SIZES, MAX_DEVIATION, Engine, example_images
 
 MAX_DIFFERENCE = 1e-3
@@ -35,7 +36,7 @@ Rounding may differ between eager mode and the frozen graph. Logits are of the o
 _SUFFIXES = {torch.float32: "", torch.float16: "-f16", torch.bfloat16: "-bf16"}
 
 
-class ExportError(RuntimeError):
+class ExportError(ReportedError, RuntimeError):
     """The logits of the exported file differ from those of the network."""
 
 
@@ -66,6 +67,17 @@ def round_weights(classifier: nn.Module) -> None:
         weight.data.copy_(weight.data.half())
 
 
+def store_in_half(classifier: nn.Module) -> nn.Module:
+    """Return a copy that stores the matrix weights in float16 and computes with them in float32."""
+    stored = copy.deepcopy(classifier)
+    with torch.no_grad():
+        for module, name in _matrix_weights(stored):
+            weight = module.get_parameter(name)
+            weight.data = weight.data.half()
+            register_parametrization(module, name, _HalfStorage().eval(), unsafe=True)
+    return stored
+
+
 def save(classifier: nn.Module, path: Path) -> None:
     """Trace a classifier in evaluation mode, write the file, and check it in a fresh process.
 
@@ -80,13 +92,9 @@ def save(classifier: nn.Module, path: Path) -> None:
     images = example_images(8)
     with torch.inference_mode():
         expected = classifier(images)
-    with torch.no_grad(), _ignore_deprecation():
-        stored = copy.deepcopy(classifier)
-        for module, name in _matrix_weights(stored):
-            weight = module.get_parameter(name)
-            weight.data = weight.data.half()
-            register_parametrization(module, name, _HalfStorage().eval(), unsafe=True)
-        traced = torch.jit.trace(stored, (images,), check_trace=False)  # the reloaded file is checked below
+    with torch.no_grad(), ignore_deprecation():
+        # the reloaded file is checked below
+        traced = torch.jit.trace(store_in_half(classifier), (images,), check_trace=False)
         # Serialize in memory, because PyTorch aborts the process if it cannot write to a file.
         content = io.BytesIO()
         torch.jit.save(traced, content)
@@ -107,7 +115,7 @@ def computes_bfloat16() -> bool:
 
 def load(path: Path, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
     """Load the classifier of an exported file onto a device, in evaluation mode."""
-    with _ignore_deprecation(), path.open("rb") as file:  # PyTorch opens only paths that are valid UTF-8
+    with ignore_deprecation(), path.open("rb") as file:  # PyTorch opens only paths that are valid UTF-8
         module: torch.jit.ScriptModule = torch.jit.load(file, map_location=device)
         if hasattr(module, "training"):
             # Freezing converts the weights to float32 once. Without folding they keep their trained values, so the
@@ -118,7 +126,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> torch.jit.ScriptModu
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Load the state dict of an exported classifier in float32. It is empty if the file holds a graph only."""
-    with _ignore_deprecation(), path.open("rb") as file:
+    with ignore_deprecation(), path.open("rb") as file:
         stored = torch.jit.load(file, map_location="cpu").state_dict()
     return {
         name.replace("parametrizations.", "").removesuffix(".original"): weight.float() if weight.dim() else weight
@@ -182,7 +190,8 @@ def _compute_in_fresh_process(path: Path, images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _ignore_deprecation() -> Iterator[None]:
+def ignore_deprecation() -> Iterator[None]:
+    """Ignore the warning that torch.jit is deprecated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
         yield

@@ -100,6 +100,22 @@ def test_other_images_get_the_weighted_mean_of_both_members() -> None:
     asyncio.run(scenario())
 
 
+def test_full_familiarity_is_the_energy_of_the_mean_of_both_members_and_leaves_the_answer() -> None:
+    async def scenario() -> None:
+        setup = Setup()
+        images = pictures(CONFIDENT, UNSURE)
+        fast = await setup.batcher.run(images)
+        full = await setup.batcher.run(images, full_familiarity=True)
+        assert setup.second.batches == [[UNSURE], [CONFIDENT, UNSURE]]
+        assert setup.observed == [(2, 1), (2, 2)]
+        np.testing.assert_array_equal(full.logits, fast.logits)
+        first, second = (PixelEngine(favored)(images) for favored in (0, 1))
+        for scores, logits in ((fast, first), (full, (first + second) / 2)):
+            np.testing.assert_allclose(scores.familiarity, np.log(np.exp(logits).sum(1)), rtol=1e-6)
+
+    asyncio.run(scenario())
+
+
 def test_an_image_that_is_decoded_with_its_batch_is_decoded_once() -> None:
     def decode() -> NDArray[np.uint8]:
         decoded.append(UNSURE)

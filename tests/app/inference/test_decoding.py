@@ -96,7 +96,7 @@ def test_an_image_takes_the_lane_of_its_cost(gate: Gate) -> None:
     async def scenario() -> None:
         gate.open.set()
         names = (b"quick1", b"medium2", b"costly3", b"apart4")
-        pixels, warnings = await Decoders(Settings()).decode(files(*names), "a", soon())
+        pixels, warnings, _ = await Decoders(Settings()).decode(files(*names), "a", soon())
         assert pixels[:, 0, 0, 0].tolist() == [ord("1"), ord("2"), ord("3"), ord("4")]
         assert warnings == [[f"a warning about {name.decode()}"] for name in names]
         lanes = ("decoder", "medium-decoder", "costly-decoder", "costly-decoder")
@@ -185,7 +185,7 @@ def test_a_lone_image_of_another_lane_is_decoded_there_and_its_header_is_read_on
         assert isinstance(delivery.result, CostlyImage)
         assert gate.begun == []
         monkeypatch.delattr(decoding, "EncodedImage")
-        pixels, _ = await decoders.decode(files(name), "a", soon(), opened=image.opened)
+        pixels, *_ = await decoders.decode(files(name), "a", soon(), opened=image.opened)
         assert (pixels[0, 0, 0, 0], decoders.waiting) == (ord("1"), 0)
 
     asyncio.run(scenario())

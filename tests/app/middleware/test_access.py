@@ -31,6 +31,11 @@ COSTLY = {
     ("GET", "/train/x/files/output.log"): 404,
     ("PUT", "/models/resnet/live"): 422,
     ("DELETE", "/models/resnet/9"): 404,
+    ("GET", "/models/resnet/9/files/model.pt"): 404,
+    ("GET", "/models/resnet/9/zip"): 404,
+    ("POST", "/models/resnet"): 403,
+    ("GET", "/feedback"): 200,
+    ("DELETE", "/feedback/x"): 404,
     ("POST", "/evaluate"): 200,
     ("DELETE", "/evaluate/x"): 404,
 }
@@ -71,8 +76,9 @@ def test_predicting_needs_a_key_where_that_is_wanted(models: Path, tmp_path: Pat
         assert service.post("/predict", files={"file": b"x"}).status_code == 401
         headers = {"Authorization": f"Bearer {KEYS[0]}"}
         assert service.post("/predict", files={"file": b"x"}, headers=headers).status_code == 415
-    with pytest.raises(ValidationError, match="CIFAR100_API_KEYS"):
-        Settings(predict_needs_key=True)
+    for setting in ("predict_needs_key", "allow_uploads"):
+        with pytest.raises(ValidationError, match=f"CIFAR100_{setting.upper()} needs CIFAR100_API_KEYS"):
+            Settings.model_validate({setting: True})
     with pytest.raises(ValidationError, match="at least 16"):
         Settings.model_validate({"api_keys": "short"})
 

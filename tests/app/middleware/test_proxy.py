@@ -79,7 +79,10 @@ def test_prefix_changes_neither_limits_nor_metrics_nor_errors(
         assert client.post(f"{passed}/predict", content=bytes(2 << 20), headers=image).status_code == 415
         assert client.post(f"{passed}/predict", content=bytes(4 << 20), headers=image).status_code == 413
         assert client.post(f"{passed}/train", content=bytes(2 << 20), headers=OPERATOR).status_code == 413
-        assert client.get(f"{passed}/nowhere").status_code == 404
+        missing = client.get(f"{passed}/nowhere").json()
+        assert (missing["status"], missing["type"]) == (404, "/ml/errors#404")
+        assert client.get(f"{passed}/v2/nowhere").json()["type"] == "/ml/errors#404"
+        assert client.get(f"{passed}/errors").status_code == 200
         assert client.get(f"{passed}/static/../main.py").status_code == 404
         assert client.post(f"{passed}/train", json={}).status_code == 401
         assert 'route="/predict",status="415"} 1.0' in client.get(f"{passed}/metrics").text

@@ -280,7 +280,10 @@ def test_requests_that_come_at_once_count_before_they_are_queued(app: FastAPI, m
         assert not services.shedder.should_shed(b"/predict", "127.0.0.2")  # each client has its own share of the queue
         assert not services.shedder.should_shed(b"/predict?version=1", "127.0.0.1")  # has its own queue
         refused = b'cifar100_requests_total{method="POST",route="/predict",status="503"} 3.0'
-        assert refused in services.metrics.render(services.pool)
+        content, _ = services.metrics.render("", await services.read_state())
+        assert refused in content
+        assert b'cifar100_refusals_total{reason="queue_full"} 2.0' in content
+        assert b'cifar100_refusals_total{reason="decoders_full"} 1.0' in content
 
     asyncio.run(scenario())
 
@@ -311,6 +314,13 @@ def test_an_early_refusal_has_the_form_of_the_open_inference_protocol(address: A
     assert b"content-type: application/json" in head.lower()
     assert b"retry-after: 1" in head.lower()
     assert json.loads(body)["error"] == "too many images are waiting; try again later"
+
+
+def test_an_early_refusal_names_its_description_below_the_path_prefix(app: FastAPI) -> None:
+    with run_server(app, should_shed=lambda *_: True, root_path="/ml") as listening:
+        for request in (make_upload(3, b"Connection: close") + b"abc", b"GET / HTTP/1.1\r\n\r\n"):
+            head, _, body = exchange(listening.getsockname(), request).partition(b"\r\n\r\n")
+            assert json.loads(body)["type"] == f"/ml/errors#{head.split()[1].decode()}"
 
 
 def test_predictions_are_refused_before_they_cost_anything_while_the_queue_is_full(
@@ -376,13 +386,16 @@ def test_what_waits_for_a_client_that_leaves_is_not_computed(app: FastAPI, addre
     batcher: Batcher = app.state.services.pool.live()["resnet"].batcher
     engine, computed, started, gate = batcher.engine, list[int](), threading.Event(), threading.Event()
 
-    def gated(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        computed.append(len(images))
-        started.set()
-        assert gate.wait(10)
-        return engine(images)
+    class GatedEngine:
+        name = engine.name
 
-    batcher.engine = cast(Engine, gated)
+        def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            computed.append(len(images))
+            started.set()
+            assert gate.wait(10)
+            return engine(images)
+
+    batcher.engine = cast(Engine, GatedEngine())
     file = io.BytesIO()
     Image.new("RGB", (32, 32)).save(file, "PNG")
     request = make_upload(len(file.getvalue())) + file.getvalue()

@@ -1,11 +1,11 @@
-// Draws a field of pixels, dense at its edges, behind the place for photos.
+// Draws the backdrop of the place for photos: a field of pixels, dense at its edges.
 
 const COLUMNS = 32;
 const ROWS = 24;
 const STRONGEST = 0.5; // opacity
 
 /** Fill a canvas with pixels in the accent color of the page. They are the same at every visit. */
-export function drawHalo(canvas) {
+export function drawBackdrop(canvas) {
   Object.assign(canvas, { width: COLUMNS, height: ROWS });
   const context = canvas.getContext("2d");
   context.fillStyle = getComputedStyle(canvas).color;

@@ -1,0 +1,85 @@
+"""Test the commands with --server against a real service that has keys."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_line import answered, refused, typed
+from server import Server
+from service import TINY
+
+pytestmark = pytest.mark.slow
+
+KEY = "the-key-of-this-test"
+FIELDS = [f"{name}={value}" for name, value in TINY.items()]
+
+
+@pytest.fixture(scope="module")
+def service(published_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A service with a key, to which CIFAR100_SERVER and CIFAR100_API_KEY point. Tests change its store."""
+    folder = tmp_path_factory.mktemp("service")
+    shutil.copytree(published_store, folder / "models")
+    with (
+        Server(folder / "models", folder / "runs", folder / "log", api_keys=KEY) as server,
+        pytest.MonkeyPatch.context() as environment,
+    ):
+        environment.setenv("CIFAR100_SERVER", str(server.address))
+        environment.setenv("CIFAR100_API_KEY", KEY)
+        yield
+
+
+@pytest.fixture
+def photo(image: bytes, tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    path.write_bytes(image)
+    return path
+
+
+def test_images_are_classified_explained_and_measured(service: None, photo: Path, published_store: Path) -> None:
+    text = photo.with_name("text.txt")
+    text.write_text("no image")
+    result = typed("predict", photo, text, "--json")
+    assert result.exit_code == 1
+    remote, failed = json.loads(result.stdout)
+    assert failed["error"].startswith("the bytes are not a supported image")
+    local = ("--server", "", "--models", published_store)
+    assert [remote] == answered("predict", photo, *local)
+    words = ("explain", photo, "--class", "red_disc", "--model", "resnet/1")
+    assert answered(*words) == answered(*words, *local)
+    assert "did you mean red_disc" in refused(1, "explain", photo, "--class", "red_disk")
+    measured = answered("evaluate", "--limit", "50")
+    assert (measured["model"], measured["split"], measured["result"]["images"]) == ("resnet", "test", 50)
+    assert "resnet/1 on 50 test images: top-1" in typed("evaluate", "resnet", "--limit", "50").stdout
+
+
+def test_a_job_is_followed_and_its_version_promoted_and_deleted(service: None) -> None:
+    job = typed("jobs", "submit", "resnet", *FIELDS, "--promote", "never").stdout.strip()
+    followed = typed("jobs", "follow", job)
+    assert followed.exit_code == 0, followed.output
+    assert "epoch 1  train loss" in followed.stdout
+    assert followed.stdout.splitlines()[-1].startswith("succeeded  published resnet/2, test top-1")
+    (listed,) = answered("jobs", "list")
+    assert (listed["id"], listed["state"], listed["published"]["version"]) == (job, "succeeded", 2)
+    assert answered("jobs", "show", job)["history"][0]["epoch"] == 1
+
+    assert answered("models", "list")[0]["versions"] == [1, 2]
+    assert answered("models", "promote", "resnet/2")["live"] == 2
+    assert answered("models", "rollback", "resnet")["live"] == 1
+    assert "newest version" in refused(1, "models", "delete", "resnet/2", "--yes")
+    assert answered("models", "promote", "resnet/2")["live"] == 2
+    assert answered("models", "delete", "resnet/1", "--yes")["versions"] == [2]
+    assert "there is no version 1" in refused(1, "models", "show", "resnet/1")
+
+
+def test_a_missing_key_is_asked_for(service: None) -> None:
+    for key in ("", "another-wrong-key"):
+        fault = refused(1, "jobs", "submit", "resnet", "--key", key)
+        assert fault.endswith("give it by --key or CIFAR100_API_KEY")
+
+
+def test_a_path_that_is_no_service_is_told(service: None) -> None:
+    address = os.environ["CIFAR100_SERVER"]
+    assert "is no service (404 Not Found for GET /health)" in refused(1, "models", "list", "--server", f"{address}/x")
