@@ -129,6 +129,9 @@ _REFUSALS = {
 }
 
 
+_OF_THE_BODY = ("content-length", "content-type")
+
+
 class ProblemResponse(JSONResponse):
     """A problem+json response. It is adapted to its request when it is sent, see `adapt`.
 
@@ -156,7 +159,7 @@ class ProblemResponse(JSONResponse):
             is_open_inference: True for a call of the Open Inference Protocol. Its clients look for `error`, and some of
                 them only in a body of type application/json.
         """
-        headers = {name: value for name, value in self.headers.items() if not name.startswith("content-")}
+        headers = {name: value for name, value in self.headers.items() if name not in _OF_THE_BODY}
         problem = {**self._problem, "type": prefix + self._problem["type"]}
         if is_open_inference:
             return JSONResponse({"error": problem["detail"], **problem}, self.status_code, headers)

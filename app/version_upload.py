@@ -28,7 +28,7 @@ from training.text import quote
 
 log = logging.getLogger(__name__)
 
-FILES = (CARD, MODEL, CASCADE, INT8, Path(INT8).with_suffix(".bin").name)
+FILES = (CARD, MODEL, CASCADE, INT8, Path(INT8).with_suffix(".bin").name, *FORM_FILES.values())
 """Names that the files of an uploaded version may have."""
 
 _MAX_CARD_BYTES = MIB
