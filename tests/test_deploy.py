@@ -72,10 +72,11 @@ def test_compose_file_mounts_files_and_volumes_that_exist() -> None:
 
 
 def test_prometheus_scrapes_the_service_and_grafana_reads_prometheus() -> None:
-    prometheus = load_yaml("deploy/prometheus/prometheus.yml")
+    prometheus = load_yaml("deploy/prometheus/compose.yml")
     (scraped,) = prometheus["scrape_configs"]
     (port,) = re.findall(r"CIFAR100_PORT=(\d+)", DOCKERFILE)
     assert f"EXPOSE {port}\n" in DOCKERFILE
+    assert "--config.file=/etc/prometheus/compose.yml" in SERVICES["prometheus"]["command"]
     assert scraped["static_configs"] == [{"targets": [f"cifar100:{port}"]}]
     assert "cifar100" in SERVICES
     assert [name for name in prometheus["rule_files"] if not (DEPLOY / "prometheus" / name).exists()] == []

@@ -43,6 +43,8 @@ STOP_S = 60.0
 KEY = secrets.token_hex(16)
 LARGEST = 12
 """Number of packages in the table of sizes."""
+FOR_GPU = ("nvidia", "triton", "cuda", "torch/lib/*cuda*")
+"""Parts of the GPU build of PyTorch that its CPU build does not have."""
 
 JOB = {
     "recipe": "resnet-seed",  # no member of the cascade, which stays the default model
@@ -150,7 +152,7 @@ def check_files() -> Iterator[Check]:
         "Dockerfile": ["hadolint", "Dockerfile"],
         "compose.yaml": [*compose, "config", "--quiet"],
         "compose.yaml with compose.gpu.yaml": [*compose, "--file", "compose.gpu.yaml", "config", "--quiet"],
-        "prometheus.yml": ["promtool", "check", "config", "deploy/prometheus/prometheus.yml"],
+        "prometheus/compose.yml": ["promtool", "check", "config", "deploy/prometheus/compose.yml"],
         "cifar100.service": ["systemd-analyze", "security", "--offline=yes", "deploy/systemd/cifar100.service"],
     }
     for what, command in commands.items():
@@ -172,19 +174,28 @@ def build(index: str, extras: str) -> Iterator[Check]:
     engine = ["--layers", "--format=docker", "--isolation=chroot", "--network=host", "--pull-never"]
     run("buildah", "bud", *engine, *options, "--tag", IMAGE, ".")
     history = json.loads(run("podman", "history", "--no-trunc", "--format=json", IMAGE))
-    layers = [(layer["size"], " ".join(layer["CreatedBy"].split())) for layer in history]
-    yield Check("image, uncompressed", f"{sum(size for size, _ in layers) / MIB:,.0f} MiB")
+    layers = [(layer["size"], describe_layer(layer["CreatedBy"])) for layer in history]
     for size, made in reversed(layers):
         if size > MIB:
-            yield Check(f"layer `{made[:70]}`", f"{size / MIB:,.0f} MiB")
+            yield Check(f"layer `{made}`", f"{size / MIB:,.0f} MiB")
     root = Path(run("podman", "image", "mount", IMAGE).strip())
     try:
         (packages,) = root.glob("venv/lib/python*/site-packages")
         sizes = {entry.name: measure_bytes(entry) for entry in packages.iterdir()}
+        for_gpu = sum(map(measure_bytes, {path for pattern in FOR_GPU for path in packages.glob(pattern)}))
     finally:
         run("podman", "image", "unmount", IMAGE)
+    total = sum(size for size, _ in layers)
+    yield Check("image, uncompressed", f"{total / MIB:,.0f} MiB")
+    yield Check(f"image without {', '.join(FOR_GPU)}", f"{(total - for_gpu) / MIB:,.0f} MiB")
     largest = sorted(sizes.items(), key=lambda item: item[1], reverse=True)[:LARGEST]
     yield Check("largest packages", ", ".join(f"{name} {size / MIB:,.0f} MiB" for name, size in largest))
+
+
+def describe_layer(created_by: str) -> str:
+    """Return the instruction that made a layer, such as "COPY /venv" for buildah's "COPY dir:0a1b... in /venv"."""
+    instruction = created_by.removeprefix("/bin/sh -c ").removeprefix("#(nop) ")
+    return re.sub(r"\b(?:dir|file|multi):[0-9a-f]+ in ", "", " ".join(instruction.split()))[:60].strip()
 
 
 def measure_bytes(path: Path) -> int:
@@ -274,7 +285,7 @@ def check_prometheus(container: Container, folder: Path) -> Iterator[Check]:
         return
     shipped = ROOT / "deploy" / "prometheus"
     shutil.copytree(shipped, folder / "prometheus")
-    configuration = folder / "prometheus" / "prometheus.yml"
+    configuration = folder / "prometheus" / "compose.yml"
     text = configuration.read_text()
     # The name of the service exists only in a network of compose.
     configuration.write_text(text.replace("cifar100:8000", "127.0.0.1:8000").replace("15s", "1s"))
@@ -291,7 +302,7 @@ def check_prometheus(container: Container, folder: Path) -> Iterator[Check]:
 
         wait_for(scraped, START_S, folder / "prometheus.log")
         names = run(*ask, 'count({job="cifar100",__name__=~"cifar100_.*"}) by (__name__)')
-        found = len(set(re.findall(r'__name__="(\w+)"', names)))
+        found = len(set(re.findall(r"cifar100_\w+", names)))
         yield Check("scrape by Prometheus", f"up, {found} names of series", "up", found > 0)
     finally:
         server.terminate()
