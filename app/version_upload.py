@@ -22,6 +22,7 @@ from app.machine import MIB
 from app.settings import Settings
 from app.threads import Threads
 from training.files import sha256
+from training.runtimes.forms import FORM_FILES
 from training.runtimes.openvino import INT8
 from training.store import CARD, CASCADE, MODEL, Cascade, ModelCard, Store, StoreError
 from training.text import quote

@@ -53,10 +53,15 @@ def make_table(*columns: str) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print a table. Without a terminal, it does not depend on the width of one."""
-    is_sized = out.is_terminal or "COLUMNS" in os.environ
-    console = out if is_sized else Console(width=_PIPE_WIDTH, markup=False, highlight=False)
-    console.print(table)
+    """Print a table. Without a terminal, it has no spaces at the ends of its lines, and not the width of a terminal."""
+    if out.is_terminal:
+        out.print(table)
+        return
+    width = None if "COLUMNS" in os.environ else _PIPE_WIDTH
+    console = Console(width=width, markup=False, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def print_error(message: str) -> None:

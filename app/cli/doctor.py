@@ -12,7 +12,7 @@ from typing import Any, Literal
 import typer
 
 from app import version
-from app.cli.options import Models, Runs, find_card, local_settings
+from app.cli.options import Models, Runs, find_card, is_given, local_settings
 from app.machine import GIB, cpu_count, memory_bytes
 from app.server.startup import StartupError, format_authority, listen
 from app.settings import Settings
@@ -49,7 +49,7 @@ class Finding:
     remedy: str = ""
 
 
-def doctor(models: Models = None, runs: Runs = None, as_json: Json = False) -> None:
+def doctor(context: typer.Context, models: Models = None, runs: Runs = None, as_json: Json = False) -> None:
     """Check what a service and a training run need on this machine. The exit status is 1 if there is a problem."""
     findings = dict[str, Finding]()
     try:
@@ -60,7 +60,7 @@ def doctor(models: Models = None, runs: Runs = None, as_json: Json = False) -> N
     for topic, check in _CHECKS.items():
         with working(f"checking {topic}"):
             findings[topic] = _run(check, settings)
-    values = [_describe_setting(settings, name, {"models": models, "runs": runs}) for name in Settings.model_fields]
+    values = [_describe_setting(context, settings, name) for name in Settings.model_fields]
     if as_json:
         listed = [{"topic": topic, **asdict(finding)} for topic, finding in findings.items()]
         print_json({"findings": listed, "settings": values})
@@ -268,11 +268,11 @@ _CHECKS: dict[str, Callable[[Settings], Finding]] = {
 }
 
 
-def _describe_setting(settings: Settings, name: str, options: dict[str, Path | None]) -> dict[str, str]:
+def _describe_setting(context: typer.Context, settings: Settings, name: str) -> dict[str, str]:
     """Return a setting with its value and the source of the value. Keys are hidden."""
     source = "default"
     if name in settings.model_fields_set:
-        source = f"--{name}" if options.get(name) else f"CIFAR100_{name.upper()}"
+        source = f"--{name}" if is_given(context, name) else f"CIFAR100_{name.upper()}"
     return {"name": name, "value": str(getattr(settings, name)), "source": source}
 
 

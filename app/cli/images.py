@@ -55,7 +55,8 @@ def predict(
                 print_error(f"{file}: {result}")
                 answers.append({"file": file, "error": result})
             elif as_json:
-                answers.append(asdict(replace(result, file=file)))
+                first = {"file": file, "model": result.model, "version": result.version}
+                answers.append(first | asdict(replace(result, file=file)))
             else:
                 _print_prediction(file, result)
     if as_json:
@@ -145,7 +146,7 @@ def explain(
     if picture:
         _draw(image, result, picture)
     if as_json:
-        print_json(asdict(replace(result, file=file)))
+        print_json({"file": file} | asdict(replace(result, file=file)))
     else:
         _print_explanation(file, result)
 

@@ -267,6 +267,7 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
     print_table(table)
     if not comparison["same_data"]:
         out.print("They were trained and measured on different data sets, so their measures cannot be compared.")
+    out.print()
     classes = comparison["classes"]
     table = make_table("class", *comparison["versions"], "difference")
     shown = classes if len(classes) <= 2 * _EXTREMES else classes[:_EXTREMES] + classes[-_EXTREMES:]

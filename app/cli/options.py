@@ -88,14 +88,13 @@ def require_local(context: typer.Context, *names: str) -> None:
     Raises:
         UsageError: One of them is given.
     """
-    given = [
-        param.opts[0] for param in context.command.params if param.name in names and _is_given(context, param.name)
-    ]
+    given = [param.opts[0] for param in context.command.params if param.name in names and is_given(context, param.name)]
     if given:
         raise UsageError(f"{' and '.join(given)} cannot be used with a service; leave out --server and CIFAR100_SERVER")
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
+def is_given(context: typer.Context, name: str) -> bool:
+    """Return whether a parameter has its value from the command line, not from a variable or its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 

@@ -38,8 +38,9 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_a_service_that_cannot_start_says_why_in_one_line(name: str, value: str, fault: str) -> None:
-    command = [sys.executable, "-m", "app", "--port", "0"]
-    done = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True, timeout=60)
+    environment = os.environ | {"CIFAR100_PORT": "0"} | {name: value}
+    command = [sys.executable, "-m", "app"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert fault in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -158,7 +158,7 @@ def test_a_taken_port_is_told_before_anything_is_loaded(workers: str, tmp_path: 
             timeout=END_S,
         )
     assert done.returncode == 1
-    assert done.stderr.startswith(f"cannot listen on 127.0.0.1:{port}: Address already in use")
+    assert done.stderr.startswith(f"error: cannot listen on 127.0.0.1:{port}: Address already in use")
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -208,7 +208,8 @@ def test_a_service_listens_on_a_unix_socket_only(
         second = Server(models, tmp_path / "runs", tmp_path / "log2", **chosen)
         assert second.process.wait(END_S) == 1
         assert (tmp_path / "log2").read_text() == (
-            f"cannot listen on unix:{socket_path}: another server listens on it; choose another path by CIFAR100_UDS\n"
+            f"error: cannot listen on unix:{socket_path}: another server listens on it; choose another path by "
+            "CIFAR100_UDS\n"
         )
         assert client.get("/health/live").status_code == 200
         assert server.stop() == 0

@@ -283,7 +283,7 @@ def test_recipes_lists_all_recipes_and_all_fields(columns: int) -> None:
 def test_a_model_without_a_live_version_is_an_error(tmp_path: Path) -> None:
     result = typed("evaluate", "resnet", "--data", "synthetic:1", "--models", str(tmp_path))
     assert result.exit_code == 1
-    assert "resnet has no live version" in said(result)
+    assert f"there is no model resnet in {tmp_path}; there are: none" in said(result)
 
 
 def test_a_version_that_is_no_number_is_an_error(models: Path) -> None:
