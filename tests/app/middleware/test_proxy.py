@@ -43,7 +43,7 @@ def test_every_url_of_an_answer_has_the_prefix(
         page = client.get(f"{passed}/")
         assert page.status_code == 200
         links = re.findall('(?:href|src)="([^"]+)"', page.text)
-        assert len(links) == 10
+        assert len(links) == 11
         for link in links:
             url = httpx.URL("http://proxy/ml/").join(link).path
             assert url.startswith("/ml/")
