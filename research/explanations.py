@@ -7,8 +7,8 @@ Scattered pixels do the most harm, because they leave no region intact and add e
 
     python research/explanations.py resnet/4 resnet18/5 [--split test] [--images 200] [--models models]
 
-The default split is the images that a version's recipe holds out. Windows and fill color were chosen there; the test
-set gives the final figures only.
+The default split is the images that a version's recipe holds out. The masks, the fill color and the linear model were
+chosen there; the test set gives the final figures only.
 
 Table: results/explanations.md.
 """

@@ -1,9 +1,11 @@
-"""Explain a class by occlusion (Zeiler & Fergus 2014, arXiv:1311.2901): how much each region of an image speaks for it.
+"""Explain a class by occlusion: how much each region of an image speaks for it.
 
     image --occlude--> masked images --engine--> probabilities --importance_map--> numbers --draw_overlay--> PNG
 
-A masked image hides one square window under the mean color of the image. The windows overlap, so that each cell of the
-map is hidden by several of them. `benchmarks/explain.py` measures the time and checks the maps.
+A masked image hides a part under the mean color of the image (Zeiler & Fergus 2014, arXiv:1311.2901). Each of 64 cells
+is hidden alone, and together with its neighbors in a block, because a network may need only one of two neighbors. A
+linear model of the fall of the logarithm of the probability gives each cell its share (Ribeiro et al. 2016,
+arXiv:1602.04938). `benchmarks/explain.py` measures the time, and `research/explanations.py` checks the maps.
 """
 
 import io
@@ -18,33 +20,41 @@ from training.store import ModelCard
 from training.text import quote, suggest
 
 CELL = 4
-"""Side of a cell of the map in pixels, which is also the distance of two windows."""
+"""Side of a cell of the map in pixels."""
 
 DECIMALS = 4
 """Decimals of the numbers of a map in an answer."""
 
-_WINDOW = 8  # side of a window in pixels
+_BLOCK = 2 * CELL  # side of a block of cells in pixels
+_PENALTY = 0.1  # of the ridge regression
 _OVERLAY = 128  # side of the overlay in pixels
 _FOR, _AGAINST = (255, 96, 0), (0, 96, 255)  # colors of regions that speak for the class, and against it
 _OPACITY = 0.8  # of the region that speaks most
 
 
-def _make_windows() -> NDArray[np.bool_]:
-    starts = range(
-        CELL - _WINDOW, SIZE, CELL
-    )  # windows reach over the border, so that it is hidden as often as the rest
-    windows = np.zeros((len(starts) ** 2, SIZE, SIZE), bool)
-    for window, (top, left) in zip(windows, ((top, left) for top in starts for left in starts), strict=True):
-        window[max(top, 0) : top + _WINDOW, max(left, 0) : left + _WINDOW] = True
-    return windows
+def _make_squares(side: int) -> NDArray[np.bool_]:
+    """Return masks that each hide one square, and together the whole image, bool [masks, SIZE, SIZE]."""
+    count = SIZE // side
+    hidden = np.eye(count**2, dtype=bool).reshape(-1, count, count)
+    return hidden.repeat(side, 1).repeat(side, 2)
 
 
-_WINDOWS = _make_windows()
-_CELLS = _WINDOWS[:, ::CELL, ::CELL].astype(np.float64)  # whether a window hides a cell, [windows, cells, cells]
-_CELLS /= _CELLS.sum(0)
+def _make_masks() -> NDArray[np.bool_]:
+    # A block at the border continues at the opposite one, so that every cell is in one block.
+    return np.concatenate([_make_squares(CELL), np.roll(_make_squares(_BLOCK), (CELL, CELL), (1, 2))])
+
+
+def _make_solver(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the matrix that solves the ridge regression of falls on hidden cells, float64 [cells, masks]."""
+    hidden = masks[:, ::CELL, ::CELL].reshape(len(masks), -1).astype(np.float64)
+    return np.linalg.solve(hidden.T @ hidden + _PENALTY * np.eye(hidden.shape[1]), hidden.T).astype(np.float64)
+
+
+_MASKS = _make_masks()
+_SOLVER = _make_solver(_MASKS)
 _LEAST = np.finfo(np.float64).tiny  # a probability of 0 has no logarithm
 
-COUNT = 1 + len(_WINDOWS)
+COUNT = 1 + len(_MASKS)
 """Number of images that `occlude` returns."""
 
 
@@ -58,7 +68,7 @@ def occlude(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         uint8 [COUNT, 3, 32, 32].
     """
     color = image.mean((1, 2)).round().astype(np.uint8)[:, None, None]
-    return np.concatenate([image[None], np.where(_WINDOWS[:, None], color, image)])
+    return np.concatenate([image[None], np.where(_MASKS[:, None], color, image)])
 
 
 def find_class(label: str, card: ModelCard) -> int:
@@ -79,11 +89,12 @@ def importance_map(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
         probabilities: Probability of the class for each image of `occlude`, float64 [COUNT].
 
     Returns:
-        float64 [8, 8] in nats: how much the logarithm of the probability falls, in the mean over the windows that hide
-        the cell. Negative where the probability rises.
+        float64 [8, 8] in nats: the share of each cell in the fall of the logarithm of the probability where it is
+        hidden. Negative where the probability rises.
     """
     logarithms = np.log(np.maximum(probabilities, _LEAST))
-    return np.tensordot(logarithms[0] - logarithms[1:], _CELLS, 1)
+    importance: NDArray[np.float64] = _SOLVER @ (logarithms[0] - logarithms[1:])
+    return importance.reshape(SIZE // CELL, SIZE // CELL)
 
 
 def draw_overlay(importance: NDArray[np.float64]) -> bytes:

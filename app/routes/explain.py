@@ -58,8 +58,8 @@ class Explanation:
     probability: float
     """Probability of the class for the whole image."""
     map: list[list[float]]
-    """8 rows of 8 cells of the square that the network sees, from the top left. A cell has the fall of the logarithm of
-    the probability in nats if it is hidden; it is negative if the probability rises."""
+    """8 rows of 8 cells of the square that the network sees, from the top left. A cell has its share in the fall of the
+    logarithm of the probability in nats if it is hidden; it is negative if the probability rises."""
     warnings: list[str]
     """Missing parts of a damaged image that was explained nevertheless."""
 

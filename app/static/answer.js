@@ -1,9 +1,18 @@
 // Shows the answer of /predict for one picture: the most probable classes of one model, or of several side by side.
 
-import { h } from "./dom.js";
+import { h, load, notify } from "./dom.js";
 import { percent, sentence, superclassWords, words } from "./text.js";
 
 const SHOWN = 5;
+
+async function callFromProgram(model) {
+  try {
+    const [{ showProgram }] = await load(import("./program.js"));
+    showProgram(model);
+  } catch (error) {
+    notify(error.message);
+  }
+}
 
 /** Show the place of an answer that has been asked for. */
 export function showWaiting(place, preview) {
@@ -33,7 +42,8 @@ function showAnswer(answer, isOneOfSeveral, explain) {
     familiar === false && h("p", { class: "strange" },
       h("strong", {}, "Probably none of the 100 classes."), " These are the nearest:"),
     list,
-    h("p", { class: "quiet" }, `${model}, version ${version}. ${milliseconds.toFixed(1)} ms on the server.`),
+    h("p", { class: "quiet" }, `${model}, version ${version}. ${milliseconds.toFixed(1)} ms on the server. `,
+      !isOneOfSeveral && h("button", { type: "button", class: "link", onclick: () => callFromProgram(model) }, "From a program")),
     warnings.map((warning) => h("p", { class: "quiet" }, sentence(warning))));
 }
 

@@ -77,7 +77,7 @@ function askForKey(detail, refused) {
   if (readKey() !== refused) return Promise.resolve(true); // another call has asked meanwhile
   asking ??= new Promise((resolve) => {
     const input = h("input", { type: "password", id: "key", required: true, autocomplete: "off", minlength: 16 });
-    const dialog = h("dialog", { "aria-labelledby": "key-title", onclose: () => {
+    const dialog = h("dialog", { "aria-labelledby": "key-title", "aria-describedby": "key-reason", onclose: () => {
       dialog.remove();
       asking = null;
       resolve(dialog.returnValue === "use");
@@ -85,11 +85,11 @@ function askForKey(detail, refused) {
     h("form", { method: "dialog", onsubmit: (event) => {
       if (event.submitter?.value === "use") keepKey(input.value);
     } },
-    h("h2", { id: "key-title" }, "A key, please"),
-    h("p", {}, refused ? sentence(detail) : "This service wants an API key for training, canceling, promoting and "
+    h("h2", { id: "key-title" }, "This call needs a key"),
+    h("p", { id: "key-reason" }, refused ? sentence(detail) : "This service wants an API key for training, canceling, promoting and "
       + "evaluating, and for predicting if it is configured so."),
     h("p", { class: "field" }, h("label", { for: "key" }, "API key"), input),
-    h("p", { class: "quiet" }, "Who runs the service has set it in CIFAR100_API_KEYS. This tab keeps it until you close it."),
+    h("p", { class: "quiet" }, "The operator of the service sets the keys in CIFAR100_API_KEYS. This tab keeps yours until you close it."),
     h("p", { class: "buttons" },
       h("button", { class: "primary", value: "use" }, "Use the key"),
       h("button", { value: "cancel", formnovalidate: true }, "Cancel"))));

@@ -1,16 +1,13 @@
 // Lists the classes of a model by superclass, in a dialog.
 
 import { call } from "./api.js";
-import { h, problem } from "./dom.js";
+import { h, problem, showDialog } from "./dom.js";
 import { superclassWords, words } from "./text.js";
 
 /** Show the classes of the first live model. */
 export async function showClasses(live) {
   const body = h("div", { class: "groups" });
-  const dialog = h("dialog", { class: "wide", "aria-labelledby": "classes-title", onclose: () => dialog.remove() },
-    h("form", { method: "dialog" }, h("h2", { id: "classes-title" }, "The classes"), h("button", {}, "Close")), body);
-  document.body.append(dialog);
-  dialog.showModal();
+  showDialog("The classes", body);
   const [name] = Object.keys(live);
   if (!name) return body.append(h("p", {}, "No model is live, so there are no classes to list."));
   try {

@@ -52,22 +52,18 @@ async function listModels() {
     maxPictures = health.max_images;
     showControls();
     byId("problem").replaceChildren();
-    if (Object.keys(live).length === 0) showNoModel(health);
+    if (!hasModel()) {
+      const [{ noModel }] = await load(import("./nomodel.js"));
+      byId("problem").replaceChildren(noModel(health, lookAgain));
+    }
   } catch (error) {
     showProblem(error, listModels);
   }
 }
 
-function showNoModel({ store, errors }) {
-  byId("problem").replaceChildren(h("div", { class: "problem" },
-    h("h2", {}, "No model is live yet"),
-    h("p", {}, `The service looked for models in the folder ${store ?? "that CIFAR100_MODELS names"} and found none that it can serve.`),
-    Object.values(errors).map((error) => h("p", {}, sentence(error))),
-    h("p", {}, "Train one: ", h("a", { href: "#/train" }, "start a training"),
-      ", or run ", h("code", {}, "python -m training train resnet"),
-      ". To use models that you have, set ", h("code", {}, "CIFAR100_MODELS"), " to their folder and start the service again."),
-    h("p", {}, h("button", { type: "button", onclick: listModels }, "Look again"))));
-}
+const hasModel = () => Object.keys(live).length > 0;
+
+const lookAgain = () => (selected ? classify(items) : listModels());
 
 function showControls() {
   const names = Object.keys(live);
@@ -80,6 +76,7 @@ function showControls() {
   names.map((name) => h("option", { value: name, selected: name === model },
     `${name} (${percent(live[name].test_top1)} right)`)),
   names.length > 1 && h("option", { value: ALL, selected: model === ALL }, "All models side by side"));
+  byId("controls").hidden = !hasModel();
   byId("controls").replaceChildren(h("label", { for: "model" }, "Model"), select,
     h("button", { type: "button", id: "copy", onclick: copyLink }, COPY));
 }
@@ -172,6 +169,8 @@ function moved(crop) {
 
 /** Send the squares of these items to /predict, once per model, and show the answer of the selected one. */
 async function classify(changed) {
+  if (!hasModel()) await listModels();
+  if (!hasModel()) return;
   const batch = changed.filter((item) => items.includes(item));
   if (batch.length === 0) return;
   hideExplanation();

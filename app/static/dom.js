@@ -61,6 +61,14 @@ export function refresh(place, key, build) {
   if (hadFocus) place.closest(".view").querySelector("h1").focus({ preventScroll: true });
 }
 
+/** Show a wide dialog with a title and a button that closes it. */
+export function showDialog(title, ...children) {
+  const dialog = h("dialog", { class: "wide", "aria-labelledby": "dialog-title", onclose: () => dialog.remove() },
+    h("form", { method: "dialog" }, h("h2", { id: "dialog-title" }, title), h("button", {}, "Close")), children);
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
 /** Return a table in a region that scrolls where the screen is narrow. */
 export function table(caption, head, rows) {
   return h("div", { class: "scroll", role: "region", tabindex: 0, "aria-label": caption },

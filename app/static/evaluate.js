@@ -4,6 +4,7 @@ import { call } from "./api.js";
 import { bySuperclass, confusion, reliability } from "./charts.js";
 import { add, h, notify, problem, refresh, table } from "./dom.js";
 import { isFinished, jobList, stateOf } from "./jobs.js";
+import { noModel } from "./nomodel.js";
 import { count, percent, sentence, superclassWords, when, words } from "./text.js";
 
 const MAX_CLASSES = 30; // a larger matrix is shown by superclass
@@ -35,7 +36,7 @@ async function showForm(place, { model, version }) {
   offered = null;
 
   if (versions.length === 0) {
-    add(place, h("h1", { tabindex: -1 }, "Evaluate a model"), h("p", {}, "There is no model to evaluate yet. ", h("a", { href: "#/train" }, "Start a training"), "."));
+    add(place, h("h1", { tabindex: -1 }, "Evaluate a model"), noModel(await call("health"), () => dispatchEvent(new HashChangeEvent("hashchange"))));
     return;
   }
 
@@ -93,7 +94,7 @@ function fileList(file) {
 
 async function showEvaluation(place, id) {
   const path = `evaluate/${encodeURIComponent(id)}`;
-  const body = h("div", { class: "evaluation" });
+  const body = h("div", { class: "stack" });
   const progress = h("progress", { "aria-label": "Progress" });
   const done = h("p", {});
   const said = h("p", { class: "hidden", role: "status" });

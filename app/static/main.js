@@ -34,30 +34,37 @@ async function route(event) {
   leave = null;
   notify("");
   for (const link of document.querySelectorAll("nav a[data-view]")) {
-    const isCurrent = link.dataset.view === (name === "evaluate" ? "models" : name);
-    if (isCurrent) link.setAttribute("aria-current", "page");
+    const isShown = link.dataset.view === (name === "evaluate" ? "models" : name);
+    if (isShown) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   document.title = `${view?.title ?? "Classify"} – CIFAR-100`;
   byId("classify").hidden = Boolean(view);
   byId("view").hidden = !view;
+  const place = h("div", { class: `view ${name}` });
+  byId("view").replaceChildren(place);
   if (view) {
-    const place = byId("view");
-    place.className = `view ${name}`;
-    place.setAttribute("aria-busy", true);
+    const isCurrent = () => place.isConnected; // the reader has not gone on to another view meanwhile
+    byId("view").setAttribute("aria-busy", true);
     try {
       const [{ show }] = await load(view.open(), loadStyles());
-      place.replaceChildren();
-      leave = await show(place, path, parameters);
+      const end = await show(place, path, parameters);
+      if (isCurrent()) leave = end;
+      else end?.();
     } catch (error) {
       place.replaceChildren(problem(error, route));
     }
-    place.setAttribute("aria-busy", false);
+    if (!isCurrent()) return;
+    byId("view").setAttribute("aria-busy", false);
   } else await showClassify(parameters);
   if (event) (byId(view ? "view" : "classify").querySelector("h1") ?? byId("main")).focus({ preventScroll: true });
 }
 
-async function takeFiles(files) {
+function takeFiles(files) {
+  openFiles(files).catch((error) => notify(error.message));
+}
+
+async function openFiles(files) {
   const zip = files.find(({ name, type }) => /zip/.test(type) || /\.zip$/i.test(name));
   if (zip) {
     const [{ offerZip }] = await load(import("./evaluate.js"));

@@ -4,12 +4,13 @@ import { call, sendJson } from "./api.js";
 import { bars, bySuperclass, confusion, curves, LOSSES, reliability, SHARES } from "./charts.js";
 import { add, h, notify, problem, table } from "./dom.js";
 import { runPictures } from "./jobs.js";
+import { noModel } from "./nomodel.js";
 import { count, percent, sentence, superclassWords, when, words } from "./text.js";
 
 /** Show all models, or the version of the path, beside the version of the parameter `with`. */
 export async function show(place, [name, version], { with: other }) {
   const models = await Promise.all((await call("models")).map((each) => call(`models/${each.name}`)));
-  if (!name) return showAll(place, models);
+  if (!name) return models.length ? showAll(place, models) : showEmpty(place);
   const cards = models.flatMap(({ cards: all, live }) => all.map((card) => ({ ...card, live: live === card.version, id: `${card.name}/${card.version}` })));
   const card = cards.find(({ id }) => id === `${name}/${version}`);
   if (!card) throw new Error(`There is no version ${name}/${version}. The view Models lists all.`);
@@ -20,8 +21,6 @@ function showAll(place, models) {
   place.append(h("h1", { tabindex: -1 }, "Models"),
     h("p", { class: "buttons" }, h("a", { class: "button", href: "#/evaluate" }, "Evaluate on your own photos"),
       h("span", { class: "quiet" }, "Promoting and evaluating need a key if the service has keys.")));
-  if (models.length === 0) place.append(h("div", { class: "problem" },
-    h("p", {}, "The store has no model yet. ", h("a", { href: "#/train" }, "Start a training"), "; its result appears here.")));
   const rows = models.flatMap(({ name, live, cards }) => [...cards].reverse().map((card) => [
     h("a", { href: `#/models/${name}/${card.version}` }, `${name}/${card.version}`),
     percent(card.test.top1),
@@ -32,6 +31,10 @@ function showAll(place, models) {
   add(place, models.filter(({ error }) => error).map(({ name, error }) => problem(new Error(`${name}: ${error}`))),
     rows.length > 0 && h("div", { class: "card" }, table("Versions of all models",
       ["Version", "Top-1", "Status", "Top-5", "Calibration error", "Parameters", "Published", "Recipe"], rows)));
+}
+
+async function showEmpty(place) {
+  add(place, h("h1", { tabindex: -1 }, "Models"), noModel(await call("health"), () => dispatchEvent(new HashChangeEvent("hashchange"))));
 }
 
 function promoteButton(name, version, live) {
@@ -69,7 +72,7 @@ async function showCard(place, card, cards, other) {
     other && h("p", { class: "key quiet" }, shown.map(({ id }, i) => [h("span", { class: `swatch s${i}` }), id])),
     h("div", { class: "groups" }, superclassesOf(shown)));
   if (!other) {
-    const [evaluation, run] = [h("section", { class: "evaluation" }), h("section", { class: "job" })];
+    const [evaluation, run] = [h("section", { class: "stack" }), h("section", { class: "stack" })];
     place.append(evaluation, run);
     await Promise.all([showEvaluation(evaluation, card), showRun(run, card)]);
   }

@@ -134,11 +134,11 @@ async function showJob(place, id) {
   const epochs = new Map();
   const inCard = { state: h("p"), changes: h("p", { class: "quiet" }), progress: h("div"), outcome: h("div"),
     buttons: h("p", { class: "buttons" }), log: h("div") };
-  const below = { charts: h("div", { class: "charts" }), pictures: h("div", { class: "job" }),
+  const below = { charts: h("div", { class: "charts" }), pictures: h("div", { class: "stack" }),
     said: h("p", { class: "hidden", role: "status" }) };
   const parts = { ...inCard, ...below };
   place.append(h("p", {}, h("a", { href: "#/train" }, "All trainings")), h("h1", { tabindex: -1 }, `Training of ${job.request.recipe}`),
-    h("div", { class: "job" }, h("div", { class: "card" }, Object.values(inCard)), Object.values(below)));
+    h("div", { class: "job stack" }, h("div", { class: "card" }, Object.values(inCard)), Object.values(below)));
 
   const draw = () => {
     for (const each of job.history) epochs.set(each.epoch, each);

@@ -28,10 +28,9 @@ _FAILED_RESPONSE = "Failed to load resource"  # tests of failures want these
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with two versions of resnet and one of resnet-seed, and the synthetic data set."""
+    """A server with the shipped models and the synthetic data set. The cascade is the default model."""
     folder = tmp_path_factory.mktemp("browser")
-    for name in ("resnet", "resnet-seed"):
-        shutil.copytree(SHIPPED / name, folder / "models" / name)
+    shutil.copytree(SHIPPED, folder / "models")
     with Server(folder / "models", folder / "runs", folder / "log", evaluate_wait_s="0.2") as running:
         yield running
     for process in list_processes(folder):
