@@ -124,9 +124,9 @@ def run(*command: str, stdin: bytes | None = None) -> str:
 
 
 def provide_base(image: str, folder: Path) -> str:
-    """Return what stands for the base image: itself if the engine has it, or a minimal Debian with its Python."""
+    """Return a description of the base image. If the engine does not have it, import a minimal Debian in its place."""
     if subprocess.run(["podman", "image", "exists", image], check=False).returncode == 0:
-        return "as the engine has it"
+        return run("podman", "image", "inspect", "--format={{.Comment}}", image).strip() or "as published"
     tag = re.fullmatch(r"python:(\d+\.\d+)-slim-(\w+)", image)
     if not tag:
         raise RuntimeError(f"the base image {image} is unknown to this script")
@@ -138,11 +138,12 @@ def provide_base(image: str, folder: Path) -> str:
     version = run("chroot", str(root), "python", "--version").split()[1]
     if not version.startswith(f"{python}."):
         raise RuntimeError(f"Debian {release} has Python {version}, the base image {python}")
+    description = f"stand-in: Debian {release} with Python {version}"
     with subprocess.Popen(["tar", "-C", str(root), "-c", "."], stdout=subprocess.PIPE) as archive:
         path = "ENV PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
-        imported = ["podman", "import", "--change", path, "-", f"docker.io/library/{image}"]
+        imported = ["podman", "import", "--change", path, "--message", description, "-", f"docker.io/library/{image}"]
         subprocess.run(imported, stdin=archive.stdout, capture_output=True, check=True)
-    return f"stand-in: Debian {release} with Python {version}"
+    return description
 
 
 def check_files() -> Iterator[Check]:
