@@ -182,7 +182,11 @@ def collect(folder: Path) -> Examples:
 def _predict(recorder: Recorder, client: TestClient) -> None:
     file = {"file": ("rocket.jpg", PHOTO.read_bytes())}
     recorder.call(
-        client, "predict", 200, files=file, params={"model": "resnet", "version": 4, "top_k": 3, "partial": False, "familiarity": "fast"}
+        client,
+        "predict",
+        200,
+        files=file,
+        params={"model": "resnet", "version": 4, "top_k": 3, "partial": False, "familiarity": "fast"},
     )
     recorder.call(client, "explain", 200, files=file, params={"model": "resnet", "version": 4, "class": "rocket"})
     recorder.call(client, "explain", 422, files=file, params={"class": "rockets"})
