@@ -1,4 +1,4 @@
-"""`cifar100 doctor`: check what a service and a training run need on this machine."""
+"""`cifar100 doctor`: check that a service and a training run have on this machine all that they need."""
 
 import importlib.metadata
 import os

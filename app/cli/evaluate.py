@@ -48,7 +48,7 @@ def evaluate(
 ) -> None:
     """Measure a version on the data set or on your own photos.
 
-    On this machine, a model computes in float32 and a cascade as it is served. A service measures with its own engine.
+    On this machine, a model computes in float32, a cascade with the engines that serve. A service uses its own engines.
     """
     if photos and (limit or split != "test"):
         raise UsageError("--split and --limit choose images of the data set; a zip is measured whole")

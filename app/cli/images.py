@@ -14,7 +14,7 @@ from rich.style import Style
 from rich.text import Text
 
 from app.cli.options import Key, Model, Models, Server, load_local, local_settings, open_client, split_version
-from training.console import FAILED, Json, err, out, print_error, print_json, track
+from training.console import FAILED, Json, err, out, print_error, print_json, track, working
 
 if TYPE_CHECKING:
     from app.client import Explanation, Image, Prediction
@@ -139,10 +139,12 @@ def explain(
     image = _read(file)
     if server:
         name, version = split_version(model)
-        with open_client(context, server, key) as client:
+        with open_client(context, server, key) as client, working("explaining"):
             result = client.explain(image, model=name, version=version, label=label)
     else:
-        result = load_local(model, models).explain(image, label=label)
+        local = load_local(model, models)
+        with working("explaining"):
+            result = local.explain(image, label=label)
     if picture:
         _draw(image, result, picture)
     if as_json:

@@ -9,7 +9,7 @@ import typer
 
 from app.cli.options import Key, Models, Runs, Server, connect
 from training.__main__ import Promote, parse_overrides
-from training.console import FAILED, CommandGroup, Json, make_table, out, print_json, print_table
+from training.console import FAILED, CommandGroup, Json, make_table, out, print_json, print_table, working
 from training.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def submit(
 ) -> None:
     """Queue a training job and print its id. A service trains it: this one, or one on the same runs folder."""
     changes = parse_overrides(overrides or [])
-    with connect(context, server, key, models, runs) as service:
+    with connect(context, server, key, models, runs) as service, working("checking the recipe"):
         job = service.train(recipe, promote=promote, **changes).latest
     if as_json:
         print_json(asdict(job))

@@ -20,15 +20,19 @@ from training.errors import ReportedError
 
 
 class _Cli(CommandGroup):
+    """The root of all commands. It also knows the errors of the client and of the decoder."""
+
     @override
     def describe(self, error: Exception) -> tuple[str, int]:
         if isinstance(error, ReportedError | typer.TyperException | OSError):
             return super().describe(error)
+        import httpx
+
         from app.client import ServiceError
         from app.exceptions import Problem
 
         match error:
-            case ServiceError(status=None):
+            case ServiceError(__cause__=httpx.TransportError()):
                 return str(error), os.EX_UNAVAILABLE
             case ServiceError(status=401):
                 return f"{error.detail}; give it by --key or CIFAR100_API_KEY", 1

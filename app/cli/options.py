@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they stand for: a service, or the local store and runs folder."""
+"""Options that several commands share, and the service or the local folders that they name."""
 
 import os
 from collections.abc import Iterator

@@ -1,6 +1,7 @@
 """Test the Python client: encoding of images, retries and their limits, event streams, and results it does not know."""
 
 import asyncio
+import inspect
 import io
 import json
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.client import AsyncClient, Client, Event, Prediction, ServiceError, encode_image
+from app.client import AsyncClient, Client, Event, Explanation, Prediction, ServiceError, encode_image
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -314,3 +315,22 @@ def test_pauses_differ_between_clients(pauses: list[float]) -> None:
         handle, _ = sequence(problem(503, retry_after="1"), ok([]))
         make_client(handle).models()
     assert pauses[0] != pauses[1]
+
+
+def test_both_clients_have_the_same_calls() -> None:
+    for name, call in vars(Client).items():
+        if not name.startswith("_"):
+            assert inspect.signature(call).parameters == inspect.signature(getattr(AsyncClient, name)).parameters, name
+
+
+def test_an_explanation_is_typed() -> None:
+    answer = {"model": "resnet", "version": 4, "class_id": 69, "label": "rocket", "superclass": "vehicles_2"}
+    handle, received = sequence(ok(answer | {"probability": 0.9, "map": [[0.5, -1.0]], "warnings": []}))
+
+    async def explain() -> Explanation:
+        async with AsyncClient("http://service", transport=httpx.MockTransport(handle)) as client:
+            return await client.explain(b"bytes", model="resnet", label="rocket")
+
+    explained = asyncio.run(explain())
+    assert (explained.label, explained.map, explained.file) == ("rocket", ((0.5, -1.0),), None)
+    assert dict(received[0].url.params) == {"model": "resnet", "class": "rocket"}

@@ -1,5 +1,6 @@
 """Test the command line with commands as users type them."""
 
+import json
 import re
 import signal
 from collections.abc import Iterator
@@ -51,10 +52,12 @@ def test_train_publishes_and_evaluate_measures_the_same(tmp_path: Path) -> None:
     assert trained.exit_code == 0, trained.output
     card = Store(models).card("resnet", 1)
     assert (card.recipe["width"], card.recipe["epochs"], card.notes) == (8, 1, "a try")
-    assert "epoch 1/1" in trained.output
-    assert f"published resnet/1: test top-1 {card.test.top1:.2%}" in said(trained)
-    assert "it is live" in said(trained)
+    assert "epoch 1/1" in trained.stderr
+    assert trained.stdout.startswith(f"published resnet/1: test top-1 {card.test.top1:.2%}")
+    assert trained.stdout.endswith("it is live\n")
 
+    measured = typed("evaluate", "resnet", "--json", *common)
+    assert json.loads(measured.stdout)["result"]["top1"] == pytest.approx(card.test.top1)
     for name in ("resnet", "resnet/1"):
         measured = typed("evaluate", name, *common)
         assert measured.exit_code == 0, measured.output
@@ -278,6 +281,7 @@ def test_recipes_lists_all_recipes_and_all_fields(columns: int) -> None:
     words = set(re.findall(r"[\w-]+", result.output))
     assert set(RECIPES) <= words
     assert set(Recipe.model_fields) - {"name"} <= words
+    assert [each["name"] for each in json.loads(typed("recipes", "--json").stdout)] == list(RECIPES)
 
 
 def test_a_model_without_a_live_version_is_an_error(tmp_path: Path) -> None:
