@@ -154,6 +154,7 @@ def collect(folder: Path) -> Examples:
         _train(recorder, client, job_id)
         for name in ("health", "live", "ready", "metrics"):
             recorder.call(client, name, 200)
+        recorder.call(client, "metrics", 200, headers={"Accept": "application/openmetrics-text"})
         ids = {"job_id": job_id, "evaluation_id": evaluation_id, "name": "resnet", "version": "4"}
         recorder.refuse_unknown_parameters(client, **ids)
         app.state.services.pool.live = _break
