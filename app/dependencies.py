@@ -122,7 +122,7 @@ class Services:
 
     async def stop(self) -> None:
         """Stop all work. Unfinished jobs go on at the next start."""
-        self.sample()
+        self.metrics.flush()
         await self.training_runner.stop()
         await self.evaluations.stop()
         self.uploads.close()

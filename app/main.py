@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
-from fastapi.telemetry import TelemetryConfig
 
 from app import errors, version
 from app.dependencies import Services
@@ -21,6 +21,9 @@ from app.middleware.security_headers import SecurityHeadersMiddleware
 from app.observability.tracing import Tracing, tracing_from_environment
 from app.routes import evaluate, explain, feedback, health, metrics, models, page, predict, train, v2, versions
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi.telemetry import TelemetryConfig
 
 DESCRIPTION = "Classifies images with residual networks trained on CIFAR-100, and trains them."
 
@@ -83,7 +86,7 @@ def create_app(settings: Settings | None = None, tracing: Tracing | None = None)
     return app
 
 
-def _telemetry(tracing: Tracing | None) -> TelemetryConfig:
+def _telemetry(tracing: Tracing | None) -> "TelemetryConfig":
     """Return what FastAPI reports to OpenTelemetry: a span per request. By default it looks for providers each time."""
     if tracing is None:
         return {"tracing": False, "metrics": False, "logs": False}

@@ -1,1 +1,1 @@
-"""What the service reports about itself: metrics for Prometheus, and traces for OpenTelemetry."""
+"""Observability of the service: metrics for Prometheus, and traces for OpenTelemetry."""

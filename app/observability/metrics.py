@@ -185,7 +185,7 @@ class Metrics:
         self._load_failures[model,].inc()
 
     def sample(self, ready: bool, queued: Mapping[str, int], undecoded: int) -> None:
-        """Count what is pending, and set the gauges of this process. Other workers read both from its files.
+        """Set the gauges of this process, and flush its counts. Other workers read both from its files.
 
         Args:
             ready: True if this process should get requests.
@@ -198,6 +198,10 @@ class Metrics:
         for model, images in queued.items():
             self._queued.labels(model).set(images)
         self._process.sample()
+        self.flush()
+
+    def flush(self) -> None:
+        """Flush the counters and histograms of this process."""
         for children in self._buffered:
             children.flush()
 
@@ -205,8 +209,7 @@ class Metrics:
         """Return the metrics of all workers, and their media type.
 
         Args:
-            accepted: Header Accept of the request. Of OpenMetrics and the text format, the first one that it names is
-                returned; the text format if it names neither.
+            accepted: Header Accept of the request. The format is OpenMetrics if it names that before the text format.
             state: Further metrics.
         """
         events: Collector = MultiProcessCollector(None) if METRICS in os.environ else self.registry

@@ -169,6 +169,29 @@ def test_promtool_finds_no_fault_in_the_metrics(service: Service) -> None:
     assert promtool("check", "metrics", given=service.client.get("/metrics").text) == ""
 
 
+def test_promtool_finds_no_fault_in_the_alerts() -> None:
+    promtool("check", "config", str(ROOT / "deploy/prometheus/prometheus.yml"))
+    promtool("test", "rules", str(ROOT / "deploy/prometheus/alerts_test.yml"))
+
+
+def test_every_alert_is_tested_and_has_a_section_in_the_documentation() -> None:
+    rules, tests = (ROOT / f"deploy/prometheus/{name}.yml" for name in ("alerts", "alerts_test"))
+    alerts = re.findall(r"alert: (\w+)", rules.read_text())
+    assert alerts == sorted(set(re.findall(r"alertname: (\w+)", tests.read_text())), key=alerts.index)
+    assert alerts == re.findall(r"^### (Cifar100\w+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    assert re.findall(r"runbook: docs/operations.md#(\w+)", rules.read_text()) == [each.lower() for each in alerts]
+
+
+def test_the_dashboard_and_the_alerts_use_only_metrics_that_exist() -> None:
+    series = {"up"}
+    for name, (kind, _) in documented().items():
+        series |= {f"{name}_{part}" for part in ("bucket", "sum", "count")} if kind == "histogram" else {name}
+    for path in ("deploy/prometheus/alerts.yml", "deploy/grafana/dashboard.json"):
+        used = set(re.findall(r"\b(?:cifar100_|process_|up\b)\w*", (ROOT / path).read_text()))
+        assert used
+        assert used <= series, path
+
+
 def test_no_update_is_lost_while_others_flush() -> None:
     registry, rounds = CollectorRegistry(), 5000
     counter = BufferedCounter("counted", "Updates.", registry=registry)
