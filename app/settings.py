@@ -173,7 +173,7 @@ class Settings(BaseSettings):
     runtime: Runtime = "auto"
     """Inference runtime. "auto" uses TorchScript on the GPU and OpenVINO on the CPU. On the CPU it prefers the int8
     network if the model has one and the CPU has int8 instructions. "openvino" never uses the int8 network.
-    "torchscript" computes in float32 on the CPU."""
+    "torchscript" computes in float32 on the CPU. "pt2" and "onnx" compute model.pt2 and model.onnx on the CPU."""
     default_model: str | None = None
     """Model for requests that name none. Default: a live cascade, or else the live model with the highest accuracy."""
 

@@ -35,8 +35,9 @@ RunPhase = Literal["loading", "features", "training", "exporting", "quantizing",
 """The work that a run does now, in the order of a run.
 
 loading: weights, data and a checkpoint; features: outputs of frozen stages and logits of a teacher; exporting:
-batch-normalization statistics, calibration and `model.pt`; quantizing: the int8 form and its comparison; measuring: the
-exported files on the test set; publishing: the version in the store and the figures of the run.
+batch-normalization statistics, calibration, `model.pt` and its other forms; quantizing: the int8 form and its
+comparison; measuring: the exported files on the test set; publishing: the version in the store and the figures of the
+run.
 """
 FIGURES = ("curves", "superclasses", "reliability", "classes", "mistakes")
 """Names of the PNG files in the folder `pictures` of an exported run."""

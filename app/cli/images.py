@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _STDIN = "-"
 _CHUNK = 32  # images per request
-_IMAGE_FAULTS = (413, 415, 422)  # statuses of an image that cannot be classified
+_IMAGE_FAULTS = (400, 413, 415, 422)  # statuses of images that cannot be classified, or not together
 _FOR, _AGAINST = (255, 96, 0), (0, 96, 255)  # colors of regions that speak for the class, and against it
 _PICTURE = 256  # side of a picture in pixels
 

@@ -1,5 +1,6 @@
 """Test the records of runs on a real MLflow server, also while the server does not answer."""
 
+import importlib
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from server import wait_for
-from service import TINY, find_finished_job, run_service
+from service import TINY
 
 from training.dataset import Dataset
 from training.loop import Epoch
@@ -37,6 +39,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an MLflow server."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow warns of its own code where warnings are errors
+        importlib.import_module("mlflow.pyfunc")
     folder = tmp_path_factory.mktemp("mlflow")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -169,16 +174,13 @@ def test_a_server_that_does_not_answer_costs_one_warning_and_gets_the_records_of
     assert values(server, found, "train_loss") == [(1, first["train_loss"]), (2, 2.0)]
 
 
-def test_a_training_job_of_the_service_is_recorded(
-    server: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    log = tmp_path / "log"
-    with run_service(models, tmp_path / "runs", log, data="synthetic:1") as (client, _):
-        request = {"recipe": "resnet", "overrides": TINY}
-        job_id = client.post("/train", json=request).raise_for_status().json()["id"]
-        job = wait_for(lambda: find_finished_job(client, job_id), 200, log)
-    assert job["state"] == "succeeded", log.read_text()
-    found = find_run(server, job_id)
+def test_the_command_line_records_a_run_on_the_server_that_the_environment_names(server: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training", "train", "resnet", *(f"{field}={TINY[field]}" for field in TINY)]
+    command += ["--data", "synthetic:1", "--run", str(tmp_path / "typed"), "--models", str(tmp_path / "models")]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": server}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert not process.stderr
+    found = find_run(server, "typed")
     assert found["info"]["status"] == "FINISHED"
-    assert {"key": "version", "value": "resnet/2"} in found["data"]["tags"]
+    assert {"key": "version", "value": "resnet/1"} in found["data"]["tags"]

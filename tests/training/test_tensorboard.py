@@ -12,7 +12,6 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from training.dataset import Dataset
 from training.loop import Epoch, Event
 from training.recipes import make_recipe
-from training.report import draw_figures
 from training.run import Run
 from training.trackers.tensorboard import TensorBoardTracker
 from training.trackers.tracking import track
@@ -76,17 +75,17 @@ def test_tensorboard_has_the_recipe_and_the_graph_of_the_network(run: Run) -> No
     assert len(layers) > 20
 
 
-def test_tensorboard_shows_the_pictures_of_an_export(
-    finished_run: Run, published_store: Path, dataset: Dataset
-) -> None:
-    files = draw_figures(finished_run, dataset)
+def test_tensorboard_shows_the_pictures_of_an_export(run: Run, finished_run: Run, published_store: Path) -> None:
+    run.pictures.mkdir()
+    for width, name in ((8, "curves"), (9, "mistakes")):
+        Image.new("RGB", (width, 7)).save(run.pictures / f"{name}.png")
     published = finished_run.publication()
     assert published
-    tracker = TensorBoardTracker(finished_run, classes=100)
+    tracker = TensorBoardTracker(run, classes=100)
     tracker.log_publication(published, published_store / "resnet" / "1")
     tracker.close("finished")
-    events = read_events(finished_run)
-    for file in files:
-        (shown,) = events.Images(f"pictures/{file.stem}")
-        with Image.open(file) as picture:
-            assert (shown.step, shown.width, shown.height) == (1, *picture.size)
+    events = read_events(run)
+    shown = {
+        tag: [(each.step, each.width, each.height) for each in events.Images(tag)] for tag in events.Tags()["images"]
+    }
+    assert shown == {"pictures/curves": [(1, 8, 7)], "pictures/mistakes": [(1, 9, 7)]}

@@ -10,7 +10,6 @@ import os
 import re
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -24,6 +23,7 @@ from training.loop import Event
 from training.provenance import collect_provenance
 from training.recipes import format_value
 from training.run import Publication, Run
+from training.runtimes.engine import example_images
 from training.store import MODEL, Evaluation, ModelCard
 from training.text import shorten
 from training.trackers.tracker import Status, Tracker
@@ -202,7 +202,6 @@ class MlflowMirror:
         from mlflow.entities import Param
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")  # advice on how to log a model
         mlflow.set_tracking_uri(self._uri)
         experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
         client = mlflow.MlflowClient()
@@ -288,5 +287,6 @@ def _log_model(run_id: str, model: Path, classes: int, step: int) -> None:
         python_model=str(MODEL_CODE),
         artifacts={"model": str(model)},
         signature=ModelSignature(Schema([pixels]), Schema([logits])),
+        input_example=example_images(1).numpy(),
         pip_requirements=[f"{name}=={installed_version(name).partition('+')[0]}" for name in ("torch", "numpy")],
     )
