@@ -126,7 +126,7 @@ def check_prefixed(proxy: str, image: Path) -> None:
         page = client.get("/ml", follow_redirects=True)
         assert page.url.path == "/ml/"
         links = re.findall('(?:href|src)="([^"]+)"', page.text)
-        assert len(links) == 10
+        assert len(links) == 11
         for link in links:
             assert client.get(page.url.join(link)).status_code == 200, link
         assert client.post(page.url.join("predict"), files={"file": image.read_bytes()}).status_code == 200
