@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from app.jobs.database import EVALUATION, TRAINING, Database, JobRow
 from app.jobs.queue import State
+from app.jobs.training_queue import phase_of
 from training.run import Run, RunPhase
 
 KINDS = (TRAINING, EVALUATION)
@@ -87,7 +88,7 @@ def _find_running(session: Session, database: Database, kind: str) -> RunningJob
     if report is None:
         return RunningJob("loading", elapsed_s, 0.0, None)
     remaining_s = report["remaining_s"] if report["event"] in ("tick", "epoch") and kind == TRAINING else None
-    return RunningJob(report["phase"], elapsed_s, _progress(kind, report, job.recipe), remaining_s)
+    return RunningJob(phase_of([report]), elapsed_s, _progress(kind, report, job.recipe), remaining_s)
 
 
 def _progress(kind: str, report: dict[str, Any], recipe: dict[str, Any]) -> float:
@@ -101,7 +102,7 @@ def _progress(kind: str, report: dict[str, Any], recipe: dict[str, Any]) -> floa
     if kind == EVALUATION:
         done, images = int(report["done"]), int(report["images"])
         return done / max(1, images)
-    epochs: float = report["epoch"]
+    epochs: float = report.get("epoch", 0)  # releases up to 0.2.0 have reports without an epoch
     if report["event"] == "tick":
         epochs += report["step"] / report["steps"] - 1
     total: int = recipe["epochs"] + recipe["finetune_epochs"]

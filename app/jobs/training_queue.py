@@ -279,13 +279,13 @@ class TrainingQueue(JobQueue[TrainingJob]):
     def _summarize(self, row: JobRow) -> TrainingJobSummary:
         summary = TrainingJobSummary.model_validate(row)
         if row.state == State.RUNNING:  # at most one job, so a list reads the metrics of one run
-            summary.phase = _phase_of(list(self.run_folder(row.id).metrics()))
+            summary.phase = phase_of(list(self.run_folder(row.id).metrics()))
         return summary
 
     def _view(self, row: JobRow) -> TrainingJob:
         metrics = list(self.run_folder(row.id).metrics())
         summary = TrainingJobSummary.model_validate(row)
-        summary.phase = _phase_of(metrics) if row.state == State.RUNNING else None
+        summary.phase = phase_of(metrics) if row.state == State.RUNNING else None
         progress = metrics[-1] if metrics else None
         if progress and State(row.state).finished:
             progress |= {"remaining_s": 0.0}  # the latest metrics estimate the export
@@ -298,7 +298,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
         )
 
 
-def _phase_of(metrics: list[dict[str, Any]]) -> RunPhase:
+def phase_of(metrics: list[dict[str, Any]]) -> RunPhase:
     """Return the phase of a running job. Its process loads its libraries before it reports anything."""
     if not metrics:
         return "loading"

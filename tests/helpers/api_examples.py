@@ -363,7 +363,7 @@ def _shorten(value: Any) -> Any:
         case list():
             return [_shorten(each) for each in value[:MAX_ITEMS]]
         case str() if value.startswith("# HELP"):
-            lines = [line for line in value.splitlines() if re.match(r"(# \w+ )?cifar100_(live|queued)", line)]
+            lines = [line for line in value.splitlines() if re.match(r"(# \w+ )?cifar100_(live|queued)|# EOF", line)]
             return "\n".join(lines) + "\n"
     return value
 

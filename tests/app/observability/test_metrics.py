@@ -1,6 +1,7 @@
 """Test /metrics: what it counts, its formats, and that the documentation, the dashboard and the alerts fit."""
 
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -182,14 +183,32 @@ def test_every_alert_is_tested_and_has_a_section_in_the_documentation() -> None:
     assert re.findall(r"runbook: docs/operations.md#(\w+)", rules.read_text()) == [each.lower() for each in alerts]
 
 
-def test_the_dashboard_and_the_alerts_use_only_metrics_that_exist() -> None:
-    series = {"up"}
-    for name, (kind, _) in documented().items():
-        series |= {f"{name}_{part}" for part in ("bucket", "sum", "count")} if kind == "histogram" else {name}
+def test_the_dashboard_and_the_alerts_use_only_metrics_and_labels_that_exist() -> None:
+    labels = {"up": {"job", "instance"}}
+    for name, (kind, own) in documented().items():
+        parts = [f"{name}_{part}" for part in ("bucket", "sum", "count")] if kind == "histogram" else [name]
+        labels |= dict.fromkeys(parts, own | {"job", "instance", "le"})
     for path in ("deploy/prometheus/alerts.yml", "deploy/grafana/dashboard.json"):
-        used = set(re.findall(r"\b(?:cifar100_|process_|up\b)\w*", (ROOT / path).read_text()))
+        text = (ROOT / path).read_text().replace('\\"', '"')
+        used = re.findall(r"\b((?:cifar100_|process_|up\b)\w*)(?:\{([^}]*)\})?", text)
         assert used
-        assert used <= series, path
+        for name, selector in used:
+            assert name in labels, path
+            assert set(re.findall(r"(\w+) *(?:=|!)", selector)) <= labels[name], (path, name)
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    dashboard = json.loads((ROOT / "deploy/grafana/dashboard.json").read_text())
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    assert {each["name"] for each in dashboard["templating"]["list"]} == {"datasource", "job", "instance", "model"}
+    cells = list[tuple[int, int]]()
+    for panel in panels:
+        place, targets = panel["gridPos"], panel.get("targets", [])
+        assert all(each["datasource"]["uid"] == "${datasource}" for each in targets), panel["title"]
+        assert place["x"] + place["w"] <= 24
+        cells += [(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])]
+    assert len(cells) == len(set(cells))
 
 
 def test_no_update_is_lost_while_others_flush() -> None:

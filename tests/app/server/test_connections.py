@@ -408,8 +408,12 @@ def test_what_waits_for_a_client_that_leaves_is_not_computed(app: FastAPI, addre
         wait_until(lambda: batcher.queued == 2)
         for connection in leaving:
             connection.close()
-        left = 'cifar100_requests_total{method="POST",route="/predict",status="499"} 2.0'
-        wait_until(lambda: left in httpx.get(f"http://{address[0]}:{address[1]}/metrics").text)
+        left = {
+            'cifar100_requests_total{method="POST",route="/predict",status="499"} 2.0',
+            'cifar100_images_total{model="resnet",outcome="abandoned"} 2.0',
+        }
+        url = f"http://{address[0]}:{address[1]}/metrics"
+        wait_until(lambda: left <= set(httpx.get(url).text.splitlines()))
         gate.set()
         assert status_line(stays) == b"HTTP/1.1 200 OK"
     wait_until(lambda: batcher.queued == 0)
