@@ -216,6 +216,18 @@ def test_each_image_gets_its_prediction_or_its_error() -> None:
     assert dict(received[0].url.params) == {"top_k": "1", "partial": "true"}
 
 
+def test_a_version_is_downloaded_and_uploaded_again_after_a_lost_connection() -> None:
+    uploaded = {"name": "resnet", "version": 2, "live": False, "check": None}
+    handle, received = sequence(httpx.Response(200, content=b"PK"), httpx.ReadError("lost"), ok(uploaded))
+    client = make_client(handle)
+    version = client.upload_version("resnet", client.download_version("resnet", 4), promote="if-better")
+    assert (version.version, version.live, version.check) == (2, False, None)
+    assert [request.url.path for request in received] == ["/models/resnet/4/zip", "/models/resnet", "/models/resnet"]
+    assert dict(received[2].url.params) == {"promote": "if-better"}
+    assert b"PK" in received[2].content
+    assert received[2].extensions["timeout"]["read"] > 600
+
+
 FIRST = b'id: 1\nevent: tick\ndata: {"epoch": 0}\n\n'
 SECOND = b': nothing new\n\nid: 2\nevent: epoch\ndata: {"text": "\xe2\x80\xa8"}\n\n'
 END = b"event: end\ndata: " + json.dumps(JOB | {"state": "succeeded"}).encode() + b"\n\n"

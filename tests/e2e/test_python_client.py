@@ -35,7 +35,7 @@ with client.Client(sys.argv[1]) as service:
 
 @pytest.fixture
 def server(models: Path, tmp_path: Path) -> Iterator[Server]:
-    with Server(models, tmp_path / "runs", tmp_path / "log") as server:
+    with Server(models, tmp_path / "runs", tmp_path / "log", feedback="true") as server:
         yield server
 
 
@@ -63,6 +63,13 @@ def test_every_kind_of_image_gets_the_same_classes_also_without_a_server(
         assert alone == [replace(expected, file=name) for name in names]
         together = client.predict(kinds)
         assert [(each.label, each.file) for each in together] == [(expected.label, name) for name in names]
+        good, bad = client.predict_each([image, b"text"])
+        assert isinstance(good, Prediction)
+        assert good.label == expected.label
+        assert isinstance(bad, ServiceError)
+        assert bad.status == 415
+        assert client.send_feedback(image, "red_ring").answer["predicted"] == expected.label
+        assert client.download_version("resnet", 1).startswith(b"PK")
         local = load("resnet", models, runtime="torchscript")
         assert [local.predict(each) for each in kinds] == alone
         assert [each.file for each in local.predict(kinds)] == names
