@@ -102,26 +102,30 @@ class FeedbackStore:
 
         Raises:
             StorageFull: There is no room.
+            Unavailable: The folder cannot be written.
         """
         created = datetime.now(UTC).replace(microsecond=0)
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
         correction = Correction(id=f"{created:{_TIME}}-{digest}", created=created, label=label, answer=answer)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(self.folder):
-            self._delete_expired()
-            replaced = [file for file in self._files() if file.stem.endswith(digest)]
-            if not replaced:
-                self.require_room()
-            file = self.folder / f"{correction.id}.png"
-            write_durably(file, _encode(pixels, correction))
-            for former in replaced:
-                if former != file:
-                    former.unlink()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with lock_folder(self.folder):
+                self._delete_expired()
+                replaced = [file for file in self._files() if file.stem.endswith(digest)]
+                if not replaced:
+                    self.require_room()
+                file = self.folder / f"{correction.id}.png"
+                write_durably(file, _encode(pixels, correction))
+                for former in replaced:
+                    if former != file:
+                        former.unlink(missing_ok=True)
+        except OSError as error:
+            raise Unavailable(f"the correction cannot be kept: {error.strerror}") from error
         return correction
 
-    def newest(self, limit: int | None = None) -> list[Correction]:
+    def newest(self, limit: int) -> list[Correction]:
         """Return the latest corrections, newest first. Damaged files are left out."""
-        return [correction for _, correction in self._read(reversed(self._files()[-limit if limit else None :]))]
+        return [correction for _, correction in self._read(self._files()[-limit:])][::-1]
 
     def entries(self) -> Iterator[tuple[Path, Correction]]:
         """Iterate over the files and the corrections, oldest first. Damaged files are left out."""
@@ -160,7 +164,7 @@ class FeedbackStore:
         """List the files of all corrections, oldest first."""
         return sorted(self.folder.glob("*.png"))
 
-    def _read(self, files: Iterator[Path] | list[Path]) -> Iterator[tuple[Path, Correction]]:
+    def _read(self, files: list[Path]) -> Iterator[tuple[Path, Correction]]:
         for file in files:
             with suppress(OSError, KeyError, AttributeError, SyntaxError, ValidationError), Image.open(file) as image:
                 yield file, Correction.model_validate_json(image.text[_RECORD])  # type: ignore[attr-defined]

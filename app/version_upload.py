@@ -131,10 +131,13 @@ class VersionReceiver:
         return card
 
     def _publish(self, folder: Path, card: ModelCard) -> ModelCard:
-        with self._store.draft(card.name) as draft:
-            for file in card.files:
-                shutil.copyfile(folder / file, draft / file)
-            return self._store.publish(draft, card)
+        try:
+            with self._store.draft(card.name) as draft:
+                for file in card.files:
+                    shutil.copyfile(folder / file, draft / file)
+                return self._store.publish(draft, card)
+        except OSError as error:
+            raise Unavailable(f"the model store cannot be changed: {error.strerror}") from error
 
 
 def unpack(file: BinaryIO, folder: Path, max_bytes: int) -> None:
@@ -182,6 +185,6 @@ def _parse(kind: type[Parsed], file: Path) -> Parsed:
 
 def _require_fit(card: ModelCard, name: str, classes: list[str] | None) -> None:
     if card.name != name:
-        raise BadRequest(f"the card is that of {quote(card.name)}; upload it to /models/{quote(card.name)}")
+        raise BadRequest(f"the card is that of {quote(card.name)}, not of {name}; upload it under the name of its card")
     if classes is not None and card.classes != classes:
         raise BadRequest(f"{CARD} names other classes than the live models of this service")

@@ -90,12 +90,12 @@ class CheckProcess:
         watchdog = threading.Timer(self._max_wall_s, process.kill)
         watchdog.start()
         try:
-            reply, output = process.communicate(json.dumps(request).encode())
+            reply, _ = process.communicate(json.dumps(request).encode())
         finally:
             watchdog.cancel()
             self._process = None
-        if process.returncode:
-            raise self._describe_end(process.returncode, output)
+        if process.returncode or not reply:
+            raise self._describe_end(process.returncode)
         answer: dict[str, Any] = json.loads(reply)
         if "fault" in answer:
             raise BadRequest(answer["fault"])
@@ -111,10 +111,16 @@ class CheckProcess:
         command = [sys.executable, "-P", "-m", __name__, str(self._max_cpu_s)]
         environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("CIFAR100_")}
         environment |= {"PYTHONPATH": str(_PACKAGES), "CUDA_VISIBLE_DEVICES": "", "MALLOC_ARENA_MAX": "2"}
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a model may print without an end
+            env=environment,
+            start_new_session=True,
+        )
 
-    def _describe_end(self, status: int, output: bytes) -> Problem:
+    def _describe_end(self, status: int) -> Problem:
         match -status:
             case signal.SIGTERM:
                 return Unavailable("the service stops; try again")
@@ -125,28 +131,31 @@ class CheckProcess:
                     f"the check of the version was killed: it takes more than {self._max_wall_s:g} s, or more memory "
                     "than the machine has; try again when the machine is less busy"
                 )
-        said = output.decode("utf-8", "replace").strip().splitlines() or ["it says nothing"]
-        return BadRequest(f"the version crashes the process that computes it (status {status}): {said[-1]}")
+        ended_by = signal.Signals(-status).name if status < 0 else f"status {status}"
+        return BadRequest(f"the version crashes the process that computes it ({ended_by})")
 
 
 def main(max_cpu_s: str) -> None:
     """Run the child process. The request is in the standard input, and the reply goes to the standard output."""
     _restrict(int(max_cpu_s))
-    from app.inference.version_check import check_version  # loads PyTorch, whose threads would prevent new namespaces
-    from training.store import Store
-
     request = json.load(sys.stdin)
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a library that prints must not write into the reply
-    limit_memory(request["max_memory_bytes"])
+    folder = Path(request["folder"])
     try:
-        folder, store = Path(request["folder"]), Store(Path(request["models"]))
-        answer = check_version(folder, store, request["runtime"], request["data"]).model_dump()
+        # PyTorch is loaded here, because its threads would prevent new namespaces.
+        from app.inference.version_check import check_version
+        from training.store import Store
+
+        limit_memory(request["max_memory_bytes"])
+        result = check_version(folder, Store(Path(request["models"])), request["runtime"], request["data"])
+        answer = result.model_dump()
     except Exception as error:  # a runtime may raise any exception
-        reason = "out of memory" if isinstance(error, MemoryError) else str(error).replace(f"{folder}/", "")
-        if any(sign in reason for sign in _NO_MEMORY):
+        reason = str(error).replace(f"{folder}/", "").strip() or type(error).__name__
+        if isinstance(error, MemoryError) or any(sign in reason for sign in _NO_MEMORY):
             reason = f"it takes more than {request['max_memory_bytes'] / GIB:g} GiB of memory"
-        answer = {"fault": f"the version cannot be computed: {reason}"}
+        # TorchScript describes the place of an error in the lines before the last.
+        answer = {"fault": f"the version cannot be computed: {reason.splitlines()[-1]}"}
     with reply:
         json.dump(answer, reply)
     os._exit(0)  # threads of a runtime may still compute

@@ -24,6 +24,7 @@ class Endless(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         total = x.float().mean((1, 2, 3))[:, None].expand(-1, 100)
         while True:
+            print("an endless output")
             total = total + 1
         return total
 
