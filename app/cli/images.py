@@ -15,6 +15,7 @@ from rich.text import Text
 
 from app.cli.options import Key, Model, Models, Server, load_local, local_settings, open_client, split_version
 from training.console import FAILED, Json, err, out, print_error, print_json, track, working
+from training.encoding import replace_surrogates
 
 if TYPE_CHECKING:
     from app.client import Explanation, Image, Prediction
@@ -110,7 +111,7 @@ def _read(file: str) -> "Image":
 
 
 def _print_prediction(file: str, prediction: "Prediction") -> None:
-    out.print(f"{file}  ({prediction.model}/{prediction.version})")
+    out.print(f"{replace_surrogates(file)}  ({prediction.model}/{prediction.version})")
     width = max(len(each.label) for each in prediction.classes)
     for each in prediction.classes:
         out.print(f"  {each.probability:7.2%}  {each.label:<{width}}  {each.superclass}")
@@ -154,9 +155,9 @@ def explain(
 
 
 def _print_explanation(file: str, result: "Explanation") -> None:
-    out.print(
-        f"{file}: {result.label}, {result.superclass}, {result.probability:.2%}  ({result.model}/{result.version})"
-    )
+    model = f"{result.model}/{result.version}"
+    name = replace_surrogates(file)
+    out.print(f"{name}: {result.label}, {result.superclass}, {result.probability:.2%}  ({model})")
     highest = max(abs(cell) for row in result.map for cell in row) or 1.0
     for row in result.map:
         cells = (Text(f"{round(cell, 2) + 0.0:7.2f}", _shade(cell / highest)) for cell in row)

@@ -12,6 +12,7 @@ from command_line import answered, refused, typed
 from PIL import Image
 
 from training.dataset import Dataset
+from training.run import Run
 from training.store import Store
 
 DATA = "synthetic:4"
@@ -145,12 +146,23 @@ def test_jobs_wait_for_a_service_until_they_are_cancelled(store: Store, tmp_path
     assert "a waiting training job needs resnet/1" in refused(1, "models", "delete", "resnet/1", "--yes")
     assert [each["id"] for each in answered("jobs", "list")] == [job]
     assert "resnet width=8 weights=resnet/1" in typed("jobs", "list").stdout
+    run = Run(tmp_path / "runs" / job)
+    run.path.mkdir()
+    run.record({"event": "phase", "phase": "loading", "message": "loading the images", "done": 0, "images": 0})
+    run.record({"event": "tick", "epoch": 1, "step": 2, "steps": 3, "loss": 4.5})
+    run.record({"event": "epoch", "epoch": 1, "train_loss": 4.5, "split": "test", "loss": 4.25, "top1": 0.125})
     assert typed("jobs", "cancel", job).stdout == f"{job}  cancelled\n"
-    followed = typed("jobs", "follow", job, "--json")
+    followed = typed("jobs", "follow", job)
     assert followed.exit_code == 1
-    (end,) = map(json.loads, followed.stdout.splitlines())
+    epoch = "epoch 1  train loss 4.500  test loss 4.250  top-1 12.50%"
+    lines = ["loading: loading the images", "epoch 1  step 2/3  loss 4.500", epoch, "cancelled"]
+    assert followed.stdout.splitlines() == lines
+    *_, last, end = map(json.loads, typed("jobs", "follow", job, "--json").stdout.splitlines())
+    assert (last["event"], last["number"], last["data"]["top1"]) == ("epoch", 3, 0.125)
     assert (end["event"], end["data"]["state"]) == ("end", "cancelled")
-    assert typed("jobs", "show", job).stdout.startswith(f"{job}  cancelled  resnet width=8")
+    shown = typed("jobs", "show", job).stdout.splitlines()
+    assert shown[0] == f"{job}  cancelled  resnet width=8 weights=resnet/1"
+    assert shown[-1] == epoch
     assert refused(1, "jobs", "show", "nope") == "there is no training job 'nope'; cifar100 jobs list lists them"
     assert "did you mean epochs" in refused(1, "jobs", "submit", "resnet", "epoch=2")
 

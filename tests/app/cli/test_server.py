@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cascades import copy_version
 from command_line import answered, refused, typed
 from server import Server
-from service import TINY
+
+from training.store import Store
 
 pytestmark = pytest.mark.slow
 
 KEY = "the-key-of-this-test"
-FIELDS = [f"{name}={value}" for name, value in TINY.items()]
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,9 @@ def service(published_store: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A service with a key, to which CIFAR100_SERVER and CIFAR100_API_KEY point. Tests change its store."""
     folder = tmp_path_factory.mktemp("service")
     shutil.copytree(published_store, folder / "models")
+    store = Store(folder / "models")
+    copy_version(store, "resnet", "resnet")
+    store.promote("resnet", 1)
     with (
         Server(folder / "models", folder / "runs", folder / "log", api_keys=KEY) as server,
         pytest.MonkeyPatch.context() as environment,
@@ -55,16 +59,18 @@ def test_images_are_classified_explained_and_measured(service: None, photo: Path
     assert "resnet/1 on 50 test images: top-1" in typed("evaluate", "resnet", "--limit", "50").stdout
 
 
-def test_a_job_is_followed_and_its_version_promoted_and_deleted(service: None) -> None:
-    job = typed("jobs", "submit", "resnet", *FIELDS, "--promote", "never").stdout.strip()
+def test_a_job_is_submitted_followed_and_cancelled(service: None) -> None:
+    job = typed("jobs", "submit", "resnet", "epochs=400", "validation_images=0").stdout.strip()
+    assert answered("jobs", "cancel", job)["state"] == "cancelled"
     followed = typed("jobs", "follow", job)
-    assert followed.exit_code == 0, followed.output
-    assert "epoch 1  train loss" in followed.stdout
-    assert followed.stdout.splitlines()[-1].startswith("succeeded  published resnet/2, test top-1")
+    assert followed.exit_code == 1
+    assert followed.stdout.splitlines()[-1] == "cancelled"
     (listed,) = answered("jobs", "list")
-    assert (listed["id"], listed["state"], listed["published"]["version"]) == (job, "succeeded", 2)
-    assert answered("jobs", "show", job)["history"][0]["epoch"] == 1
+    assert (listed["id"], listed["state"]) == (job, "cancelled")
+    assert answered("jobs", "show", job)["request"]["overrides"] == {"epochs": 400, "validation_images": 0}
 
+
+def test_versions_are_promoted_rolled_back_and_deleted(service: None) -> None:
     assert answered("models", "list")[0]["versions"] == [1, 2]
     assert answered("models", "promote", "resnet/2")["live"] == 2
     assert answered("models", "rollback", "resnet")["live"] == 1
