@@ -125,7 +125,7 @@ function readCrop(picture) {
 }
 
 function keepInAddress() {
-  if (!selected) return;
+  if (!selected || view.hidden) return;
   const { picture, crop, sample } = selected;
   const side = Math.min(picture.width, picture.height);
   const shares = [crop.x, crop.y, crop.size].map((each) => Number((each / side).toFixed(4)));
