@@ -36,7 +36,8 @@ from app.inference.images.encoded import CostlyImage, EncodedImage
 from app.machine import MIB, cpu_count
 from app.settings import Settings
 
-_MAX_THREADS = 8
+MAX_THREADS = 8
+"""Largest number of threads of the quick lane."""
 _MAX_PROCESSES = 2
 _COSTLY_BYTES = 256 * MIB  # estimated memory of concurrent costly images; a larger one, up to MAX_COST, runs alone
 _HEADER = DecodeCost(1, 32 * MIB)
@@ -126,11 +127,6 @@ class QuickImage:
         self._client = client
         self._deadline = deadline
 
-    @property
-    def is_last(self) -> bool:
-        """True if no other image waits to be decoded."""
-        return self._decoders.waiting == 0
-
     def start(self, deliver: Callable[[NDArray[np.uint8] | Exception], None]) -> None:
         """Start to decode the image.
 
@@ -147,13 +143,14 @@ class QuickImage:
         self._turn = self._decoders.quick.submit(self._client, _HEADER, self._decode)
         self._timer = asyncio.get_running_loop().call_later(self._deadline - time.monotonic(), self._expire)
 
-    def stop(self) -> None:
-        """Do not decode the image if its turn has not come."""
+    def stop(self) -> bool:
+        """Do not decode the image if its turn has not come. Returns True if `deliver` will not be called any more."""
         self._timer.cancel()
         if not self.decoding_s:
-            self._discard()
-        elif len(self.pixels):
+            return self._discard()
+        if len(self.pixels):
             self._decoders.observe("quick", self._started, self._started + self.decoding_s)
+        return False
 
     def _decode(self) -> float:
         outcome = measure(partial(self._decoders.decode_if_quick, self._file, self._deadline))
@@ -194,7 +191,7 @@ class Decoders:
     def __init__(self, settings: Settings, observe: Callable[[Lane, float, float], None] = lambda *_: None):
         self._settings = settings
         self.observe = observe
-        count = min(cpu_count(), _MAX_THREADS)
+        count = min(cpu_count(), MAX_THREADS)
         self.quick = FairThreads(count, count * _QUICK.memory_bytes, "decoder")
         """The threads of the quick lane."""
         count = max(1, count - 1)

@@ -6,6 +6,7 @@ old version finish on it, later requests get the new version, and the old versio
 
 import asyncio
 import logging
+import math
 import time
 from collections import OrderedDict
 from contextlib import nullcontext, suppress
@@ -18,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from app.exceptions import NotFound, Unavailable
+from app.inference import decoding
 from app.inference.batching import Batcher, BatchTimes
 from app.inference.cascade import CascadeBatcher
 from app.inference.statistics import ModelStatistics
@@ -243,12 +245,14 @@ class ModelPool:
             statistics.count_batch(times)
             self._metrics.observe_batch(name, times)
 
+        cpus = cpu_count()
         batcher = Batcher(
             engine,
             self._settings.max_batch,
             self._settings.max_queue,
             observe,
-            shares_cpu=cpu_count() == 1,
+            shares_cpu=cpus == 1,
+            busy_photos=cpus if 1 < cpus <= decoding.MAX_THREADS else math.inf,
             trace=partial(self._tracing.record_batch, name, version, engine.name) if self._tracing else None,
         )
         return Model(card, batcher, statistics=statistics)

@@ -373,3 +373,97 @@ def test_background_work_that_is_late_cancelled_or_fails_leaves_nothing_behind()
         assert batcher.waiting == 0
 
     asyncio.run(scenario())
+
+
+class Photo(QuickImage):
+    """A photo that is decoded when the test says so."""
+
+    def __init__(self, value: int) -> None:
+        self.decoded: NDArray[np.uint8] | Exception = pictures(value)
+        self.is_delivered = False
+
+    def start(self, deliver: Callable[[NDArray[np.uint8] | Exception], None]) -> None:
+        self.deliver = deliver
+
+    def stop(self) -> bool:
+        return not self.is_delivered
+
+    async def finish(self) -> None:
+        """Deliver the photo from another thread, as a decoder does."""
+        self.is_delivered = True
+        await asyncio.to_thread(self.deliver, self.decoded)
+
+
+async def start_photos(batcher: Batcher, count: int) -> tuple[list[Photo], "list[asyncio.Task[Scores]]"]:
+    photos = [Photo(value) for value in range(1, count + 1)]
+    tasks = [asyncio.create_task(batcher.run(photo)) for photo in photos]
+    await asyncio.sleep(0)
+    return photos, tasks
+
+
+@pytest.fixture
+def open_engine(monkeypatch: pytest.MonkeyPatch) -> SlowEngine:
+    """An engine that computes at once, for batches that wait for photos without a limit of time."""
+    monkeypatch.setattr(batching, "_MAX_GATHERING_S", 60.0)
+    engine = SlowEngine()
+    engine.gate.set()
+    return engine
+
+
+def test_a_batch_waits_for_more_photos_while_they_keep_all_cpus_busy(open_engine: SlowEngine) -> None:
+    async def scenario() -> None:
+        batcher = Batcher(open_engine, 8, 8, busy_photos=1)
+        photos, tasks = await start_photos(batcher, 4)
+        for photo in photos:
+            await photo.finish()
+        scores = await asyncio.gather(*tasks)
+        assert [each.logits.item() for each in scores] == [1, 2, 3, 4]
+        # The third photo leaves one in decoding, which does not keep the CPUs busy. The fourth may join its batch.
+        assert open_engine.batches in ([3, 1], [4])
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_of_enough_images_does_not_wait(open_engine: SlowEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(batching, "_ENOUGH_IMAGES", 2)
+        photos, tasks = await start_photos(Batcher(open_engine, 8, 8, busy_photos=1), 5)
+        await photos[0].finish()
+        assert not open_engine.started.is_set()
+        await photos[1].finish()
+        await asyncio.gather(*tasks[:2])
+        assert open_engine.batches == [2]
+        for task in tasks[2:]:
+            task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_waits_for_photos_only_for_a_limited_time(
+    open_engine: SlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(batching, "_MAX_GATHERING_S", 0.01)
+        photos, tasks = await start_photos(Batcher(open_engine, 8, 8, busy_photos=1), 5)
+        await photos[0].finish()
+        assert (await tasks[0]).logits.item() == 1
+        for task in tasks[1:]:
+            task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_does_not_wait_for_photos_that_fail_or_that_nobody_wants(open_engine: SlowEngine) -> None:
+    async def scenario() -> None:
+        photos, tasks = await start_photos(Batcher(open_engine, 8, 8, busy_photos=1), 4)
+        await photos[0].finish()
+        photos[1].decoded = DamagedImage("cut off")
+        await photos[1].finish()
+        with pytest.raises(DamagedImage, match="cut off"):
+            await tasks[1]
+        assert not open_engine.started.is_set()
+        tasks[2].cancel()
+        assert (await tasks[0]).logits.item() == 1
+        tasks[3].cancel()
+
+    asyncio.run(scenario())
