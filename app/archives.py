@@ -48,7 +48,7 @@ def open_zip(file: BinaryIO, max_entries: int) -> Iterator[zipfile.ZipFile]:
 
     Args:
         file: The zip, seekable.
-        max_entries: Largest number of entries. Those of a zip inside the zip count as well, if it is not compressed.
+        max_entries: Largest number of entries. Central directories of an uncompressed zip inside the zip count as well.
 
     Raises:
         BadRequest: The file is not a zip, is damaged, or has entries that share bytes.
@@ -100,7 +100,7 @@ def zip_chunks(files: Iterable[Path]) -> Iterator[bytes]:
 
 
 class _Sink(io.RawIOBase):
-    """A stream that keeps what is written until it is taken. It cannot seek, so sizes follow the data in a zip."""
+    """A stream that keeps written bytes until they are taken. It cannot seek, so sizes follow the data in a zip."""
 
     def __init__(self) -> None:
         self._written = bytearray()

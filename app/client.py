@@ -82,7 +82,7 @@ class ServiceError(Exception):
         status: HTTP status. None if there was no response.
         type: Type of the problem (RFC 9457).
         title: Short name of the problem.
-        detail: What is wrong, and what to do.
+        detail: The problem, and its remedy.
         errors: Invalid parameters, each with `field` and `message`.
         request_id: Id of the request in the log of the service.
     """
@@ -143,7 +143,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """A correction that the service keeps: the right class `label`, and what the model answered."""
+    """A correction that the service keeps: the right class `label`, and the answer of the model."""
 
     id: str
     label: str
@@ -153,7 +153,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How much each region of an image speaks for a class."""
+    """A map of how much each region of an image speaks for a class."""
 
     model: str
     version: int

@@ -249,7 +249,7 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
 
 
 def _describe_fault(fault: dict[str, Any]) -> str:
-    """Return what is wrong with a value, and what to give instead."""
+    """Return the problem of a value and its remedy."""
     context, given = fault.get("ctx", {}), quote(str(fault.get("input", "")))
     match fault["type"]:
         case "greater_than_equal":

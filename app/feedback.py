@@ -1,4 +1,4 @@
-"""Keep corrections of predictions: the image as the network sees it, its right class, and what was answered.
+"""Keep corrections of predictions: the image as the network sees it, its right class, and the model's answer.
 
     POST /feedback --FeedbackStore--> runs/feedback/<id>.png --app.feedback_export--> labeled folders, npz
 
@@ -39,7 +39,7 @@ _THREADS = 2
 
 
 class Answer(BaseModel, use_attribute_docstrings=True):
-    """What a model answered for an image."""
+    """The answer of a model for an image."""
 
     model: str
     """Name of the model."""
@@ -52,7 +52,7 @@ class Answer(BaseModel, use_attribute_docstrings=True):
 
 
 class Correction(BaseModel, use_attribute_docstrings=True):
-    """The right class of an image, and what was answered."""
+    """The right class of an image, and the model's answer."""
 
     id: str
     """Id of the correction."""
@@ -98,7 +98,7 @@ class FeedbackStore:
         Args:
             pixels: uint8 [3, 32, 32].
             label: Label of the right class.
-            answer: What was answered.
+            answer: The answer of the model.
 
         Raises:
             StorageFull: There is no room.

@@ -124,8 +124,8 @@ class Settings(BaseSettings):
     predict_needs_key: bool = False
     """Predictions need a key as well."""
     allow_uploads: bool = False
-    """Accept versions of other services at POST /models/{name}. Whoever may upload a model can run code, so this needs
-    API keys."""
+    """Accept versions of other services at POST /models/{name}. A client that may upload a model can run code, so this
+    needs API keys."""
     operator_rate_limit: RateLimit = limits.parse("60/minute")
     """Rate limit for calls that need a key, per client and key. Wrong keys have the same limit per client. An empty
     value disables both."""

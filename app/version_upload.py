@@ -43,7 +43,7 @@ class VersionReceiver:
     """Checks uploaded versions, one at a time, and publishes them.
 
     Args:
-        settings: Limits of an upload, and what a check needs.
+        settings: Limits of an upload, and the inputs of a check.
         store: The model store.
     """
 

@@ -1,4 +1,4 @@
-"""Measure what the score of familiar images adds to POST /predict: CPU time of the answer with and without it.
+"""Measure the CPU time that the score of familiar images adds to the answer of POST /predict.
 
 The code of the service makes both answers from the same logits, in turns. The answer without the score lacks its
 logarithm, the comparison with the threshold, and two members of the JSON. The added time is compared with the CPU time

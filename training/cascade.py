@@ -189,7 +189,7 @@ def refit(store: Store, dataset: Dataset, promoted: Publication, promotion: Prom
         The publication of the new cascade, or None if no live cascade has such a member.
 
     Raises:
-        StoreError, EngineError: The errors of `publish`. The live cascade stays as it is.
+        StoreError, EngineError: The errors of `publish`. The live cascade does not change.
     """
     version = store.live(NAME)
     if version is None or not promoted.live:

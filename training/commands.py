@@ -184,7 +184,7 @@ def measure(
         store: The model store.
         card: Card of the version.
         data: Data set, see `load_dataset`.
-        split: Split of the data set. "validation" is what the version's recipe held out of "train".
+        split: Split of the data set. "validation" is the part of "train" that the version's recipe held out.
         int8: True for the quantized form.
         flip: True for the mean logits of an image and its mirror image.
         limit: Number of images of the split. None means all.

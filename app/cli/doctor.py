@@ -50,7 +50,7 @@ class Finding:
 
 
 def doctor(context: typer.Context, models: Models = None, runs: Runs = None, as_json: Json = False) -> None:
-    """Check what a service and a training run need on this machine. The exit status is 1 if there is a problem."""
+    """Check this machine for a service and for training runs. The exit status is 1 if there is a problem."""
     findings = dict[str, Finding]()
     try:
         settings = local_settings(models=models, runs=runs)

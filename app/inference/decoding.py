@@ -234,8 +234,8 @@ class Decoders:
 
         Returns:
             A function that returns uint8 [3, 32, 32]. It raises `TooLarge` or `CostlyImage` if the image has too many
-            pixels, costs more than 5 ms or may have warnings. None for several images, for a larger file, and for one
-            whose header may take long to read.
+            pixels, costs more than 5 ms or may have warnings. None for several images, for a larger file, and for a
+            file with a header that may take long to read.
         """
         if len(files) != 1:
             return None

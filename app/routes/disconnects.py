@@ -1,4 +1,4 @@
-"""Cancel the work for a request when its client disconnects, so that nothing is computed that nobody receives."""
+"""Cancel the work for a request when its client disconnects, because no one would receive its result."""
 
 import asyncio
 from collections.abc import Coroutine

@@ -37,7 +37,7 @@ class ExplainQuery(ModelQuery, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """How much each region of an image speaks for a class."""
+    """A map of how much each region of an image speaks for a class."""
 
     __pydantic_config__: ClassVar = DESCRIBED
 

@@ -1,4 +1,4 @@
-"""What the routes that take images share: their bodies, their parameters, and cancellation when a client disconnects.
+"""The routes that take images share these functions: bodies, parameters, and cancellation when a client disconnects.
 
 request --read_images--> files and text fields --route--> result --ImageRoute--> response
 """

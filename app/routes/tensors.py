@@ -5,7 +5,7 @@ output tensors --encode_response--> body
 
 With the extension a body is a JSON object followed by the binary data of its tensors, in the order of the JSON. A
 header names the length of the JSON. Numbers are little-endian. An element of type BYTES has its length, 4 bytes, before
-it. In JSON, an element of type BYTES is text: base64 for an image, and a label as it is.
+it. In JSON, an element of type BYTES is text: base64 for an image, and a label is plain text.
 """
 
 import base64

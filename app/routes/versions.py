@@ -118,8 +118,8 @@ async def upload_version(
 ) -> UploadedVersion:
     """Publish a version of another service: the multipart field `file` is a zip of its card and files.
 
-    The version is checked in a process with limited resources before the service loads it. Whoever may upload a model
-    can run code, so uploads are off unless CIFAR100_ALLOW_UPLOADS is true, and always need a key.
+    The version is checked in a process with limited resources before the service loads it. A client that may upload a
+    model can run code, so uploads are off unless CIFAR100_ALLOW_UPLOADS is true, and always need a key.
     """
     if not services.settings.allow_uploads:
         raise Forbidden("uploads are off; start the service with CIFAR100_ALLOW_UPLOADS=true and CIFAR100_API_KEYS")

@@ -1,4 +1,4 @@
-"""Test that the OpenAPI document describes everything, and that its examples are what the service answers."""
+"""Test that the OpenAPI document describes everything, and that its examples equal the answers of the service."""
 
 import json
 import re

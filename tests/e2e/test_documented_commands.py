@@ -1,6 +1,6 @@
 """Run the commands of README.md and docs/ as a reader would, and compare their output with that in the documents.
 
-The server has a copy of the shipped models. Of commands that take minutes only the arguments are checked.
+The server has a copy of the shipped models. Commands that take minutes are not run; only their arguments are checked.
 """
 
 import os

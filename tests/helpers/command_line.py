@@ -21,7 +21,7 @@ def typed(*words: str | Path, stdin: bytes | None = None, **environment: Any) ->
 
 
 def answered(*words: str | Path, **options: Any) -> Any:
-    """Run a command with --json and return what it prints on stdout. Its exit status must be 0."""
+    """Run a command with --json and return its stdout. Its exit status must be 0."""
     result = typed(*words, "--json", **options)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)

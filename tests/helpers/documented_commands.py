@@ -1,4 +1,4 @@
-"""Find the commands of Markdown documents, run them, and compare what they print with what the documents show.
+"""Find the commands of Markdown documents, run them, and compare their output with the documents.
 
     document -> blocks in ``` fences -> commands -> output --compare--> the output in the document
 
@@ -128,7 +128,7 @@ class PythonSession:
                 close()
 
     def run(self, command: Command, text: str) -> str:
-        """Run a command and return what it prints. An error prints its last line only, as documents show it.
+        """Run a command and return its output. An error prints its last line only, as documents show it.
 
         Raises:
             Exception: A block of the language python fails.

@@ -35,7 +35,7 @@ TRAINING = {
 }
 TRAINING_S = 3600.0
 WIDTH = 1280
-COLORS = 256  # of a picture without photos
+COLORS = 256  # enough for a picture without photos
 
 
 def find_training(client: httpx.Client) -> str:

@@ -230,7 +230,7 @@ class Container:
         return run("podman", "inspect", f"--format={{{{{field}}}}}", self.id).strip()
 
     def log(self) -> str:
-        """Return what the service has logged."""
+        """Return the log of the service."""
         done = subprocess.run(["podman", "logs", self.id], capture_output=True, text=True, check=True)
         return done.stdout + done.stderr
 
@@ -249,7 +249,7 @@ def running() -> Iterator[Container]:
 
 
 def check_service(container: Container, photo: bytes) -> Iterator[Check]:
-    """Check what the service does in the container, and who it is."""
+    """Check the answers and the user of the service in the container."""
     yield Check("time until the health check succeeds", f"{time.monotonic() - container.began:.1f} s")
     facts = container.execute(FACTS)
     wanted = "1000 0000000000000000 1 ro"

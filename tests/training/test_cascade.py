@@ -1,4 +1,4 @@
-"""Test the fit of a cascade on predictions with a known optimum, its publication, and what a store keeps for it."""
+"""Test the fit of a cascade on predictions with a known optimum, its publication, and its members in a store."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Test that a run trains on extra images, and that they never change what it is measured on."""
+"""Test that a run trains on extra images, and that they never change its validation and test images."""
 
 from pathlib import Path
 from typing import Any

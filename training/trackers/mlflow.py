@@ -1,8 +1,8 @@
 """`MlflowTracker` mirrors a run folder on an MLflow server.
 
 Input: the files of the run, and the published version.
-Output: an MLflow run with parameters, metrics, files, and a model with a signature. RUN/mlflow.json has its id and says
-what the server has already, so that a resumed run continues there.
+Output: an MLflow run with parameters, metrics, files, and a model with a signature. RUN/mlflow.json has its id and
+lists the data that the server has already, so that a resumed run continues there.
 """
 
 import logging
@@ -38,9 +38,9 @@ EXPERIMENT = "cifar100"
 POSITION = "mlflow.json"
 MODEL_CODE = Path(__file__).with_name("mlflow_model.py")
 
-MAX_METRICS = 1000  # of one request, a limit of MLflow
+MAX_METRICS = 1000  # MLflow's limit for one request
 MAX_METRICS_OF_A_LINE = 8
-CLOSE_S = 120.0  # for what the server lacks at the end of a run
+CLOSE_S = 120.0  # to send the missing data at the end of a run
 STOP_S = 2.0  # the same if the run is stopped: a supervisor kills a process 3 s after SIGTERM
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -118,7 +118,7 @@ class MlflowTracker(Tracker):
 
 
 class Position(BaseModel):
-    """What an MLflow server has of a run."""
+    """The parts of a run that an MLflow server has."""
 
     server: str
     """Tracking URI of the server, without a password."""

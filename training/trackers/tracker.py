@@ -11,7 +11,7 @@ from training.loop import Event
 from training.run import Publication
 
 Status = Literal["finished", "stopped", "failed"]
-"""How the work on a run ended. A run that was stopped or has failed can be resumed."""
+"""The end of the work on a run. A run that was stopped or has failed can be resumed."""
 
 
 class Tracker(Protocol):

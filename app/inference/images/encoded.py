@@ -127,8 +127,8 @@ class EncodedImage:
     """Estimated cost of decoding."""
 
     needs_process: bool
-    """True for AVIF and HEIC, whose decoders take untrusted sizes from the compressed data. They must run in a process
-    that can be killed. Their header has been read only in part."""
+    """True for AVIF and HEIC, whose decoders take untrusted sizes from the compressed data. They must run in a
+    killable process. Their header has been read only in part."""
 
     is_cut_off: bool
     """True for a JPEG without its end."""

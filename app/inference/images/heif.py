@@ -1,4 +1,4 @@
-"""Open AVIF and HEIC images, in a process that can be killed only.
+"""Open AVIF and HEIC images. Use it only in a process that can be killed.
 
 In: the bytes of a file.  Out: its kind, its declared size, an estimate of its cost, and an image of Pillow.
 

@@ -141,7 +141,7 @@ def quick_image(decoders: Decoders, name: bytes, deadline: float | None = None) 
 
 
 class Delivery:
-    """What a decoder thread delivers, and the name of the thread."""
+    """The result that a decoder thread delivers, and the name of the thread."""
 
     def __init__(self) -> None:
         self.result: NDArray[np.uint8] | Exception | None = None

@@ -1,4 +1,4 @@
-"""Test the check of uploaded versions: what a model computes, and the limits of the process that computes it."""
+"""Test the check of uploaded versions: the output of a model, and the limits of the process that computes it."""
 
 import threading
 import warnings

@@ -52,7 +52,7 @@ def test_progress_of_a_training_job_follows_its_reports(database: Database) -> N
     features = {"event": "phase", "phase": "features", "epoch": 0, "remaining_s": 9.0}
     epoch = {"event": "epoch", "phase": "training", "epoch": 3, "remaining_s": 60.0}
     export = {"event": "phase", "phase": "measuring", "epoch": 10, "remaining_s": 2.0}
-    old = {"event": "preparation", "done": 3}  # of release 0.2.0
+    old = {"event": "preparation", "done": 3}  # written by release 0.2.0
     expected = [
         (None, ("loading", 0, None)),
         (old, ("features", 0, None)),

@@ -1,4 +1,4 @@
-"""Test /metrics: what it counts, its formats, and that the documentation, the dashboard and the alerts fit."""
+"""Test /metrics: its counts and formats, and that the documentation, the dashboard and the alerts fit."""
 
 import io
 import json

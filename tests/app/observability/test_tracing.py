@@ -186,7 +186,7 @@ def test_spans_are_exported_over_otlp(
         with make_local_client(create_app(Settings(models=models, runs=tmp_path / "runs"))) as client:
             client.post("/predict", files={"file": image}, headers={"traceparent": SAMPLED})
         collector.shutdown()
-    (body,) = Collector.received  # the service exports what is left when it stops
+    (body,) = Collector.received  # the service exports the remaining spans when it stops
     (exported,) = service.ExportTraceServiceRequest.FromString(body).resource_spans
     resource = {each.key: each.value.string_value for each in exported.resource.attributes}
     assert (resource["service.name"], resource["deployment.environment.name"]) == ("cifar100", "tests")

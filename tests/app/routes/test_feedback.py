@@ -1,4 +1,4 @@
-"""Test the corrections of predictions: what is kept, who may read it, its bounds, and its export."""
+"""Test the corrections of predictions: their files, keys, bounds and export."""
 
 import io
 import zipfile

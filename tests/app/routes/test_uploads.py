@@ -58,7 +58,7 @@ def read(
         (b"name=\"file\"; filename*=ISO-8859-1''%E4.png", "ä.png"),
         (b"filename*=UTF-8''a.png; name=\"file\"", "a.png"),
         (b"name=\"file\"; FILENAME*=UTF-8''a.png", "a.png"),
-        (b"name=file; filename=_.png; filename*=utf-8''%C3%A4.png", "ä.png"),  # as .NET and PowerShell send it
+        (b"name=file; filename=_.png; filename*=utf-8''%C3%A4.png", "ä.png"),  # sent by .NET and PowerShell
         (b"name=\"file\"; filename*=no-such-charset''a.png", "a.png"),
         (b"name=\"file\"; filename*=undefined''a.png", ""),
         (b"name=\"file\"; filename*0*=UTF-8''%C3%A4; filename*1=b.png", "äb.png"),  # RFC 2231

@@ -1,4 +1,4 @@
-"""Test the download of versions, and the upload to another service: its check, and what is refused."""
+"""Test the download of versions, and the upload to another service: its check and its refusals."""
 
 import io
 import stat
