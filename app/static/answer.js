@@ -23,27 +23,30 @@ export function showWaiting(place, preview) {
 
 /**
  * Show answers, each with model, version, milliseconds, classes, familiar and warnings. `explain` is called with an
- * answer, a class and the button.
+ * answer, a class and the button, and `correct` with an answer; it is null if the service takes no corrections.
  */
-export function showAnswers(place, preview, answers, explain) {
-  place.className = `answer${answers.length > 1 ? " several" : ""}`;
-  place.replaceChildren(seen(preview), ...answers.map((answer) => showAnswer(answer, answers.length > 1, explain)));
+export function showAnswers(place, preview, answers, explain, correct) {
+  const isOne = answers.length === 1;
+  place.className = `answer${isOne ? "" : " several"}`;
+  place.replaceChildren(seen(preview), ...answers.map((answer) => showAnswer(answer, isOne, explain, correct)));
 }
 
 function seen(preview) {
   return h("figure", { class: "seen" }, preview, h("figcaption", { class: "quiet" }, "What the network sees"));
 }
 
-function showAnswer(answer, isOneOfSeveral, explain) {
+function showAnswer(answer, isOne, explain, correct) {
   const { model, version, milliseconds, classes, warnings, familiar } = answer;
   const list = h("ol", { class: "bars" }, classes.slice(0, SHOWN).map((each) => row(answer, each, explain)));
   return h("div", { class: "one" },
-    isOneOfSeveral && h("h2", {}, model),
+    !isOne && h("h2", {}, model),
     familiar === false && h("p", { class: "strange" },
       h("strong", {}, "Probably none of the 100 classes."), " These are the nearest:"),
     list,
     h("p", { class: "quiet" }, `${model}, version ${version}. ${milliseconds.toFixed(1)} ms on the server. `,
-      !isOneOfSeveral && h("button", { type: "button", class: "link", onclick: () => callFromProgram(model) }, "From a program")),
+      isOne && h("button", { type: "button", class: "link", onclick: () => callFromProgram(model) }, "From a program")),
+    isOne && correct && h("p", { class: "quiet" }, "Is the answer wrong? ",
+      h("button", { type: "button", class: "link", onclick: () => correct(answer) }, "Send the right class")),
     warnings.map((warning) => h("p", { class: "quiet" }, sentence(warning))));
 }
 

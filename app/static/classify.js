@@ -20,6 +20,7 @@ const items = [];
 let selected = null;
 let live = {}; // the live models by name, the most accurate first
 let maxPictures = 32; // in a request, as the service says
+let takesCorrections = false;
 let model = ""; // "" for the service's default, or ALL
 let wanted = {}; // what the address asks for
 let running = new AbortController();
@@ -50,6 +51,7 @@ async function listModels() {
     const health = await call("health");
     live = Object.fromEntries(Object.entries(health.models).sort(([, a], [, b]) => b.test_top1 - a.test_top1));
     maxPictures = health.max_images;
+    takesCorrections = health.feedback;
     showControls();
     byId("problem").replaceChildren();
     if (!hasModel()) {
@@ -214,12 +216,23 @@ function render(isWaiting = false) {
   drawSeen = () => preview.getContext("2d").drawImage(canvas, 0, 0);
   drawSeen();
   if (isWaiting && !answers) parts.showWaiting(byId("answer"), preview);
-  else if (answers) parts.showAnswers(byId("answer"), preview, answers, explain);
+  else if (answers) parts.showAnswers(byId("answer"), preview, answers, explain, takesCorrections ? correct : null);
   else byId("answer").replaceChildren();
   byId("answer").setAttribute("aria-busy", isWaiting);
   if (answers && !isWaiting) {
     const { label, probability } = answers[0].classes[0];
     byId("said").textContent = `${picture.name}: ${words(label)}, ${percent(probability)}`;
+  }
+}
+
+/** Ask for the right class of the selected picture, and send it to the service. */
+async function correct(answer) {
+  const { picture, crop } = selected;
+  try {
+    const [{ askForClass }] = await load(import("./feedback.js"));
+    askForClass(answer, () => encodeCrop(picture, crop));
+  } catch (error) {
+    notify(error.message);
   }
 }
 

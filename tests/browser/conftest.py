@@ -28,10 +28,10 @@ _FAILED_RESPONSE = "Failed to load resource"  # tests of failures want these
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the shipped models and the synthetic data set. The cascade is the default model."""
+    """A server with the shipped models and the synthetic data set. It takes corrections; the cascade is the default."""
     folder = tmp_path_factory.mktemp("browser")
     shutil.copytree(SHIPPED, folder / "models")
-    with Server(folder / "models", folder / "runs", folder / "log", evaluate_wait_s="0.2") as running:
+    with Server(folder / "models", folder / "runs", folder / "log", evaluate_wait_s="0.2", feedback="true") as running:
         yield running
     for process in list_processes(folder):
         os.kill(process, signal.SIGKILL)

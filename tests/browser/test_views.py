@@ -267,6 +267,32 @@ def test_explanation_is_laid_over_the_square(page: Page) -> None:
     expect(page.locator(".square .cover")).to_have_count(0)
 
 
+def test_right_class_is_sent(page: Page, client: httpx.Client) -> None:
+    choose(page, "cup")
+    page.get_by_role("button", name="Send the right class").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Right class").select_option("bowl")
+    audit(page)
+    page.route("**/feedback*", answer_with(507, problem("the service keeps 10,000 corrections already")))
+    dialog.get_by_role("button", name="Send").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("The service keeps 10,000 corrections already.")
+    page.unroute("**/feedback*")
+    dialog.get_by_role("button", name="Send").click()
+    expect(page.locator("#notice")).to_contain_text("keeps this picture as bowl")
+    expect(dialog).to_have_count(0)
+    expect(page.get_by_role("button", name="Send the right class")).to_be_focused()
+    [correction] = client.get("/feedback").json()
+    assert (correction["label"], correction["answer"]["predicted"]) == ("bowl", best(page)[0])
+
+
+def test_page_offers_no_correction_if_the_service_takes_none(page: Page, client: httpx.Client) -> None:
+    health = client.get("/health").json() | {"feedback": False}
+    page.route("**/health", answer_with(200, json.dumps(health), "application/json"))
+    choose(page, "cup")
+    expect(page.get_by_role("button", name="From a program")).to_be_visible()
+    expect(page.get_by_role("button", name="Send the right class")).to_have_count(0)
+
+
 def test_strange_picture_is_called_none_of_the_classes(page: Page) -> None:
     choose(page, "cat")
     expect(page.locator("#answer")).to_contain_text("Probably none of the 100 classes.")
