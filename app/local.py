@@ -15,6 +15,7 @@ from app.inference.batching import BatchOutput, Images
 from app.inference.images.encoded import EncodedImage
 from app.settings import Settings
 from training.runtimes import Device, Runtime, selection
+from training.runtimes.cascade import CascadeEngine
 from training.runtimes.engine import Engine
 from training.store import ModelCard, open_store
 
@@ -55,10 +56,9 @@ class LocalModel:
 
     def _predict(self, images: list[Image], top_k: int) -> list[Prediction]:
         names, pixels, warnings = zip(*map(self._decode, images), strict=True)
-        output = BatchOutput(self.engine(np.array(pixels)))
+        output = self._compute(np.array(pixels))
         order, probabilities = output.ranking
-        # The score of a cascade is that of its first member's logits, which its engine does not return.
-        threshold = self.card.familiarity.threshold if self.card.familiarity and not self.card.cascade else None
+        threshold = self.card.familiarity.threshold if self.card.familiarity else None
         return [
             Prediction(
                 classes=tuple(
@@ -69,13 +69,19 @@ class LocalModel:
                 version=self.card.version,
                 file=name,
                 familiar=None if threshold is None else score >= threshold,
-                familiarity=None if self.card.cascade else score,
+                familiarity=score,
                 warnings=tuple(of_image),
             )
             for name, best, row, score, of_image in zip(
                 names, order, probabilities, output.familiarity.tolist(), warnings, strict=True
             )
         ]
+
+    def _compute(self, images: Images) -> BatchOutput:
+        if not isinstance(self.engine, CascadeEngine):
+            return BatchOutput(self.engine(images))
+        logits, first = self.engine.compute(images)
+        return BatchOutput(logits, familiarity=BatchOutput(first).familiarity)
 
     def explain(self, image: Image, *, label: str | None = None) -> Explanation:
         """Explain a class, see `app.client.Client.explain`.
@@ -115,7 +121,7 @@ class LocalModel:
 
 
 def load(
-    version: str | None = None, models: Path | None = None, device: Device = "auto", runtime: Runtime = "auto"
+    version: str | None = None, models: str | Path | None = None, device: Device = "auto", runtime: Runtime = "auto"
 ) -> LocalModel:
     """Load a model version.
 
@@ -130,7 +136,7 @@ def load(
         StoreError: There is no such version, or it is damaged.
     """
     settings = Settings()
-    store = open_store(settings.models if models is None else models)
+    store = open_store(settings.models if models is None else Path(models))
     version = version or settings.default_model
     card = store.card(*store.parse(version)) if version else store.default_card()
     return LocalModel(card, selection.load_version(store, card, device, runtime), settings)

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from local_client import make_local_client, services_of
 
 from app.inference.load_shedding import LoadShedder
+from app.local import load
 from app.main import create_app
 from app.settings import Settings
 from training.store import FamiliarityThreshold, Store
@@ -47,6 +48,18 @@ def test_a_live_cascade_is_the_default_and_sends_unsure_images_on(client: TestCl
     (mean,), (first,) = answer["predictions"], alone["predictions"]
     assert mean["classes"][0]["label"] == first["classes"][0]["label"]
     assert mean["classes"][0]["probability"] < first["classes"][0]["probability"]  # at temperature 2
+
+
+def test_a_cascade_answers_alike_without_a_server(store: Store, tmp_path: Path, image: bytes) -> None:
+    familiarity = FamiliarityThreshold(threshold=-1000.0, kept=0.95, images=100)
+    store.amend(store.card("cascade", 1).model_copy(update={"familiarity": familiarity}))
+    with make_local_client(create_app(Settings(models=store.root, runs=tmp_path / "runs"))) as client:
+        (expected,) = ask(client, image)["predictions"]
+    prediction = load("cascade", str(store.root)).predict(image)
+    assert prediction.familiar
+    assert prediction.familiarity == pytest.approx(expected["familiarity"], abs=1e-5)
+    assert [each.label for each in prediction.classes] == [each["label"] for each in expected["classes"]]
+    assert prediction.classes[0].probability == pytest.approx(expected["classes"][0]["probability"], abs=1e-5)
 
 
 def test_full_familiarity_has_a_threshold_of_its_own_and_needs_a_cascade(

@@ -90,8 +90,12 @@ class CascadeEngine(Engine):
 
     def __call__(self, images: NDArray[np.uint8]) -> Logits:
         """Compute logits, see `Engine`."""
-        logits = self._first(images)
-        rows = find_sent_on(self._cascade, logits)
+        return self.compute(images)[0]
+
+    def compute(self, images: NDArray[np.uint8]) -> tuple[Logits, Logits]:
+        """Compute the logits of the cascade and those of its first member, both [N, classes]."""
+        first = self._first(images)
+        rows = find_sent_on(self._cascade, first)
         if not len(rows):
-            return logits
-        return answer(self._cascade, logits, rows, self._second(images[rows]))
+            return first, first
+        return answer(self._cascade, first, rows, self._second(images[rows])), first
