@@ -1,6 +1,6 @@
 """Keep corrections of predictions: the image as the network sees it, its right class, and the model's answer.
 
-    POST /feedback --FeedbackStore--> runs/feedback/<id>.png --app.feedback_export--> labeled folders, npz
+    POST /feedback --FeedbackStore--> runs/feedback/<id>.png --cifar100 data export-feedback--> labeled folders, npz
 
 Each correction is one file: a PNG of 32x32 pixels, with the record as a text chunk. It takes at most 4 KiB. The photo
 itself, its metadata, its file name and the address of its sender are not kept. The id is the time and a hash of the

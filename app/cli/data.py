@@ -1,15 +1,19 @@
-"""`cifar100 data`: get and check the data set."""
+"""`cifar100 data`: get and check the data set, and export the corrections of a service."""
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from app.cli.options import Runs, local_settings
 from training.__main__ import Data
 from training.console import CommandGroup, Json, err, out, print_json, working
 from training.dataset import ARCHIVE, FINGERPRINT, find_archive, load_dataset
 from training.errors import ReportedError
 
-cli = typer.Typer(name="data", cls=CommandGroup, help="Download and check the data set.")
+cli = typer.Typer(name="data", cls=CommandGroup, help="Download and check the data set; export corrections.")
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with a folder of images for each class.")]
 
 
 @cli.command()
@@ -31,6 +35,36 @@ def check(data_source: Data = None, as_json: Json = False) -> None:
             "another folder by --data or CIFAR100_DATA"
         )
     _check(data_source, archive, as_json)
+
+
+@cli.command("export-feedback")
+def export_feedback(folder: Folder, runs: Runs = None, as_json: Json = False) -> None:
+    """Copy the corrections of a service into folders named by class. A zip of them can be evaluated."""
+    from app.feedback import FEEDBACK
+    from app.feedback_export import export_folders
+
+    count = export_folders(local_settings(runs=runs).runs / FEEDBACK, folder)
+    if as_json:
+        print_json({"folder": str(folder), "images": count})
+    else:
+        out.print(f"{count:,} corrections are in {folder}. Look through them, then run 'cifar100 data pack'.")
+
+
+@cli.command()
+def pack(
+    folder: Folder,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The npz file to write.")],
+    as_json: Json = False,
+) -> None:
+    """Pack folders of images named by class into an npz file for 'cifar100 train --extra-data'."""
+    from app.feedback_export import pack_folders
+
+    with working("decoding the images"):
+        count = pack_folders(folder, file)
+    if as_json:
+        print_json({"file": str(file), "images": count})
+    else:
+        out.print(f"{count:,} images are in {file}.")
 
 
 def _check(source: str | None, archive: Path | None, as_json: bool) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 from pydantic import BaseModel
 from sqlalchemy.exc import DatabaseError
 
+from app.archives import zip_chunks
 from app.client import Event, ModelSummary, TrainingJob
 from app.jobs.database import DATABASE, Database
 from app.jobs.training_queue import TrainingQueue, TrainingRequest
 from app.settings import Settings
 from training.errors import ReportedError
-from training.store import Promotion, Store, StoreError, VersionInUse, open_store
+from training.store import CARD, Promotion, Store, StoreError, VersionInUse, open_store
 
 
 class LocalService:
@@ -52,6 +53,12 @@ class LocalService:
             raise VersionInUse(f"a waiting training job needs {name}/{version}; cancel the job first")
         self._store.delete(name, version)
         return self._summarize(name)
+
+    def download_version(self, name: str, version: int) -> bytes:
+        """Return a zip of the card and the files of a version. A version with a damaged file is refused."""
+        card = self._store.card(name, version)
+        folder = self._store.verify(card)
+        return b"".join(zip_chunks(folder / file for file in (CARD, *card.files)))
 
     def _summarize(self, name: str) -> ModelSummary:
         store, errors, live = self._store, list[str](), None

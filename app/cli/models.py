@@ -1,20 +1,24 @@
-"""`cifar100 models`: list, show, compare, promote, roll back and delete versions."""
+"""`cifar100 models`: list, show, compare, promote, roll back, delete, download and upload versions."""
 
+import json
 import sys
+import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli.options import Key, Models, Server, connect, require_version, split_version
-from training.console import CommandGroup, Json, make_table, out, print_json, print_table
+from app.cli.options import Key, Models, Server, connect, open_client, require_version, split_version
+from training.console import CommandGroup, Json, make_table, out, print_json, print_table, working
 from training.errors import ReportedError, UsageError
 from training.recipes import RECIPES, format_value, rename_former_fields
+from training.store import CARD, Promotion
 
 if TYPE_CHECKING:
     from app.cli.local import LocalService
     from app.client import Client, ModelSummary
 
-cli = typer.Typer(name="models", cls=CommandGroup, help="List, show, compare, promote and delete versions.")
+cli = typer.Typer(name="models", cls=CommandGroup, help="List, show, compare, promote, move and delete versions.")
 
 Version = Annotated[str, typer.Argument(metavar="NAME/VERSION", help="A version, such as resnet18/5.")]
 NameOrVersion = Annotated[str, typer.Argument(metavar="NAME[/VERSION]", help="A version, or the live one of a model.")]
@@ -155,6 +159,66 @@ def delete(
         print_json({"name": summary.name, "live": summary.live, "versions": list(summary.versions)})
     else:
         out.print(f"deleted {version}; {name} has {_join(summary.versions)}")
+
+
+@cli.command()
+def download(
+    context: typer.Context,
+    version: NameOrVersion,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="The zip to write. Default: NAME-VERSION.zip.")
+    ] = None,
+    server: Server = None,
+    key: Key = None,
+    models: Models = None,
+    as_json: Json = False,
+) -> None:
+    """Write a zip of the card and the files of a version, for 'cifar100 models upload'."""
+    with connect(context, server, key, models) as service:
+        card = _read_card(service, version)
+        file = output or Path(f"{card['name']}-{card['version']}.zip")
+        with working(f"downloading {card['name']}/{card['version']}"):
+            content = service.download_version(card["name"], card["version"])
+    file.write_bytes(content)
+    if as_json:
+        print_json({"name": card["name"], "version": card["version"], "file": str(file), "bytes": len(content)})
+    else:
+        out.print(f"{card['name']}/{card['version']} is in {file}")
+
+
+@cli.command()
+def upload(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The zip of 'cifar100 models download'.")],
+    promote: Annotated[Promotion, typer.Option(help="When the new version goes live.")] = "never",
+    server: Server = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Publish a version on a service that accepts uploads. The service checks it first."""
+    if not server:
+        raise UsageError("a service checks and publishes the version; name it by --server or CIFAR100_SERVER")
+    name = _read_name(file)
+    with open_client(context, server, key) as client, working(f"waiting for the check of {file}"):
+        uploaded = client.upload_version(name, file, promote=promote)
+    if as_json:
+        print_json({"name": uploaded.name, "version": uploaded.version, "live": uploaded.live, "check": uploaded.check})
+    else:
+        state = "live" if uploaded.live else "not live"
+        out.print(f"{uploaded.name}/{uploaded.version} is published and {state}")
+
+
+def _read_name(file: Path) -> str:
+    """Return the name of the model in the card of a zip.
+
+    Raises:
+        ReportedError: The file is no such zip.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return str(json.loads(archive.read(CARD))["name"])
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+        raise ReportedError(f"{file} is no zip of 'cifar100 models download': {error}") from error
 
 
 def _find_model(service: "Client | LocalService", name: str) -> "ModelSummary":

@@ -27,7 +27,7 @@ from training.recipes import make_recipe
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ["README.md", "docs/client.md", "docs/training.md", "docs/api.md"]
+DOCUMENTS = ["README.md", "docs/client.md", "docs/training.md", "docs/api.md", "docs/cli.md"]
 ADDRESS = "127.0.0.1:8000"
 JOB = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
 EVALUATION = "0123456789ab"
@@ -45,6 +45,15 @@ NOT_RUN = {
     "import mlflow": "tests/training/test_mlflow.py loads a model from a server",
     "curl -O 127.0.0.1:8000/train/": "the file exists when the job has finished",
     "curl -X POST '127.0.0.1:8000/evaluate?split": "the synthetic data set has other classes",
+}
+NOT_RUN |= {
+    "cifar100 serve": "it serves until it is stopped; tests/app/cli/test_serve.py starts it",
+    "cifar100 doctor": "it describes the machine; tests/app/cli/test_local.py reads it",
+    "cifar100 explain docs/pictures/rocket.jpg --picture": "the map depends on the runtime",
+    "cifar100 evaluate resnet": "the synthetic data set has other classes",
+    "cifar100 train resnet width=8 epochs=2 int8=false --data synthetic": "it takes a minute; docs/training.md is run",
+    "cifar100 jobs ": "a job takes a minute; tests/app/cli/test_server.py submits and follows one",
+    "cifar100 data check": "it needs the real data set",
 }
 FORMS = "runs/store/"  # the folder of a version with further forms, which tests/training/test_torch_export.py loads
 FEEDBACK = f"{ADDRESS}/feedback"  # it is off by default; tests/app/routes/test_feedback.py sends corrections

@@ -101,7 +101,7 @@ def run_shell(text: str, folder: Path, environment: dict[str, str], preamble: st
     """Run a command of a shell.
 
     Returns:
-        The exit status, and the output without the error output.
+        The exit status, and the output: stdout with the errors of stderr, or all of stderr if stdout is empty.
     """
     done = subprocess.run(
         ["bash", "-c", f"{preamble}\n{text}"],
@@ -112,7 +112,8 @@ def run_shell(text: str, folder: Path, environment: dict[str, str], preamble: st
         timeout=TIMEOUT_S,
         check=False,
     )
-    return done.returncode, done.stdout or done.stderr
+    errors = [line for line in done.stderr.splitlines(keepends=True) if line.startswith("error: ")]
+    return done.returncode, "".join([done.stdout, *errors]) if done.stdout else done.stderr
 
 
 class PythonSession:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def service(published_store: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     copy_version(store, "resnet", "resnet")
     store.promote("resnet", 1)
     with (
-        Server(folder / "models", folder / "runs", folder / "log", api_keys=KEY) as server,
+        Server(folder / "models", folder / "runs", folder / "log", api_keys=KEY, allow_uploads="true") as server,
         pytest.MonkeyPatch.context() as environment,
     ):
         environment.setenv("CIFAR100_SERVER", str(server.address))
@@ -68,6 +69,19 @@ def test_a_job_is_submitted_followed_and_cancelled(service: None) -> None:
     (listed,) = answered("jobs", "list")
     assert (listed["id"], listed["state"]) == (job, "cancelled")
     assert answered("jobs", "show", job)["request"]["overrides"] == {"epochs": 400, "validation_images": 0}
+
+
+def test_a_version_is_downloaded_and_uploaded(service: None, published_store: Path, tmp_path: Path) -> None:
+    file, local = tmp_path / "version.zip", tmp_path / "local.zip"
+    assert answered("models", "download", "resnet/1", "--output", file)["bytes"] == file.stat().st_size
+    typed("models", "download", "resnet", "--output", local, "--server", "", "--models", published_store)
+    with zipfile.ZipFile(file) as ours, zipfile.ZipFile(local) as theirs:
+        assert ours.namelist() == theirs.namelist()
+        assert ours.read("model.pt") == theirs.read("model.pt")
+    # The store has the files of version 2, a copy of version 1, so they are not checked again.
+    assert answered("models", "upload", file) == {"name": "resnet", "version": 2, "live": False, "check": None}
+    assert "is no zip of" in refused(1, "models", "upload", Path(__file__))
+    assert "name it by --server" in refused(2, "models", "upload", file, "--server", "")
 
 
 def test_versions_are_promoted_rolled_back_and_deleted(service: None) -> None:

@@ -10,13 +10,12 @@ import httpx
 import numpy as np
 import pytest
 from api import assert_problem, encode_png, make_zip
+from command_line import answered, refused
 from fastapi.testclient import TestClient
 from local_client import make_local_client, services_of
 from PIL import Image
-from typer.testing import CliRunner
 
 from app.feedback import FeedbackStore
-from app.feedback_export import cli
 from app.main import create_app
 from app.settings import Settings
 from training import extra_data
@@ -134,25 +133,23 @@ def test_exported_corrections_are_evaluated_and_trained_on(
     client: TestClient, runs: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     folder, packed = tmp_path / "export", tmp_path / "extra.npz"
-    assert CliRunner().invoke(cli, ["export", str(folder), "--runs", str(runs)]).exit_code == 1
+    export = ("data", "export-feedback", folder, "--runs", runs)
+    assert "has no corrections" in refused(1, *export)
     for row, label in enumerate(("red_disc", "blue_ring")):
         send(client, encode_png(dataset, row), **{"class": label})
     (runs / "feedback" / "damaged.png").write_bytes(b"x")
-    done = CliRunner().invoke(cli, ["export", str(folder), "--runs", str(runs)])
-    assert "corrections in" in done.output
+    assert answered(*export) == {"folder": str(folder), "images": 2}
     assert sorted(path.parent.name for path in folder.glob("*/*")) == ["blue_ring", "red_disc"]
-    again = CliRunner().invoke(cli, ["export", str(folder), "--runs", str(runs)])
-    assert (again.exit_code, "is not empty" in again.output) == (1, True)
+    assert "is not empty" in refused(1, *export)
 
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.glob("*/*")}
     measured = client.post("/evaluate", files={"file": make_zip(files, zipfile.ZIP_DEFLATED)}).json()
     assert measured["result"]["images"] == 2
 
-    done = CliRunner().invoke(cli, ["pack", str(folder), str(packed)])
-    assert "extra.npz: 2" in done.output
+    assert answered("data", "pack", folder, packed)["images"] == 2
     with np.load(packed) as arrays:
         assert (arrays["images"][arrays["labels"] == "red_disc"] == dataset.test.images[0]).all()
     with pytest.raises(Exception, match="no image that is neither in the test set"):
         extra_data.add(dataset, packed, 0)
     (folder / "red_disc" / "notes.txt").write_text("x")
-    assert "notes.txt: the bytes are not" in CliRunner().invoke(cli, ["pack", str(folder), str(packed)]).output
+    assert "notes.txt: the bytes are not" in refused(1, "data", "pack", folder, packed)
