@@ -219,6 +219,9 @@ class Settings(BaseSettings):
     pin are always kept. Default: all."""
     training_threads: int = Field(default=0, ge=0, le=1024)
     """Threads of a training process. 0 uses all CPUs except one, which stays free for serving."""
+    training_niceness: int = Field(default=15, ge=0, le=19)
+    """Nice value of training processes above that of the service. With 0, training and serving share the CPUs evenly.
+    """
     max_event_streams: int = Field(default=100, gt=0, le=10_000)
     """Maximum number of clients that follow training jobs at the same time, per worker."""
 

@@ -23,11 +23,13 @@ def surroundings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     """Set the environment of all tests.
 
     Features of frozen stages go to a temporary folder, not to the home folder. Services use TorchScript, which starts
-    fast. All tests compute on the CPU, except with `-m gpu`.
+    fast. Training jobs have the priority of the services, so they do not starve while other tests keep all CPUs busy.
+    All tests compute on the CPU, except with `-m gpu`.
     """
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CIFAR100_FEATURES", str(tmp_path_factory.mktemp("features")))
         environment.setenv("CIFAR100_RUNTIME", "torchscript")
+        environment.setenv("CIFAR100_TRAINING_NICENESS", "0")
         if request.config.option.markexpr != "gpu":
             environment.setenv("CUDA_VISIBLE_DEVICES", "")  # a GPU would round results differently
         yield

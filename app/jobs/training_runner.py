@@ -32,7 +32,6 @@ from training.store import Store
 log = logging.getLogger(__name__)
 Parameters = ParamSpec("Parameters")
 
-_NICENESS = 15  # nice value of training processes above the server's; engine threads may use 5
 _OOM_SCORE = "500"  # the OOM killer adds half of the machine's memory to the process's score
 _POLL_S = 0.3
 _TERM_GRACE_S = 3.0
@@ -175,7 +174,7 @@ class TrainingRunner:
                 write_pid(lock, child.pid)
         except RunBusy:
             return os.EX_TEMPFAIL
-        _lower_priority(child.pid)
+        _lower_priority(child.pid, self._settings.training_niceness)
         if self._settings.workers > 1:
             with suppress(OSError):
                 os.sched_setaffinity(child.pid, service_cpus())
@@ -220,10 +219,10 @@ async def _exclusive_lock(lock: Path) -> AsyncIterator[None]:
         yield
 
 
-def _lower_priority(pid: int) -> None:
+def _lower_priority(pid: int, niceness: int) -> None:
     """Lower the CPU priority of a training process, and make the OOM killer prefer it."""
     with suppress(ProcessLookupError):
-        set_niceness(pid, min(os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS, 19))
+        set_niceness(pid, min(os.getpriority(os.PRIO_PROCESS, 0) + niceness, 19))
     with suppress(OSError):  # if memory runs out, the kernel kills the training process, not the server
         Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE)
 

@@ -60,7 +60,7 @@ def assert_trained_once(client: httpx.Client, job_id: str, models: Path, log: Pa
 def test_jobs_are_cancelled_with_their_process(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, runs = tmp_path / "log", tmp_path / "runs"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")  # nothing listens there
-    with run_service(models, runs, log, api_keys=KEY) as (client, server):
+    with run_service(models, runs, log, api_keys=KEY, training_niceness="3") as (client, server):
         assert client.post("/train", json=LONG).status_code == 401
         client.headers["Authorization"] = f"Bearer {KEY}"
         first, second, deaf = (submit(client, LONG) for _ in range(3))
@@ -77,7 +77,7 @@ def test_jobs_are_cancelled_with_their_process(tmp_path: Path, models: Path, mon
         environment = Path(f"/proc/{process}/environ").read_text()
         assert KEY not in environment
         assert "MLFLOW_TRACKING_URI=http://127.0.0.1:1" in environment
-        assert os.getpriority(os.PRIO_PROCESS, process) == min(os.getpriority(os.PRIO_PROCESS, server.pid) + 15, 19)
+        assert os.getpriority(os.PRIO_PROCESS, process) == min(os.getpriority(os.PRIO_PROCESS, server.pid) + 3, 19)
         if (autogroup := Path(f"/proc/{process}/autogroup")).exists():
             assert autogroup.read_text().split()[-1] == str(os.getpriority(os.PRIO_PROCESS, process))
         os.kill(process, signal.SIGSTOP)  # a stopped process does not react to SIGTERM
