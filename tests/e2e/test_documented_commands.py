@@ -27,7 +27,7 @@ from training.recipes import make_recipe
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ["README.md", "docs/client.md", "docs/training.md", "docs/api.md", "docs/cli.md"]
+DOCUMENTS = ["README.md", "docs/client.md", "docs/training.md", "docs/api.md", "docs/cli.md", "docs/operations.md"]
 ADDRESS = "127.0.0.1:8000"
 JOB = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
 EVALUATION = "0123456789ab"
@@ -54,6 +54,22 @@ NOT_RUN |= {
     "cifar100 train resnet width=8 epochs=2 int8=false --data synthetic": "it takes a minute; docs/training.md is run",
     "cifar100 jobs ": "a job takes a minute; tests/app/cli/test_server.py submits and follows one",
     "cifar100 data check": "it needs the real data set",
+}
+NOT_RUN |= {  # docs/operations.md
+    "curl -o resnet-4.zip https://": "it names two other machines; tests/app/routes/test_versions.py moves a version",
+    "curl -F file=@resnet-4.zip 'https://": "see above",
+    "cifar100 data export-feedback": "there are no corrections; tests/app/routes/test_feedback.py exports some",
+    "cifar100 data pack": "see above",
+    "CIFAR100_UDS=": "it serves until it is stopped; tests/e2e/test_startup.py starts it",
+    "curl --unix-socket": "see above",
+    "prometheus ": "it runs until it is stopped; tests/test_deploy.py checks its files",
+    "OTEL_": "it serves until it is stopped; tests/app/observability/test_tracing.py reads the spans",
+    "docker ": "it needs a container engine; tests/stress/container.py builds and runs the image",
+    "useradd ": "these commands change the machine; tests/test_deploy.py checks the unit",
+    "git clone . /opt": "see above",
+    "install ": "see above",
+    "cp deploy": "see above",
+    "systemctl ": "see above",
 }
 FORMS = "runs/store/"  # the folder of a version with further forms, which tests/training/test_torch_export.py loads
 FEEDBACK = f"{ADDRESS}/feedback"  # it is off by default; tests/app/routes/test_feedback.py sends corrections
