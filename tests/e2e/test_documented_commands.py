@@ -18,11 +18,12 @@ import pytest
 import typer
 from documented_commands import Command, PythonSession, differs, list_commands, run_shell
 from PIL import Image
-from server import Server
+from server import Server, wait_for
 from service import list_processes
 
 from training.__main__ import cli as training_cli
 from training.recipes import make_recipe
+from training.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -147,6 +148,12 @@ def check_training_arguments(text: str) -> None:
         make_recipe(values["name"], dict(each.split("=") for each in values["overrides"] or []))
 
 
+def list_live(server: Server) -> dict[str, int]:
+    """Return the versions that the service answers with, by model."""
+    models = httpx.get(f"{server.address}/health").json()["models"]
+    return {name: model["version"] for name, model in models.items()}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory, with the files that the documents name."""
@@ -175,6 +182,13 @@ def server(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def reader(server: Server, folder: Path) -> Iterator[Reader]:
+    """A reader with the shipped models, whatever the commands of another document have changed."""
+    shipped, store = Store(ROOT / "models"), Store(folder / "models")
+    shutil.copytree(shipped.root, store.root, dirs_exist_ok=True)
+    for name in store.names():
+        for version in set(store.versions(name)) - set(shipped.versions(name)):
+            shutil.rmtree(store.folder(name, version))
+    wait_for(lambda: list_live(server) == {name: shipped.live(name) for name in shipped.names()}, 60)
     reader = Reader(server, folder)
     yield reader
     reader.close()
