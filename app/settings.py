@@ -215,7 +215,8 @@ class Settings(BaseSettings):
     cluster_cpus: float = Field(default=1.0, gt=0, le=1024)
     """CPUs that each replica reserves. A fraction lets several replicas share a CPU."""
     cluster_gpus: float = Field(default=0.0, ge=0, le=64)
-    """GPUs that each replica reserves. A fraction lets several replicas share a GPU. Without one, replicas use CPUs."""
+    """GPUs that each replica reserves. A fraction lets several replicas share a GPU. With 0, the device "auto"
+    is the CPU."""
     cluster_keep_s: Seconds = 300.0
     """Seconds after which the replicas of a version that is neither live nor pinned are stopped."""
 

@@ -1,1 +1,4 @@
-"""Inference on a Ray cluster. This package needs the extra `ray`, and is imported only if `CIFAR100_CLUSTER` is set."""
+"""Compute predictions on a Ray cluster.
+
+This package needs the extra `ray`. It is imported only if `CIFAR100_CLUSTER` is set.
+"""

@@ -70,6 +70,7 @@ class Cluster:
         self._settings = settings
         self._models = store.root.resolve()
         self._is_owner = False
+        self._lock = threading.Lock()  # Serve's configurations and statuses cannot be created in two threads at once
 
     def connect(self) -> None:
         """Connect to the cluster, or start one on this machine. Call this in the main thread of a server process.
@@ -92,8 +93,8 @@ class Cluster:
                 if is_main:
                     signal.signal(signal.SIGTERM, handler)
             self._is_owner = True
-        serve.start(proxy_location="Disabled")
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns about every busy replica
+        serve.start(proxy_location="Disabled")
 
     def close(self) -> None:
         """Disconnect. The applications go on, except those of a local cluster."""
@@ -112,14 +113,17 @@ class Cluster:
         application = self._application_id(card)
         try:
             with _hold_lock(application):
-                if application not in serve.status().applications:
+                while _is_deleting(status := self._statuses().get(application)):
+                    time.sleep(_POLL_S)
+                if status is None:
                     log.info("%s is deployed to the cluster", application)
-                    target = serve.RunTarget(self._bind(card), name=application, route_prefix=None)
-                    serve.run_many([target], wait_for_applications_running=False)
-            _wait_until_ready(application)
+                    with self._lock:
+                        target = serve.RunTarget(self._bind(card), name=application, route_prefix=None)
+                        serve.run_many([target], wait_for_applications_running=False)
+            self._wait_until_ready(application)
             handle = serve.get_app_handle(application)
             return application, handle, handle.engine_name.remote().result(timeout_s=_CONNECT_S)
-        except (RayError, RayServeException, TimeoutError) as error:
+        except (RayError, RayServeException, TimeoutError, ValueError) as error:
             raise EngineError(f"the cluster cannot serve {application}: {error}") from error
 
     def applications(self) -> list[Application]:
@@ -130,7 +134,7 @@ class Cluster:
         """
         found = []
         try:
-            applications = list(serve.status().applications)
+            applications = [name for name, status in self._statuses().items() if not _is_deleting(status)]
         except (RayError, RayServeException) as error:
             raise ConnectionError(str(error)) from error
         for application in applications:
@@ -141,16 +145,43 @@ class Cluster:
         return found
 
     def delete(self, application: Application) -> None:
-        """Delete an application. Its replicas finish their requests.
+        """Delete an application. Its replicas finish their requests meanwhile.
 
         Raises:
             ConnectionError: The cluster does not answer.
         """
         log.info("%s is deleted from the cluster", application.id)
         try:
-            serve.delete(application.id)
+            serve.delete(application.id, _blocking=False)
         except (RayError, RayServeException) as error:
             raise ConnectionError(str(error)) from error
+
+    def _statuses(self) -> dict[str, Any]:
+        """Return the status of every application in the cluster, by its name."""
+        with self._lock:
+            return dict(serve.status().applications)
+
+    def _wait_until_ready(self, application: str) -> None:
+        """Wait until an application has all its first replicas.
+
+        Raises:
+            EngineError: The replicas cannot load the version, or are not ready within 10 minutes. The application is
+                deleted.
+        """
+        reason = f"{application} is not ready within {_READY_S:g} s; see `serve status`"
+        end = time.monotonic() + _READY_S
+        while time.monotonic() < end:
+            overview = self._statuses().get(application)
+            if overview and overview.status == "RUNNING":
+                return
+            if overview is None or overview.status == "DEPLOY_FAILED":
+                deployments = overview.deployments.values() if overview else ()
+                details = "; ".join(each.message for each in deployments if each.message)
+                reason = f"the cluster cannot serve {application}: {details or 'it was deleted'}"
+                break
+            time.sleep(_POLL_S)
+        serve.delete(application, _blocking=False)
+        raise EngineError(reason)
 
     def _bind(self, card: ModelCard) -> Any:
         """Return the application of a version, with its replicas, resources and limits."""
@@ -172,11 +203,12 @@ class Cluster:
     def _replica_options(self, card: ModelCard) -> ReplicaOptions:
         settings = self._settings
         max_requests = 2 * settings.max_batch  # one batch is computed while the next one gathers
+        uses_cpu = settings.device == "auto" and not settings.cluster_gpus  # it must not use GPUs that others reserve
         return ReplicaOptions(
             models=self._models,
             name=card.name,
             version=card.version,
-            device=settings.device,
+            device="cpu" if uses_cpu else settings.device,
             runtime=settings.runtime,
             max_batch=settings.max_batch,
             max_requests=max_requests,
@@ -197,6 +229,10 @@ def _digest(*values: object) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
 
 
+def _is_deleting(status: Any) -> bool:
+    return status is not None and status.status == "DELETING"
+
+
 @contextmanager
 def _hold_lock(name: str) -> Iterator[None]:
     """Hold a lock of the whole cluster. Without it, a second process would replace the replicas of the first one."""
@@ -210,26 +246,3 @@ def _hold_lock(name: str) -> Iterator[None]:
         yield
     finally:
         ray.kill(lock)
-
-
-def _wait_until_ready(application: str) -> None:
-    """Wait until an application has all its first replicas.
-
-    Raises:
-        EngineError: The replicas cannot load the version, or are not ready within 10 minutes. The application is
-            deleted.
-    """
-    reason = f"{application} is not ready within {_READY_S:g} s; see `serve status`"
-    end = time.monotonic() + _READY_S
-    while time.monotonic() < end:
-        overview = serve.status().applications.get(application)
-        if overview and overview.status == "RUNNING":
-            return
-        if overview is None or overview.status == "DEPLOY_FAILED":
-            deployments = overview.deployments.values() if overview else ()
-            details = "; ".join(each.message for each in deployments if each.message)
-            reason = f"the cluster cannot serve {application}: {details or 'it was deleted'}"
-            break
-        time.sleep(_POLL_S)
-    serve.delete(application)
-    raise EngineError(reason)

@@ -3,6 +3,7 @@
 Input: pixels from several HTTP processes. Output: logits, and the times of the batch that computed them.
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from training.store import MODEL, open_store
 
 @dataclass(frozen=True)
 class ReplicaOptions:
-    """What a replica loads, and the sizes of its batches."""
+    """The version that a replica loads, and the sizes of its batches."""
 
     models: Path
     """Folder of the model store, which every node of the cluster has at this path."""
@@ -70,9 +71,8 @@ class EngineReplica:
         card = store.card(options.name, options.version)
         engine = selection.load(store.verify(card) / MODEL, options.device, options.runtime)
         check_fit(card, engine)
-        # The HTTP processes bound the images in flight, and the cluster bounds the requests of a replica. The queue of
-        # the replica holds all of them.
-        self._batcher = Batcher(engine, options.max_batch, options.max_requests * options.max_batch)
+        # The HTTP processes bound the images in flight, and the cluster bounds the requests of a replica.
+        self._batcher = Batcher(engine, options.max_batch, max_queue=sys.maxsize)
 
     def engine_name(self) -> str:
         """Return the name of the engine, such as openvino-int8."""
