@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from dataclasses import astuple
 from typing import Any, NamedTuple
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it at import
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that asks for the status at exit would start a cluster
 
 import ray
 from ray import serve
@@ -99,7 +100,8 @@ class Cluster:
     def close(self) -> None:
         """Disconnect. The applications go on, except those of a local cluster."""
         if self._is_owner:
-            ray.shutdown()
+            with self._lock:
+                ray.shutdown()
 
     def deploy(self, card: ModelCard) -> tuple[str, "DeploymentHandle[EngineReplica]", str]:
         """Deploy a version unless it is deployed, and wait until its replicas are ready.
