@@ -86,6 +86,7 @@ class ModelPool:
         self._threads = Threads("the model store", _THREADS, patience_s=_RETRY_S)
         self._cluster: Cluster | None = None
         self._applications = set[str]()  # applications of the cluster at the last refresh, and those deployed since
+        self._deploying = set[tuple[str, int]]()  # names and versions that this process deploys now
         self._unneeded = dict[str, float]()  # time since which no version in use needs an application, by its name
 
     async def start(self) -> None:
@@ -220,7 +221,9 @@ class ModelPool:
             log.error("the cluster does not answer: %s", error)
 
     def _is_needed(self, application: "Application") -> bool:
-        """Return True if a version is live, a cascade pins it, or this process has it in memory."""
+        """Return True if a version is live, a cascade pins it, or this process deploys it or has it in memory."""
+        if (application.model, application.version) in self._deploying:
+            return True
         loaded = [each for model in self.loaded() for each in (model, *model.members)]
         if any(each.application == application.id for each in loaded):
             return True
@@ -322,7 +325,11 @@ class ModelPool:
             if self._tracing:
                 self._tracing.record_decoding("batch", started, ended)
 
-        application, handle, engine_name = cluster.deploy(card)
+        self._deploying.add((card.name, card.version))
+        try:
+            application, handle, engine_name = cluster.deploy(card)
+        finally:
+            self._deploying.discard((card.name, card.version))
         self._applications.add(application)
         batcher = RemoteBatcher(
             handle,
