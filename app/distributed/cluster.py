@@ -95,7 +95,8 @@ class Cluster:
                     signal.signal(signal.SIGTERM, handler)
             self._is_owner = True
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns about every busy replica
-        serve.start(proxy_location="Disabled")
+        with _hold_lock("serve"):  # only one process can start Serve
+            serve.start(proxy_location="Disabled")
 
     def close(self) -> None:
         """Disconnect. The applications go on, except those of a local cluster."""
