@@ -7,6 +7,7 @@ import difflib
 import ipaddress
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -201,6 +202,24 @@ class Settings(BaseSettings):
     deadline_s: Seconds = Field(default=10.0, gt=0)
     """Seconds that a request may wait for its computation to start. The service refuses it after that."""
 
+    cluster: Annotated[str | None, BeforeValidator(_empty_to_none)] = None
+    """Ray cluster that computes predictions, with the extra `ray`: "auto" for the cluster of this machine's node, the
+    address of a head node, or "local" to start a cluster that ends with this process. Default: this process computes
+    them."""
+    cluster_min_replicas: int = Field(default=1, gt=0, le=10_000)
+    """Smallest number of replicas of a model in the cluster."""
+    cluster_max_replicas: int = Field(default=4, gt=0, le=10_000)
+    """Largest number of replicas of a model in the cluster."""
+    cluster_requests: float = Field(default=8.0, gt=0, le=10_000)
+    """Number of requests in progress per replica to which the cluster adapts the number of replicas."""
+    cluster_cpus: float = Field(default=1.0, gt=0, le=1024)
+    """CPUs that each replica reserves. A fraction lets several replicas share a CPU."""
+    cluster_gpus: float = Field(default=0.0, ge=0, le=64)
+    """GPUs that each replica reserves. A fraction lets several replicas share a GPU. With 0, the device "auto"
+    is the CPU."""
+    cluster_keep_s: Seconds = 300.0
+    """Seconds after which the replicas of a version that is neither live nor pinned are stopped."""
+
     store_poll_s: Seconds = Field(default=1.0, ge=0.01)
     """Seconds between two checks of the store for newly promoted versions."""
     evaluate_wait_s: Seconds = 5.0
@@ -230,6 +249,21 @@ class Settings(BaseSettings):
         for setting in ("predict_needs_key", "allow_uploads"):
             if getattr(self, setting) and not self.api_keys:
                 raise ValueError(f"CIFAR100_{setting.upper()} needs CIFAR100_API_KEYS")
+        return self
+
+    @model_validator(mode="after")
+    def _check_cluster(self) -> Self:
+        if self.cluster_min_replicas > self.cluster_max_replicas:
+            raise ValueError(
+                f"CIFAR100_CLUSTER_MIN_REPLICAS={self.cluster_min_replicas} exceeds CIFAR100_CLUSTER_MAX_REPLICAS="
+                f"{self.cluster_max_replicas}"
+            )
+        if self.cluster == "local" and self.workers != 1:
+            raise ValueError(
+                "CIFAR100_CLUSTER=local needs CIFAR100_WORKERS=1, because each worker would start a cluster"
+            )
+        if self.cluster and not find_spec("ray"):
+            raise ValueError("CIFAR100_CLUSTER needs the extra ray: pip install 'cifar100[ray]'")
         return self
 
     @model_validator(mode="after")

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,6 +160,38 @@ class BatchTimes(NamedTuple):
     """True if images were decoded with the batch."""
     decoding_s: float
     computing_s: float
+
+
+class EngineBatcher(Protocol):
+    """The queue of one engine: a `Batcher`, or an `app.distributed.remote_batcher.RemoteBatcher`."""
+
+    max_batch: int
+    """Largest number of images in a request."""
+    max_queue: int
+    """Largest number of waiting images."""
+
+    @property
+    def engine_name(self) -> str:
+        """Name of the engine, such as openvino-int8."""
+        ...
+
+    @property
+    def queued(self) -> int:
+        """Number of waiting images, without those in the background."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """Number of all waiting images."""
+        ...
+
+    async def run(self, images: ImageSource, deadline: float | None = None, accepted: bool = False) -> Scores:
+        """Compute the scores of images, see `Batcher.run`."""
+        ...
+
+    async def run_in_background(self, images: Images, deadline: float | None = None) -> Probabilities:
+        """Compute the probabilities of images with low priority, see `Batcher.run_in_background`."""
+        ...
 
 
 @dataclass(eq=False, slots=True)

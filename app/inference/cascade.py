@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.exceptions import Unavailable
-from app.inference.batching import Batcher, BatchOutput, Images, ImageSource, Logits, Probabilities, Scores
+from app.inference.batching import BatchOutput, EngineBatcher, Images, ImageSource, Logits, Probabilities, Scores
 from training.runtimes.cascade import answer, average, join_names
 from training.store import Cascade
 
@@ -34,8 +34,8 @@ class CascadeBatcher:
     def __init__(
         self,
         cascade: Cascade,
-        first: Batcher,
-        second: Batcher,
+        first: EngineBatcher,
+        second: EngineBatcher,
         observe: Callable[[int, int], None],
         trace: Callable[[int], AbstractContextManager[object]] = nullcontext,
     ):

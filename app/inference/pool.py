@@ -9,19 +9,20 @@ import logging
 import math
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 from pydantic import Field
 
 from app.exceptions import NotFound, Unavailable
 from app.inference import decoding
-from app.inference.batching import Batcher, BatchTimes
+from app.inference.batching import Batcher, BatchTimes, EngineBatcher
 from app.inference.cascade import CascadeBatcher
+from app.inference.model_check import check_fit
 from app.inference.statistics import ModelStatistics
 from app.machine import cpu_count
 from app.observability.metrics import Metrics
@@ -30,15 +31,16 @@ from app.settings import Settings
 from app.threads import Threads
 from training.encoding import replace_surrogates
 from training.runtimes import selection
-from training.runtimes.engine import Engine, example_images
-from training.store import CARD, CASCADE, LIVE, MODEL, ModelCard, Store, StoreError
+from training.store import CASCADE, LIVE, MODEL, ModelCard, Store, StoreError
 from training.text import quote
+
+if TYPE_CHECKING:
+    from app.distributed.cluster import Application, Cluster
 
 log = logging.getLogger(__name__)
 
 _MAX_OLD_VERSIONS = 2
 _THREADS = 2  # one polls the live versions, the other loads versions on request
-_EXAMPLES = 2  # images on which a model is checked against its card
 _RETRY_S = 30.0  # wait after a live version failed to load
 
 Version = Annotated[int, Field(ge=1, lt=10**9)]
@@ -50,8 +52,10 @@ class Model:
     """A loaded model version with its batcher. A cascade keeps the versions that it pins in memory as `members`."""
 
     card: ModelCard
-    batcher: Batcher | CascadeBatcher
+    batcher: EngineBatcher | CascadeBatcher
     members: "tuple[Model, ...]" = ()
+    application: str | None = None
+    """Name of the application that computes the version in a cluster."""
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
     loaded: datetime = field(default_factory=lambda: datetime.now(UTC))
 
@@ -80,9 +84,18 @@ class ModelPool:
         self._failures: dict[str, tuple[int, float]] = {}  # failed live version and time, by model name
         self._watcher: asyncio.Task[None] | None = None
         self._threads = Threads("the model store", _THREADS, patience_s=_RETRY_S)
+        self._cluster: Cluster | None = None
+        self._applications = set[str]()  # applications of the cluster at the last refresh, and those deployed since
+        self._deploying = set[tuple[str, int]]()  # names and versions that this process deploys now
+        self._unneeded = dict[str, float]()  # time since which no version in use needs an application, by its name
 
     async def start(self) -> None:
-        """Load every live model, then start to poll the store."""
+        """Connect to the cluster, if there is one. Load every live model, then start to poll the store."""
+        if self._settings.cluster:
+            from app.distributed.cluster import Cluster
+
+            self._cluster = Cluster(self._settings, self.store)
+            self._cluster.connect()
         await self.refresh()
         if not self._live:
             root = self.store.root.absolute()
@@ -96,6 +109,8 @@ class ModelPool:
             with suppress(asyncio.CancelledError):
                 await self._watcher
         self._threads.close()
+        if self._cluster:
+            self._cluster.close()
 
     @property
     def ready(self) -> bool:
@@ -153,12 +168,14 @@ class ModelPool:
     async def refresh(self) -> None:
         """Load every live version of the store that is not in memory yet."""
         async with self._refreshing:
+            if self._cluster:
+                await self._read_cluster(self._cluster)
             names = await self._threads.run(self.store.names)
             for name in sorted({*names, *self._live}):
                 try:
                     version = await self._threads.run(self.store.live, name)
                     current = self._live.get(name)
-                    if version is None or (current and current.card.version == version):
+                    if version is None or (current and current.card.version == version and self._is_deployed(current)):
                         if current:
                             await self._threads.run(self._require_stored, current.card, version)
                         self.errors.pop(name, None)
@@ -182,6 +199,44 @@ class ModelPool:
                         self.errors[name] = reason
                         if name not in self._live:
                             await self._threads.run(self._fall_back, name)
+
+    async def _read_cluster(self, cluster: "Cluster") -> None:
+        """Find out which applications the cluster has, and delete those that nothing has needed for some time.
+
+        The replicas of a deleted application answer their requests. Another process may still serve its version to
+        requests that name it. That process deploys it again.
+        """
+        try:
+            applications = await self._threads.run(cluster.applications)
+            self._applications = {each.id for each in applications}
+            for key in [key for key, model in self._others.items() if not self._is_deployed(model)]:
+                del self._others[key]
+            unneeded = [each for each in applications if not await self._threads.run(self._is_needed, each)]
+            now = time.monotonic()
+            self._unneeded = {each.id: self._unneeded.get(each.id, now) for each in unneeded}
+            for each in unneeded:
+                if now >= self._unneeded[each.id] + self._settings.cluster_keep_s:
+                    await self._threads.run(cluster.delete, each)
+        except ConnectionError as error:
+            log.error("the cluster does not answer: %s", error)
+
+    def _is_needed(self, application: "Application") -> bool:
+        """Return True if a version is live, a cascade pins it, or this process deploys it or has it in memory."""
+        if (application.model, application.version) in self._deploying:
+            return True
+        loaded = [each for model in self.loaded() for each in (model, *model.members)]
+        if any(each.application == application.id for each in loaded):
+            return True
+        name, version = application.model, application.version
+        try:
+            return version == self.store.live(name) or version in self.store.pins(name)
+        except StoreError:  # the live pointer is damaged
+            return True
+
+    def _is_deployed(self, model: Model) -> bool:
+        """Return True if this process computes a model, or the cluster has all its applications."""
+        needed = {each.application for each in (model, *model.members) if each.application}
+        return needed <= self._applications
 
     def _require_stored(self, card: ModelCard, live: int | None) -> None:
         """Check that the store still has a version that is served from memory.
@@ -237,14 +292,16 @@ class ModelPool:
         folder = self.store.verify(card)
         if CASCADE in card.files:
             return self._load_cascade(card)
-        engine = selection.load(folder / MODEL, self._settings.device, self._settings.runtime)
-        _check_fit(card, engine)
         statistics = ModelStatistics()
 
         def observe(times: BatchTimes) -> None:
             statistics.count_batch(times)
             self._metrics.observe_batch(name, times)
 
+        if self._cluster:
+            return self._deploy(self._cluster, card, statistics, observe)
+        engine = selection.load(folder / MODEL, self._settings.device, self._settings.runtime)
+        check_fit(card, engine)
         cpus = cpu_count()
         batcher = Batcher(
             engine,
@@ -253,9 +310,42 @@ class ModelPool:
             observe,
             shares_cpu=cpus == 1,
             busy_photos=cpus if 1 < cpus <= decoding.MAX_THREADS else math.inf,
-            trace=partial(self._tracing.record_batch, name, version, engine.name) if self._tracing else None,
+            trace=self._trace_batches(card, engine.name),
         )
         return Model(card, batcher, statistics=statistics)
+
+    def _deploy(
+        self, cluster: "Cluster", card: ModelCard, statistics: ModelStatistics, observe: Callable[[BatchTimes], None]
+    ) -> Model:
+        """Deploy a version to the cluster, or use its application if another process has deployed it."""
+        from app.distributed.remote_batcher import RemoteBatcher
+
+        def observe_decoding(started: float, ended: float) -> None:
+            self._metrics.observe_decoding("batch", ended - started)
+            if self._tracing:
+                self._tracing.record_decoding("batch", started, ended)
+
+        self._deploying.add((card.name, card.version))
+        try:
+            application, handle, engine_name = cluster.deploy(card)
+        finally:
+            self._deploying.discard((card.name, card.version))
+        self._applications.add(application)
+        batcher = RemoteBatcher(
+            handle,
+            application,
+            engine_name,
+            self._settings.max_batch,
+            self._settings.max_queue,
+            observe,
+            observe_decoding,
+            self._trace_batches(card, engine_name),
+        )
+        return Model(card, batcher, statistics=statistics, application=application)
+
+    def _trace_batches(self, card: ModelCard, engine_name: str) -> Callable[[float, BatchTimes], None] | None:
+        """Return the callback for the traces of a version's batches, or None without traces."""
+        return partial(self._tracing.record_batch, card.name, card.version, engine_name) if self._tracing else None
 
     def _load_cascade(self, card: ModelCard) -> Model:
         cascade = self.store.cascade(card)
@@ -263,9 +353,9 @@ class ModelPool:
             self._find_loaded(pinned.name, pinned.version) or self._load(pinned.name, pinned.version)
             for pinned in cascade.members
         )
-        batchers = list[Batcher]()
+        batchers = list[EngineBatcher]()
         for member in members:
-            if member.card.classes != card.classes or not isinstance(member.batcher, Batcher):
+            if member.card.classes != card.classes or isinstance(member.batcher, CascadeBatcher):
                 raise StoreError(
                     f"{member.card.name} version {member.card.version} does not fit {card.name}; fit it again"
                 )
@@ -278,7 +368,8 @@ class ModelPool:
         """Return a version that is in memory because it is live, was asked for, or is pinned by a loaded cascade."""
         loaded = [*self._live.values(), *self._others.values()]
         models = loaded + [member for model in loaded for member in model.members]
-        return next((model for model in models if (model.card.name, model.card.version) == (name, version)), None)
+        wanted = (model for model in models if (model.card.name, model.card.version) == (name, version))
+        return next(filter(self._is_deployed, wanted), None)
 
     async def _load_other(self, name: str, version: int, patient: bool) -> Model:
         self._require_version(name, version)
@@ -313,19 +404,3 @@ class ModelPool:
             return Unavailable(f"{name} cannot be served: {self.errors[name]}", "no_model")
         live = ", ".join(sorted(self._live)) or "none"
         return NotFound(f"there is no live model {quote(name)}, live are: {live}; GET /models lists all")
-
-
-def _check_fit(card: ModelCard, engine: Engine) -> None:
-    """Check that a model computes one finite logit per image and class of its card.
-
-    Raises:
-        StoreError: The shape of the logits does not match the card's classes, or a logit is not finite.
-    """
-    logits = engine(example_images(_EXAMPLES).numpy())
-    if logits.shape != (_EXAMPLES, len(card.classes)):
-        raise StoreError(
-            f"{card.name} version {card.version} computes logits of shape {list(logits.shape)} for {_EXAMPLES} images, "
-            f"but its {CARD} names {len(card.classes)} classes; publish it again with the card of this model"
-        )
-    if not np.isfinite(logits).all():
-        raise StoreError(f"{card.name} version {card.version} computes logits that are not finite; publish it again")

@@ -1,0 +1,251 @@
+"""Connect to a Ray cluster, and deploy versions of models there.
+
+    version of a model --deploy--> application of Ray Serve: replicas, autoscaled on the requests in progress
+    cifar100.<store>.<model>.<version>.<settings>     its name
+
+All HTTP processes with the same store and the same settings share the applications. Ray's own HTTP proxy is not
+started.
+"""
+
+import hashlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple
+from typing import Any, NamedTuple
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that asks for the status at exit would start a cluster
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from app.distributed.replica import EngineReplica, ReplicaOptions
+from app.settings import Settings
+from training.runtimes.engine import EngineError
+from training.store import ModelCard, Store
+
+log = logging.getLogger(__name__)
+
+LOCAL = "local"
+"""Value of `Settings.cluster` that starts a cluster on this machine, which ends with this process."""
+
+_DEPLOYMENT = "engine"
+_NAMESPACE = "cifar100"
+_PREFIX = "cifar100"
+_READY_S = 600.0  # the cluster may start a machine for the replicas
+_CONNECT_S = 60.0
+_POLL_S = 0.2
+_OBJECT_STORE_BYTES = 100 << 20  # requests and answers are small and do not need it
+
+
+class Application(NamedTuple):
+    """An application of this store in the cluster."""
+
+    id: str
+    """Name of the application in the cluster."""
+    model: str
+    version: int
+
+
+class _Lock:
+    """An actor whose name is a lock. Ray ends it with the process that made it."""
+
+
+class Cluster:
+    """A connection to a Ray cluster with Serve.
+
+    Args:
+        settings: Address, replicas and resources.
+        store: The model store. Every node of the cluster has it at the same path.
+    """
+
+    def __init__(self, settings: Settings, store: Store):
+        self._settings = settings
+        self._models = store.root.resolve()
+        self._is_owner = False
+        self._lock = threading.Lock()  # Serve's configurations and statuses cannot be created in two threads at once
+
+    def connect(self) -> None:
+        """Connect to the cluster, or start one on this machine. Call this in the main thread of a server process.
+
+        The processes of a local cluster end with the thread that started them. Ray replaces the handler of SIGTERM,
+        which this method restores.
+
+        Raises:
+            ConnectionError: The cluster does not answer.
+        """
+        if not ray.is_initialized():
+            is_main = threading.current_thread() is threading.main_thread()
+            handler = signal.getsignal(signal.SIGTERM)
+            options: dict[str, Any] = {"address": self._settings.cluster}
+            if self._settings.cluster == LOCAL:
+                options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+            try:
+                ray.init(namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **options)
+            finally:
+                if is_main:
+                    signal.signal(signal.SIGTERM, handler)
+            self._is_owner = True
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns about every busy replica
+        with _hold_lock("serve"):  # only one process can start Serve
+            serve.start(proxy_location="Disabled")
+
+    def close(self) -> None:
+        """Disconnect. The applications go on, except those of a local cluster."""
+        if self._is_owner:
+            with self._lock:
+                ray.shutdown()
+
+    def deploy(self, card: ModelCard) -> tuple[str, "DeploymentHandle[EngineReplica]", str]:
+        """Deploy a version unless it is deployed, and wait until its replicas are ready.
+
+        Returns:
+            The name of the application, a connected handle, and the name of the engine.
+
+        Raises:
+            EngineError: The replicas cannot load the version, or are not ready within 10 minutes.
+        """
+        application = self._application_id(card)
+        try:
+            with _hold_lock(application):
+                while _is_deleting(status := self._statuses().get(application)):
+                    time.sleep(_POLL_S)
+                if status is None:
+                    log.info("%s is deployed to the cluster", application)
+                    with self._lock:
+                        target = serve.RunTarget(self._bind(card), name=application, route_prefix=None)
+                        serve.run_many([target], wait_for_applications_running=False)
+            self._wait_until_ready(application)
+            handle = serve.get_app_handle(application)
+            return application, handle, handle.engine_name.remote().result(timeout_s=_CONNECT_S)
+        except (RayError, RayServeException, TimeoutError, ValueError) as error:
+            raise EngineError(f"the cluster cannot serve {application}: {error}") from error
+
+    def applications(self) -> list[Application]:
+        """List the applications of this store, deployed with any settings.
+
+        Raises:
+            ConnectionError: The cluster does not answer.
+        """
+        found = []
+        try:
+            applications = [name for name, status in self._statuses().items() if not _is_deleting(status)]
+        except (RayError, RayServeException) as error:
+            raise ConnectionError(str(error)) from error
+        for application in applications:
+            prefix, _, rest = application.partition(f".{self._store_id()}.")
+            if prefix == _PREFIX and rest:
+                model, version, _ = rest.split(".")
+                found.append(Application(application, model, int(version)))
+        return found
+
+    def delete(self, application: Application) -> None:
+        """Delete an application. Its replicas finish their requests meanwhile.
+
+        Raises:
+            ConnectionError: The cluster does not answer.
+        """
+        log.info("%s is deleted from the cluster", application.id)
+        try:
+            serve.delete(application.id, _blocking=False)
+        except (RayError, RayServeException) as error:
+            raise ConnectionError(str(error)) from error
+
+    def _statuses(self) -> dict[str, Any]:
+        """Return the status of every application in the cluster, by its name."""
+        with self._lock:
+            return dict(serve.status().applications)
+
+    def _wait_until_ready(self, application: str) -> None:
+        """Wait until an application has all its first replicas.
+
+        Raises:
+            EngineError: The replicas cannot load the version, or are not ready within 10 minutes. The application is
+                deleted.
+        """
+        reason = f"{application} is not ready within {_READY_S:g} s; see `serve status`"
+        end = time.monotonic() + _READY_S
+        while time.monotonic() < end:
+            overview = self._statuses().get(application)
+            if overview and overview.status == "RUNNING":
+                return
+            if overview is None or overview.status == "DEPLOY_FAILED":
+                deployments = overview.deployments.values() if overview else ()
+                details = "; ".join(each.message for each in deployments if each.message)
+                reason = f"the cluster cannot serve {application}: {details or 'it was deleted'}"
+                break
+            time.sleep(_POLL_S)
+        serve.delete(application, _blocking=False)
+        raise EngineError(reason)
+
+    def _bind(self, card: ModelCard) -> Any:
+        """Return the application of a version, with its replicas, resources and limits."""
+        settings = self._settings
+        options = self._replica_options(card)
+        deployment = serve.deployment(EngineReplica).options(
+            name=_DEPLOYMENT,
+            max_ongoing_requests=options.max_requests,
+            autoscaling_config={
+                "min_replicas": settings.cluster_min_replicas,
+                "max_replicas": settings.cluster_max_replicas,
+                "target_ongoing_requests": settings.cluster_requests,
+            },
+            ray_actor_options={"num_cpus": settings.cluster_cpus, "num_gpus": settings.cluster_gpus},
+            max_constructor_retry_count=2,
+        )
+        return deployment.bind(options)
+
+    def _replica_options(self, card: ModelCard) -> ReplicaOptions:
+        settings = self._settings
+        max_requests = 2 * settings.max_batch  # one batch is computed while the next one gathers
+        uses_cpu = settings.device == "auto" and not settings.cluster_gpus  # it must not use GPUs that others reserve
+        return ReplicaOptions(
+            models=self._models,
+            name=card.name,
+            version=card.version,
+            device="cpu" if uses_cpu else settings.device,
+            runtime=settings.runtime,
+            max_batch=settings.max_batch,
+            max_requests=max_requests,
+        )
+
+    def _application_id(self, card: ModelCard) -> str:
+        settings = self._settings
+        replicas = settings.cluster_min_replicas, settings.cluster_max_replicas, settings.cluster_requests
+        resources = settings.cluster_cpus, settings.cluster_gpus
+        content = _digest(astuple(self._replica_options(card)), replicas, resources, sorted(card.files.items()))
+        return f"{_PREFIX}.{self._store_id()}.{card.name}.{card.version}.{content}"
+
+    def _store_id(self) -> str:
+        return _digest(self._models)
+
+
+def _digest(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
+
+
+def _is_deleting(status: Any) -> bool:
+    return status is not None and status.status == "DELETING"
+
+
+@contextmanager
+def _hold_lock(name: str) -> Iterator[None]:
+    """Hold a lock of the whole cluster. Without it, a second process would replace the replicas of the first one."""
+    while True:
+        try:
+            lock = ray.remote(_Lock).options(name=f"lock.{name}", namespace=_NAMESPACE, num_cpus=0).remote()
+            break
+        except ValueError:  # another process holds the lock
+            time.sleep(_POLL_S)
+    try:
+        yield
+    finally:
+        ray.kill(lock)
