@@ -39,6 +39,7 @@ def cluster() -> Iterator[None]:
         environment.setenv("OMP_NUM_THREADS", "1")
         handler = signal.getsignal(signal.SIGTERM)
         ray.init(
+            address="local",
             num_cpus=2,
             object_store_memory=80 << 20,
             include_dashboard=False,
