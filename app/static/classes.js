@@ -1,8 +1,14 @@
-// Lists the classes of a model by superclass, in a dialog.
+// Lists the classes of a model by superclass, and shows them in a dialog.
 
 import { call } from "./api.js";
 import { h, problem, showDialog } from "./dom.js";
 import { superclassWords, words } from "./text.js";
+
+/** Return pairs of a superclass and its labels, in the order of the superclasses. */
+export async function groupClasses(model, version) {
+  const { classes, superclasses } = await call(`models/${model}/${version}`);
+  return [...Map.groupBy(classes, (_, id) => superclasses[id])].sort();
+}
 
 /** Show the classes of the first live model. */
 export async function showClasses(live) {
@@ -11,10 +17,8 @@ export async function showClasses(live) {
   const [name] = Object.keys(live);
   if (!name) return body.append(h("p", {}, "No model is live, so there are no classes to list."));
   try {
-    const { classes, superclasses } = await call(`models/${name}/${live[name].version}`);
-    const groups = Map.groupBy(classes.keys(), (id) => superclasses[id]);
-    for (const [superclass, ids] of [...groups].sort()) {
-      body.append(h("section", {}, h("h3", {}, superclassWords(superclass)), h("p", {}, ids.map((id) => words(classes[id])).join(", "))));
+    for (const [superclass, labels] of await groupClasses(name, live[name].version)) {
+      body.append(h("section", {}, h("h3", {}, superclassWords(superclass)), h("p", {}, labels.map(words).join(", "))));
     }
   } catch (error) {
     body.append(problem(error));

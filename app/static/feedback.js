@@ -1,6 +1,7 @@
 // Asks for the right class of a picture, in a dialog, and sends it to POST /feedback.
 
 import { call } from "./api.js";
+import { groupClasses } from "./classes.js";
 import { h, notify, problem } from "./dom.js";
 import { superclassWords, words } from "./text.js";
 
@@ -35,10 +36,8 @@ export async function askForClass({ model, version, classes: [{ label: answered 
   document.body.append(dialog);
   dialog.showModal();
   try {
-    const { classes, superclasses } = await call(`models/${model}/${version}`);
-    const groups = Map.groupBy(classes.keys(), (id) => superclasses[id]);
-    select.append(...[...groups].sort().map(([superclass, ids]) => h("optgroup", { label: superclassWords(superclass) },
-      ids.map((id) => h("option", { value: classes[id] }, words(classes[id]))))));
+    select.append(...(await groupClasses(model, version)).map(([superclass, labels]) =>
+      h("optgroup", { label: superclassWords(superclass) }, labels.map((label) => h("option", { value: label }, words(label))))));
     send.disabled = false;
   } catch (error) {
     failure.replaceChildren(problem(error));
