@@ -24,9 +24,12 @@ def surroundings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
     Features of frozen stages go to a temporary folder, not to the home folder. Services use TorchScript, which starts
     fast. Training jobs have the priority of the services, so they do not starve while other tests keep all CPUs busy.
-    All tests compute on the CPU, except with `-m gpu`.
+    All tests compute on the CPU, except with `-m gpu`. Commands write as they do to a pipe, whatever terminal runs the
+    tests.
     """
     with pytest.MonkeyPatch.context() as environment:
+        for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            environment.delenv(name, raising=False)
         environment.setenv("CIFAR100_FEATURES", str(tmp_path_factory.mktemp("features")))
         environment.setenv("CIFAR100_RUNTIME", "torchscript")
         environment.setenv("CIFAR100_TRAINING_NICENESS", "0")

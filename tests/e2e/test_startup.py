@@ -181,7 +181,7 @@ def test_a_service_listens_on_every_address_of_its_host(
             url = f"http://{format_authority(address, client.base_url.port or 0)}"
             assert httpx.get(f"{url}/health/ready").status_code == 200
             assert httpx.delete(f"{url}/train/x").status_code == (403 if host == "::" else 404)
-    assert set(re.findall('"client": "([^"]+)"', log.read_text())) == set(addresses)
+        wait_for(lambda: set(re.findall('"client": "([^"]+)"', log.read_text())) == set(addresses), END_S, log)
 
 
 @pytest.fixture
