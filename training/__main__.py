@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from training.console import CommandGroup, Debug, Json, out, print_json, print_table, working
 from training.dataset import DEFAULT_FOLDER
 from training.encoding import restart_in_utf8_mode
+from training.errors import UsageError
 from training.recipes import RECIPES, Recipe, RecipeError, format_value, make_recipe, rename_former_fields
 from training.run import Publication, Run
 from training.runtimes.forms import FORM_FILES, parse_forms
@@ -21,6 +22,7 @@ from training.store import Promotion, Store, open_store
 
 if TYPE_CHECKING:
     from training.commands import Measurement
+    from training.ray_train import Workers
 
 LOADING = "loading PyTorch"
 
@@ -46,6 +48,15 @@ Flip = Annotated[bool, typer.Option("--flip", help="The mean logits of an image 
 Notes = Annotated[str, typer.Option(help="Free text for the model card.")]
 Also = Annotated[
     str, typer.Option(metavar="FORM,...", help=f"Forms to write beside model.pt, of {', '.join(FORM_FILES)}.")
+]
+Engine = Annotated[
+    Literal["local", "ray"], typer.Option(help="This process, or workers of Ray Train, which needs the extra ray.")
+]
+WorkerCount = Annotated[int, typer.Option("--workers", help="Workers that share each batch. (ray)", min=1, max=1024)]
+WorkerCpus = Annotated[int, typer.Option(help="Processors of each worker. (ray)", min=1, max=1024)]
+Cluster = Annotated[
+    str,
+    typer.Option(help="Ray cluster: local starts one here; auto, or HOST:PORT. (ray)", envvar="CIFAR100_CLUSTER"),
 ]
 Mlflow = Annotated[
     str | None, typer.Option(metavar="URI", help="MLflow server that records the run.", envvar="MLFLOW_TRACKING_URI")
@@ -76,6 +87,10 @@ def train(
     mlflow: Mlflow = None,
     data_source: Data = None,
     models: Models = Path("models"),
+    engine: Engine = "local",
+    workers: WorkerCount = 1,
+    worker_cpus: WorkerCpus = 1,
+    cluster: Cluster = "local",
     as_json: Json = False,
     lock: Annotated[int | None, typer.Option(hidden=True, help="Descriptor of the run's lock, inherited.")] = None,
 ) -> None:
@@ -84,20 +99,31 @@ def train(
     recipe = make_recipe(name, changes)
     forms = parse_forms(also)
     folder = Run(run or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    if workers > 1 and engine == "local":
+        raise UsageError("--workers needs --engine ray; without Ray, start torchrun --nproc-per-node N -m training")
     with working(LOADING):
         from training import commands
+        from training.process_group import join_torchrun
+
+        ray_workers = _load_ray(workers, worker_cpus, cluster) if engine == "ray" else None
     publishing = commands.Publishing(Store(models), promote, notes, forms, mlflow)
-    outcome = commands.train(
-        recipe,
-        changes,
-        folder,
-        data_source,
-        publishing,
-        extra_data=extra_data,
-        resume=resume,
-        publish=publish,
-        lock=lock,
-    )
+    with join_torchrun() as group:
+        if not group.is_first:
+            commands.assist(group, data_source, publishing.store)
+            return
+        outcome = commands.train(
+            recipe,
+            changes,
+            folder,
+            data_source,
+            publishing,
+            extra_data=extra_data,
+            resume=resume,
+            publish=publish,
+            lock=lock,
+            workers=ray_workers,
+            group=group,
+        )
     if as_json:
         print_json(outcome.model_dump(mode="json"))
     elif outcome.published and outcome.was_finished:
@@ -234,6 +260,19 @@ def parse_overrides(overrides: list[str]) -> dict[str, str]:
         if "=" not in override:
             raise RecipeError(f"{override!r} is not of the form FIELD=VALUE, such as epochs=3")
     return rename_former_fields(dict(override.split("=", 1) for override in overrides))
+
+
+def _load_ray(count: int, cpus: int, cluster: str) -> "Workers":
+    """Import Ray.
+
+    Raises:
+        UsageError: The extra is not installed.
+    """
+    try:
+        from training.ray_train import Workers
+    except ImportError as error:
+        raise UsageError("--engine ray needs the extra ray: pip install 'cifar100[ray]'") from error
+    return Workers(count, cpus, cluster)
 
 
 def _print_publications(store: Store, published: Publication | None, refitted: Publication | None) -> None:

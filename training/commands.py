@@ -7,11 +7,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import typer
@@ -24,18 +24,22 @@ from training.dataset import DataError, Dataset, Split, hold_out, load_dataset, 
 from training.errors import ReportedError
 from training.evaluate import evaluate, fit_familiarity, predict
 from training.export import CPU, export
-from training.loop import to_device
+from training.loop import Event, to_device
 from training.networks.transfer import WeightsError
 from training.phase_report import PhaseReport, predict_with_reports, record_reports
+from training.process_group import ALONE, ProcessGroup
 from training.progress import show_progress
 from training.recipes import Recipe, RecipeError
 from training.resources import default_device, describe_peak_memory
-from training.run import Publication, Run
+from training.run import FollowedRun, Publication, Run
 from training.runtimes import Form, Runtime, selection
 from training.runtimes.engine import Engine, EngineError
 from training.runtimes.openvino import INT8
 from training.store import MODEL, Evaluation, FamiliarityThreshold, ModelCard, Promotion, Store, StoreError
 from training.trackers.tracking import Tracking, track
+
+if TYPE_CHECKING:  # it needs the extra ray
+    from training.ray_train import Workers
 
 SplitName = Literal["test", "train", "validation"]
 
@@ -102,6 +106,8 @@ def train(
     resume: bool,
     publish: bool,
     lock: int | None,
+    workers: "Workers | None" = None,
+    group: ProcessGroup = ALONE,
 ) -> Outcome:
     """Train a recipe in a run folder, and publish the result.
 
@@ -115,6 +121,8 @@ def train(
         resume: True to continue the run in the folder.
         publish: False to leave the export to a later command.
         lock: Descriptor of the run's lock, inherited from the parent process.
+        workers: Workers of Ray Train that train. None to train in this process.
+        group: Group of processes whose first one this process is. The others call `assist`.
 
     Raises:
         ReportedError: The run cannot be started, resumed, trained or published.
@@ -136,6 +144,7 @@ def train(
             recipe = _resume_recipe(run, recipe, changes)
         else:
             run.create(recipe, extra_data.read_bytes() if extra_data else None)
+        group.broadcast(run.path)
         with _discard_if_refused(run, resume):
             dataset = _add_extra_data(run, recipe, dataset)
         with track(run, dataset, publishing.mlflow) as tracking:
@@ -144,8 +153,39 @@ def train(
                     tracking.log_publication(published, publishing.store.folder(published.model, published.version))
                 return Outcome(run=run.path, published=published, was_finished=True)
             with _discard_if_refused(run, resume):
-                _train(run, recipe, dataset, publishing.store, tracking)
+                if workers:
+                    from training import ray_train
+
+                    err.print(f"{_describe(recipe)}\nin {workers.count} workers of Ray Train, into {run.path}")
+                    _show_training(run, ray_train.train(recipe, dataset, run, publishing.store, workers), tracking)
+                else:
+                    device = default_device()
+                    together = f" in {group.size} processes" if group.size > 1 else ""
+                    err.print(f"{_describe(recipe)}\non {device}{together}, into {run.path}")
+                    events = loop.train(recipe, dataset, run, device, publishing.store, group)
+                    _show_training(run, events, tracking)
+                    err.print(f"peak memory: {describe_peak_memory(device)}")
             return _publish(run, dataset, publishing, tracking) if publish else Outcome(run=run.path)
+
+
+def assist(group: ProcessGroup, data: str | None, store: Store) -> None:
+    """Train in a process of a group that is not the first one. The first one calls `train`.
+
+    Args:
+        group: The group.
+        data: Data set, see `load_dataset`.
+        store: Model store with the recipe's teachers and predecessor.
+
+    Raises:
+        ReportedError: The run cannot be trained.
+    """
+    dataset = read_dataset(data)
+    run = FollowedRun(group.broadcast(None))
+    if not run.outcome():
+        recipe = run.recipe()
+        dataset = _add_extra_data(run, recipe, dataset)
+        for _ in loop.train(recipe, dataset, run, default_device(), store, group):
+            pass
 
 
 def export_run(run: Run, data: str | None, publishing: Publishing) -> Outcome:
@@ -342,18 +382,18 @@ def _add_extra_data(run: Run, recipe: Recipe, dataset: Dataset) -> Dataset:
     return dataset
 
 
-def _train(run: Run, recipe: Recipe, dataset: Dataset, store: Store, tracking: Tracking) -> None:
-    device = default_device()
-    err.print(f"{recipe.model_dump_json(exclude_defaults=True)}\non {device}, into {run.path}")
+def _describe(recipe: Recipe) -> str:
+    return recipe.model_dump_json(exclude_defaults=True)
+
+
+def _show_training(run: Run, events: Generator[Event, None, None], tracking: Tracking) -> None:
     try:
-        events = loop.train(recipe, dataset, run, device, store)
         show_progress(tracking.follow(events), err)
     except KeyboardInterrupt:
         done = len(run.epochs())
         err.print(f"stopped; {done} epochs are kept; continue with --run {run.path} --resume")
         tracking.close("stopped")
         raise typer.Exit(STOPPED) from None
-    err.print(f"peak memory: {describe_peak_memory(device)}")
 
 
 def _publish(run: Run, dataset: Dataset, publishing: Publishing, tracking: Tracking) -> Outcome:

@@ -24,8 +24,9 @@ from training.evaluate import evaluate, predict
 from training.networks import Classifier, build
 from training.phase import make_phase
 from training.phase_report import PhaseReport, record_reports
+from training.process_group import ALONE, ProcessGroup
 from training.provenance import collect_provenance
-from training.recipes import Recipe
+from training.recipes import Recipe, RecipeError
 from training.resources import choose_dtype
 from training.run import TICK_S, Run, RunPhase
 from training.schedule import learning_rate
@@ -89,7 +90,12 @@ Event = PhaseReport | Tick | Epoch
 
 
 def train(
-    recipe: Recipe, dataset: Dataset, run: Run, device: torch.device, store: Store | None = None
+    recipe: Recipe,
+    dataset: Dataset,
+    run: Run,
+    device: torch.device,
+    store: Store | None = None,
+    group: ProcessGroup = ALONE,
 ) -> Generator[Event, None, None]:
     """Train a recipe, starting from the run's checkpoint if there is one.
 
@@ -99,11 +105,14 @@ def train(
         run: Folder of the run. It receives metrics and checkpoints.
         device: Device that trains.
         store: Model store with the recipe's teachers and predecessor. A recipe without them needs no store.
+        group: Processes that train the run together. All of them call this function, all but the first one with a
+            `FollowedRun`. The first one alone yields the results of epochs.
 
     Yields:
         Progress, and the result of every epoch.
 
     Raises:
+        RecipeError: The batches are too small for the group.
         TrainingError: The loss is no longer finite.
         StoreError: The recipe's teacher or predecessor cannot be used.
         EngineError: The runtime cannot compute the recipe's teacher.
@@ -120,22 +129,27 @@ def train(
     run.record(asdict(loading))
     yield loading
     classifier = _make_classifier(recipe, dataset, device, store, resumed=checkpoint is not None)
-    split, evaluated_split, evaluation = make_splits(recipe, dataset)
+    split, evaluated_split, evaluation = make_splits(recipe, dataset, group.size)
     images, labels = to_device(split, device)
     evaluation_images, _ = to_device(evaluation, device)
     dtype = choose_dtype(recipe, device)
-    step = TrainStep(recipe, classifier, labels, dtype)
+    step = TrainStep(recipe, classifier, labels, dtype, group)
     if checkpoint is not None:
         step.load_state_dict(checkpoint)
     fixed_state = {"data": dataset.fingerprint, "provenance": collect_provenance()}
-    yield from record_reports(_prepare_teacher(step, dataset, images, run, store), run)
+    with group.first_on_machine():
+        yield from record_reports(_prepare_teacher(step, dataset, images, run, store), run)
 
     for epoch in range(finished + 1, recipe.total_epochs + 1):
         if epoch in (finished + 1, recipe.epochs + 1):
-            phase = make_phase(recipe, epoch, classifier, images, evaluation_images, dtype)
-            step.begin_phase((yield from record_reports(phase, run)))
+            reports = make_phase(recipe, epoch, classifier, images, evaluation_images, dtype)
+            with group.first_on_machine():
+                phase = yield from record_reports(reports, run)
+            step.begin_phase(phase)
         started = time.perf_counter()
         tick = yield from train_epoch(step, epoch, run)
+        if not group.is_first:
+            continue
         trained = time.perf_counter()
         weights, measures = evaluate_epoch(step, tick, torch.from_numpy(evaluation.labels))
         finished_at = time.perf_counter()
@@ -150,6 +164,8 @@ def train(
 
 def train_epoch(step: TrainStep, epoch: int, run: Run) -> Generator[Tick, None, Tick]:
     """Train one epoch.
+
+    Until the last report, the loss and the accuracy are those of this process's share of the batches.
 
     Args:
         step: Optimization step of the run.
@@ -169,15 +185,17 @@ def train_epoch(step: TrainStep, epoch: int, run: Run) -> Generator[Tick, None, 
     steps = math.ceil(images / recipe.batch_size)
     started = reported = time.perf_counter()
     seed = recipe.seed * 10_000 + epoch
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + step.group.rank * 2**32)  # dropout differs between the processes
     generator = torch.Generator().manual_seed(seed)
     step.begin_epoch(epoch)
     for number, (batch, indices) in enumerate(step.phase.batches(generator, epoch), start=1):
         step(batch, indices, learning_rate(recipe, epoch - 1 + (number - 0.5) / steps), generator)
         if number < steps and time.perf_counter() - reported <= TICK_S:
             continue
+        if number == steps:
+            step.add_up()
         seen = min(number * recipe.batch_size, images)
-        loss = step.loss_sum.item() / seen  # synchronizes with the GPU
+        loss = step.loss_sum.item() / step.seen  # synchronizes with the GPU
         reported = time.perf_counter()
         seconds = reported - started
         tick = Tick(
@@ -186,7 +204,7 @@ def train_epoch(step: TrainStep, epoch: int, run: Run) -> Generator[Tick, None, 
             step=number,
             steps=steps,
             loss=loss,
-            accuracy=step.correct.item() / seen,
+            accuracy=step.correct.item() / step.seen,
             images_per_s=seen / seconds,
             remaining_s=seconds / seen * _remaining_images(step, epoch, seen),
         )
@@ -302,16 +320,32 @@ def _summarize(tick: Tick, rate: float, split: str, measures: Evaluation, second
     )
 
 
-def make_splits(recipe: Recipe, dataset: Dataset) -> tuple[Split, str, Split]:
-    """Return the training split with the extra images, and the name and the images of the split to evaluate."""
+def make_splits(recipe: Recipe, dataset: Dataset, processes: int = 1) -> tuple[Split, str, Split]:
+    """Return the training split with the extra images, and the name and the images of the split to evaluate.
+
+    A rest of fewer than two images per process is left out, because batch normalization fails on one image.
+
+    Args:
+        recipe: Recipe of the run.
+        dataset: Data set of the run.
+        processes: Number of processes that share each batch.
+
+    Raises:
+        RecipeError: A batch has fewer than two images per process.
+    """
+    if recipe.batch_size < 2 * processes:
+        raise RecipeError(
+            f"batch_size={recipe.batch_size} is too small for {processes} processes; give at least {2 * processes}"
+        )
     train, name, evaluation = dataset.train, "test", dataset.test
     if recipe.validation_images:
         name, (train, evaluation) = "validation", hold_out(dataset.train, recipe.validation_images)
     if dataset.extra:
         extra = dataset.extra.split
         train = Split(np.concatenate((train.images, extra.images)), np.concatenate((train.labels, extra.labels)))
-    if len(train) % recipe.batch_size == 1:  # batch normalization fails on a last batch of one image
-        train = train[: len(train) - 1]
+    rest = len(train) % recipe.batch_size
+    if rest < 2 * processes:
+        train = train[: len(train) - rest]
     return train, name, evaluation
 
 

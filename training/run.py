@@ -354,6 +354,22 @@ class Run:
         return None
 
 
+class FollowedRun(Run):
+    """A run folder that another process of the group writes. This process only reads it."""
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def drop_metrics_after(self, epoch: int) -> None:
+        """Do nothing."""
+
+    def save(self, state: State) -> None:
+        """Do nothing."""
+
+    def save_teacher_logits(self, logits: "Tensor", teacher: str, fingerprint: str) -> None:
+        """Do nothing."""
+
+
 def _try_lock(file: TextIO) -> bool:
     """Try to lock a file.
 

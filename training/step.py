@@ -9,6 +9,9 @@ Output: changed weights, and the sums of the loss and of correct predictions sin
 
 The part from the head on is recorded. The CPU needs more time to launch the kernels of a small network than the GPU
 needs to compute them.
+
+In a group of processes, each computes its share of the batch and averages its gradients with the others. Such a step is
+not recorded.
 """
 
 from collections.abc import Callable
@@ -24,6 +27,7 @@ from training.averaging import WeightAverage
 from training.networks import Classifier
 from training.optimizers import load_optimizer_state, make_optimizer, set_learning_rate
 from training.phase import Phase
+from training.process_group import ALONE, ProcessGroup
 from training.recipes import Recipe
 from training.runtimes.cuda_graph import GraphedFunction
 
@@ -39,6 +43,7 @@ class TrainStep:
         classifier: Classifier that is trained in place.
         labels: int64 [N], labels of the training split on the classifier's device.
         dtype: Data type of the activations.
+        group: Processes that train the run together.
 
     Attributes:
         phase: The batches, trunk and head, set by `begin_phase`.
@@ -48,12 +53,21 @@ class TrainStep:
         learning_rate: Learning rate of the last step.
         loss_sum: Sum over the images since the start of the epoch, float scalar.
         correct: Number of correct predictions since the start of the epoch, float scalar.
+        seen: Number of images since the start of the epoch. Like the sums, it counts the share of this process.
     """
 
     phase: Phase
 
-    def __init__(self, recipe: Recipe, classifier: Classifier, labels: Tensor, dtype: torch.dtype):
+    def __init__(
+        self,
+        recipe: Recipe,
+        classifier: Classifier,
+        labels: Tensor,
+        dtype: torch.dtype,
+        group: ProcessGroup = ALONE,
+    ):
         device = labels.device
+        self.group = group
         self.recipe = recipe
         self.classifier = classifier
         self.labels = labels
@@ -65,11 +79,13 @@ class TrainStep:
         self.teacher_logits: Tensor | None = None
         self.learning_rate = 0.0
         self.loss_sum, self.correct = torch.zeros(2, device=device)
+        self.seen = 0
         self._training = True
 
     def begin_phase(self, phase: Phase) -> None:
         """Train on the batches of a phase from now on."""
         self.phase = phase
+        self._head = self.group.wrap(self.classifier, phase.head)
         self._start_recording()
 
     def begin_epoch(self, epoch: int) -> None:
@@ -81,6 +97,7 @@ class TrainStep:
         self.classifier.train(training)
         self.loss_sum.zero_()
         self.correct.zero_()
+        self.seen = 0
 
     def __call__(self, batch: Tensor, indices: Tensor, learning_rate: float, generator: torch.Generator) -> None:
         """Train on one batch.
@@ -93,6 +110,9 @@ class TrainStep:
         """
         self.learning_rate = learning_rate
         set_learning_rate(self.optimizer, learning_rate)
+        count = len(indices)
+        batch, indices = self.group.take_share(batch), self.group.take_share(indices)
+        self.seen += len(indices)
         indices = indices.to(self.labels.device, non_blocking=True)
         with self.autocast():
             inputs = self.phase.trunk(batch)
@@ -100,7 +120,15 @@ class TrainStep:
         if self.recipe.mixes_images:
             inputs, partners, share = augment.combine(inputs, self.recipe, generator)
             mixing = partners, torch.full((), share, device=self.labels.device)
+        # The group averages the gradients of its processes, whose shares differ by an image at most.
+        self._weight = len(indices) * self.group.size / count
         self._update(inputs, indices, self._get_teacher_logits(inputs, indices), *mixing)
+
+    def add_up(self) -> None:
+        """Add up `loss_sum`, `correct` and `seen` over the group. Every process calls this at the end of an epoch."""
+        seen = torch.tensor(self.seen, device=self.labels.device)
+        self.group.add_up(self.loss_sum, self.correct, seen)
+        self.seen = int(seen)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for `load_state_dict`, without the weights to publish ("classifier").
@@ -125,8 +153,9 @@ class TrainStep:
         return WeightAverage(self.classifier, decay) if decay else None
 
     def _start_recording(self) -> None:
-        # A gradient scaler reads back on the host whether gradients overflowed, which a CUDA graph cannot record.
-        records = self.labels.is_cuda and not self.scaler.is_enabled()
+        # A gradient scaler reads back on the host whether gradients overflowed, which a CUDA graph cannot record. In a
+        # group, the size of a share changes the weight of the loss.
+        records = self.labels.is_cuda and not self.scaler.is_enabled() and self.group.size == 1
         self._update: Callable[..., None] = GraphedFunction(self._train_on) if records else self._train_on
 
     def _get_teacher_logits(self, inputs: Tensor, indices: Tensor) -> Tensor:
@@ -143,7 +172,7 @@ class TrainStep:
         For mixup and CutMix, `mixing` holds the partners int64 [B] and the share of the batch itself, 0-1.
         """
         with self.autocast():
-            logits = self.phase.head(inputs)
+            logits = self._head(inputs)
             loss = self._compute_loss(logits, indices, teacher_logits)
             if mixing:
                 partners, share = mixing
@@ -151,7 +180,7 @@ class TrainStep:
                 theirs = teacher_logits if self.teacher is not None else teacher_logits[partners]
                 loss = torch.lerp(self._compute_loss(logits, indices[partners], theirs), loss, share)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss if self.group.size == 1 else loss * self._weight).backward()
         with self.autocast():  # Muon's matrix products run in half precision too
             self.scaler.step(self.optimizer)
         self.scaler.update()

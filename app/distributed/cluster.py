@@ -9,17 +9,12 @@ started.
 
 import hashlib
 import logging
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
 from typing import Any, NamedTuple
-
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that asks for the status at exit would start a cluster
 
 import ray
 from ray import serve
@@ -29,21 +24,18 @@ from ray.serve.handle import DeploymentHandle
 
 from app.distributed.replica import EngineReplica, ReplicaOptions
 from app.settings import Settings
+from training import ray_cluster
+from training.ray_cluster import ClusterError
 from training.runtimes.engine import EngineError
 from training.store import ModelCard, Store
 
 log = logging.getLogger(__name__)
 
-LOCAL = "local"
-"""Value of `Settings.cluster` that starts a cluster on this machine, which ends with this process."""
-
 _DEPLOYMENT = "engine"
-_NAMESPACE = "cifar100"
 _PREFIX = "cifar100"
 _READY_S = 600.0  # the cluster may start a machine for the replicas
 _CONNECT_S = 60.0
 _POLL_S = 0.2
-_OBJECT_STORE_BYTES = 100 << 20  # requests and answers are small and do not need it
 
 
 class Application(NamedTuple):
@@ -70,39 +62,23 @@ class Cluster:
     def __init__(self, settings: Settings, store: Store):
         self._settings = settings
         self._models = store.root.resolve()
-        self._is_owner = False
         self._lock = threading.Lock()  # Serve's configurations and statuses cannot be created in two threads at once
 
     def connect(self) -> None:
         """Connect to the cluster, or start one on this machine. Call this in the main thread of a server process.
 
-        The processes of a local cluster end with the thread that started them. Ray replaces the handler of SIGTERM,
-        which this method restores.
-
         Raises:
-            ConnectionError: The cluster does not answer.
+            ClusterError: There is no cluster at the address, or it does not answer.
         """
-        if not ray.is_initialized():
-            is_main = threading.current_thread() is threading.main_thread()
-            handler = signal.getsignal(signal.SIGTERM)
-            options: dict[str, Any] = {"address": self._settings.cluster}
-            if self._settings.cluster == LOCAL:
-                options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-            try:
-                ray.init(namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **options)
-            finally:
-                if is_main:
-                    signal.signal(signal.SIGTERM, handler)
-            self._is_owner = True
+        ray_cluster.connect(self._settings.cluster or ray_cluster.LOCAL)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns about every busy replica
         with _hold_lock("serve"):  # only one process can start Serve
             serve.start(proxy_location="Disabled")
 
     def close(self) -> None:
         """Disconnect. The applications go on, except those of a local cluster."""
-        if self._is_owner:
-            with self._lock:
-                ray.shutdown()
+        with self._lock:
+            ray_cluster.disconnect()
 
     def deploy(self, card: ModelCard) -> tuple[str, "DeploymentHandle[EngineReplica]", str]:
         """Deploy a version unless it is deployed, and wait until its replicas are ready.
@@ -133,13 +109,13 @@ class Cluster:
         """List the applications of this store, deployed with any settings.
 
         Raises:
-            ConnectionError: The cluster does not answer.
+            ClusterError: The cluster does not answer.
         """
         found = []
         try:
             applications = [name for name, status in self._statuses().items() if not _is_deleting(status)]
         except (RayError, RayServeException) as error:
-            raise ConnectionError(str(error)) from error
+            raise ClusterError(str(error)) from error
         for application in applications:
             prefix, _, rest = application.partition(f".{self._store_id()}.")
             if prefix == _PREFIX and rest:
@@ -151,13 +127,13 @@ class Cluster:
         """Delete an application. Its replicas finish their requests meanwhile.
 
         Raises:
-            ConnectionError: The cluster does not answer.
+            ClusterError: The cluster does not answer.
         """
         log.info("%s is deleted from the cluster", application.id)
         try:
             serve.delete(application.id, _blocking=False)
         except (RayError, RayServeException) as error:
-            raise ConnectionError(str(error)) from error
+            raise ClusterError(str(error)) from error
 
     def _statuses(self) -> dict[str, Any]:
         """Return the status of every application in the cluster, by its name."""
@@ -241,7 +217,7 @@ def _hold_lock(name: str) -> Iterator[None]:
     """Hold a lock of the whole cluster. Without it, a second process would replace the replicas of the first one."""
     while True:
         try:
-            lock = ray.remote(_Lock).options(name=f"lock.{name}", namespace=_NAMESPACE, num_cpus=0).remote()
+            lock = ray.remote(_Lock).options(name=f"lock.{name}", namespace=ray_cluster.NAMESPACE, num_cpus=0).remote()
             break
         except ValueError:  # another process holds the lock
             time.sleep(_POLL_S)

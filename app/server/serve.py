@@ -162,6 +162,8 @@ def serve(settings: Settings, listening: Sequence[socket.socket], link: workers.
         The exit status.
     """
     bound_malloc()
+    if settings.cluster and not _connect(settings.cluster):
+        return STARTUP_FAILURE
     descriptors = _allow_files()
     app = create_app(settings)
     table = ConnectionTable(max(1, min(_MAX_CONNECTIONS, descriptors - _OTHER_FILES)), settings.trusted_proxies)
@@ -193,6 +195,18 @@ def serve(settings: Settings, listening: Sequence[socket.socket], link: workers.
     server.run(list(listening))
     handle_stop_signals(exit_immediately)  # the threads that still run have nothing to save
     return exit_status(server.signals) if server.started else STARTUP_FAILURE
+
+
+def _connect(cluster: str) -> bool:
+    """Connect to the Ray cluster at an address. Return False if that fails."""
+    from training import ray_cluster
+
+    try:
+        ray_cluster.connect(cluster)
+    except ray_cluster.ClusterError as error:
+        log.error("CIFAR100_CLUSTER: %s", error)
+        return False
+    return True
 
 
 def _allow_files() -> int:

@@ -55,9 +55,9 @@ def test_a_cascade_answers_alike_without_a_server(store: Store, tmp_path: Path, 
     store.amend(store.card("cascade", 1).model_copy(update={"familiarity": familiarity}))
     with make_local_client(create_app(Settings(models=store.root, runs=tmp_path / "runs"))) as client:
         (expected,) = ask(client, image)["predictions"]
-    prediction = load("cascade", str(store.root)).predict(image)
+    prediction = load("cascade", str(store.root), runtime="torchscript").predict(image)  # the service has this one too
     assert prediction.familiar
-    assert prediction.familiarity == pytest.approx(expected["familiarity"], abs=1e-5)
+    assert prediction.familiarity == pytest.approx(expected["familiarity"], abs=1e-4)
     assert [each.label for each in prediction.classes] == [each["label"] for each in expected["classes"]]
     assert prediction.classes[0].probability == pytest.approx(expected["classes"][0]["probability"], abs=1e-5)
 

@@ -5,4 +5,4 @@ from contextlib import suppress
 
 with warnings.catch_warnings(), suppress(ImportError):
     warnings.simplefilter("ignore")
-    import ray.serve  # noqa: F401
+    import app.distributed.cluster  # noqa: F401
