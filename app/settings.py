@@ -210,9 +210,10 @@ class Settings(BaseSettings):
     """Smallest number of replicas of a model in the cluster."""
     cluster_max_replicas: int = Field(default=4, gt=0, le=10_000)
     """Largest number of replicas of a model in the cluster."""
-    cluster_requests: float = Field(default=8.0, gt=0, le=10_000)
-    """Number of requests in progress per replica to which the cluster adapts the number of replicas."""
-    cluster_cpus: float = Field(default=1.0, gt=0, le=1024)
+    cluster_calls: float = Field(default=1.5, gt=0, le=10_000)
+    """Number of calls in progress per replica to which the cluster adapts the number of replicas. A call has the images
+    that have gathered. Each process has at most two calls per replica in progress."""
+    cluster_cpus: float = Field(default=0.5, gt=0, le=1024)
     """CPUs that each replica reserves. A fraction lets several replicas share a CPU."""
     cluster_gpus: float = Field(default=0.0, ge=0, le=64)
     """GPUs that each replica reserves. A fraction lets several replicas share a GPU. With 0, the device "auto"

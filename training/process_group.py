@@ -7,9 +7,12 @@ Input: the environment variables of torchrun, or a process group of `torch.distr
 Output: a `ProcessGroup`. That of a process alone has size 1 and communicates with nobody.
 """
 
+import fcntl
 import os
+import socket
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -19,6 +22,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
+
+_SIOCGIFADDR = 0x8915  # the ioctl of Linux that reads the IPv4 address of a network interface
 
 TIMEOUT = timedelta(hours=6)
 """Longest time that a process waits for the others, for example while the first one computes features."""
@@ -115,6 +120,9 @@ def join_torchrun() -> Iterator[ProcessGroup]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))  # sends nothing
+        use_interface(probe.getsockname()[0])
     uses_gpu = torch.cuda.is_available()
     if uses_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -123,3 +131,17 @@ def join_torchrun() -> Iterator[ProcessGroup]:
         yield get_process_group()
     finally:
         distributed.destroy_process_group()
+
+
+def use_interface(address: str) -> None:
+    """Let gloo use the network interface with an IPv4 address, unless GLOO_SOCKET_IFNAME names another one.
+
+    By default, gloo uses the interface of the machine's name, which is often the loopback interface. Processes on other
+    machines cannot reach that one.
+    """
+    for _, name in socket.if_nameindex():
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            request = struct.pack("256s", name.encode()[:15])
+            if socket.inet_ntoa(fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24]) == address:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+                return

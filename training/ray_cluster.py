@@ -7,8 +7,11 @@ variables when it is imported.
 import logging
 import os
 import signal
+import socket
 import threading
 import warnings
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from training.errors import ReportedError
@@ -25,6 +28,8 @@ LOCAL = "local"
 
 NAMESPACE = "cifar100"
 
+_REACH_S = 10.0
+_TEMPORARY = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray")  # noqa: S108  Ray's own default
 _OBJECT_STORE_BYTES = 400 << 20  # holds the data set of a training run
 
 
@@ -57,6 +62,7 @@ def connect(address: str) -> None:
     # It warns that a local cluster uses tokens.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
+        _check_reachable(address)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **options)
@@ -67,6 +73,21 @@ def connect(address: str) -> None:
         if is_main:
             signal.signal(signal.SIGTERM, handler)
     _connections.append(address)
+
+
+def _check_reachable(address: str) -> None:
+    """Connect to the head node's port once, because Ray itself tries for minutes.
+
+    Raises:
+        OSError: Nothing answers at the address.
+    """
+    if address == "auto":  # Ray keeps the address of the node that runs on this machine in a file
+        address = os.environ.get("RAY_ADDRESS", "")
+        with suppress(OSError):
+            address = address or (_TEMPORARY / "ray_current_cluster").read_text().strip()
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
 
 
 def disconnect() -> None:

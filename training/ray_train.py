@@ -25,7 +25,7 @@ from training.dataset import Dataset
 from training.errors import ReportedError
 from training.loop import Epoch, Event, Tick
 from training.phase_report import PhaseReport
-from training.process_group import TIMEOUT, get_process_group
+from training.process_group import TIMEOUT, get_process_group, use_interface
 from training.recipes import Recipe
 from training.run import FollowedRun, Run
 from training.store import Store
@@ -35,6 +35,8 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch.config import _TorchBackend
+from ray.util import get_node_ip_address
 
 _MAX_FAILURES = 3  # failures in succession without a finished epoch
 _POLL_S = 0.5
@@ -56,6 +58,26 @@ class Workers:
 
 class WorkersFailed(ReportedError, RuntimeError):
     """The workers have failed several times in succession. The last checkpoint remains valid."""
+
+
+class _Backend(_TorchBackend):  # type: ignore[misc]  # Ray is not typed
+    """The process group of the workers, over the network interfaces that the nodes of the cluster use."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_use_interface_of_node)
+        super().on_start(worker_group, backend_config)
+
+
+class _Config(TorchConfig):  # type: ignore[misc]
+    """The configuration of `_Backend`."""
+
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
+def _use_interface_of_node() -> None:
+    use_interface(get_node_ip_address())
 
 
 def train(
@@ -85,6 +107,10 @@ def train(
         trainer = _make_trainer(recipe, dataset, run, store, workers)
         failures = 0
         while True:
+            needed, free = workers.count * workers.cpus, ray.available_resources().get("CPU", 0.0)
+            if free < needed:
+                message = f"the workers need {needed} processors, and the cluster has {free:g} free; they wait for more"
+                yield PhaseReport("loading", message, epoch=len(run.epochs()))
             finished = len(run.epochs())
             error = yield from _follow(trainer, run)
             if error is None:
@@ -111,7 +137,7 @@ def _make_trainer(recipe: Recipe, dataset: Dataset, run: Run, store: Store | Non
     return TorchTrainer(
         _train_in_worker,
         train_loop_config=config,
-        torch_config=TorchConfig("nccl" if use_gpu else "gloo", timeout_s=int(TIMEOUT.total_seconds())),
+        torch_config=_Config("nccl" if use_gpu else "gloo", timeout_s=int(TIMEOUT.total_seconds())),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers.count, use_gpu=use_gpu, resources_per_worker={"CPU": workers.cpus, "GPU": int(use_gpu)}
         ),

@@ -26,14 +26,15 @@ from app.distributed.replica import EngineReplica, ReplicaOptions
 from app.settings import Settings
 from training import ray_cluster
 from training.ray_cluster import ClusterError
-from training.runtimes.engine import EngineError
+from training.runtimes.engine import EngineError, EngineNotReady
 from training.store import ModelCard, Store
 
 log = logging.getLogger(__name__)
 
 _DEPLOYMENT = "engine"
 _PREFIX = "cifar100"
-_READY_S = 600.0  # the cluster may start a machine for the replicas
+_WAIT_S = 60.0
+_SHORT_WAIT_S = 5.0
 _CONNECT_S = 60.0
 _POLL_S = 0.2
 
@@ -45,6 +46,8 @@ class Application(NamedTuple):
     """Name of the application in the cluster."""
     model: str
     version: int
+    replicas: int
+    """Number of replicas that are ready."""
 
 
 class _Lock:
@@ -62,6 +65,7 @@ class Cluster:
     def __init__(self, settings: Settings, store: Store):
         self._settings = settings
         self._models = store.root.resolve()
+        self._is_full = False  # the last wait for a replica was in vain
         self._lock = threading.Lock()  # Serve's configurations and statuses cannot be created in two threads at once
 
     def connect(self) -> None:
@@ -81,13 +85,14 @@ class Cluster:
             ray_cluster.disconnect()
 
     def deploy(self, card: ModelCard) -> tuple[str, "DeploymentHandle[EngineReplica]", str]:
-        """Deploy a version unless it is deployed, and wait until its replicas are ready.
+        """Deploy a version unless it is deployed, and wait until it has a replica.
 
         Returns:
             The name of the application, a connected handle, and the name of the engine.
 
         Raises:
-            EngineError: The replicas cannot load the version, or are not ready within 10 minutes.
+            EngineNotReady: There is no replica yet. Call this method again.
+            EngineError: The replicas cannot load the version.
         """
         application = self._application_id(card)
         try:
@@ -113,14 +118,15 @@ class Cluster:
         """
         found = []
         try:
-            applications = [name for name, status in self._statuses().items() if not _is_deleting(status)]
+            applications = [each for each in self._statuses().items() if not _is_deleting(each[1])]
         except (RayError, RayServeException) as error:
             raise ClusterError(str(error)) from error
-        for application in applications:
+        for application, status in applications:
             prefix, _, rest = application.partition(f".{self._store_id()}.")
             if prefix == _PREFIX and rest:
                 model, version, _ = rest.split(".")
-                found.append(Application(application, model, int(version)))
+                replicas = min((_count_ready(each) for each in status.deployments.values()), default=0)
+                found.append(Application(application, model, int(version), replicas))
         return found
 
     def delete(self, application: Application) -> None:
@@ -141,26 +147,29 @@ class Cluster:
             return dict(serve.status().applications)
 
     def _wait_until_ready(self, application: str) -> None:
-        """Wait until an application has all its first replicas.
+        """Wait until an application has a replica.
+
+        After a wait in vain, the next one is short: the cluster may be full, and other models must not wait for it.
 
         Raises:
-            EngineError: The replicas cannot load the version, or are not ready within 10 minutes. The application is
-                deleted.
+            EngineNotReady: There is no replica yet. The cluster goes on to start one.
+            EngineError: The replicas cannot load the version. The application is deleted.
         """
-        reason = f"{application} is not ready within {_READY_S:g} s; see `serve status`"
-        end = time.monotonic() + _READY_S
-        while time.monotonic() < end:
+        end = time.monotonic() + (_SHORT_WAIT_S if self._is_full else _WAIT_S)
+        while True:
             overview = self._statuses().get(application)
-            if overview and overview.status == "RUNNING":
-                return
+            deployments = list(overview.deployments.values()) if overview else []
+            message = "; ".join(each.message for each in deployments if each.message)
             if overview is None or overview.status == "DEPLOY_FAILED":
-                deployments = overview.deployments.values() if overview else ()
-                details = "; ".join(each.message for each in deployments if each.message)
-                reason = f"the cluster cannot serve {application}: {details or 'it was deleted'}"
-                break
+                serve.delete(application, _blocking=False)
+                raise EngineError(f"the cluster cannot serve {application}: {message or 'it was deleted'}")
+            if deployments and all(map(_count_ready, deployments)):
+                self._is_full = False
+                return
+            if time.monotonic() >= end:
+                self._is_full = True
+                raise EngineNotReady(f"{application} has no replica yet: {message or 'the cluster starts one'}")
             time.sleep(_POLL_S)
-        serve.delete(application, _blocking=False)
-        raise EngineError(reason)
 
     def _bind(self, card: ModelCard) -> Any:
         """Return the application of a version, with its replicas, resources and limits."""
@@ -172,7 +181,7 @@ class Cluster:
             autoscaling_config={
                 "min_replicas": settings.cluster_min_replicas,
                 "max_replicas": settings.cluster_max_replicas,
-                "target_ongoing_requests": settings.cluster_requests,
+                "target_ongoing_requests": settings.cluster_calls,
             },
             ray_actor_options={"num_cpus": settings.cluster_cpus, "num_gpus": settings.cluster_gpus},
             max_constructor_retry_count=2,
@@ -189,13 +198,14 @@ class Cluster:
             version=card.version,
             device="cpu" if uses_cpu else settings.device,
             runtime=settings.runtime,
+            threads=max(1, int(settings.cluster_cpus)),
             max_batch=settings.max_batch,
             max_requests=max_requests,
         )
 
     def _application_id(self, card: ModelCard) -> str:
         settings = self._settings
-        replicas = settings.cluster_min_replicas, settings.cluster_max_replicas, settings.cluster_requests
+        replicas = settings.cluster_min_replicas, settings.cluster_max_replicas, settings.cluster_calls
         resources = settings.cluster_cpus, settings.cluster_gpus
         content = _digest(astuple(self._replica_options(card)), replicas, resources, sorted(card.files.items()))
         return f"{_PREFIX}.{self._store_id()}.{card.name}.{card.version}.{content}"
@@ -206,6 +216,11 @@ class Cluster:
 
 def _digest(*values: object) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
+
+
+def _count_ready(deployment: Any) -> int:
+    """Return the number of replicas of a deployment that answer requests."""
+    return int(deployment.replica_states.get("RUNNING", 0))
 
 
 def _is_deleting(status: Any) -> bool:

@@ -1,19 +1,22 @@
 """Send the images of requests to the replicas of a model, in place of a `Batcher` in the HTTP process.
 
-    run(images) -> pixels -> images in flight < max_queue -> Ray -> replica: queue -> engine -> logits
-                                                              ^                |
-                                                              +-- once more, if the replica dies
+    run(images) -> pixels -> images gather -> call < 2 per replica -> Ray -> replica: queue -> engine -> logits
+                                                                       ^                |
+                                                                       +-- once more, if the replica dies
 
-The HTTP process decodes the images and ranks the classes. The replica forms the batches. A deadline holds for the
-answer of the replica, not for the start of the computation.
+A call through Ray costs milliseconds of CPU time, for one image as for many. So at most two calls per replica are in
+progress, and images gather meanwhile for the next one. The HTTP process decodes the images and ranks the classes. A
+deadline holds for the answer of the replica, not for the start of the computation.
 """
 
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
@@ -29,7 +32,30 @@ from app.inference.decoding import QuickImage
 
 log = logging.getLogger(__name__)
 
-_ATTEMPTS = 2  # a request is sent once more if its replica dies
+_ATTEMPTS = 2  # a call is sent once more if its replica dies
+_CALLS = 2  # calls in progress per replica: one is computed while the next one is on its way
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    images: Images
+    deadline: float | None
+    result: asyncio.Future[Scores]
+    arrived: float = field(default_factory=time.perf_counter)
+    call: "_Call | None" = None
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    """One call of a replica with the images of several requests."""
+
+    requests: list[_Request]
+    task: "asyncio.Task[None] | None" = None
+
+    def cancel_if_unwanted(self) -> None:
+        """Cancel the call if no request waits for it any more."""
+        if self.task and all(request.result.done() for request in self.requests):
+            self.task.cancel()
 
 
 class RemoteBatcher:
@@ -39,8 +65,8 @@ class RemoteBatcher:
         handle: Handle of the deployment. It has called the deployment before, so that it is connected.
         application: Name of the deployment's application.
         engine_name: Name of the engine of the replicas.
-        max_batch: Largest number of images in a request.
-        max_queue: Largest number of images in flight: sent to the replicas and not answered.
+        max_batch: Largest number of images in a request, and in a call.
+        max_queue: Largest number of images in flight: gathered, or sent to the replicas, and not answered.
         observe: Callback with the times of each batch whose first request this process has sent.
         observe_decoding: Callback with the times of `time.perf_counter` before and after a small image was decoded. It
             runs in the task of the request.
@@ -66,7 +92,11 @@ class RemoteBatcher:
         """Number of images in flight, without those in the background."""
         self.queued_in_background = 0
         """Number of images in flight in the background."""
+        self.replicas = 1
+        """Number of replicas that are ready."""
         self._handle = handle
+        self._gathered = deque[_Request]()
+        self._calls = set[_Call]()  # in progress
         self._observe = observe
         self._observe_decoding = observe_decoding
         self._trace = trace
@@ -123,14 +153,69 @@ class RemoteBatcher:
         return image[None]
 
     async def _infer(self, pixels: Images, deadline: float | None) -> Scores:
+        """Let a replica compute the scores of images.
+
+        Raises:
+            Unavailable: See `run`.
+            RayTaskError: The error that the engine raised.
+        """
+        request = _Request(pixels, deadline, asyncio.get_running_loop().create_future())
+        self._gathered.append(request)
+        self._start_calls()
+        try:
+            with _limit_time(deadline) as timeout_s:
+                async with asyncio.timeout(timeout_s):
+                    scores = await request.result
+        finally:
+            if request.call:
+                request.call.cancel_if_unwanted()
+        if self._trace and scores.output.times:
+            self._trace(request.arrived, scores.output.times)
+        return scores
+
+    def _start_calls(self) -> None:
+        """Send the gathered images, unless enough calls are in progress."""
+        while self._gathered and len(self._calls) < _CALLS * self.replicas:
+            requests, count = list[_Request](), 0
+            while self._gathered and count + len(self._gathered[0].images) <= self.max_batch:
+                request = self._gathered.popleft()
+                if not request.result.done():  # its client has left, or its deadline has passed
+                    requests.append(request)
+                    count += len(request.images)
+            if requests:
+                call = _Call(requests)
+                self._calls.add(call)
+                call.task = asyncio.create_task(self._call_replica(call))
+                for request in requests:
+                    request.call = call
+
+    async def _call_replica(self, call: _Call) -> None:
+        """Compute the requests of a call, and set their results."""
+        requests = call.requests
+        try:
+            scores = await self._compute([request.images for request in requests], _find_latest_deadline(requests))
+            for request, each in zip(requests, scores, strict=True):
+                if not request.result.done():
+                    request.result.set_result(each)
+        except Exception as error:
+            for request in requests:
+                if not request.result.done():
+                    request.result.set_exception(error)
+        finally:
+            self._calls.discard(call)
+            self._start_calls()
+
+    async def _compute(self, images: list[Images], deadline: float | None) -> list[Scores]:
+        """Compute the scores of several requests in one call."""
+        pixels = images[0] if len(images) == 1 else np.concatenate(images)
         sent = time.perf_counter()
         answer: Answer = await self._send("infer", pixels, deadline)
         times = _to_local_clock(answer, sent, time.perf_counter())
         if answer.is_first:
             self._observe(times)
-        if self._trace:
-            self._trace(sent, times)
-        return Scores(BatchOutput(answer.logits, times=times))
+        output = BatchOutput(answer.logits, times=times)
+        ends = np.cumsum([len(each) for each in images]).tolist()
+        return [Scores(output, slice(end - len(each), end)) for end, each in zip(ends, images, strict=True)]
 
     async def _send(self, method: str, pixels: Images, deadline: float | None) -> Any:
         """Call a method of a replica, and once more if the replica dies.
@@ -161,6 +246,16 @@ class RemoteBatcher:
         except asyncio.CancelledError:
             response.cancel()  # the replica drops the request if its batch has not started
             raise
+
+
+def _find_latest_deadline(requests: list[_Request]) -> float | None:
+    """Return the time until which at least one request waits; None if one has no deadline."""
+    latest = 0.0
+    for request in requests:
+        if request.deadline is None:
+            return None
+        latest = max(latest, request.deadline)
+    return latest
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from app.exceptions import Unavailable
 from app.inference.batching import Batcher, BatchTimes, Images, Logits, Probabilities
 from app.inference.model_check import check_fit
@@ -30,6 +32,8 @@ class ReplicaOptions:
     """See `Settings.device`."""
     runtime: Runtime
     """See `Settings.runtime`."""
+    threads: int
+    """Number of threads that compute on a CPU."""
     max_batch: int
     """Largest number of images in a batch."""
     max_requests: int
@@ -69,7 +73,9 @@ class EngineReplica:
     def __init__(self, options: ReplicaOptions):
         store = open_store(options.models)
         card = store.card(options.name, options.version)
-        engine = selection.load(store.verify(card) / MODEL, options.device, options.runtime)
+        torch.set_num_threads(options.threads)
+        model = store.verify(card) / MODEL
+        engine = selection.load(model, options.device, options.runtime, threads=options.threads)
         check_fit(card, engine)
         # The HTTP processes bound the images in flight, and the cluster bounds the requests of a replica.
         self._batcher = Batcher(engine, options.max_batch, max_queue=sys.maxsize)

@@ -31,6 +31,7 @@ from app.settings import Settings
 from app.threads import Threads
 from training.encoding import replace_surrogates
 from training.runtimes import selection
+from training.runtimes.engine import EngineNotReady
 from training.store import CASCADE, LIVE, MODEL, ModelCard, Store, StoreError
 from training.text import quote
 
@@ -197,18 +198,26 @@ class ModelPool:
                     if self.errors.get(name) != reason:
                         log.error("%s: the live version cannot be loaded: %s", name, error)
                         self.errors[name] = reason
-                        if name not in self._live:
+                        if name not in self._live and not isinstance(error, EngineNotReady):
                             await self._threads.run(self._fall_back, name)
 
     async def _read_cluster(self, cluster: "Cluster") -> None:
-        """Find out which applications the cluster has, and delete those that nothing has needed for some time.
+        """Find out which applications and replicas the cluster has.
+
+        Delete the applications that nothing has needed for some time.
 
         The replicas of a deleted application answer their requests. Another process may still serve its version to
         requests that name it. That process deploys it again.
         """
+        from app.distributed.remote_batcher import RemoteBatcher
+
         try:
             applications = await self._threads.run(cluster.applications)
             self._applications = {each.id for each in applications}
+            replicas = {each.id: each.replicas for each in applications}
+            for model in self._list_computed():
+                if isinstance(model.batcher, RemoteBatcher) and model.application in replicas:
+                    model.batcher.replicas = max(1, replicas[model.application])
             for key in [key for key, model in self._others.items() if not self._is_deployed(model)]:
                 del self._others[key]
             unneeded = [each for each in applications if not await self._threads.run(self._is_needed, each)]
@@ -224,14 +233,17 @@ class ModelPool:
         """Return True if a version is live, a cascade pins it, or this process deploys it or has it in memory."""
         if (application.model, application.version) in self._deploying:
             return True
-        loaded = [each for model in self.loaded() for each in (model, *model.members)]
-        if any(each.application == application.id for each in loaded):
+        if any(each.application == application.id for each in self._list_computed()):
             return True
         name, version = application.model, application.version
         try:
             return version == self.store.live(name) or version in self.store.pins(name)
         except StoreError:  # the live pointer is damaged
             return True
+
+    def _list_computed(self) -> list[Model]:
+        """Return the models in memory and the members of cascades."""
+        return [each for model in self.loaded() for each in (model, *model.members)]
 
     def _is_deployed(self, model: Model) -> bool:
         """Return True if this process computes a model, or the cluster has all its applications."""

@@ -29,6 +29,10 @@ class EngineError(ReportedError, RuntimeError):
     """A runtime cannot compute a model. The message gives the reason."""
 
 
+class EngineNotReady(EngineError):
+    """The engine is being started on another machine. Ask for it again."""
+
+
 class Engine(Protocol):
     """A runtime with a loaded model. One thread at a time may call it."""
 

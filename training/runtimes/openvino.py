@@ -42,15 +42,20 @@ class OpenVinoEngine(Engine):
     Args:
         file: An exported `model.pt`, which is converted, an `int8.xml` or a `model.onnx`.
         precision: OpenVINO precision of the layers that are not quantized, such as f32, instead of the fastest.
+        threads: Number of threads, instead of one for each processor core.
     """
 
     sizes = CPU_BATCH_SIZES
 
-    def __init__(self, file: Path, precision: str | None = None):
+    def __init__(self, file: Path, precision: str | None = None, threads: int | None = None):
         from openvino import Core
 
         model = _convert(file) if file.suffix == ".pt" else Core().read_model(file)
-        hints = {"PERFORMANCE_HINT": "LATENCY"} | ({"INFERENCE_PRECISION_HINT": precision} if precision else {})
+        hints: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if precision:
+            hints["INFERENCE_PRECISION_HINT"] = precision
+        if threads:
+            hints["INFERENCE_NUM_THREADS"] = threads
         compiled = Core().compile_model(model, "CPU", hints)
         self._request = compiled.create_infer_request()
         self.precision: str = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()

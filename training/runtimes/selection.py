@@ -61,20 +61,24 @@ class Candidate:
         precision = "" if self.dtype is None else f" in {str(self.dtype).removeprefix('torch.')}"
         return f"{self.runtime} on {self.device}{precision}"
 
-    def load(self, model: Path) -> Engine:
+    def load(self, model: Path, threads: int | None = None) -> Engine:
         """Load a model.
+
+        Args:
+            model: An exported `model.pt`.
+            threads: Number of threads of OpenVINO, instead of one for each processor core.
 
         Raises:
             Exception: Third-party runtimes raise exceptions of many types.
         """
         if self.runtime == "int8":
-            return OpenVinoEngine(model.with_name(INT8))
+            return OpenVinoEngine(model.with_name(INT8), threads=threads)
         if self.runtime == "pt2":
             return TorchExportEngine(model.with_name(FORM_FILES["pt2"]))
         if self.runtime == "onnx":
-            return OpenVinoEngine(model.with_name(FORM_FILES["onnx"]), "f32")
+            return OpenVinoEngine(model.with_name(FORM_FILES["onnx"]), "f32", threads)
         if self.runtime == "openvino":
-            return OpenVinoEngine(model, "f32" if self.dtype is torch.float32 else None)
+            return OpenVinoEngine(model, "f32" if self.dtype is torch.float32 else None, threads)
         dtype = self.dtype or torch.float32
         return CudaGraphEngine(model, dtype) if self.graphs else TorchScriptEngine(model, self.device, dtype)
 
@@ -104,7 +108,13 @@ def load_cascade(store: Store, cascade: Cascade, device: Device = "auto", runtim
     return CascadeEngine(cascade, first, second)
 
 
-def load(model: Path, device: Device, runtime: Runtime = "auto", purpose: Purpose = "serving") -> Engine:
+def load(
+    model: Path,
+    device: Device,
+    runtime: Runtime = "auto",
+    purpose: Purpose = "serving",
+    threads: int | None = None,
+) -> Engine:
     """Load the first candidate that can compute a model. An engine for serving is warmed up and verified.
 
     Args:
@@ -113,6 +123,7 @@ def load(model: Path, device: Device, runtime: Runtime = "auto", purpose: Purpos
         runtime: "auto", or a runtime to choose from the candidates of the purpose. For serving, "torchscript" on the
             CPU always computes in float32, so its logits are bit-identical to those of evaluation.
         purpose: Use of the logits.
+        threads: Number of threads of OpenVINO, instead of one for each processor core.
 
     Raises:
         EngineError: No candidate can compute the model.
@@ -123,7 +134,7 @@ def load(model: Path, device: Device, runtime: Runtime = "auto", purpose: Purpos
         if (candidate.runtime, candidate.device) in unusable:
             continue
         try:
-            engine = candidate.load(model)
+            engine = candidate.load(model, threads)
             if purpose == "serving":
                 _verify(engine, model)
         except Exception as error:  # a third-party runtime may raise any exception
