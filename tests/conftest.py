@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_cluster import run_cluster
 
 from training.dataset import Dataset, load_dataset
 from training.export import publish
@@ -16,6 +17,15 @@ from training.store import Store
 
 torch.set_num_threads(1)  # makes results reproducible and suits small machines
 SYNTHETIC = "synthetic:4"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ray", action="store_true", help="let a Ray cluster on this machine compute all predictions")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.ray:
+        config.addinivalue_line("filterwarnings", "ignore")  # Ray uses deprecated functions
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,7 +45,13 @@ def surroundings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         environment.setenv("CIFAR100_TRAINING_NICENESS", "0")
         if request.config.option.markexpr != "gpu":
             environment.setenv("CUDA_VISIBLE_DEVICES", "")  # a GPU would round results differently
-        yield
+        if not request.config.option.ray:
+            yield
+            return
+        environment.setenv("CIFAR100_CLUSTER", "local")
+        environment.setenv("CIFAR100_CLUSTER_CPUS", "0.01")
+        with run_cluster():
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ SHARED = {
     "errors",
     "evaluate",
     "files",
+    "ray_cluster",
     "recipes",
     "resources",
     "run",

@@ -1,7 +1,6 @@
 """Test runs that workers of Ray Train train, in a cluster on this machine."""
 
 import os
-import secrets
 import signal
 import warnings
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from local_cluster import run_cluster
 from processes import find_processes
 from typer.testing import CliRunner
 
@@ -37,17 +37,8 @@ FIELDS = {"width": 8, "batch_size": 32, "learning_rate": 0.05, "validation_image
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     """A cluster with two CPUs on this machine."""
-    with pytest.MonkeyPatch.context() as environment, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        environment.setenv("CUDA_VISIBLE_DEVICES", "")
-        handler = signal.getsignal(signal.SIGTERM)
-        ray.init(
-            address="local", num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False
-        )
+    with run_cluster():
         yield
-        ray.shutdown()
-        signal.signal(signal.SIGTERM, handler)
 
 
 def start_run(folder: Path, **changes: Any) -> Run:

@@ -10,7 +10,7 @@ from training.recipes import MAX_TEACHERS, RECIPES, Recipe, RecipeError, format_
 
 
 def test_an_unknown_recipe_is_an_error_listing_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="no recipe 'resnet50'; choose one of resnet-seed, resnet, resnet18-seed"):
+    with pytest.raises(RecipeError, match="no recipe 'resnet50'; choose one of resnet-seed, shared-resnet, resnet, "):
         make_recipe("resnet50")
 
 
@@ -164,6 +164,7 @@ def test_a_recipe_does_not_change() -> None:
 def test_each_network_is_a_model_of_its_own_in_the_store() -> None:
     assert {name: each.model for name, each in RECIPES.items()} == {
         "resnet-seed": "resnet-seed",
+        "shared-resnet": "resnet-seed",
         "resnet": "resnet",
         "resnet18-seed": "resnet18",
         "resnet18": "resnet18",

@@ -1,9 +1,6 @@
 """Test predictions by replicas in a Ray cluster on this machine."""
 
-import secrets
-import signal
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +11,7 @@ from api import encode_png
 from cascades import add_cascade, add_second_member, copy_version
 from fastapi.testclient import TestClient
 from local_client import make_local_client, services_of
+from local_cluster import run_cluster
 from server import wait_for
 
 from app.main import create_app
@@ -32,23 +30,8 @@ REPLICAS = 2
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     """A cluster with two CPUs on this machine."""
-    with pytest.MonkeyPatch.context() as environment, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        environment.setenv("OMP_NUM_THREADS", "1")
-        handler = signal.getsignal(signal.SIGTERM)
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=80 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
+    with run_cluster():
         yield
-        ray.shutdown()
-        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
