@@ -1,5 +1,6 @@
 """A Ray cluster on this machine, to which this process is connected."""
 
+import gc
 import importlib
 import os
 import secrets
@@ -28,4 +29,5 @@ def run_cluster() -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+            gc.collect()  # Ray does not wait for its processes, and their objects warn about that
             signal.signal(signal.SIGTERM, handler)

@@ -18,7 +18,7 @@ from typing import Self
 from server import wait_for
 
 PORT = 6379
-READY_S = 120.0
+READY_S = 300.0
 _OBJECT_STORE_BYTES = 400 << 20
 _RAY = str(Path(sys.executable).with_name("ray"))
 

@@ -19,7 +19,7 @@ import processes
 from app.machine import cpu_count
 
 DATA = "synthetic:4"
-READY_S = 120.0
+READY_S = 300.0
 STOP_S = 30.0
 
 Value = TypeVar("Value")

@@ -49,7 +49,7 @@ from training.store import Store
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = 8
-READY_S = 120.0
+READY_S = 300.0
 IMAGE = ROOT / "app/static/samples/bear.jpg"
 REPLICA = "ray::ServeReplica"
 RECIPE = ["resnet", "width=8", "epochs=4", "batch_size=64", "validation_images=100", "int8=false"]

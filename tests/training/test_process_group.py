@@ -14,7 +14,7 @@ from training.recipes import RecipeError, make_recipe
 from training.run import Run
 from training.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -44,7 +44,7 @@ with join_torchrun() as group:
 
 def torchrun(*arguments: str, processes: int = 2) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    return subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:

@@ -19,17 +19,16 @@ from training.__main__ import cli
 from training.dataset import Dataset
 from training.loop import Epoch, Tick, TrainingError
 from training.phase_report import PhaseReport
-from training.ray_cluster import ClusterError, connect
 from training.recipes import make_recipe
 from training.run import Run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    ray = pytest.importorskip("ray")
-    pytest.importorskip("ray.train")
+    pytest.importorskip("training.ray_train", exc_type=ImportError)
     from training import ray_train
+    from training.ray_cluster import ClusterError, connect
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
 
 FIELDS = {"width": 8, "batch_size": 32, "learning_rate": 0.05, "validation_images": 100, "int8": False}
 
@@ -105,7 +104,7 @@ def test_workers_that_fail_again_and_again_end_the_run(
 
 
 def test_a_cluster_that_does_not_exist_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(ClusterError, match=r"cannot connect to the Ray cluster 127\.0\.0\.1:1: [^\n]+$"):
         connect("127.0.0.1:1")
 

@@ -21,9 +21,9 @@ from training.store import Store
 
 ray = pytest.importorskip("ray")
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
 
-READY_S = 240.0
+READY_S = 300.0
 REPLICAS = 2
 
 

@@ -18,11 +18,11 @@ pytest.importorskip("ray")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not can_make_namespaces(), reason="network namespaces need root and the command ip"),
 ]
 
-READY_S = 180.0
+READY_S = 300.0
 
 
 @pytest.fixture(scope="module")
