@@ -229,7 +229,7 @@ def test_a_line_of_metrics_that_was_cut_off_is_ignored_and_dropped(tmp_path: Pat
 def test_a_run_of_constant_learning_rate_extended_by_an_epoch_equals_a_longer_run(
     tiny: Dataset, tmp_path: Path
 ) -> None:
-    chosen = make_recipe("resnet-seed", {"width": 8, "epochs": 1})
+    chosen = make_recipe("resnet-seed", {"schedule": "constant", "width": 8, "epochs": 1})
     extended = started(tmp_path / "extended", chosen)
     finish(extended, tiny)
     extended.extend(2)
@@ -292,7 +292,7 @@ def rates(chosen: Recipe, *progress: float) -> list[float]:
 
 
 def test_a_constant_schedule_is_constant() -> None:
-    assert rates(make_recipe("resnet-seed", {"epochs": 8}), 0, 3.3, 7.99) == [1e-3] * 3
+    assert rates(make_recipe("resnet-seed", {"schedule": "constant", "epochs": 8}), 0, 3.3, 7.99) == [1e-3] * 3
 
 
 def test_a_step_schedule_divides_the_rate_after_10_15_and_25_epochs() -> None:

@@ -85,7 +85,7 @@ def test_batch_has_no_more_images_than_the_data_set() -> None:
 
 
 def test_every_recipe_fits_into_a_machine_of_eight_gigabytes() -> None:
-    for name in ("resnet-seed", "resnet", "resnet18-seed", "resnet18"):
+    for name in ("resnet-seed", "shared-resnet", "resnet", "resnet18-seed", "resnet18"):
         assert training_bytes(make_recipe(name, {"precision": "float32"}), CPU, 50_000) < 8e9, name
 
 
