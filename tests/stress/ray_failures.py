@@ -3,17 +3,18 @@
 Each node has a network namespace of its own on this machine. The head has the service and no replica; the other two
 nodes offer three processors each. The parts:
 
-1. Clients post images, while one replica of `resnet` on each node computes them. Both must compute a fair share.
-2. SIGKILL ends all processes of a node under load. Requests may take longer, but none may fail. The node then returns.
-3. Two workers on two nodes train a network. One of them is killed. The run must finish with every epoch once.
-4. The overhead: the rate and the median latency of one server process that computes itself, and of one that uses a
+1. Clients post images to a model with one replica. The cluster must start a second one.
+2. One replica on each node computes the images. Both must compute a fair share.
+3. SIGKILL ends all processes of a node under load. Requests may take longer, but none may fail. The node then returns.
+4. Two workers on two nodes train a network. One of them is killed. The run must finish with every epoch once.
+5. The overhead: the rate and the median latency of one server process that computes itself, and of one that uses a
    replica in the cluster, in turn.
 
     python tests/stress/ray_failures.py [--seconds 20] [--rounds 5]
 
 The command needs root, `ip`, wrk and the extra `ray`.
 
-Time: five minutes.
+Time: six minutes.
 Table: results/ray_failures.md.
 """
 
@@ -125,6 +126,20 @@ def serve(folder: Path, node: Node, **settings: str) -> Iterator[Server]:
 def count_failures(answers: list[Answer]) -> int:
     """Return the number of answers that are no 200."""
     return sum(answer.status != 200 for answer in answers)
+
+
+def check_autoscaling(nodes: Nodes, url: str) -> list[Check]:
+    """Measure how long the cluster takes to start a second replica under load."""
+    workers = nodes.nodes[1:]
+    with Load(url, *make_form(IMAGE)) as load:
+        started = time.monotonic()
+        wait_for(lambda: all(node.processes(REPLICA) for node in workers), READY_S)
+        seconds = time.monotonic() - started
+    failed = count_failures(load.answers)
+    return [
+        Check("time until a second replica was started, on the other node", f"{seconds:.0f} s"),
+        Check("failed requests", str(failed), "0", not failed),
+    ]
 
 
 def check_spread(nodes: Nodes, url: str, seconds: float) -> list[Check]:
@@ -257,12 +272,17 @@ def main() -> int:
         nodes = stack.enter_context(Nodes([0, 3, 3]))
         settings: dict[str, Any] = {"cluster": "auto", "cluster_max_replicas": "2", "cluster_cpus": "0.5"}
         settings["deadline_s"] = "60"
+        with serve(folder, nodes.head, **settings) as server:
+            print("autoscaling", flush=True)
+            checks += check_autoscaling(nodes, str(server.address))
+        nodes.delete_applications()
         with serve(folder, nodes.head, cluster_min_replicas="2", **settings) as server:
             url = str(server.address)
             print("spread", flush=True)
             checks += check_spread(nodes, url, chosen.seconds)
             print("kill", flush=True)
             checks += check_kill(nodes, url, chosen.seconds)
+        nodes.delete_applications()
         print("training", flush=True)
         checks += check_training(nodes, folder)
         print("overhead", flush=True)
