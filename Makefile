@@ -12,7 +12,7 @@ help:
 	@echo 'make serve        create .venv, install, serve the shipped models; HOST and PORT, or UDS, choose another address'
 	@echo 'make test         create .venv, install, run all tests'
 	@echo 'make test-fast    the unit tests only: those that are not marked slow'
-	@echo 'make test-ray     attacks on a service that uses a Ray cluster; needs the extra ray'
+	@echo 'make test-ray     tests of Ray, and attacks on a service that uses it; needs the extra ray'
 	@echo 'make check        lint, format and types'
 	@echo 'make serving      compare the service with its peers: forty minutes; needs wrk, and Java for TorchServe'
 	@echo 'make proof        the proofs in tests/stress: attacks, fuzzing, crashes, hot swaps, faults; takes hours'
@@ -32,9 +32,11 @@ test: .venv/installed-dev
 test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist worksteal
 
-# The attacks of these tests, on a service whose predictions a Ray cluster computes.
+# Tests of Ray, and attacks on a service whose predictions a Ray cluster computes.
 test-ray: .venv/installed-dev
-	$(BIN)/python -m pytest --ray tests/app/server/test_framing.py tests/e2e/test_costly_images.py -k "not decoder_ends"
+	$(BIN)/python -m pytest --ray tests/app/distributed/test_cluster.py tests/app/distributed/test_nodes.py \
+	  tests/training/test_ray_train.py tests/app/server/test_framing.py
+	$(BIN)/python -m pytest --ray tests/e2e/test_costly_images.py -k "not decoder_ends"
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -40,7 +40,7 @@ def cifar100() -> Dataset:
 
 
 # Top-1 of each live version on every tenth test image, in float32.
-TOP1_OF_SAMPLE = {("resnet", 4): 0.775, ("resnet-seed", 1): 0.459, ("resnet18", 5): 0.819}
+TOP1_OF_SAMPLE = {("resnet", 4): 0.775, ("resnet-seed", 3): 0.668, ("resnet18", 5): 0.819}
 
 
 def test_each_network_is_shipped_and_live_with_at_most_two_versions() -> None:

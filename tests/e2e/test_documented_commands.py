@@ -68,6 +68,7 @@ NOT_RUN |= {  # docs/operations.md
     "export RAY_AUTH_MODE": "it needs a cluster; tests/app/distributed starts one",
     "ray start": "see above",
     "CIFAR100_CLUSTER=": "see above",
+    "OMP_NUM_THREADS=4 torchrun": "it takes minutes; tests/training/test_process_group.py runs torchrun",
     "docker ": "it needs a container engine; tests/stress/container.py builds and runs the image",
     "useradd ": "these commands change the machine; tests/test_deploy.py checks the unit",
     "git clone . /opt": "see above",

@@ -216,9 +216,9 @@ def _correct(recorder: Recorder, client: TestClient) -> str:
 
 def _upload(recorder: Recorder, folder: Path, settings: Settings) -> None:
     """Upload a version to a service with an empty store, twice."""
-    archive = b"".join(zip_chunks(sorted((ROOT / "models/resnet-seed/1").iterdir())))
+    archive = b"".join(zip_chunks(sorted((ROOT / "models/resnet-seed/2").iterdir())))
     request: dict[str, Any] = {"path": {"name": "resnet-seed"}, "headers": {"Authorization": f"Bearer {KEY}"}}
-    request |= {"files": {"file": ("resnet-seed-1.zip", archive)}, "params": {"promote": "never"}}
+    request |= {"files": {"file": ("resnet-seed-2.zip", archive)}, "params": {"promote": "never"}}
     stores = {"models": folder / "uploaded", "runs": folder / "runs-of-uploads"}
     with _client(settings.model_copy(update={"api_keys": (_secret(),), "allow_uploads": True, **stores})) as client:
         recorder.call(client, "upload_version", 201, **request)

@@ -186,7 +186,7 @@ def test_a_teacher_that_is_asked_in_every_step_answers_in_its_quantized_form(
 ) -> None:
     loaded = list[str]()
 
-    monkeypatch.setattr(selection, "OpenVinoEngine", lambda file, _=None: loaded.append(file.name))
+    monkeypatch.setattr(selection, "OpenVinoEngine", lambda file, *_, **__: loaded.append(file.name))
     fields = {"teacher": "resnet/1", "validation_images": 100}
     for quantized in (False, True):
         if quantized:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from local_cluster import run_cluster
 from processes import find_processes
 from typer.testing import CliRunner
 
@@ -28,16 +27,9 @@ with warnings.catch_warnings():
     from training import ray_train
     from training.ray_cluster import ClusterError, connect
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 FIELDS = {"width": 8, "batch_size": 32, "learning_rate": 0.05, "validation_images": 100, "int8": False}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """A cluster with two CPUs on this machine."""
-    with run_cluster():
-        yield
 
 
 def start_run(folder: Path, **changes: Any) -> Run:

@@ -130,8 +130,8 @@ def test_a_model_that_is_too_coarse_in_the_fastest_precision_is_computed_in_floa
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Coarse(OpenVinoEngine):
-        def __init__(self, file: Path, precision: str | None = None):
-            super().__init__(file, precision)
+        def __init__(self, file: Path, precision: str | None = None, threads: int | None = None):
+            super().__init__(file, precision, threads)
             self._factor = np.float32(1 if precision == "f32" else 1000)
 
         def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ from training.store import Store
 pytest.importorskip("ray")
 
 pytestmark = [
+    pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not can_make_namespaces(), reason="network namespaces need root and the command ip"),

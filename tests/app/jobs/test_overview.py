@@ -66,7 +66,7 @@ def test_progress_of_a_training_job_follows_its_reports(database: Database) -> N
             run.record(report)
         job = read_overview(database).running[TRAINING]
         assert (job.phase, job.progress, job.remaining_s) == progress
-        assert 60 <= job.elapsed_s < 600
+        assert 60 <= job.elapsed_s <= 61 + (datetime.now(UTC) - NOW).total_seconds()
 
 
 def test_progress_of_evaluations_is_that_of_the_oldest(database: Database) -> None:
