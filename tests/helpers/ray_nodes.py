@@ -129,13 +129,18 @@ def ray_environment() -> Iterator[None]:
 
 
 def can_make_namespaces() -> bool:
-    """Return whether this process may make network namespaces."""
+    """Return whether this process may make network namespaces, and interfaces and bridges between them."""
+    name = "cifar-probe"
+    made = (("netns", "add", name), ("link", "add", name, "type", "bridge"))
+    pair = ("link", "add", f"{name}0", "type", "veth", "peer", "name", f"{name}1")
     try:
-        made = subprocess.run(["ip", "netns", "add", "cifar100-probe"], capture_output=True)
+        return all(subprocess.run(["ip", *each], capture_output=True).returncode == 0 for each in (*made, pair))
     except OSError:
         return False
-    subprocess.run(["ip", "netns", "del", "cifar100-probe"], capture_output=True, check=False)
-    return made.returncode == 0
+    finally:
+        for each in (("netns", "del", name), ("link", "del", name), ("link", "del", f"{name}0")):
+            with suppress(OSError):
+                subprocess.run(["ip", *each], capture_output=True, check=False)
 
 
 def _ip(*arguments: str) -> None:
