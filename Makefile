@@ -36,7 +36,6 @@ test-fast: .venv/installed-dev
 test-ray: .venv/installed-dev
 	$(BIN)/python -m pytest --ray tests/app/distributed/test_cluster.py tests/app/distributed/test_nodes.py \
 	  tests/training/test_ray_train.py tests/app/server/test_framing.py
-	$(BIN)/python -m pytest --ray tests/e2e/test_costly_images.py -k "not decoder_ends"
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
