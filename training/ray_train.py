@@ -117,7 +117,7 @@ def train(
                 return
             failures = 1 if len(run.epochs()) > finished else failures + 1
             _raise_reported(error, failures)
-            message = f"a worker has failed; new workers continue from the checkpoint: {_first_line(error)}"
+            message = f"a worker has failed; new workers continue from the checkpoint: {_last_line(error)}"
             yield PhaseReport("loading", message, epoch=len(run.epochs()))
     finally:
         shutil.rmtree(run.path / _RAY_FOLDER, ignore_errors=True)
@@ -192,9 +192,9 @@ def _raise_reported(error: Exception, failures: int) -> None:
             raise cause from error
     if failures == _MAX_FAILURES:
         raise WorkersFailed(
-            f"the workers have failed {failures} times in succession: {_first_line(error)}; the last checkpoint is kept"
+            f"the workers have failed {failures} times in succession: {_last_line(error)}; the last checkpoint is kept"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

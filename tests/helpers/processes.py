@@ -37,15 +37,20 @@ def count_open_files(process: int) -> int:
     return len(list(Path(f"/proc/{process}/fd").iterdir()))
 
 
+def read_command(process: int) -> str:
+    """Return the command line of a process; empty if it has just ended."""
+    try:
+        return (PROC / str(process) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def find_processes(folder: Path, kind: str = "") -> list[int]:
     """Return the processes whose command line contains `kind` and the folder or a path in it; empty except on Linux."""
     found = []
     for entry in PROC.iterdir() if PROC.exists() else ():
         if entry.name.isdecimal():
-            try:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:  # the process has just ended
-                continue
+            command = read_command(int(entry.name))
             if str(folder) in command and kind in command:
                 found.append(int(entry.name))
     return sorted(found)

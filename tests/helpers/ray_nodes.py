@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import pytest
+from processes import read_command
 from server import wait_for
 
 PORT = 6379
@@ -67,7 +69,7 @@ class Node:
     def processes(self, title: str = "") -> list[int]:
         """Return the processes in the namespace whose command line contains a text."""
         listed = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True).stdout
-        return [int(process) for process in listed.split() if title in _read_command(int(process))]
+        return [int(process) for process in listed.split() if title in read_command(int(process))]
 
 
 class Nodes:
@@ -116,16 +118,11 @@ class Nodes:
 @contextmanager
 def ray_environment() -> Iterator[None]:
     """Set the variables that all processes of a cluster need, with a new token."""
-    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "token")
+        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
         yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def can_make_namespaces() -> bool:
@@ -145,9 +142,3 @@ def can_make_namespaces() -> bool:
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
-def _read_command(process: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return ""

@@ -16,18 +16,15 @@ from training.store import Store
 
 pytest.importorskip("ray")
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(not can_make_namespaces(), reason="network namespaces need root and the command ip"),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 READY_S = 300.0
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
+    if not can_make_namespaces():
+        pytest.skip("network namespaces need root and the command ip")
     with ray_environment(), Nodes([1, 1]) as nodes:
         yield nodes
 
