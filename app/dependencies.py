@@ -28,7 +28,7 @@ from app.observability.tracing import Tracing
 from app.settings import Settings
 from app.threads import Threads
 from app.version_upload import VersionReceiver
-from training.store import Store
+from training.store import Store, make_store
 
 _SAMPLE_S = 1.0
 
@@ -64,7 +64,7 @@ class Services:
     @classmethod
     def create(cls, settings: Settings, tracing: Tracing | None = None) -> "Services":
         """Create the objects. `start` makes them work."""
-        store = Store(settings.models)
+        store = make_store(settings.models)
         metrics = Metrics()
         pool = ModelPool(settings, store, metrics, tracing)
         database = Database(settings.runs)

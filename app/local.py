@@ -136,7 +136,7 @@ def load(
         StoreError: There is no such version, or it is damaged.
     """
     settings = Settings()
-    store = open_store(settings.models if models is None else Path(models))
+    store = open_store(settings.models if models is None else models)
     version = version or settings.default_model
     card = store.card(*store.parse(version)) if version else store.default_card()
     return LocalModel(card, selection.load_version(store, card, device, runtime), settings)

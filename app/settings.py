@@ -69,6 +69,10 @@ def _parse_proxies(value: str) -> str:
     return ",".join(proxies) or value.strip()
 
 
+def _parse_location(value: Path | str) -> Path | str:
+    return value if "://" in str(value) else Path(value)
+
+
 def _parse_origin(value: str) -> str:
     if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+", value):
         raise ValueError(f"{value!r} is not an origin; use one such as https://example.org, without a path")
@@ -155,8 +159,8 @@ class Settings(BaseSettings):
     """Seconds that a connection may be idle. Most load balancers use 60 s; a longer timeout here keeps them from
     reusing a connection at the moment it is closed."""
 
-    models: Path = Path("models")
-    """Folder of the model store."""
+    models: Annotated[Path | str, AfterValidator(_parse_location)] = Path("models")
+    """Folder of the model store, or a URL such as s3://bucket/models, with the extra `cloud`."""
     runs: Path = Path("runs")
     """Folder that contains the run folders of training jobs."""
     data: str | None = None

@@ -75,12 +75,14 @@ class VersionReceiver:
             raise Unavailable("another upload is being checked; try again later")
         try:
             with tempfile.TemporaryDirectory(prefix="cifar100-upload-") as temporary:
-                folder = Path(temporary)
+                folder, members = Path(temporary, "version"), Path(temporary, "members")
+                folder.mkdir()
                 card = self._unpack(file, folder)
                 _require_fit(card, name, classes)
                 if known := self._store.find_by_files(name, card.files):
                     return known, None
-                check = self._process.run(folder)
+                self._link_members(folder / CASCADE, members)
+                check = self._process.run(folder, members)
                 card = self._publish(folder, card)
         except StoreError as error:
             raise BadRequest(str(error)) from None
@@ -129,6 +131,15 @@ class VersionReceiver:
         card = card.model_copy(update={"files": {CASCADE: sha256(file)}, "cascade": report})
         file.with_name(CARD).write_text(card.model_dump_json())
         return card
+
+    def _link_members(self, file: Path, store: Path) -> None:
+        """Create a folder of a store with the members of a cascade, because the check has no network."""
+        if not file.exists():
+            return
+        for member in _parse(Cascade, file).members:
+            link = store / member.name / str(member.version)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(self._store.verify(self._store.member_card(member)).absolute())
 
     def _publish(self, folder: Path, card: ModelCard) -> ModelCard:
         try:

@@ -30,7 +30,7 @@ from throughput import measure_images_per_s
 from app.inference.batching import Batcher
 from training.runtimes import Runtime, selection
 from training.runtimes.engine import Engine, EngineError
-from training.store import MODEL, Store
+from training.store import MODEL, LocalStore
 
 RUNTIMES: tuple[Runtime, ...] = ("int8", "openvino", "torchscript")
 SIZES = (1, 8, 32) if not torch.cuda.is_available() else (1, 32, 256)
@@ -59,7 +59,7 @@ def batched_per_s(engine: Engine, size: int, callers: int, seconds: float) -> fl
 
 
 def main(rounds: int, seconds: float, models: Path) -> None:
-    store = Store(models)
+    store = LocalStore(models)
     loaded = []
     failures = []
     for name in store.names():

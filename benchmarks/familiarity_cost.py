@@ -35,7 +35,7 @@ from typing_extensions import override
 from app.client import encode_image
 from app.inference.batching import BatchOutput, Logits, Probabilities, Scores
 from app.routes.predict import PredictedClass, PredictQuery, make_predictions, top_classes
-from training.store import ModelCard, Store
+from training.store import LocalStore, ModelCard
 
 MODEL = "resnet"
 IMAGES = (1, 32)  # per request
@@ -103,7 +103,7 @@ def measure_request_us(client: httpx.Client, server: Server, images: int, reques
 
 
 def main(rounds: int, requests: int, models: Path, whole: bool) -> int:
-    store = Store(models)
+    store = LocalStore(models)
     card = store.card(*store.parse(MODEL))
     checks = []
     with (

@@ -61,7 +61,7 @@ from training.networks import build
 from training.recipes import parse_recipe
 from training.runtimes import selection, torchscript
 from training.runtimes.openvino import quantize
-from training.store import MODEL, Store
+from training.store import MODEL, LocalStore
 
 ENGINES = {
     "torchscript": "The peers with TorchScript, as their documentation shows, ours as it comes; none logs requests",
@@ -161,7 +161,7 @@ def photo(seed: int) -> bytes:
     return file.getvalue()
 
 
-def at_size(store: Store, folder: Path, size: int, dataset: Dataset) -> tuple[Store, str]:
+def at_size(store: LocalStore, folder: Path, size: int, dataset: Dataset) -> tuple[LocalStore, str]:
     """Export the live `resnet18` again for images upsampled to another size.
 
     The exported model is as fast as one trained at that size. It has an int8 form; only its speed is meaningful, its
@@ -175,7 +175,7 @@ def at_size(store: Store, folder: Path, size: int, dataset: Dataset) -> tuple[St
     classifier = build(resized, len(card.classes)).eval()
     classifier.load_state_dict(torchscript.load_weights(live(store, "resnet18") / MODEL))
     samples, _ = quantization_images(resized, dataset)
-    copy = Store(folder / "models")
+    copy = LocalStore(folder / "models")
     with copy.draft("resnet18") as draft:
         torchscript.save(classifier, draft / MODEL)
         quantize(draft / MODEL, samples, float_layers=[0])
@@ -189,12 +189,12 @@ def at_size(store: Store, folder: Path, size: int, dataset: Dataset) -> tuple[St
     )
 
 
-def live(store: Store, model: str) -> Path:
+def live(store: LocalStore, model: str) -> Path:
     """Return the folder of a model's live version."""
     return store.folder(model, store.live(model) or 0).resolve()
 
 
-def reference(store: Store, model: str, images: NDArray[np.uint8]) -> list[str]:
+def reference(store: LocalStore, model: str, images: NDArray[np.uint8]) -> list[str]:
     """Return the labels that TorchScript gives images [N, 32, 32, 3] in float32."""
     folder = live(store, model)
     module = torchscript.load(folder / MODEL)
@@ -227,14 +227,14 @@ class Benchmark:
     """The measurements of all servers.
 
     Args:
-        store: Store with a live version of the models.
+        store: LocalStore with a live version of the models.
         dataset: Data set whose test images are sent.
         seconds: Length of every load.
         folder: Folder for logs and requests.
         models: Names of the models under test.
     """
 
-    def __init__(self, store: Store, dataset: Dataset, seconds: int, folder: Path, models: Sequence[str]):
+    def __init__(self, store: LocalStore, dataset: Dataset, seconds: int, folder: Path, models: Sequence[str]):
         self.store = store
         self.seconds = seconds
         self.folder = folder
@@ -375,7 +375,7 @@ def request_files(running: Running, model: str, pictures: Sequence[bytes], media
     return paths
 
 
-def has_cascade(store: Store) -> bool:
+def has_cascade(store: LocalStore) -> bool:
     """Return whether a cascade is live that is at least as accurate on the test set as the live `resnet18`."""
     version, replaced = store.live(NAME), store.live(REPLACED)
     if version is None or replaced is None:
@@ -513,7 +513,7 @@ def main(names: Sequence[str], rounds: int, seconds: int, models: Path, image_si
     adopt()
     chosen = [server for server in SERVERS if server.name in names]
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
-        store, dataset, notes = Store(models.resolve()), load_dataset(), ""
+        store, dataset, notes = LocalStore(models.resolve()), load_dataset(), ""
         if image_size:
             store, notes = at_size(store, Path(name), image_size, dataset)
         if not has_cascade(store):

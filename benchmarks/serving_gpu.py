@@ -28,7 +28,7 @@ from results import describe_run, keep
 from serving import MEDIA_TYPES, PICTURES, PNG, WARMUP_S, engine_of, live, png, request_files
 
 from training.dataset import load_dataset
-from training.store import Store
+from training.store import LocalStore
 
 CONNECTIONS = (1, 64, 256)
 WRK_THREADS = 4
@@ -46,7 +46,7 @@ def loads(running: Running, pictures: list[bytes], seconds: int, folder: Path) -
 def main(workers: list[int], rounds: int, seconds: int, models: Path, source: str | None) -> None:
     adopt()
     pictures = [png(image) for image in load_dataset(source).test.images[:PICTURES]]
-    store = Store(models)
+    store = LocalStore(models)
     measured: dict[tuple[str, str, int, int], list[Load]] = defaultdict(list)
     starts_s: dict[int, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:

@@ -27,7 +27,7 @@ from training.evaluate import expected_calibration_error, fit_temperature, predi
 from training.loop import make_splits
 from training.recipes import parse_recipe
 from training.runtimes.openvino import OpenVinoEngine
-from training.store import MODEL, Store
+from training.store import MODEL, LocalStore
 
 
 def least_cross_entropy(logits: Tensor, labels: Tensor) -> float:
@@ -48,7 +48,7 @@ def least_cross_entropy(logits: Tensor, labels: Tensor) -> float:
 METHODS = {"least cross-entropy": least_cross_entropy, "as confident as accurate": fit_temperature}
 
 
-def compare(version: str, store: Store, dataset: Dataset, count: int) -> str:
+def compare(version: str, store: LocalStore, dataset: Dataset, count: int) -> str:
     """Return the table row of one version.
 
     Args:
@@ -73,7 +73,7 @@ def compare(version: str, store: Store, dataset: Dataset, count: int) -> str:
 
 
 def main(versions: list[str], count: int, models: Path) -> None:
-    store, dataset = Store(models), load_dataset()
+    store, dataset = LocalStore(models), load_dataset()
     lines = [
         f"Calibration error on one half of the images held out, temperature from the other; mean of {count} divisions. "
         f"{describe_run()}.",

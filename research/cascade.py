@@ -24,7 +24,7 @@ from training.cascade import TOLERANCE, Fit
 from training.dataset import load_dataset
 from training.runtimes import selection
 from training.runtimes.cascade import compute_confidence, mix
-from training.store import Store
+from training.store import LocalStore
 
 
 def count_correct(first: Tensor, mean: Tensor, labels: Tensor) -> float:
@@ -49,7 +49,7 @@ def judge(threshold: float, first: Tensor, mean: Tensor, labels: Tensor) -> tupl
 
 
 def main(members: list[str], count: int, models: Path) -> None:
-    store, dataset = Store(models), load_dataset()
+    store, dataset = LocalStore(models), load_dataset()
     cards = [store.source_card(member) for member in members]
     held_out = cascade.find_held_out(cards, dataset)
     first, second = (cascade.predict_split(selection.load_version(store, card), held_out) for card in cards)

@@ -33,7 +33,7 @@ from app.inference.images.encoded import EncodedImage
 from training.dataset import load_dataset
 from training.runtimes.engine import Engine
 from training.runtimes.selection import load
-from training.store import MODEL, Store
+from training.store import MODEL, LocalStore
 
 PHOTO = (4032, 3024)
 TIMES = 20
@@ -112,7 +112,7 @@ def _conversion(image: Image.Image, profile: bytes) -> float:
 
 
 def main(version: str, count: int, models: Path) -> None:
-    store = Store(models)
+    store = LocalStore(models)
     card = store.card(*store.parse(version))
     keep(
         __file__,

@@ -28,7 +28,7 @@ from app.inference.explanation import CELL, importance_map, occlude
 from training.dataset import Dataset, hold_out, load_dataset
 from training.runtimes import selection
 from training.runtimes.engine import Engine
-from training.store import MODEL, Store
+from training.store import MODEL, LocalStore
 
 _TENTH = 0.1
 
@@ -52,7 +52,7 @@ def find_top_tenth(cells: NDArray[np.float64]) -> NDArray[np.bool_]:
     return (ranks < _TENTH * ranks.size).reshape(values.shape)
 
 
-def measure(version: str, store: Store, dataset: Dataset, split: str, count: int) -> str:
+def measure(version: str, store: LocalStore, dataset: Dataset, split: str, count: int) -> str:
     """Return the table row of one version."""
     card = store.card(*store.parse(version))
     engine = selection.load(store.verify(card) / MODEL, "auto", "auto")
@@ -76,7 +76,7 @@ def measure(version: str, store: Store, dataset: Dataset, split: str, count: int
 
 
 def main(versions: list[str], split: str, count: int, models: Path) -> None:
-    store, dataset = Store(models), load_dataset()
+    store, dataset = LocalStore(models), load_dataset()
     source = "the test set" if split == "test" else "the images held out"
     lines = [
         f"Mean fall of the probability of the predicted class if a tenth of the pixels is hidden, and the share of the "

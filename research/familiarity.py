@@ -37,7 +37,7 @@ from training.evaluate import FAMILIAR, predict
 from training.runtimes import selection
 from training.runtimes.cascade import average, join_names
 from training.runtimes.engine import Engine
-from training.store import ModelCard, Store
+from training.store import LocalStore, ModelCard
 
 PHOTOGRAPHS = {
     "scikit-image": "brick.png cell.png chelsea.png coins.png grass.png gravel.png hubble_deep_field.jpg ihc.png "
@@ -99,7 +99,7 @@ def compute_logits(engine: Engine, images: Images) -> Tensor:
     return predict(engine.compute_logits, torch.from_numpy(images.transpose(0, 2, 3, 1).copy())).double()
 
 
-def load_scores(store: Store, card: ModelCard) -> tuple[str, Callable[[Images], dict[str, Tensor]]]:
+def load_scores(store: LocalStore, card: ModelCard) -> tuple[str, Callable[[Images], dict[str, Tensor]]]:
     """Return the name of a version's engine, and a function from images to their scores by name."""
     if not card.cascade:
         engine = selection.load_version(store, card)
@@ -122,7 +122,7 @@ def auroc(known: Tensor, strangers: Tensor) -> float:
 
 
 def main(versions: list[str], pictures: Path, split: str, models: Path) -> None:
-    store, dataset, random = Store(models), load_dataset(), np.random.default_rng(0)
+    store, dataset, random = LocalStore(models), load_dataset(), np.random.default_rng(0)
     strangers = {"photographs": read_photographs(pictures), "noise": make_noise(random), "text": make_text(random)}
     counts = ", ".join(f"{len(images)} {name}" for name, images in strangers.items())
     lines = [

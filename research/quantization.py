@@ -29,13 +29,13 @@ from training.export import CPU, quantization_images
 from training.loop import to_device
 from training.recipes import parse_recipe
 from training.runtimes.openvino import OpenVinoEngine, quantize
-from training.store import MODEL, Store
+from training.store import MODEL, LocalStore
 
 ROUNDS, SECONDS, BATCH = 5, 0.5, 32
 
 
 def main(version: str, positions: list[int]) -> None:
-    store = Store(Path("models"))
+    store = LocalStore(Path("models"))
     card = store.card(*store.parse(version))
     published = store.verify(card) / MODEL
     samples, judged = quantization_images(parse_recipe(card.recipe), load_dataset())

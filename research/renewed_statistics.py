@@ -27,10 +27,10 @@ from training.loop import make_splits
 from training.networks import build
 from training.recipes import parse_recipe
 from training.runtimes import torchscript
-from training.store import MODEL, Store
+from training.store import MODEL, LocalStore
 
 
-def compare(version: str, store: Store, dataset: Dataset) -> str:
+def compare(version: str, store: LocalStore, dataset: Dataset) -> str:
     """Return the table row of one version."""
     card = store.card(*store.parse(version))
     recipe = parse_recipe(card.recipe)
@@ -48,7 +48,7 @@ def compare(version: str, store: Store, dataset: Dataset) -> str:
 
 
 def main(versions: list[str], models: Path) -> None:
-    store, dataset = Store(models), load_dataset()
+    store, dataset = LocalStore(models), load_dataset()
     lines = [
         f"Batch normalization with the statistics that training leaves, and with those of {STATISTICS_IMAGES:,} "
         f"training images without augmentation: accuracy and loss on the images held out. {describe_run()}.",

@@ -30,7 +30,7 @@ from app.inference.images.encoded import EncodedImage
 from training.dataset import load_dataset
 from training.runtimes.engine import Engine
 from training.runtimes.selection import load
-from training.store import MODEL, Store
+from training.store import MODEL, LocalStore
 
 BATCH = 100
 PHOTO_SIDE, PHOTO_QUALITY = 500, 85
@@ -157,7 +157,7 @@ def accuracy(engine: Engine, images: Tensor, labels: Tensor) -> float:
 
 
 def main(versions: list[str], count: int, models: Path) -> None:
-    store = Store(models)
+    store = LocalStore(models)
     names = versions or [f"{name}/{live}" for name in store.names() if (live := store.live(name))]
     engines = [load(store.verify(store.card(*store.parse(name))) / MODEL, "cpu") for name in names]
     test = load_dataset().test

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3_server
 import torch
 from local_cluster import run_cluster
 
@@ -13,7 +14,7 @@ from training.export import publish
 from training.loop import train
 from training.recipes import make_recipe
 from training.run import Run
-from training.store import Store
+from training.store import LocalStore
 
 torch.set_num_threads(1)  # makes results reproducible and suits small machines
 SYNTHETIC = "synthetic:4"
@@ -63,6 +64,17 @@ def surroundings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment variables of an S3 server."""
+    if not s3_server.is_installed():
+        pytest.skip("needs moto and s3fs")
+    with s3_server.run_s3(tmp_path_factory.mktemp("s3")) as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield environment
+
+
+@pytest.fixture(scope="session")
 def dataset() -> Dataset:
     return load_dataset(SYNTHETIC)
 
@@ -81,7 +93,7 @@ def finished_run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> 
 def published_store(finished_run: Run, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store in which version 1 of resnet is live. Tests share it: use `models` in a test that changes the store."""
     root = tmp_path_factory.mktemp("published")
-    publish(finished_run, dataset, Store(root))
+    publish(finished_run, dataset, LocalStore(root))
     return root
 
 

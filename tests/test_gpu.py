@@ -23,7 +23,7 @@ from training.runtimes import selection
 from training.runtimes.cuda_graph import WARMUP_CALLS, GraphedFunction
 from training.runtimes.engine import deviation
 from training.runtimes.torchscript import TorchScriptEngine
-from training.store import Store
+from training.store import LocalStore
 
 pytestmark = pytest.mark.gpu
 
@@ -131,7 +131,7 @@ def test_a_teacher_answers_as_on_the_cpu(published_store: Path, dataset: Dataset
     chosen = make_recipe("resnet", {"teacher": "resnet/1", "validation_images": 100})
     images = torch.from_numpy(dataset.test.images).permute(0, 3, 1, 2)
     answers = [
-        distillation.load_teacher(chosen, Store(published_store), dataset, device)(images.to(device)).cpu().numpy()
+        distillation.load_teacher(chosen, LocalStore(published_store), dataset, device)(images.to(device)).cpu().numpy()
         for device in (gpu, torch.device("cpu"))
     ]
     assert deviation(*answers) < 0.03

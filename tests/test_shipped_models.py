@@ -20,12 +20,12 @@ from training import recipes
 from training.dataset import ARCHIVE, CLASSES, DEFAULT_FOLDER, Dataset, load_dataset
 from training.evaluate import evaluate, predict
 from training.runtimes import torchscript
-from training.store import MODEL, Store
+from training.store import MODEL, LocalStore
 
 pytestmark = pytest.mark.slow
 
 MODELS = Path(__file__).parents[1] / "models"
-STORE = Store(MODELS)
+STORE = LocalStore(MODELS)
 CARDS = [STORE.card(name, version) for name in STORE.names() for version in STORE.versions(name)]
 SHIPPED = [(card.name, card.version) for card in CARDS if not card.cascade]
 CASCADES = [(card.name, card.version) for card in CARDS if card.cascade]

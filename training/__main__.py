@@ -18,7 +18,7 @@ from training.errors import UsageError
 from training.recipes import RECIPES, Recipe, RecipeError, format_value, make_recipe, rename_former_fields
 from training.run import Publication, Run
 from training.runtimes.forms import FORM_FILES, parse_forms
-from training.store import Promotion, Store, open_store
+from training.store import Promotion, Store, make_store, open_store
 
 if TYPE_CHECKING:
     from training.commands import Measurement
@@ -37,7 +37,10 @@ Data = Annotated[
         show_default=DEFAULT_FOLDER,
     ),
 ]
-Models = Annotated[Path, typer.Option(help="The model store.", envvar="CIFAR100_MODELS")]
+Models = Annotated[
+    str,
+    typer.Option(metavar="FOLDER|URL", help="The model store, such as s3://bucket/models.", envvar="CIFAR100_MODELS"),
+]
 Promote = Annotated[Promotion, typer.Option(help="When the new version goes live.")]
 Split = Annotated[
     Literal["test", "train", "validation"],
@@ -86,7 +89,7 @@ def train(
     also: Also = "",
     mlflow: Mlflow = None,
     data_source: Data = None,
-    models: Models = Path("models"),
+    models: Models = "models",
     engine: Engine = "local",
     workers: WorkerCount = 1,
     worker_cpus: WorkerCpus = 1,
@@ -106,7 +109,7 @@ def train(
         from training.process_group import join_torchrun
 
         ray_workers = _load_ray(workers, worker_cpus, cluster) if engine == "ray" else None
-    publishing = commands.Publishing(Store(models), promote, notes, forms, mlflow)
+    publishing = commands.Publishing(make_store(models), promote, notes, forms, mlflow)
     with join_torchrun() as group:
         if not group.is_first:
             commands.assist(group, data_source, publishing.store)
@@ -140,7 +143,7 @@ def export(
     also: Also = "",
     mlflow: Mlflow = None,
     data_source: Data = None,
-    models: Models = Path("models"),
+    models: Models = "models",
     as_json: Json = False,
 ) -> None:
     """Export a run's last checkpoint into the model store."""
@@ -148,7 +151,7 @@ def export(
     Run(run).recipe()  # fails for a folder without a run, before PyTorch is loaded
     with working(LOADING):
         from training import commands
-    publishing = commands.Publishing(Store(models), promote, notes, forms, mlflow)
+    publishing = commands.Publishing(make_store(models), promote, notes, forms, mlflow)
     outcome = commands.export_run(Run(run), data_source, publishing)
     if as_json:
         print_json(outcome.model_dump(mode="json"))
@@ -163,7 +166,7 @@ def cascade(
     promote: Promote = "if-better",
     notes: Notes = "",
     data_source: Data = None,
-    models: Models = Path("models"),
+    models: Models = "models",
     as_json: Json = False,
 ) -> None:
     """Fit a cascade of two models on images that both have held out, and publish it."""
@@ -185,7 +188,7 @@ def evaluate(
     int8: Int8 = False,
     flip: Flip = False,
     data_source: Data = None,
-    models: Models = Path("models"),
+    models: Models = "models",
     as_json: Json = False,
 ) -> None:
     """Measure an exported model on a whole split. A cascade is measured with the engines that serve its members."""
@@ -204,7 +207,7 @@ def evaluate(
 def familiarity(
     model: Annotated[str, typer.Argument(help="NAME for the live version, or NAME/VERSION.")],
     data_source: Data = None,
-    models: Models = Path("models"),
+    models: Models = "models",
     as_json: Json = False,
 ) -> None:
     """Add the thresholds of familiar images to the card of a version of an earlier release."""

@@ -150,7 +150,7 @@ def train(
         with track(run, dataset, publishing.mlflow) as tracking:
             if published := run.outcome():
                 if published.version in publishing.store.versions(published.model):
-                    tracking.log_publication(published, publishing.store.folder(published.model, published.version))
+                    tracking.log_publication(published, _fetch(publishing.store, published))
                 return Outcome(run=run.path, published=published, was_finished=True)
             with _discard_if_refused(run, resume):
                 if workers:
@@ -371,6 +371,11 @@ def _discard_if_refused(run: Run, resumed: bool) -> Iterator[None]:
         raise
 
 
+def _fetch(store: Store, published: Publication) -> Path:
+    """Return a folder of this machine with the files of a published version."""
+    return store.fetch(store.card(published.model, published.version))
+
+
 def _add_extra_data(run: Run, recipe: Recipe, dataset: Dataset) -> Dataset:
     """Add the extra training images of a run, if it has any."""
     if not run.extra_file.exists():
@@ -407,7 +412,7 @@ def _publish(run: Run, dataset: Dataset, publishing: Publishing, tracking: Track
     with working("drawing the pictures"):
         files = report.draw_figures(run, dataset)
     err.print(f"pictures in {files[0].parent}: {', '.join(file.name for file in files)}")
-    tracking.log_publication(published, store.folder(published.model, published.version))
+    tracking.log_publication(published, _fetch(store, published))
     refitted = None
     try:
         with working("checking whether a live cascade needs another fit"):

@@ -131,7 +131,7 @@ def _make_trainer(recipe: Recipe, dataset: Dataset, run: Run, store: Store | Non
         "recipe": recipe,
         "dataset": ray.put(dataset),
         "run": folder,
-        "store": store and Store(store.root.resolve()),
+        "store": store,
         "threads": workers.cpus,
     }
     return TorchTrainer(

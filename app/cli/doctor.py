@@ -154,7 +154,8 @@ def _check_memory(_: Settings) -> Finding:
 
 
 def _check_disk(settings: Settings) -> Finding:
-    folders = {path.expanduser().absolute() for path in (settings.models, settings.runs, Path(DEFAULT_FOLDER))}
+    used = [settings.runs, Path(DEFAULT_FOLDER), *([settings.models] if isinstance(settings.models, Path) else [])]
+    folders = {path.expanduser().absolute() for path in used}
     free = {folder: shutil.disk_usage(_nearest_existing(folder)).free for folder in sorted(folders)}
     text = ", ".join(f"{_gib(room)} for {folder}" for folder, room in free.items())
     if min(free.values()) < _LITTLE_BYTES:
@@ -169,7 +170,7 @@ def _check_store(settings: Settings) -> Finding:
         try:
             if number := store.live(name):
                 live.append(f"{name}/{number}")
-                store.folder(name, number)
+                store.require(name, number)
         except StoreError as error:
             faults.append(str(error))
         for number in store.versions(name):
@@ -178,15 +179,15 @@ def _check_store(settings: Settings) -> Finding:
                 store.verify(store.card(name, number))
             except (StoreError, OSError) as error:
                 faults.append(str(error))
-    text = f"{store.root.absolute()}: {versions} versions; live: {', '.join(live) or 'none'}"
+    text = f"{store.location}: {versions} versions; live: {', '.join(live) or 'none'}"
     if faults:
         return Finding("problem", f"{text}; {'; '.join(faults)}", "restore the files, or delete the version")
     if not live:
         return Finding("note", text, "train a model, or promote a version: cifar100 models promote NAME/VERSION")
-    if not os.access(store.root, os.W_OK):
-        return Finding(
-            "note", f"{text}; all checksums match; the folder cannot be written, so nothing can be published"
-        )
+    try:
+        store.require_writable()
+    except (StoreError, OSError) as error:
+        return Finding("note", f"{text}; all checksums match; nothing can be published, because {error}")
     return Finding("ok", f"{text}; all checksums match")
 
 

@@ -76,7 +76,7 @@ def evaluate(
 
 
 def _measure_split(
-    model: str | None, models: Path | None, data: str | None, split: Split, limit: int | None, int8: bool, flip: bool
+    model: str | None, models: str | None, data: str | None, split: Split, limit: int | None, int8: bool, flip: bool
 ) -> "Measurement":
     store, card = find_card(local_settings(models=models), model)
     with working(LOADING):
@@ -84,7 +84,7 @@ def _measure_split(
     return commands.measure(store, card, data, split, int8=int8, flip=flip, limit=limit)
 
 
-def _measure_photos(photos: Path, model: str | None, models: Path | None, flip: bool) -> "Measurement":
+def _measure_photos(photos: Path, model: str | None, models: str | None, flip: bool) -> "Measurement":
     """Measure a version on the photos of a zip, with the decoder and the engine of the service."""
     with photos.open("rb") as file:
         local = load_local(model, models)

@@ -68,7 +68,7 @@ def predict(
 
 @contextmanager
 def _classifier(
-    context: typer.Context, model: str | None, top_k: int, server: str | None, key: str | None, models: Path | None
+    context: typer.Context, model: str | None, top_k: int, server: str | None, key: str | None, models: str | None
 ) -> "Iterator[Classify]":
     """Yield a function that classifies images, by a service or in this process."""
     if not server:

@@ -66,7 +66,7 @@ class LocalService:
         try:
             live = store.live(name)
             for version in versions:
-                store.locate(store.card(name, version))
+                store.require_files(store.card(name, version))
         except StoreError as error:
             errors.append(str(error))
         return ModelSummary(name, live, tuple(versions), "; ".join(errors) or None)

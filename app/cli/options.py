@@ -49,12 +49,12 @@ Key = Annotated[
     ),
 ]
 Models = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--models",
-        metavar="FOLDER",
+        metavar="FOLDER|URL",
         envvar="CIFAR100_MODELS",
-        help="The model store on this machine. Default: models.",
+        help="The model store: a folder, or a URL such as s3://bucket/models. Default: models.",
         rich_help_panel="Where",
     ),
 ]
@@ -123,7 +123,7 @@ def require_version(text: str) -> tuple[str, int]:
     return name, version
 
 
-def local_settings(**folders: Path | None) -> Settings:
+def local_settings(**folders: str | Path | None) -> Settings:
     """Return the settings of this machine, with the folders that options name.
 
     Raises:
@@ -147,7 +147,7 @@ def find_card(settings: Settings, model: str | None) -> tuple[Store, ModelCard]:
     return store, store.card(*store.parse(wanted)) if wanted else store.default_card()
 
 
-def load_local(model: str | None, models: Path | None) -> "LocalModel":
+def load_local(model: str | None, models: str | None) -> "LocalModel":
     """Load a version from the store of this machine, as a service with the same settings would.
 
     The arguments and errors are those of `find_card` and `local_settings`.
@@ -163,7 +163,7 @@ def load_local(model: str | None, models: Path | None) -> "LocalModel":
 
 @contextmanager
 def connect(
-    context: typer.Context, server: str | None, key: str | None, models: Path | None, runs: Path | None = None
+    context: typer.Context, server: str | None, key: str | None, models: str | None, runs: Path | None = None
 ) -> "Iterator[Client | LocalService]":
     """Open the service that --server names, or else the store and the runs folder of this machine.
 

@@ -59,12 +59,12 @@ class Cluster:
 
     Args:
         settings: Address, replicas and resources.
-        store: The model store. Every node of the cluster has it at the same path.
+        store: The model store. Every node of the cluster can open its location.
     """
 
     def __init__(self, settings: Settings, store: Store):
         self._settings = settings
-        self._models = store.root.resolve()
+        self._models = store.location
         self._is_full = False  # the last wait for a replica was in vain
         self._lock = threading.Lock()  # Serve's configurations and statuses cannot be created in two threads at once
 

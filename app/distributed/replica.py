@@ -6,7 +6,6 @@ Input: pixels from several HTTP processes. Output: logits, and the times of the 
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,8 +21,8 @@ from training.store import MODEL, open_store
 class ReplicaOptions:
     """The version that a replica loads, and the sizes of its batches."""
 
-    models: Path
-    """Folder of the model store, which every node of the cluster has at this path."""
+    models: str
+    """Location of the model store, see `training.store.make_store`. Every node of the cluster can open it."""
     name: str
     """Name of the model."""
     version: int

@@ -50,7 +50,7 @@ class CheckProcess:
     """The check of uploaded versions. One thread at a time may call `run`.
 
     Args:
-        settings: The runtime, the data set and the model store of the service.
+        settings: The runtime and the data set of the service.
         max_cpu_s: Limit of CPU time in seconds.
         max_wall_s: Limit of wall time in seconds.
         max_memory_bytes: Limit of the memory beyond that of the libraries.
@@ -69,11 +69,12 @@ class CheckProcess:
         self._max_memory_bytes = max_memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, folder: Path) -> CheckResult:
+    def run(self, folder: Path, members: Path) -> CheckResult:
         """Check a version, see `app.inference.version_check`.
 
         Args:
             folder: Folder with the files of the version, among them its card.
+            members: Folder of a model store with the members of a cascade.
 
         Raises:
             BadRequest: The version cannot be served, or its check takes more than a limit.
@@ -81,7 +82,7 @@ class CheckProcess:
         """
         request = {
             "folder": str(folder.absolute()),
-            "models": str(self._settings.models.absolute()),
+            "members": str(members.absolute()),
             "runtime": self._settings.runtime,
             "data": self._settings.data,
             "max_memory_bytes": self._max_memory_bytes,
@@ -145,10 +146,11 @@ def main(max_cpu_s: str) -> None:
     try:
         # PyTorch is loaded here, because its threads would prevent new namespaces.
         from app.inference.version_check import check_version
-        from training.store import Store
+        from training.store import LocalStore
 
         limit_memory(request["max_memory_bytes"])
-        result = check_version(folder, Store(Path(request["models"])), request["runtime"], request["data"])
+        members = LocalStore(Path(request["members"]))
+        result = check_version(folder, members, request["runtime"], request["data"])
         answer = result.model_dump()
     except Exception as error:  # a runtime may raise any exception
         reason = str(error).replace(f"{folder}/", "").strip() or type(error).__name__

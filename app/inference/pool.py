@@ -32,7 +32,7 @@ from app.threads import Threads
 from training.encoding import replace_surrogates
 from training.runtimes import selection
 from training.runtimes.engine import EngineNotReady
-from training.store import CASCADE, LIVE, MODEL, ModelCard, Store, StoreError
+from training.store import CASCADE, MODEL, ModelCard, Store, StoreError
 from training.text import quote
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ class ModelPool:
             self._cluster.connect()
         await self.refresh()
         if not self._live:
-            root = self.store.root.absolute()
-            log.warning("no model of the store %s is live: the service is not ready until one is", root)
+            location = self.store.location
+            log.warning("no model of the store %s is live: the service is not ready until one is", location)
         self._watcher = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -257,9 +257,9 @@ class ModelPool:
             StoreError: The version's folder, one of its files or the live pointer is missing.
         """
         try:
-            self.store.locate(card)
+            self.store.require_files(card)
             if live is None:
-                raise StoreError(f"{self.store.root / card.name / LIVE} is missing; promote a version")
+                raise StoreError(f"{card.name} has no live version in {self.store.location} anymore; promote a version")
         except StoreError as error:
             raise StoreError(f"version {card.version} is served from memory until the next start: {error}") from None
 
@@ -402,7 +402,7 @@ class ModelPool:
 
     def _require_version(self, name: str, version: int) -> None:
         try:
-            self.store.folder(name, version)
+            self.store.require(name, version)
         except StoreError as error:
             raise NotFound(f"{error}; GET /models lists all") from None
 

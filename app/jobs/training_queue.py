@@ -18,7 +18,7 @@ from app.settings import Settings
 from training.dataset import split_sizes
 from training.recipes import RECIPES, Recipe, RecipeError, make_recipe, parse_recipe
 from training.run import Publication, RunPhase
-from training.store import ModelCard, Promotion, Store, StoreError
+from training.store import ModelCard, Promotion, StoreError, make_store
 from training.text import quote
 
 _HEALTH_WAIT_S = 0.1
@@ -269,7 +269,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
 
     def _card(self, field: str, version: str) -> ModelCard:
         try:
-            return Store(self._settings.models).source_card(version)
+            return make_store(self._settings.models).source_card(version)
         except StoreError as error:
             raise BadRequest(f"{field}: {error}") from None
 

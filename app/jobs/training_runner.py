@@ -27,7 +27,7 @@ from app.settings import Settings
 from app.threads import Threads
 from training.recipes import RECIPES, Recipe, format_value
 from training.run import Run, RunBusy, RunError, write_pid
-from training.store import Store
+from training.store import make_store
 
 log = logging.getLogger(__name__)
 Parameters = ParamSpec("Parameters")
@@ -139,7 +139,7 @@ class TrainingRunner:
         """
         if not (keep := self._settings.keep_versions):
             return
-        store = Store(self._settings.models)
+        store = make_store(self._settings.models)
         for name in sorted({cascade.partition("/")[0] for cascade in store.pins(model).values()}):
             store.prune(name, keep)
         store.prune(model, keep, self._jobs.required_versions(model))

@@ -127,7 +127,7 @@ def read_card(services: Services, name: str, version: int) -> ModelCard:
         Unavailable: The card is damaged.
     """
     try:
-        services.store.folder(name, version)
+        services.store.require(name, version)
     except StoreError as error:
         raise NotFound(f"{error}; GET /models lists all") from None
     try:

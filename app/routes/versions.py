@@ -163,7 +163,7 @@ def _list_files(services: Services, name: str, version: int) -> dict[str, tuple[
     """Return the path and the sha256 of each file of a version, by its name."""
     card = read_card(services, name, version)
     try:
-        folder = services.store.locate(card)
+        folder = services.store.fetch(card)
     except StoreError as error:
         raise Unavailable(str(error)) from None
     files = {CARD: sha256(folder / CARD), **card.files}

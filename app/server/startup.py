@@ -5,6 +5,7 @@ Output: `Settings` and listening sockets, or a `StartupError` whose text is one 
 
 import errno
 import ipaddress
+import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from app.settings import Settings
 from training.errors import WRONG_USAGE, ReportedError
-from training.store import Store
+from training.store import LocalStore, StoreError, make_store
 
 BACKLOG = 2048
 """Maximum number of connections that wait to be accepted."""
@@ -66,27 +67,26 @@ def check_store(settings: Settings) -> None:
     Raises:
         StartupError: The store cannot be read, or it has models but not the default one.
     """
-    root = settings.models.absolute()
     try:
-        names = _models_in(root)
+        store = make_store(settings.models)
+        if not (isinstance(store, LocalStore) and _can_be_created(store.root)):
+            store.require_access()
+        names = store.names()
+    except StoreError as error:
+        raise StartupError(f"CIFAR100_MODELS: {error}") from None
     except OSError as error:
-        raise StartupError(f"CIFAR100_MODELS: the model store {root} cannot be read: {error.strerror}") from None
+        raise StartupError(
+            f"CIFAR100_MODELS: the model store {settings.models} cannot be read: {error.strerror}"
+        ) from None
     wanted = settings.default_model
     if names and wanted and wanted not in names:
         raise StartupError(
-            f"CIFAR100_DEFAULT_MODEL: there is no model {wanted!r} in {root}, give one of {', '.join(names)}"
+            f"CIFAR100_DEFAULT_MODEL: there is no model {wanted!r} in {store.location}, give one of {', '.join(names)}"
         )
 
 
-def _models_in(root: Path) -> list[str]:
-    try:
-        root.lstat()
-    except FileNotFoundError:
-        if root.parent.is_dir():  # the first model creates the store
-            return []
-        raise
-    next(root.iterdir(), None)  # fails for a file, or without permission
-    return Store(root).names()
+def _can_be_created(folder: Path) -> bool:
+    return not os.path.lexists(folder) and folder.parent.is_dir()
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

@@ -37,7 +37,7 @@ from training.evaluate import evaluate, predict
 from training.recipes import RECIPES
 from training.runtimes import selection, torchscript
 from training.runtimes.engine import Engine, EngineError
-from training.store import FamiliarityThreshold, Store
+from training.store import FamiliarityThreshold, LocalStore
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ def client(models: Path, tmp_path: Path) -> Iterator[TestClient]:
         yield client
 
 
-def second_version(models: Path) -> Store:
+def second_version(models: Path) -> LocalStore:
     """Publish version 2 as a copy of version 1 and return the store. Version 1 stays live."""
-    store = Store(models)
+    store = LocalStore(models)
     with store.draft("resnet") as draft:
         (draft / "model.pt").write_bytes((models / "resnet" / "1" / "model.pt").read_bytes())
         store.publish(draft, store.card("resnet", 1))
@@ -87,7 +87,7 @@ def test_an_image_is_familiar_if_its_score_reaches_the_threshold_of_the_card(
     models: Path, tmp_path: Path, dataset: Dataset
 ) -> None:
     def predictions(threshold: FamiliarityThreshold | None) -> list[dict[str, Any]]:
-        store = Store(models)
+        store = LocalStore(models)
         store.amend(store.card("resnet", 1).model_copy(update={"familiarity": threshold}))
         with make_local_client(create_app(Settings(models=models, runs=tmp_path))) as client:
             answer = client.post("/predict", files=[("file", encode_png(dataset, row)) for row in range(3)])
@@ -314,7 +314,7 @@ def test_a_live_version_that_cannot_be_loaded_is_not_tried_all_the_time(
 
 
 def test_evaluate_tells_the_recorded_accuracy(client: TestClient, models: Path) -> None:
-    card = Store(models).card("resnet", 1)
+    card = LocalStore(models).card("resnet", 1)
     answer = client.get("/evaluate").json()
     assert [(each["model"], each["version"], each["test"]["top1"]) for each in answer] == [
         ("resnet", 1, card.test.top1)
@@ -324,7 +324,7 @@ def test_evaluate_tells_the_recorded_accuracy(client: TestClient, models: Path) 
 def test_evaluate_measures_through_the_engine(client: TestClient, models: Path, dataset: Dataset) -> None:
     answer = client.post("/evaluate").json()
     assert answer["state"] == "succeeded"
-    assert answer["result"]["top1"] == Store(models).card("resnet", 1).test.top1
+    assert answer["result"]["top1"] == LocalStore(models).card("resnet", 1).test.top1
     train = client.post("/evaluate", params={"split": "train", "limit": 30}).json()
     assert train["result"]["images"] == 30
     assert client.get(f"/evaluate/{train['id']}").json() == train
@@ -534,7 +534,7 @@ def test_a_damaged_version_never_goes_live(client: TestClient, models: Path, ima
     (damaged / "model.pt").write_bytes(b"not the file of the card")
     assert_problem(client.put("/models/resnet/live", json={"version": 2}), 503, "sha256")
     assert client.get("/models/resnet").json()["live"] == 1
-    Store(models).promote("resnet", 2)  # another process promotes it, without the service
+    LocalStore(models).promote("resnet", 2)  # another process promotes it, without the service
     (models / "resnet" / "live").touch()
     assert client.put("/models/resnet/live", json={"version": 1}).json()["error"] is None
     assert client.post("/predict", files={"file": image}).json()["version"] == 1
@@ -849,7 +849,7 @@ def test_model_whose_logits_are_not_finite_is_refused(models: Path, tmp_path: Pa
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.float().mean((1, 2, 3))[:, None].expand(-1, 100) / 0
 
-    store = Store(models)
+    store = LocalStore(models)
     with store.draft("resnet") as draft:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
             torch.jit.trace(Overflowing().eval(), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).save(draft / "model.pt")

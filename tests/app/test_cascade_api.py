@@ -14,20 +14,20 @@ from app.inference.load_shedding import LoadShedder
 from app.local import load
 from app.main import create_app
 from app.settings import Settings
-from training.store import FamiliarityThreshold, Store
+from training.store import FamiliarityThreshold, LocalStore
 
 
 @pytest.fixture
-def store(models: Path) -> Store:
+def store(models: Path) -> LocalStore:
     """A store in which resnet/1, its copy resnet18/1 and a cascade of both are live."""
-    store = Store(models)
+    store = LocalStore(models)
     add_second_member(store)
     add_cascade(store)
     return store
 
 
 @pytest.fixture
-def client(store: Store, tmp_path: Path) -> Iterator[TestClient]:
+def client(store: LocalStore, tmp_path: Path) -> Iterator[TestClient]:
     settings = Settings(models=store.root, runs=tmp_path / "runs", data="synthetic:4", deadline_s=600)
     with make_local_client(create_app(settings)) as client:
         yield client
@@ -50,7 +50,7 @@ def test_a_live_cascade_is_the_default_and_sends_unsure_images_on(client: TestCl
     assert mean["classes"][0]["probability"] < first["classes"][0]["probability"]  # at temperature 2
 
 
-def test_a_cascade_answers_alike_without_a_server(store: Store, tmp_path: Path, image: bytes) -> None:
+def test_a_cascade_answers_alike_without_a_server(store: LocalStore, tmp_path: Path, image: bytes) -> None:
     familiarity = FamiliarityThreshold(threshold=-1000.0, kept=0.95, images=100)
     store.amend(store.card("cascade", 1).model_copy(update={"familiarity": familiarity}))
     with make_local_client(create_app(Settings(models=store.root, runs=tmp_path / "runs"))) as client:
@@ -63,7 +63,7 @@ def test_a_cascade_answers_alike_without_a_server(store: Store, tmp_path: Path, 
 
 
 def test_full_familiarity_has_a_threshold_of_its_own_and_needs_a_cascade(
-    store: Store, tmp_path: Path, image: bytes
+    store: LocalStore, tmp_path: Path, image: bytes
 ) -> None:
     thresholds = {
         field: FamiliarityThreshold(threshold=threshold, kept=0.95, images=100)
@@ -83,13 +83,13 @@ def test_full_familiarity_has_a_threshold_of_its_own_and_needs_a_cascade(
             assert_problem(refused, 422, "resnet is no cascade; leave familiarity out, or name a cascade")
 
 
-def test_a_configured_default_precedes_the_cascade(store: Store, tmp_path: Path, image: bytes) -> None:
+def test_a_configured_default_precedes_the_cascade(store: LocalStore, tmp_path: Path, image: bytes) -> None:
     settings = Settings(models=store.root, runs=tmp_path / "runs", default_model="resnet")
     with make_local_client(create_app(settings)) as client:
         assert ask(client, image)["model"] == "resnet"
 
 
-def test_promotion_and_rollback(client: TestClient, store: Store, image: bytes) -> None:
+def test_promotion_and_rollback(client: TestClient, store: LocalStore, image: bytes) -> None:
     add_cascade(store, threshold=0.0)
     store.promote("cascade", 1)
     for version in (2, 1):
@@ -129,7 +129,7 @@ def test_evaluation_measures_the_cascade(client: TestClient) -> None:
 
 
 def test_members_are_loaded_once_and_stay_when_another_version_is_promoted(
-    client: TestClient, store: Store, image: bytes
+    client: TestClient, store: LocalStore, image: bytes
 ) -> None:
     pool = services_of(client).pool
     cascade, member = pool.live()["cascade"], pool.live()["resnet"]
@@ -148,7 +148,7 @@ def test_members_are_loaded_once_and_stay_when_another_version_is_promoted(
     assert pool.live()["resnet"] is member
 
 
-def test_a_pinned_version_is_not_deleted(client: TestClient, store: Store) -> None:
+def test_a_pinned_version_is_not_deleted(client: TestClient, store: LocalStore) -> None:
     copy_version(store, "resnet", "resnet")
     assert client.put("/models/resnet/live", json={"version": 2}).status_code == 200
     assert_problem(client.delete("/models/resnet/1"), 409, "cascade/1 pins resnet/1; delete cascade/1 first")
@@ -167,7 +167,7 @@ def test_a_version_that_a_waiting_job_needs_is_not_deleted(client: TestClient, m
 
 
 def test_a_cascade_that_has_lost_a_member_is_reported_and_served_from_memory(
-    client: TestClient, store: Store, image: bytes
+    client: TestClient, store: LocalStore, image: bytes
 ) -> None:
     (store.folder("resnet18", 1) / "model.pt").unlink()
     assert client.portal is not None

@@ -23,7 +23,7 @@ from service import list_processes
 
 from training.__main__ import cli as training_cli
 from training.recipes import make_recipe
-from training.store import Store
+from training.store import LocalStore
 
 pytestmark = pytest.mark.slow
 
@@ -187,7 +187,7 @@ def server(folder: Path) -> Iterator[Server]:
 @pytest.fixture
 def reader(server: Server, folder: Path) -> Iterator[Reader]:
     """A reader with the shipped models, whatever the commands of another document have changed."""
-    shipped, store = Store(ROOT / "models"), Store(folder / "models")
+    shipped, store = LocalStore(ROOT / "models"), LocalStore(folder / "models")
     shutil.copytree(shipped.root, store.root, dirs_exist_ok=True)
     for name in store.names():
         for version in set(store.versions(name)) - set(shipped.versions(name)):

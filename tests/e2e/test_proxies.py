@@ -23,7 +23,7 @@ from service import TINY, run_service
 from sockets import make_head, make_upload, read_response
 
 from app.server import probe
-from training.store import Store
+from training.store import LocalStore
 
 pytestmark = pytest.mark.slow
 
@@ -48,9 +48,9 @@ class Predict {
 """
 
 
-def two_versions(models: Path) -> Store:
+def two_versions(models: Path) -> LocalStore:
     """Return a store with two versions, of which the second is live."""
-    store = Store(models)
+    store = LocalStore(models)
     with store.draft("resnet") as draft:
         (draft / "model.pt").write_bytes((models / "resnet" / "1" / "model.pt").read_bytes())
         store.publish(draft, store.card("resnet", 1))

@@ -17,7 +17,7 @@ from processes import count_open_files
 from server import Server, wait_for
 from service import TINY, run_service
 
-from training.store import Store
+from training.store import LocalStore
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +71,7 @@ def test_the_log_is_json_whatever_pillow_thinks_of_an_image(tmp_path: Path, mode
 
 
 def test_no_request_is_lost_while_versions_are_swapped_under_load(tmp_path: Path, models: Path, image: Path) -> None:
-    store = Store(models)
+    store = LocalStore(models)
     for _ in range(2):
         with store.draft("resnet") as draft:
             (draft / "model.pt").write_bytes((models / "resnet" / "1" / "model.pt").read_bytes())

@@ -15,7 +15,7 @@ from service import TINY, find_finished_job, list_processes, run_service
 from sockets import make_upload
 
 from training.run import Run
-from training.store import Store
+from training.store import LocalStore
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ def assert_trained_once(client: httpx.Client, job_id: str, models: Path, log: Pa
     assert job["state"] == "succeeded", log.read_text()
     assert [epoch["epoch"] for epoch in job["history"]] == list(range(1, 9))
     assert job["published"]["version"] == 2
-    assert Store(models).versions("resnet") == [1, 2]
+    assert LocalStore(models).versions("resnet") == [1, 2]
 
 
 def test_jobs_are_cancelled_with_their_process(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

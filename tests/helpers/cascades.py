@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from training.store import CASCADE, MODEL, Cascade, ModelCard, PinnedMember, Store
+from training.store import CASCADE, MODEL, Cascade, LocalStore, ModelCard, PinnedMember
 
 MEMBERS = ("resnet", "resnet18")
 
 
-def add_second_member(store: Store) -> ModelCard:
+def add_second_member(store: LocalStore) -> ModelCard:
     """Publish a copy of the live version of `resnet` as a live version of `resnet18`."""
     return copy_version(store, "resnet", "resnet18")
 
 
-def copy_version(store: Store, source: str, name: str) -> ModelCard:
+def copy_version(store: LocalStore, source: str, name: str) -> ModelCard:
     """Publish a copy of a model's live version under a name, make it live, and return its card."""
     card = store.card(source, store.live(source) or 0)
     with store.draft(name) as draft:
@@ -22,7 +22,7 @@ def copy_version(store: Store, source: str, name: str) -> ModelCard:
     return card
 
 
-def make_cascade(store: Store, **changes: Any) -> Cascade:
+def make_cascade(store: LocalStore, **changes: Any) -> Cascade:
     """Return a cascade of the live versions of both members. By default it sends every image on."""
     cards = [store.card(name, store.live(name) or 0) for name in MEMBERS]
     first, second = (PinnedMember(name=card.name, version=card.version, files=card.files) for card in cards)
@@ -30,7 +30,7 @@ def make_cascade(store: Store, **changes: Any) -> Cascade:
     return Cascade.model_validate(fields | changes)
 
 
-def add_cascade(store: Store, **changes: Any) -> ModelCard:
+def add_cascade(store: LocalStore, **changes: Any) -> ModelCard:
     """Publish a cascade as the next version of `cascade`, make it live, and return its card."""
     card = store.card("resnet", store.live("resnet") or 0)
     with store.draft("cascade") as draft:

@@ -42,7 +42,7 @@ from app.jobs.queue import State
 from training.run import Run
 from training.runtimes import torchscript
 from training.runtimes.engine import example_images
-from training.store import MODEL, Store, StoreError
+from training.store import MODEL, LocalStore, StoreError
 
 EPOCHS = 3
 MAX_WAITING = 3  # a short queue empties quickly at the end
@@ -57,11 +57,11 @@ class Client(threading.Thread):
     """A thread that submits and cancels jobs and promotes versions, even if its connections break.
 
     Args:
-        store: Store whose versions the client promotes.
+        store: LocalStore whose versions the client promotes.
         seed: Seed of the client's random choices.
     """
 
-    def __init__(self, store: Store, seed: int):
+    def __init__(self, store: LocalStore, seed: int):
         super().__init__(daemon=True)
         self.server: Server | None = None
         self.accepted: dict[str, str] = {}
@@ -208,7 +208,7 @@ def _at_work(runs: Path, process: int) -> bool:
     return Run(runs / _job_of(process)).holder() == process
 
 
-def _faults(store: Store, runs: Path, jobs: set[str]) -> list[str]:
+def _faults(store: LocalStore, runs: Path, jobs: set[str]) -> list[str]:
     """Return the faults of the store and the database, and a fault if more than one of `jobs` trains at once.
 
     Args:
@@ -258,7 +258,7 @@ def _unfinished(runs: Path) -> list[str]:
 
 
 def _lost_or_doubled(
-    client: Client, rows: list[dict[str, Any]], runs: Path, store: Store, killed: Counter[str]
+    client: Client, rows: list[dict[str, Any]], runs: Path, store: LocalStore, killed: Counter[str]
 ) -> list[str]:
     """Return the faults of the jobs after all of them have ended."""
     faults = []

@@ -29,7 +29,7 @@ import numpy as np
 from results import Check, conclude, is_whole
 
 from training.files import sha256
-from training.store import LIVE, MODEL, Evaluation, ModelCard, Store, StoreError
+from training.store import LIVE, MODEL, Evaluation, LocalStore, ModelCard, StoreError
 
 NAME = "resnet"
 WRITERS = 2
@@ -46,7 +46,7 @@ def main(kills: int, seed: int, whole: bool) -> int:
     seen: dict[int, str] = {}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder))
+        store = LocalStore(Path(folder))
         _publish(store, np.random.default_rng(seed))
         for round_ in range(kills // WRITERS):
             writers = [context.Process(target=_write_forever, args=(store, (seed, round_, i))) for i in range(WRITERS)]
@@ -79,7 +79,7 @@ def main(kills: int, seed: int, whole: bool) -> int:
     )
 
 
-def _write_forever(store: Store, seed: tuple[int, ...]) -> None:
+def _write_forever(store: LocalStore, seed: tuple[int, ...]) -> None:
     random = np.random.default_rng(seed)
     while True:
         with suppress(StoreError):  # the other writer may have removed the version
@@ -88,7 +88,7 @@ def _write_forever(store: Store, seed: tuple[int, ...]) -> None:
             store.prune(NAME, KEPT)
 
 
-def _publish(store: Store, random: np.random.Generator) -> ModelCard:
+def _publish(store: LocalStore, random: np.random.Generator) -> ModelCard:
     measures = Evaluation(images=1, top1=1, top5=1, loss=0, ece=0, per_class=[1])
     card = ModelCard(
         name=NAME,
@@ -117,7 +117,7 @@ def _publish(store: Store, random: np.random.Generator) -> ModelCard:
     return card
 
 
-def _faults(store: Store, seen: dict[int, str]) -> list[str]:
+def _faults(store: LocalStore, seen: dict[int, str]) -> list[str]:
     """Return the faults of a store that has no writer.
 
     Args:

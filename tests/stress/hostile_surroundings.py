@@ -35,7 +35,7 @@ from server import DATA, Server, wait_for
 from tiny_models import NAME, TINY
 
 from training.dataset import ARCHIVE, CLASSES, load_dataset
-from training.store import MODEL, Store, StoreError
+from training.store import MODEL, LocalStore, StoreError
 
 DISK_MIB = 24
 JOB_S = 60.0
@@ -65,8 +65,8 @@ class Scene:
     missed: list[str] = field(default_factory=list)
 
     @property
-    def store(self) -> Store:
-        return Store(self.folder / "models")
+    def store(self) -> LocalStore:
+        return LocalStore(self.folder / "models")
 
     def server(self, wrapper: tuple[str, ...] = (), **settings: str) -> Server:
         return Server(self.store.root, self.folder / "runs", self.folder / "log", wrapper, **settings)

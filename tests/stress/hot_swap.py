@@ -1,10 +1,10 @@
 """Test that no request fails and no answer comes from a wrong version while versions are promoted.
 
 32 connections post images to one server without pause. Meanwhile versions are promoted, half of them by `PUT
-/models/resnet/live`, half by another process through `training.store.Store.promote`. Every answer must name a version
-that was live at some time between the start and the end of the request. It must carry the probabilities of that
-version, as this process computes them from the version's file. With several workers, a worker that has not yet noticed
-a promotion may serve the previous version for `LAG_S` seconds.
+/models/resnet/live`, half by another process through `Store.promote`. Every answer must name a version that was live at
+some time between the start and the end of the request. It must carry the probabilities of that version, as this process
+computes them from the version's file. With several workers, a worker that has not yet noticed a promotion may serve the
+previous version for `LAG_S` seconds.
 
     python tests/stress/hot_swap.py [--promotions 100] [--workers 1]
 
@@ -39,7 +39,7 @@ from app.inference.images.encoded import decode
 from app.routes.predict import top_classes
 from app.settings import Settings
 from training.runtimes import selection
-from training.store import MODEL, Store
+from training.store import MODEL, LocalStore
 
 CONNECTIONS = 32
 VERSIONS = 3
@@ -47,8 +47,8 @@ TOP_K = 100
 LAG_S = 1.0
 TOLERANCE = 1e-5  # for probabilities; batches of different sizes round differently
 PICTURES = ("jpeg baseline", "png rgb 32x32", "webp lossy", "gif", "tiff")
-PROMOTE = "import sys; from pathlib import Path; from training.store import Store; "
-PROMOTE += "Store(Path(sys.argv[1])).promote(sys.argv[2], int(sys.argv[3]))"
+PROMOTE = "import sys; from pathlib import Path; from training.store import LocalStore; "
+PROMOTE += "LocalStore(Path(sys.argv[1])).promote(sys.argv[2], int(sys.argv[3]))"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Reign:
 
 
 async def serve_and_promote(
-    url: str, store: Store, promotions: int, lag_s: float
+    url: str, store: LocalStore, promotions: int, lag_s: float
 ) -> tuple[list[Answer], list[Reign], list[float]]:
     """Post images on all connections and promote versions meanwhile.
 
@@ -124,7 +124,7 @@ async def serve_and_promote(
     return answers, [*reigns, Reign(version, since, time.monotonic())], seconds
 
 
-def expected(store: Store) -> dict[tuple[int, str], dict[int, float]]:
+def expected(store: LocalStore) -> dict[tuple[int, str], dict[int, float]]:
     """Return the probabilities by class id for every version and picture, from an engine like that of the service."""
     settings, files, found = Settings(), samples(), {}
     for version in store.versions(NAME):

@@ -46,7 +46,7 @@ from results import Check, conclude, is_whole
 from server import Server, wait_for
 
 from training.run import Run
-from training.store import Store
+from training.store import LocalStore
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = 8
@@ -266,7 +266,7 @@ def main() -> int:
     checks: list[Check] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        models = Store(ROOT / "models")
+        models = LocalStore(ROOT / "models")
         shutil.copytree(models.root / "resnet", folder / "models/resnet")
         stack.enter_context(ray_environment())
         nodes = stack.enter_context(Nodes([0, 3, 3]))

@@ -35,7 +35,7 @@ from results import Check, conclude, is_whole
 from server import Server
 from tiny_models import NAME, TINY
 
-from training.store import Store
+from training.store import LocalStore
 
 SAMPLE_S = 3.0
 WARM = 0.25  # warm-up as a share of the time
@@ -62,10 +62,10 @@ class Load:
     """The actions of the clients, and the counts of all answers and of the unexpected ones.
 
     Args:
-        store: Store whose versions the clients promote.
+        store: LocalStore whose versions the clients promote.
     """
 
-    def __init__(self, store: Store):
+    def __init__(self, store: LocalStore):
         self.answers: Counter[str] = Counter()
         self.unexpected: Counter[str] = Counter()
         self.jobs = 0

@@ -14,13 +14,13 @@ from training.run import Publication
 from training.runtimes import selection
 from training.runtimes.cascade import CascadeEngine, mix
 from training.runtimes.engine import example_images
-from training.store import CASCADE, MODEL, Store, StoreError, VersionInUse
+from training.store import CASCADE, MODEL, LocalStore, StoreError, VersionInUse
 
 
 @pytest.fixture
-def store(models: Path) -> Store:
+def store(models: Path) -> LocalStore:
     """A store in which resnet/1 and resnet18/1 are live. They have held out the same 100 images."""
-    store = Store(models)
+    store = LocalStore(models)
     add_second_member(store)
     return store
 
@@ -63,7 +63,7 @@ def test_members_that_always_agree_send_nothing_on() -> None:
     assert fit(first, first, first.argmax(1), tolerance=0.0).sent_on == 0
 
 
-def test_only_images_without_a_confident_answer_get_the_mean_of_both_members(store: Store) -> None:
+def test_only_images_without_a_confident_answer_get_the_mean_of_both_members(store: LocalStore) -> None:
     engine = selection.load(store.folder("resnet", 1) / MODEL, "cpu", "torchscript", "evaluation")
     images = example_images(8).numpy()
     alone = torch.from_numpy(engine(images))
@@ -76,7 +76,7 @@ def test_only_images_without_a_confident_answer_get_the_mean_of_both_members(sto
     torch.testing.assert_close(answers[sent_on].softmax(1), (alone[sent_on] / 2).softmax(1))  # at temperature 2
 
 
-def test_publish_describes_the_fit_and_pins_both_members(store: Store, dataset: Dataset) -> None:
+def test_publish_describes_the_fit_and_pins_both_members(store: LocalStore, dataset: Dataset) -> None:
     published = publish(store, dataset, MEMBERS, notes="a try")
     card = store.card("cascade", 1)
     assert published.live
@@ -92,7 +92,7 @@ def test_publish_describes_the_fit_and_pins_both_members(store: Store, dataset: 
     assert [member.files for member in store.cascade(card).members] == [store.card(name, 1).files for name in MEMBERS]
 
 
-def test_held_out_images_are_those_of_the_member_that_holds_out_fewer(store: Store, dataset: Dataset) -> None:
+def test_held_out_images_are_those_of_the_member_that_holds_out_fewer(store: LocalStore, dataset: Dataset) -> None:
     card = store.card("resnet", 1)
     other = card.model_copy(update={"recipe": {"validation_images": 150}})
     held_out = cascade.find_held_out([other, card], dataset)
@@ -108,7 +108,7 @@ def test_held_out_images_are_those_of_the_member_that_holds_out_fewer(store: Sto
     ],
 )
 def test_members_without_enough_common_held_out_images_are_refused(
-    store: Store, dataset: Dataset, recipe: dict[str, int], fault: str
+    store: LocalStore, dataset: Dataset, recipe: dict[str, int], fault: str
 ) -> None:
     path = store.folder("resnet18", 1) / "card.json"
     path.write_text(store.card("resnet18", 1).model_copy(update={"recipe": recipe}).model_dump_json())
@@ -117,12 +117,12 @@ def test_members_without_enough_common_held_out_images_are_refused(
     assert store.versions("cascade") == []
 
 
-def test_members_trained_on_other_data_are_refused(store: Store) -> None:
+def test_members_trained_on_other_data_are_refused(store: LocalStore) -> None:
     with pytest.raises(StoreError, match="resnet/1 was trained on another data set"):
         publish(store, load_dataset("synthetic:2"), MEMBERS)
 
 
-def test_a_cascade_is_neither_member_nor_teacher(store: Store, dataset: Dataset) -> None:
+def test_a_cascade_is_neither_member_nor_teacher(store: LocalStore, dataset: Dataset) -> None:
     add_cascade(store)
     with pytest.raises(StoreError, match="cascade is a cascade, which has no weights of its own"):
         publish(store, dataset, ("cascade", "resnet18"))
@@ -131,7 +131,7 @@ def test_a_cascade_is_neither_member_nor_teacher(store: Store, dataset: Dataset)
 
 
 def test_a_promoted_member_is_fitted_again_and_another_promotion_changes_nothing(
-    store: Store, dataset: Dataset
+    store: LocalStore, dataset: Dataset
 ) -> None:
     add_cascade(store)
     promoted = Publication(model="resnet", version=2, live=True, test=copy_version(store, "resnet", "resnet").test)
@@ -145,13 +145,13 @@ def test_a_promoted_member_is_fitted_again_and_another_promotion_changes_nothing
     assert [str(member) for member in members] == ["resnet/2", "resnet18/1"]
 
 
-def test_without_a_live_cascade_no_promotion_fits_one(store: Store, dataset: Dataset) -> None:
+def test_without_a_live_cascade_no_promotion_fits_one(store: LocalStore, dataset: Dataset) -> None:
     promoted = Publication(model="resnet", version=1, live=True, test=store.card("resnet", 1).test)
     assert refit(store, dataset, promoted, "always") is None
     assert "cascade" not in store.names()
 
 
-def test_pinned_versions_stay_until_no_cascade_pins_them(store: Store) -> None:
+def test_pinned_versions_stay_until_no_cascade_pins_them(store: LocalStore) -> None:
     add_cascade(store)
     for _ in range(3):
         copy_version(store, "resnet", "resnet")
@@ -167,7 +167,7 @@ def test_pinned_versions_stay_until_no_cascade_pins_them(store: Store) -> None:
     assert store.versions("resnet") == [4]
 
 
-def test_the_live_and_the_newest_version_are_not_deleted(store: Store) -> None:
+def test_the_live_and_the_newest_version_are_not_deleted(store: LocalStore) -> None:
     copy_version(store, "resnet", "resnet")
     with pytest.raises(VersionInUse, match="resnet/2 is live"):
         store.delete("resnet", 2)
@@ -178,7 +178,7 @@ def test_the_live_and_the_newest_version_are_not_deleted(store: Store) -> None:
         store.delete("resnet", 9)
 
 
-def test_a_cascade_is_checked_with_its_members(store: Store) -> None:
+def test_a_cascade_is_checked_with_its_members(store: LocalStore) -> None:
     card = add_cascade(store)
     store.verify(card)
     model = store.folder("resnet18", 1) / MODEL
@@ -188,7 +188,7 @@ def test_a_cascade_is_checked_with_its_members(store: Store) -> None:
         store.verify(card)
     model.unlink()
     with pytest.raises(StoreError, match=r"model\.pt is missing"):
-        store.locate(card)
+        store.require_files(card)
     model.write_bytes(content)
     member = store.card("resnet18", 1)
     changed = member.model_copy(update={"files": {MODEL: 64 * "0"}})
@@ -197,7 +197,7 @@ def test_a_cascade_is_checked_with_its_members(store: Store) -> None:
         store.verify(card)
 
 
-def test_a_cascade_whose_member_is_gone_is_not_published(store: Store) -> None:
+def test_a_cascade_whose_member_is_gone_is_not_published(store: LocalStore) -> None:
     outdated = make_cascade(store)
     copy_version(store, "resnet18", "resnet18")
     store.delete("resnet18", 1)
@@ -206,6 +206,6 @@ def test_a_cascade_whose_member_is_gone_is_not_published(store: Store) -> None:
     assert store.versions("cascade") == []
 
 
-def test_weights_whose_sum_is_not_1_are_refused(store: Store) -> None:
+def test_weights_whose_sum_is_not_1_are_refused(store: LocalStore) -> None:
     with pytest.raises(ValueError, match=r"not 1"):
         make_cascade(store, weights=(0.5, 0.4))

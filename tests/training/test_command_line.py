@@ -21,7 +21,7 @@ from training.loop import make_splits
 from training.recipes import RECIPES, Recipe, make_recipe
 from training.run import Run
 from training.runtimes import torchscript
-from training.store import Store
+from training.store import LocalStore
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def test_train_publishes_and_evaluate_measures_the_same(tmp_path: Path) -> None:
         "train", "resnet", "width=8", "epochs=1", "validation_images=0", "--run", str(run), "--notes", "a try", *common
     )
     assert trained.exit_code == 0, trained.output
-    card = Store(models).card("resnet", 1)
+    card = LocalStore(models).card("resnet", 1)
     assert (card.recipe["width"], card.recipe["epochs"], card.notes) == (8, 1, "a try")
     assert "epoch 1/1" in trained.stderr
     assert trained.stdout.startswith(f"published resnet/1: test top-1 {card.test.top1:.2%}")
@@ -65,7 +65,7 @@ def test_train_publishes_and_evaluate_measures_the_same(tmp_path: Path) -> None:
 
 
 def test_the_threshold_of_familiar_images_is_added_to_a_card_that_lacks_it(models: Path) -> None:
-    store, words = Store(models), ("familiarity", "resnet", "--data", "synthetic:4", "--models", str(models))
+    store, words = LocalStore(models), ("familiarity", "resnet", "--data", "synthetic:4", "--models", str(models))
     exported = store.card("resnet", 1)
     assert exported.familiarity
     store.amend(exported.model_copy(update={"familiarity": None}))
@@ -84,7 +84,7 @@ def test_the_threshold_of_familiar_images_is_added_to_a_card_that_lacks_it(model
 
 
 def test_a_cascade_gets_a_threshold_for_each_of_its_scores(models: Path, dataset: Dataset) -> None:
-    store = Store(models)
+    store = LocalStore(models)
     add_second_member(store)
     publish_cascade(store, dataset, MEMBERS)
     fitted = store.card("cascade", 1)
@@ -104,7 +104,7 @@ def test_a_run_that_is_finished_and_published_is_not_published_again(tmp_path: P
     resumed = typed(*words, "--resume")
     assert resumed.exit_code == 0
     assert said(resumed) == "the run is finished and published as resnet/1"
-    assert Store(models).versions("resnet") == [1]
+    assert LocalStore(models).versions("resnet") == [1]
 
 
 def test_evaluate_refuses_a_damaged_file(models: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_run_that_went_on_after_it_was_published_is_published_again(tmp_path: 
     assert typed(*words, "epochs=1").exit_code == 0
     assert typed(*words, "epochs=2", "--resume", "--no-publish").exit_code == 0
     assert "published resnet-seed/2" in said(typed(*words, "--resume"))
-    assert len(Store(tmp_path / "models").card("resnet-seed", 2).curve) == 2
+    assert len(LocalStore(tmp_path / "models").card("resnet-seed", 2).curve) == 2
 
 
 def test_a_folder_in_which_nothing_could_be_trained_is_free_for_another_run(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_export_publishes_a_run_again_and_the_live_version_stays_if_told_to(fini
     assert result.exit_code == 0, result.output
     assert "published resnet/2" in said(result)
     assert "the live version did not change" in said(result)
-    assert (Store(models).versions("resnet"), Store(models).live("resnet")) == ([1, 2], 1)
+    assert (LocalStore(models).versions("resnet"), LocalStore(models).live("resnet")) == ([1, 2], 1)
 
 
 @pytest.mark.parametrize("columns", [200, 80])
@@ -301,7 +301,7 @@ def test_an_error_names_a_path_with_brackets_in_full(tmp_path: Path) -> None:
 
 
 def test_cascade_is_fitted_evaluated_and_fitted_again_after_a_member_is_promoted(models: Path, tmp_path: Path) -> None:
-    store, common = Store(models), ("--data", "synthetic:4", "--models", str(models))
+    store, common = LocalStore(models), ("--data", "synthetic:4", "--models", str(models))
     add_second_member(store)
     fitted = typed("cascade", *common)
     assert fitted.exit_code == 0, fitted.output

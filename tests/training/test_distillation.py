@@ -21,7 +21,7 @@ from training.recipes import RecipeError, make_recipe
 from training.run import Run
 from training.runtimes import selection
 from training.runtimes.openvino import INT8
-from training.store import Store, StoreError
+from training.store import LocalStore, StoreError
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +100,7 @@ def test_with_all_the_weight_a_student_learns_its_teachers_answers_instead_of_th
     plain = {"flip": False, "crop_padding": 0, "validation_images": 0, "batch_size": 32}
     fields = {"optimizer": "adam", "learning_rate": 0.005, "weight_decay": 0, "epochs": 8, "schedule": "constant"}
     run = started(tmp_path / "run", **plain, **fields, teacher="resnet/1", teacher_weight=1)
-    list(train(run.recipe(), dataset, run, CPU, Store(models)))
+    list(train(run.recipe(), dataset, run, CPU, LocalStore(models)))
     student, _ = restore(run, run.recipe(), dataset)
     answers = predict(student, torch.from_numpy(dataset.train.images)).argmax(1)
     labels = torch.from_numpy(dataset.train.labels)
@@ -109,21 +109,21 @@ def test_with_all_the_weight_a_student_learns_its_teachers_answers_instead_of_th
 
 def test_a_run_with_a_teacher_goes_on_without_asking_it_again(dataset: Dataset, models: Path, tmp_path: Path) -> None:
     run = started(tmp_path / "run", teacher="resnet/1")
-    events = train(run.recipe(), dataset, run, CPU, Store(models))
+    events = train(run.recipe(), dataset, run, CPU, LocalStore(models))
     assert next(event for event in events if isinstance(event, Epoch)).epoch == 1
     events.close()
-    resumed = list(train(run.recipe(), dataset, run, CPU, Store(models)))
+    resumed = list(train(run.recipe(), dataset, run, CPU, LocalStore(models)))
     assert "features" not in {event.phase for event in resumed}
 
     whole = started(tmp_path / "whole", teacher="resnet/1")
-    assert "features" in {event.phase for event in train(whole.recipe(), dataset, whole, CPU, Store(models))}
+    assert "features" in {event.phase for event in train(whole.recipe(), dataset, whole, CPU, LocalStore(models))}
     for name, value in whole.load()["classifier"].items():
         assert torch.equal(value, run.load()["classifier"][name]), name
 
 
 def test_a_teacher_that_cannot_be_used_is_an_error(dataset: Dataset, models: Path, tmp_path: Path) -> None:
     def load(dataset: Dataset, **fields: Any) -> None:
-        distillation.load_teacher(make_recipe("resnet", TINY | fields), Store(models), dataset, CPU)
+        distillation.load_teacher(make_recipe("resnet", TINY | fields), LocalStore(models), dataset, CPU)
 
     with pytest.raises(StoreError, match="there is no version 7 of resnet"):
         load(dataset, teacher="resnet/7")
@@ -162,7 +162,7 @@ def test_a_teacher_of_augmented_views_sees_the_very_batches_that_the_student_is_
 
     monkeypatch.setattr(Classifier, "preprocess", noting)
     run = started(tmp_path / "run", teacher="resnet/1", teacher_view="augmented", crop_padding=4, **fields)
-    list(train(run.recipe(), dataset, run, CPU, Store(models)))
+    list(train(run.recipe(), dataset, run, CPU, LocalStore(models)))
     assert len(teacher.seen) == len(trained_on) == 2 * 5  # two epochs of 300 images in batches of 64
     assert all(torch.equal(shown, trained) for shown, trained in zip(teacher.seen, trained_on, strict=True))
 
@@ -176,7 +176,7 @@ def test_the_answers_to_a_combination_are_targets_whatever_its_shares(
     fields = {"optimizer": "adam", "learning_rate": 0.005, "weight_decay": 0, "schedule": "constant"}
     view = {"teacher": "resnet/1", "teacher_weight": 1, "teacher_view": "augmented", "cutmix": 1.0}
     run = started(tmp_path / "run", **fields, **view)
-    list(train(run.recipe(), dataset, run, CPU, Store(models)))
+    list(train(run.recipe(), dataset, run, CPU, LocalStore(models)))
     student, _ = restore(run, run.recipe(), dataset)
     assert (predict(student, torch.from_numpy(dataset.train.images)).argmax(1) == 7).all()
 
@@ -190,11 +190,11 @@ def test_a_teacher_that_is_asked_in_every_step_answers_in_its_quantized_form(
     fields = {"teacher": "resnet/1", "validation_images": 100}
     for quantized in (False, True):
         if quantized:
-            monkeypatch.setattr(Store, "verify", lambda self, card: self.root / card.name / str(card.version))
+            monkeypatch.setattr(LocalStore, "verify", lambda self, card: self.root / card.name / str(card.version))
             (models / "resnet" / "1" / INT8).touch()
         for view in ("original", "augmented"):
             chosen = make_recipe("resnet", fields | {"teacher_view": view})
-            distillation.load_teacher(chosen, Store(models), dataset, CPU)
+            distillation.load_teacher(chosen, LocalStore(models), dataset, CPU)
     assert loaded == ["model.pt", "model.pt", "model.pt", "int8.xml"]
 
 
@@ -209,7 +209,7 @@ def test_several_versions_teach_the_mean_of_their_logits(
 
     monkeypatch.setattr(selection, "OpenVinoEngine", compiled)
     chosen = make_recipe("resnet", {"teacher": "resnet/1,resnet/1", "validation_images": 100})
-    teacher = distillation.load_teacher(chosen, Store(models), dataset, CPU)
+    teacher = distillation.load_teacher(chosen, LocalStore(models), dataset, CPU)
     assert torch.equal(teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), torch.tensor([[2.0, 4.0]]))
 
 

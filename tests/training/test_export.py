@@ -26,7 +26,7 @@ from training.run import Publication, Run, RunError
 from training.runtimes import torchscript
 from training.runtimes.openvino import OpenVinoEngine
 from training.runtimes.torchscript import ExportError
-from training.store import Store
+from training.store import LocalStore
 
 pytestmark = pytest.mark.slow
 
@@ -123,7 +123,7 @@ def test_the_published_file_computes_what_the_run_has_learned(
 ) -> None:
     classifier, state = restore(finished_run, finished_run.recipe(), dataset)
     assert state["epoch"] == 1
-    temperature = Store(published_store).card("resnet", 1).temperature
+    temperature = LocalStore(published_store).card("resnet", 1).temperature
     assert temperature != 1
     classifier.temperature.fill_(temperature)
     torchscript.round_weights(classifier)
@@ -175,7 +175,7 @@ def test_stages_that_a_second_stage_of_training_has_trained_are_renewed_as_well(
 def test_the_card_says_how_the_model_was_made_and_how_good_it_is(
     published_store: Path, finished_run: Run, dataset: Dataset
 ) -> None:
-    store = Store(published_store)
+    store = LocalStore(published_store)
     card = store.card("resnet", 1)
     content = (published_store / "resnet" / "1" / "model.pt").read_bytes()
     assert card.files == {"model.pt": hashlib.sha256(content).hexdigest()}
@@ -228,7 +228,7 @@ def test_a_quantized_form_is_published_if_it_is_as_accurate(
     run = Run(shutil.copytree(finished_run.path, tmp_path / "run"))
     run.recipe_file.write_text(run.recipe().model_copy(update={"int8": True}).model_dump_json())
     before = len(list(run.metrics()))  # the run may have been published before
-    publish(run, dataset, Store(tmp_path / "models"))
+    publish(run, dataset, LocalStore(tmp_path / "models"))
     reports = [line for _, line in run.numbered_metrics(before)]
     assert list(dict.fromkeys(line["phase"] for line in reports)) == [
         "exporting", "quantizing", "measuring", "publishing"
@@ -236,7 +236,7 @@ def test_a_quantized_form_is_published_if_it_is_as_accurate(
     measuring = [line for line in reports if line["phase"] == "measuring"]
     assert (measuring[0]["done"], measuring[-1]["done"], measuring[-1]["images"]) == (0, 100, 100)
     folder = tmp_path / "models" / "resnet" / "1"
-    card = Store(tmp_path / "models").card("resnet", 1)
+    card = LocalStore(tmp_path / "models").card("resnet", 1)
     assert card.int8 is not None
     assert (card.int8.accepted, card.int8.float_first_layer) == (accepted, float_first_layer)
     if top1:
@@ -273,7 +273,7 @@ def test_statistics_are_renewed_unless_the_weights_were_fitted_to_them(
     run.create(make_recipe("resnet-seed", fields))
     trained = build(run.recipe()).state_dict()
     run.save({"epoch": 1 if renewed else 3, "data": dataset.fingerprint, "classifier": trained})
-    publish(run, dataset, Store(tmp_path / "models"))
+    publish(run, dataset, LocalStore(tmp_path / "models"))
     published = torchscript.load_weights(tmp_path / "models" / "resnet-seed" / "1" / "model.pt")
     name = "network.blocks.3.bn.running_mean"
     assert torch.equal(published[name], trained[name]) != renewed
@@ -283,7 +283,7 @@ def test_a_run_notes_what_it_was_published_as(published_store: Path, finished_ru
     published = finished_run.publication()
     assert published is not None
     assert (published.model, published.version, published.live) == ("resnet", 1, True)
-    assert published.test == Store(published_store).card("resnet", 1).test
+    assert published.test == LocalStore(published_store).card("resnet", 1).test
 
 
 class CrashingAfterPublishing(Run):
@@ -294,7 +294,7 @@ class CrashingAfterPublishing(Run):
 def test_a_crash_after_publishing_does_not_publish_the_run_twice(
     finished_run: Run, dataset: Dataset, tmp_path: Path
 ) -> None:
-    store = Store(tmp_path / "models")
+    store = LocalStore(tmp_path / "models")
     shutil.copytree(finished_run.path, tmp_path / "run")
     run = Run(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
@@ -309,7 +309,7 @@ def test_a_run_without_a_finished_epoch_is_not_published(dataset: Dataset, tmp_p
     run = Run(tmp_path / "run")
     run.create(make_recipe("resnet"))
     with pytest.raises(RunError, match="no epoch has been finished"):
-        publish(run, dataset, Store(tmp_path / "models"))
+        publish(run, dataset, LocalStore(tmp_path / "models"))
     assert not (tmp_path / "models").exists()
 
 
@@ -322,7 +322,7 @@ def test_a_failed_export_leaves_nothing_in_the_store(dataset: Dataset, tmp_path:
         parameter.data.fill_(float("nan"))
     run.save({"epoch": 1, "data": dataset.fingerprint, "classifier": classifier.state_dict()})
     with pytest.raises(ExportError, match="by up to nan"):
-        publish(run, dataset, Store(tmp_path / "models"))
+        publish(run, dataset, LocalStore(tmp_path / "models"))
     assert list((tmp_path / "models" / "resnet").iterdir()) == []
     assert run.publication() is None
 
@@ -352,8 +352,8 @@ def test_the_card_tells_of_the_training_and_names_the_weights_file_but_not_where
     elsewhere = {"device": "a GPU", "libraries": {"torch": "2.0"}, "commit": "0" * 40}
     state = {"epoch": 1, "data": dataset.fingerprint, "classifier": trained.state_dict(), "provenance": elsewhere}
     run.save(state)
-    publish(run, dataset, Store(tmp_path / "models"))
-    card = Store(tmp_path / "models").card("resnet18", 1)
+    publish(run, dataset, LocalStore(tmp_path / "models"))
+    card = LocalStore(tmp_path / "models").card("resnet18", 1)
     assert card.recipe["weights"] == "resnet18.pth"
     assert (card.device, card.libraries, card.commit) == ("a GPU", {"torch": "2.0"}, "0" * 40)
     assert "somebody" not in (tmp_path / "models/resnet18/1/card.json").read_text()

@@ -14,7 +14,7 @@ from training.dataset import DataError, Dataset, hold_out
 from training.files import sha256
 from training.loop import make_splits
 from training.recipes import make_recipe
-from training.store import Store
+from training.store import LocalStore
 
 RECIPE = make_recipe("resnet", {"validation_images": 100})
 ARRAYS: dict[str, NDArray[Any]] = {
@@ -94,7 +94,7 @@ def test_a_run_keeps_its_extra_images_and_its_card_names_them(tmp_path: Path) ->
     file.unlink()
     exported = CliRunner().invoke(cli, ["export", run, "--models", models, *data])
     assert exported.exit_code == 0, exported.output
-    card = Store(Path(models)).card("resnet", 1)
+    card = LocalStore(Path(models)).card("resnet", 1)
     assert card.extra_data
     assert (card.extra_data.images, card.extra_data.sha256) == (3, checksum)
     resumed = CliRunner().invoke(cli, [*words, *data, "--resume", "--extra-data", str(save(tmp_path))])

@@ -12,7 +12,7 @@ from training.dataset import Dataset
 from training.loop import make_splits
 from training.recipes import RecipeError, make_recipe
 from training.run import Run
-from training.store import Store
+from training.store import LocalStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -74,7 +74,7 @@ def test_torchrun_trains_both_phases_with_a_teacher_and_publishes_once(models: P
     run = Run(tmp_path / "run")
     assert [epoch["epoch"] for epoch in run.epochs()] == [1, 2]
     assert run.teacher_file.exists()
-    assert Store(models).versions("resnet18") == [1]
+    assert LocalStore(models).versions("resnet18") == [1]
     again = torchrun("-m", "--", "training", "train", *fields, *where, "--resume")
     assert again.returncode == 0, again.stderr
     assert "the run is finished and published as resnet18/1" in again.stdout

@@ -14,7 +14,7 @@ import torch
 
 from training.recipes import make_recipe
 from training.run import Publication, Run, RunBusy, RunError, write_pid
-from training.store import Store
+from training.store import LocalStore
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +115,7 @@ def test_numbers_of_forgotten_metrics_are_not_given_again(tmp_path: Path) -> Non
 def test_what_an_earlier_epoch_has_become_is_not_the_outcome(published_store: Path, tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.create(make_recipe("resnet", {"epochs": 2}))
-    test = Store(published_store).card("resnet", 1).test
+    test = LocalStore(published_store).card("resnet", 1).test
     run.record_publication(Publication(model="resnet", version=1, live=True, test=test, epoch=1))
     assert run.publication() is not None
     assert run.outcome() is None

@@ -16,7 +16,7 @@ from training.runtimes import Form, forms, selection, torch_export
 from training.runtimes.engine import EngineError, deviation, example_images
 from training.runtimes.forms import FORM_FILES, FormError, parse_forms
 from training.runtimes.torchscript import TorchScriptEngine
-from training.store import Store, StoreError
+from training.store import LocalStore, StoreError
 
 pytestmark = pytest.mark.slow
 FORMS: tuple[Form, ...] = ("pt2", "onnx")
@@ -26,7 +26,7 @@ FORMS: tuple[Form, ...] = ("pt2", "onnx")
 def version(finished_run: Run, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a version with all forms."""
     pytest.importorskip("onnxscript")
-    store = Store(tmp_path_factory.mktemp("forms"))
+    store = LocalStore(tmp_path_factory.mktemp("forms"))
     list(export(finished_run, dataset, store, also=FORMS))
     return store.folder("resnet", 1)
 
@@ -59,7 +59,7 @@ def test_another_program_reads_the_contract_from_the_files(version: Path) -> Non
 def test_forms_are_files_of_the_version_that_are_verified_and_deleted_with_it(
     version: Path, finished_run: Run, dataset: Dataset, tmp_path: Path
 ) -> None:
-    store = Store(shutil.copytree(version.parents[1], tmp_path / "models"))
+    store = LocalStore(shutil.copytree(version.parents[1], tmp_path / "models"))
     version = store.folder("resnet", 1)
     card = store.card("resnet", 1)
     assert set(FORM_FILES.values()) < set(card.files)
@@ -86,8 +86,8 @@ def test_a_form_that_computes_something_else_is_refused(
 
     monkeypatch.setattr(torch_export, "save", save_another)
     with pytest.raises(EngineError, match="the logits of pt2-cpu deviate from those in float32"):
-        list(export(finished_run, dataset, Store(tmp_path), also=["pt2"]))
-    assert Store(tmp_path).versions("resnet") == []
+        list(export(finished_run, dataset, LocalStore(tmp_path), also=["pt2"]))
+    assert LocalStore(tmp_path).versions("resnet") == []
 
 
 def test_forms_are_named_with_commas() -> None:
@@ -102,4 +102,4 @@ def test_a_form_whose_exporter_is_missing_is_refused_at_once(
 ) -> None:
     monkeypatch.setattr(forms, "find_spec", lambda _: None)
     with pytest.raises(FormError, match=r"ONNX needs onnxscript; pip install 'cifar100\[onnx\]' adds it"):
-        next(export(finished_run, dataset, Store(tmp_path), also=["onnx"]))
+        next(export(finished_run, dataset, LocalStore(tmp_path), also=["onnx"]))

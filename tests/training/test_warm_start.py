@@ -18,7 +18,7 @@ from training.recipes import RecipeError, make_recipe
 from training.run import Run
 from training.runtimes import torchscript
 from training.runtimes.engine import example_images
-from training.store import MODEL, Store, StoreError
+from training.store import MODEL, LocalStore, StoreError
 
 pytestmark = pytest.mark.slow
 
@@ -29,14 +29,14 @@ FIELDS = {"width": 8, "epochs": 2, "validation_images": 100, "weights": "resnet/
 def warmed(models: Path, dataset: Dataset, **fields: Any) -> Classifier:
     chosen = make_recipe("resnet", FIELDS | fields)
     classifier = build(chosen).eval()
-    warm_start.load(classifier, chosen, Store(models), dataset)
+    warm_start.load(classifier, chosen, LocalStore(models), dataset)
     return classifier
 
 
 def test_the_classifier_computes_what_the_version_computes_before_calibration(models: Path, dataset: Dataset) -> None:
     images = example_images(8)
     version = torchscript.load(models / "resnet" / "1" / MODEL)
-    temperature = Store(models).card("resnet", 1).temperature
+    temperature = LocalStore(models).card("resnet", 1).temperature
     assert abs(temperature - 1) > 0.01
     with torch.inference_mode():
         torch.testing.assert_close(warmed(models, dataset)(images) / temperature, version(images))
@@ -51,13 +51,13 @@ def test_a_run_starts_there_goes_on_without_the_version_and_its_card_names_it(
     cold.create(make_recipe("resnet", FIELDS | {"weights": "none"}))
     losses = []
     for each in (run, cold):
-        events = train(each.recipe(), dataset, each, CPU, Store(models))
+        events = train(each.recipe(), dataset, each, CPU, LocalStore(models))
         losses.append(next(event for event in events if isinstance(event, Epoch)).train_loss)
         events.close()
     assert losses[0] < losses[1]
     list(train(run.recipe(), dataset, run, CPU))
-    published = publish(run, dataset, Store(models))
-    assert Store(models).card("resnet", published.version).recipe["weights"] == "resnet/1"
+    published = publish(run, dataset, LocalStore(models))
+    assert LocalStore(models).card("resnet", published.version).recipe["weights"] == "resnet/1"
 
 
 def test_a_version_that_saw_other_pixel_values_does_not_fit(models: Path, dataset: Dataset) -> None:
@@ -66,7 +66,7 @@ def test_a_version_that_saw_other_pixel_values_does_not_fit(models: Path, datase
 
 
 def test_the_card_of_an_earlier_release_lacks_newer_fields(models: Path) -> None:
-    known = Store(models).card("resnet", 1).recipe
+    known = LocalStore(models).card("resnet", 1).recipe
     del known["normalization"]
     make_recipe("resnet", FIELDS).require_fit(known)
 
@@ -96,7 +96,7 @@ def test_a_file_that_holds_only_a_graph_cannot_be_trained_on(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.jit.save(torchscript.load(models / "resnet" / "1" / MODEL), tmp_path / MODEL)
-    monkeypatch.setattr(Store, "verify_source", lambda *_: tmp_path / MODEL)
+    monkeypatch.setattr(LocalStore, "verify_source", lambda *_: tmp_path / MODEL)
     with pytest.raises(StoreError, match="resnet/1 was exported as a graph without weights"):
         warmed(models, dataset)
 

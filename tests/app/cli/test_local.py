@@ -13,18 +13,18 @@ from PIL import Image
 
 from training.dataset import Dataset
 from training.run import Run
-from training.store import Store
+from training.store import LocalStore
 
 DATA = "synthetic:4"
 
 
 @pytest.fixture
-def store(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
     """The store that commands use. Version 1 of resnet is live, and version 2 is an equal one."""
     monkeypatch.setenv("CIFAR100_MODELS", str(models))
     monkeypatch.setenv("CIFAR100_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("CIFAR100_DATA", DATA)
-    store = Store(models)
+    store = LocalStore(models)
     with store.draft("resnet") as draft:
         (draft / "model.pt").write_bytes((models / "resnet" / "1" / "model.pt").read_bytes())
         store.publish(draft, store.card("resnet", 1))
@@ -38,7 +38,9 @@ def photo(image: bytes, tmp_path: Path) -> Path:
     return path
 
 
-def test_predict_classifies_every_image_that_it_can(store: Store, photo: Path, image: bytes, tmp_path: Path) -> None:
+def test_predict_classifies_every_image_that_it_can(
+    store: LocalStore, photo: Path, image: bytes, tmp_path: Path
+) -> None:
     (tmp_path / "text.txt").write_text("no image")
     files: list[str | Path] = [photo, "-", tmp_path / "text.txt", tmp_path / "none.png", tmp_path]
     result = typed("predict", *files, "--top-k", "2", "--json", stdin=image)
@@ -59,7 +61,7 @@ def test_predict_classifies_every_image_that_it_can(store: Store, photo: Path, i
     assert "there is no model nope" in refused(1, "predict", photo, "--model", "nope")
 
 
-def test_the_default_model_is_that_of_a_service(store: Store, photo: Path) -> None:
+def test_the_default_model_is_that_of_a_service(store: LocalStore, photo: Path) -> None:
     add_second_member(store)
     add_cascade(store)
     assert answered("predict", photo)[0]["model"] == "cascade"
@@ -68,7 +70,7 @@ def test_the_default_model_is_that_of_a_service(store: Store, photo: Path) -> No
     assert store.default_card().name in ("resnet", "resnet18")
 
 
-def test_explain_prints_the_map_and_draws_it_over_the_image(store: Store, photo: Path, tmp_path: Path) -> None:
+def test_explain_prints_the_map_and_draws_it_over_the_image(store: LocalStore, photo: Path, tmp_path: Path) -> None:
     picture = tmp_path / "map.png"
     explained = answered("explain", photo, "--class", "red_disc", "--picture", picture)
     assert (explained["label"], explained["model"], explained["version"]) == ("red_disc", "resnet", 1)
@@ -80,7 +82,7 @@ def test_explain_prints_the_map_and_draws_it_over_the_image(store: Store, photo:
     assert "did you mean red_disc" in refused(1, "explain", photo, "--class", "red_disk")
 
 
-def test_evaluate_measures_a_split_some_of_it_or_photos(store: Store, dataset: Dataset, tmp_path: Path) -> None:
+def test_evaluate_measures_a_split_some_of_it_or_photos(store: LocalStore, dataset: Dataset, tmp_path: Path) -> None:
     test = store.card("resnet", 1).test
     measured = answered("evaluate")
     assert (measured["model"], measured["version"], measured["split"]) == ("resnet", 1, "test")
@@ -98,7 +100,7 @@ def test_evaluate_measures_a_split_some_of_it_or_photos(store: Store, dataset: D
     assert "none.zip: No such file" in refused(1, "evaluate", "--photos", tmp_path / "none.zip")
 
 
-def test_models_are_listed_shown_and_compared(store: Store) -> None:
+def test_models_are_listed_shown_and_compared(store: LocalStore) -> None:
     top1 = store.card("resnet", 1).test.top1
     row = {"name": "resnet", "live": 1, "versions": [1, 2], "test_top1": top1, "error": None}
     assert answered("models", "list") == [row]
@@ -115,7 +117,7 @@ def test_models_are_listed_shown_and_compared(store: Store) -> None:
     assert "there is no version 9 of resnet" in refused(1, "models", "show", "resnet/9")
 
 
-def test_models_are_promoted_rolled_back_and_deleted(store: Store) -> None:
+def test_models_are_promoted_rolled_back_and_deleted(store: LocalStore) -> None:
     assert typed("models", "promote", "resnet/2").stdout == "resnet/2 is live\n"
     assert "is live; promote another" in refused(1, "models", "delete", "resnet/2", "--yes")
     assert answered("models", "rollback", "resnet") == {"name": "resnet", "live": 1, "versions": [1, 2]}
@@ -125,7 +127,7 @@ def test_models_are_promoted_rolled_back_and_deleted(store: Store) -> None:
     assert typed("models", "delete", "resnet/1", "--yes").stdout == "deleted resnet/1; resnet has the versions 2\n"
 
 
-def test_a_damaged_version_is_told_and_not_promoted(store: Store) -> None:
+def test_a_damaged_version_is_told_and_not_promoted(store: LocalStore) -> None:
     with (store.root / "resnet" / "2" / "model.pt").open("ab") as file:
         file.write(b"\0")
     assert "model.pt is damaged" in refused(1, "models", "promote", "resnet/2")
@@ -135,7 +137,7 @@ def test_a_damaged_version_is_told_and_not_promoted(store: Store) -> None:
     assert "model.pt is missing" in model["error"]
 
 
-def test_jobs_wait_for_a_service_until_they_are_cancelled(store: Store, tmp_path: Path) -> None:
+def test_jobs_wait_for_a_service_until_they_are_cancelled(store: LocalStore, tmp_path: Path) -> None:
     assert refused(1, "jobs", "list") == (
         f"there are no training jobs in {tmp_path / 'runs'}; name another folder by --runs or CIFAR100_RUNS"
     )
@@ -167,7 +169,7 @@ def test_jobs_wait_for_a_service_until_they_are_cancelled(store: Store, tmp_path
     assert "did you mean epochs" in refused(1, "jobs", "submit", "resnet", "epoch=2")
 
 
-def test_a_job_database_that_is_none_is_told(store: Store, tmp_path: Path) -> None:
+def test_a_job_database_that_is_none_is_told(store: LocalStore, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "jobs.sqlite").write_text("no database")
     assert "jobs.sqlite cannot be used: file is not a database" in refused(1, "jobs", "list")
@@ -194,7 +196,7 @@ def findings(*words: str, **environment: Any) -> tuple[int, dict[str, Any], dict
     )
 
 
-def test_doctor_finds_a_damaged_store_and_says_where_settings_come_from(store: Store, tmp_path: Path) -> None:
+def test_doctor_finds_a_damaged_store_and_says_where_settings_come_from(store: LocalStore, tmp_path: Path) -> None:
     secret = {"CIFAR100_API_KEYS": "a-secret-key-of-this-test"}
     _, found, settings = findings(**secret)
     assert found["store"]["state"] == "ok"
@@ -216,7 +218,7 @@ def test_doctor_finds_a_damaged_store_and_says_where_settings_come_from(store: S
     assert found["settings"]["text"] == "CIFAR100_MAX_QUEUE: Input should be greater than 0"
 
 
-def test_a_folder_without_permission_is_told(store: Store) -> None:
+def test_a_folder_without_permission_is_told(store: LocalStore) -> None:
     store.root.chmod(0)
     try:
         if os.access(store.root, os.R_OK):

@@ -12,7 +12,7 @@ from cascades import copy_version
 from command_line import answered, refused, typed
 from server import Server
 
-from training.store import Store
+from training.store import LocalStore
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ def service(published_store: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A service with a key, to which CIFAR100_SERVER and CIFAR100_API_KEY point. Tests change its store."""
     folder = tmp_path_factory.mktemp("service")
     shutil.copytree(published_store, folder / "models")
-    store = Store(folder / "models")
+    store = LocalStore(folder / "models")
     copy_version(store, "resnet", "resnet")
     store.promote("resnet", 1)
     with (

@@ -16,7 +16,7 @@ from server import wait_for
 from app.main import create_app
 from app.settings import Settings
 from training.dataset import Dataset
-from training.store import Store
+from training.store import LocalStore
 
 ray = pytest.importorskip("ray")
 
@@ -108,7 +108,7 @@ def test_replicas_answer_exactly_as_the_process_does(published_store: Path, tmp_
 
 
 def test_a_cascade_combines_the_replicas_of_both_members(models: Path, tmp_path: Path, dataset: Dataset) -> None:
-    store, image = Store(models), encode_png(dataset, 0)
+    store, image = LocalStore(models), encode_png(dataset, 0)
     add_second_member(store)
     add_cascade(store)
     with serve(models, tmp_path / "a", cluster=None) as client:
@@ -122,7 +122,7 @@ def test_a_cascade_combines_the_replicas_of_both_members(models: Path, tmp_path:
 def test_a_promoted_version_replaces_the_old_one_without_a_failed_request(
     models: Path, tmp_path: Path, dataset: Dataset
 ) -> None:
-    store = Store(models)
+    store = LocalStore(models)
     with serve(models, tmp_path / "runs", cluster_min_replicas=1, cluster_keep_s=1) as client:
         with Load(client, encode_png(dataset, 0)) as load:
             wait_for(lambda: load.answers, READY_S)
@@ -177,7 +177,7 @@ def test_images_beyond_the_queue_are_refused(published_store: Path, tmp_path: Pa
 
 
 def test_a_version_that_the_cluster_cannot_load_is_not_served(models: Path, tmp_path: Path, dataset: Dataset) -> None:
-    store = Store(models)
+    store = LocalStore(models)
     card = copy_version(store, "resnet", "resnet")
     with serve(models, tmp_path / "runs", cluster_min_replicas=1, runtime="onnx") as client:
         error = client.get("/health").json()["errors"]["resnet"]

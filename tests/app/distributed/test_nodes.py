@@ -12,7 +12,7 @@ from server import Server, wait_for
 from uvicorn.config import STARTUP_FAILURE
 
 from training.dataset import Dataset
-from training.store import Store
+from training.store import LocalStore
 
 pytest.importorskip("ray")
 
@@ -37,7 +37,7 @@ def serve(nodes: Nodes, models: Path, folder: Path, **settings: str) -> Server:
 def test_workers_share_replicas_and_promote_under_load_and_a_killed_node_costs_no_request(
     nodes: Nodes, models: Path, tmp_path: Path, dataset: Dataset
 ) -> None:
-    image, store = encode_png(dataset, 0), Store(models)
+    image, store = encode_png(dataset, 0), LocalStore(models)
     with serve(nodes, models, tmp_path, workers="2", cluster_keep_s="1") as server:
         url = str(server.address)
 
@@ -64,7 +64,7 @@ def test_a_version_without_room_in_the_cluster_is_reported_and_others_are_served
     nodes: Nodes, models: Path, tmp_path: Path, dataset: Dataset
 ) -> None:
     nodes.delete_applications()
-    copy_version(Store(models), "resnet", "resnet18")
+    copy_version(LocalStore(models), "resnet", "resnet18")
     settings = {"cluster_cpus": "1", "cluster_min_replicas": "2"}  # the replicas of one model fill both nodes
     with serve(nodes, models, tmp_path, **settings) as server:
         health = httpx.get(f"{server.address}/health").json()

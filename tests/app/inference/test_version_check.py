@@ -15,7 +15,7 @@ from app.inference.version_check import check_version
 from app.machine import MIB
 from app.settings import Settings
 from training.runtimes.engine import EngineError
-from training.store import CARD, MODEL, Store
+from training.store import CARD, MODEL, LocalStore
 
 SOURCE = "synthetic:4"
 
@@ -62,13 +62,13 @@ def replace_model(version: Path, module: torch.nn.Module) -> None:
 
 
 def set_card(version: Path, **fields: Any) -> None:
-    card = Store(version.parents[1]).card("resnet", 1)
+    card = LocalStore(version.parents[1]).card("resnet", 1)
     (version / CARD).write_text(card.model_copy(update=fields).model_dump_json())
 
 
 def fault(version: Path) -> str:
     with pytest.raises(EngineError) as raised:
-        check_version(version, Store(version.parents[1]), "torchscript", SOURCE)
+        check_version(version, LocalStore(version.parents[1]), "torchscript", SOURCE)
     return str(raised.value)
 
 
@@ -86,13 +86,13 @@ def test_a_model_that_breaks_the_contract_is_refused(version: Path, module: torc
 
 
 def test_a_card_with_another_accuracy_or_other_classes_is_refused(version: Path) -> None:
-    card = Store(version.parents[1]).card("resnet", 1)
+    card = LocalStore(version.parents[1]).card("resnet", 1)
     set_card(version, test=card.test.model_copy(update={"top1": 0.99}))
     assert "its card says 99.0%" in fault(version)
     set_card(version, classes=card.classes[::-1])
     assert "other classes than its data set" in fault(version)
     set_card(version, data="of another data set")
-    checked = check_version(version, Store(version.parents[1]), "torchscript", SOURCE)
+    checked = check_version(version, LocalStore(version.parents[1]), "torchscript", SOURCE)
     assert (checked.images, checked.top1) == (0, None)
 
 
@@ -105,9 +105,9 @@ def make_check(**limits: Any) -> CheckProcess:
 def test_a_model_without_an_end_is_ended(version: Path) -> None:
     replace_model(version, Endless())
     with pytest.raises(BadRequest, match="more than 5 s of CPU time"):
-        make_check(max_cpu_s=5).run(version)
+        make_check(max_cpu_s=5).run(version, version.parents[1])
     with pytest.raises(Unavailable, match="takes more than 0 s"):
-        make_check(max_wall_s=0).run(version)
+        make_check(max_wall_s=0).run(version, version.parents[1])
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_a_model_without_an_end_is_ended(version: Path) -> None:
 def test_a_model_that_takes_too_much_memory_is_refused(version: Path) -> None:
     replace_model(version, Greedy())
     with pytest.raises(BadRequest, match=r"more than 0\.5 GiB of memory"):
-        make_check(max_memory_bytes=512 * MIB).run(version)
+        make_check(max_memory_bytes=512 * MIB).run(version, version.parents[1])
 
 
 def test_a_check_ends_with_the_service(version: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_check_ends_with_the_service(version: Path) -> None:
 
     def run() -> None:
         try:
-            check.run(version)
+            check.run(version, version.parents[1])
         except Unavailable as error:
             errors.append(error)
 

@@ -33,7 +33,7 @@ from app.threads import Threads
 from training.phase_report import PhaseReport
 from training.recipes import make_recipe
 from training.run import Publication, Run
-from training.store import Store
+from training.store import LocalStore
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +69,7 @@ def claimed(jobs: TrainingQueue) -> TrainingJobSummary:
 
 @pytest.fixture
 def publication(published_store: Path) -> Publication:
-    return Publication(model="resnet", version=1, live=True, test=Store(published_store).card("resnet", 1).test)
+    return Publication(model="resnet", version=1, live=True, test=LocalStore(published_store).card("resnet", 1).test)
 
 
 def test_jobs_run_in_the_order_they_came_and_an_interrupted_one_first(jobs: TrainingQueue) -> None:

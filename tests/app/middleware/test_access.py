@@ -498,7 +498,7 @@ def test_an_unexpected_error_is_a_problem_and_its_traceback_is_logged(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with client(models, tmp_path) as service:
-        monkeypatch.setattr("training.store.Store.names", lambda _: 1 / 0)
+        monkeypatch.setattr("training.store.LocalStore.names", lambda _: 1 / 0)
         answer = service.get("/models")
     assert answer.status_code == 500
     assert answer.headers["content-type"] == "application/problem+json"

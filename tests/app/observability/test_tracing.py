@@ -20,7 +20,7 @@ from PIL import Image
 from app.main import create_app
 from app.observability.tracing import Tracing, tracing_from_environment
 from app.settings import Settings
-from training.store import Store
+from training.store import LocalStore
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
@@ -96,7 +96,7 @@ def traced(published_store: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     folder = tmp_path_factory.mktemp("traced")
-    store = Store(shutil.copytree(published_store, folder / "models"))
+    store = LocalStore(shutil.copytree(published_store, folder / "models"))
     add_second_member(store)
     add_cascade(store)
     exporter, provider = InMemorySpanExporter(), TracerProvider()

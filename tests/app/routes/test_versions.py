@@ -19,7 +19,7 @@ from local_client import make_local_client, services_of
 from app.inference.check_process import CheckResult
 from app.main import create_app
 from app.settings import Settings
-from training.store import CARD, CASCADE, MODEL, Cascade, CascadeReport, ModelCard, PinnedMember, Store
+from training.store import CARD, CASCADE, MODEL, Cascade, CascadeReport, LocalStore, ModelCard, PinnedMember
 
 KEY = "a-secret-of-the-tests"
 REPORT = CascadeReport(members=["resnet/1", "resnet18/1"], engines=[], images=1, sent_on=0, test_sent_on=0)
@@ -205,13 +205,13 @@ def test_uploads_are_off_by_default_and_always_need_a_key(client: TestClient, mo
 
 
 def test_a_cascade_pins_the_versions_that_have_the_files_of_its_members(models: Path, tmp_path: Path) -> None:
-    store = Store(models)
+    store = LocalStore(models)
     add_second_member(store)
     card = add_cascade(store)
     store.amend(card.model_copy(update={"cascade": REPORT}))
     copy_version(store, "resnet", "resnet")
     with serve(models, tmp_path / "runs") as client:
-        services_of(client).uploads._process.run = lambda _: CHECKED  # type: ignore[method-assign, assignment]
+        services_of(client).uploads._process.run = lambda *_: CHECKED  # type: ignore[method-assign]
         answer = upload(client, client.get("/models/cascade/1/zip").content, "cascade", promote="always")
         assert answer.json() == {"name": "cascade", "version": 2, "live": True, "check": CHECKED.model_dump()}
         assert client.get("/health").json()["models"]["cascade"]["members"] == ["resnet/2", "resnet18/1"]
