@@ -87,7 +87,7 @@ RateLimit = Annotated[RateLimitItem | None, NoDecode, BeforeValidator(_parse_rat
 CommaSeparated = BeforeValidator(_split_commas)
 Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
-TRAINING_VARIABLES = ("CIFAR100_FEATURES",)
+TRAINING_VARIABLES = ("CIFAR100_FEATURES", "CIFAR100_MODELS_CACHE")
 """Environment variables that only `training` reads."""
 
 CLIENT_VARIABLES = ("CIFAR100_SERVER", "CIFAR100_API_KEY")

@@ -35,9 +35,9 @@ class LocalStore(Store):
 
     def require_access(self) -> None:
         """Check that the folder exists and can be read. Raises the errors of `Store.require_access`."""
-        if not self.root.is_dir():
+        if not self.root.exists():
             raise StoreError(f"there is no model store {self.location}; name one by --models or CIFAR100_MODELS")
-        next(self.root.iterdir(), None)  # fails without permission
+        next(self.root.iterdir(), None)  # fails for a file, and without permission
 
     def require_writable(self) -> None:
         """Check that this process may write to the folder. Raises the errors of `Store.require_writable`."""
