@@ -25,7 +25,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -88,6 +88,10 @@ class _Listing:
     def has(self, name: str, version: int, file: str) -> bool:
         """Return whether a version has a file."""
         return file in self.files.get(name, {}).get(version, {})
+
+    def is_marked(self, name: str, version: int) -> bool:
+        """Return whether a process is about to remove a version."""
+        return _has_mark(self.files.get(name, {}).get(version, {}))
 
 
 class ObjectStore(Store):
@@ -306,7 +310,7 @@ class ObjectStore(Store):
         while True:
             listing = self._list(fresh=True)
             self.require(name, version)
-            if self._is_marked(listing, name, version):
+            if listing.is_marked(name, version):
                 raise StoreError(f"{name}/{version} is being removed by another process")
             if not is_allowed(self._find_live(listing, name)):
                 return False
@@ -332,7 +336,7 @@ class ObjectStore(Store):
             listing = self._list(fresh=True)
             if not listing.has(name, version, CARD):
                 raise StoreError(f"{name}/{version} was removed by another process at the same time")
-            if not self._is_marked(listing, name, version):
+            if not listing.is_marked(name, version):
                 return
             if time.monotonic() > deadline:
                 raise StoreError(f"the removal of {name}/{version} was begun and not finished; delete it again")
@@ -356,18 +360,18 @@ class ObjectStore(Store):
         self._delete_abandoned(name)
         return removed
 
-    def _is_marked(self, listing: _Listing, name: str, version: int) -> bool:
-        return any(file.startswith(_MARK) for file in listing.files.get(name, {}).get(version, {}))
-
     def _delete_abandoned(self, name: str) -> None:
         """Delete the files of versions whose publisher or remover was killed."""
         for version, files in self._list(fresh=True).files.get(name, {}).items():
-            if CARD in files:
-                continue
-            is_old = _CLAIM in files and _age(self._call("modified", f"{name}/{version}/{_CLAIM}")) > _ABANDONED
-            if is_old or any(file.startswith(_MARK) for file in files):
+            if CARD not in files:
                 with suppress(FileNotFoundError):  # another process deletes them as well
-                    self._delete_files(name, version)
+                    if _has_mark(files) or self._age(f"{name}/{version}/{_CLAIM}") > _ABANDONED:
+                        self._delete_files(name, version)
+
+    def _age(self, path: str) -> timedelta:
+        """Return the time since an object was written. Raises FileNotFoundError if it does not exist."""
+        modified: datetime = self._call("modified", path)
+        return datetime.now(UTC) - modified
 
     def _delete_files(self, name: str, version: int) -> None:
         """Delete the objects of a version. Keep the claim of the greatest number, so that it is not assigned again."""
@@ -398,12 +402,12 @@ class ObjectStore(Store):
             self._call("rm_file", path)
 
 
+def _has_mark(files: Iterable[str]) -> bool:
+    return any(file.startswith(_MARK) for file in files)
+
+
 def _promotion_path(name: str, number: int) -> str:
     return f"{name}/{_PROMOTIONS}/{number:08}"
-
-
-def _age(modified: datetime) -> timedelta:
-    return datetime.now(UTC) - modified
 
 
 def _delete_unused(cache: Path) -> None:
