@@ -59,6 +59,8 @@ def configure(style: LogStyle, level: str) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a bad form gets a response, not a log line
+    for library in ("aiobotocore", "botocore"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # they log where they have found their credentials
 
 
 class _BatchHandler(logging.StreamHandler[TextIO]):

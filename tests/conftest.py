@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import s3_server
 import torch
 from local_cluster import run_cluster
+from s3_server import S3Server, is_installed, run_s3
 
 from training.dataset import Dataset, load_dataset
 from training.export import publish
@@ -64,14 +64,14 @@ def surroundings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment variables of an S3 server."""
-    if not s3_server.is_installed():
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server, which the environment names."""
+    if not is_installed():
         pytest.skip("needs moto and s3fs")
-    with s3_server.run_s3(tmp_path_factory.mktemp("s3")) as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
+    with run_s3(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
             patch.setenv(name, value)
-        yield environment
+        yield server
 
 
 @pytest.fixture(scope="session")

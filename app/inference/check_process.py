@@ -32,7 +32,7 @@ _NICENESS = 5
 _PACKAGES = Path(__file__).parents[2]
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # CLONE_NEWUSER and CLONE_NEWNET of unshare(2)
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
-# Beginnings of the environment variables that the child gets. Others may hold secrets, such as those of an object store.
+# Prefixes of the environment variables that the child gets. Others may be secrets, such as the keys of an object store.
 _VARIABLES = ("PATH", "HOME", "LANG", "LC_", "LD_LIBRARY_PATH", "PYTHON", "TMPDIR", "TZ", "OMP_", "MKL_")
 _NO_MEMORY = ("out of memory", "allocate memory", "bad_alloc")  # parts of messages of the runtimes
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,30 +29,33 @@ def is_installed() -> bool:
     return find_spec("moto") is not None and find_spec("s3fs") is not None
 
 
+@dataclass(frozen=True)
+class S3Server:
+    """A running server."""
+
+    environment: dict[str, str]
+    """The environment variables with which clients find it."""
+    process: "subprocess.Popen[bytes]"
+
+
 @contextmanager
-def run_s3(folder: Path) -> Iterator[dict[str, str]]:
-    """Run a server.
-
-    Args:
-        folder: Folder for its log.
-
-    Yields:
-        The environment variables with which clients find it.
-    """
+def run_s3(folder: Path) -> Iterator[S3Server]:
+    """Run a server. Its log is in the folder."""
     port, log = folder / "port", folder / "s3.log"
     with port.open("w") as output, log.open("w") as errors:
-        server = subprocess.Popen([sys.executable, "-c", _SERVER], stdout=output, stderr=errors)
+        process = subprocess.Popen([sys.executable, "-c", _SERVER], stdout=output, stderr=errors)
     try:
-        wait_for(lambda: port.read_text().strip() or server.poll() is not None, 60, log)
-        yield {
+        wait_for(lambda: port.read_text().strip() or process.poll() is not None, 60, log)
+        environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port.read_text().strip()}",
             "AWS_ACCESS_KEY_ID": "key",
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
+        yield S3Server(environment, process)
     finally:
-        server.kill()
-        server.wait()
+        process.kill()
+        process.wait()
 
 
 def open_files(location: str) -> tuple[Any, str]:

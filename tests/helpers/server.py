@@ -31,7 +31,7 @@ class Server:
     Used as a context manager, it waits until the server is ready, and kills it at exit.
 
     Args:
-        models: Model store.
+        models: Location of the model store.
         runs: Folder of the training jobs.
         log: File to which the output of the process is appended.
         wrapper: Command that starts the server's command, such as one that shifts its clock.
@@ -39,7 +39,7 @@ class Server:
             port.
     """
 
-    def __init__(self, models: Path, runs: Path, log: Path, wrapper: tuple[str, ...] = (), /, **settings: str):
+    def __init__(self, models: Path | str, runs: Path, log: Path, wrapper: tuple[str, ...] = (), /, **settings: str):
         chosen = {"models": str(models), "runs": str(runs), "data": DATA, "store_poll_s": "0.2"}
         chosen |= {"operator_rate_limit": "", "training_threads": "1"} | settings
         environment = os.environ | {f"CIFAR100_{name.upper()}": value for name, value in chosen.items()}

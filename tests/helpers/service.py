@@ -15,7 +15,7 @@ TINY: dict[str, Any] = {"validation_images": 0, "width": 8, "epochs": 1, "learni
 
 @contextmanager
 def run_service(
-    models: Path, runs: Path, log: Path, **settings: str
+    models: Path | str, runs: Path, log: Path, **settings: str
 ) -> Iterator[tuple[httpx.Client, "subprocess.Popen[bytes]"]]:
     """Start a server on a free port. Yield a client and the server process once the server is ready."""
     with Server(models, runs, log, **settings) as server, server.client() as client:

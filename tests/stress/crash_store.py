@@ -55,7 +55,7 @@ def main(kills: int, seed: int, on_s3: bool, whole: bool) -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if on_s3:
-            os.environ |= stack.enter_context(run_s3(folder)) | {CACHE_VARIABLE: str(folder / "cache")}
+            os.environ |= stack.enter_context(run_s3(folder)).environment | {CACHE_VARIABLE: str(folder / "cache")}
             make_bucket(BUCKET)
         location = f"s3://{BUCKET}/models" if on_s3 else str(folder)
         store = make_store(location)

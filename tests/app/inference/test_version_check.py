@@ -118,6 +118,17 @@ def test_a_model_that_takes_too_much_memory_is_refused(version: Path) -> None:
         make_check(max_memory_bytes=512 * MIB).run(version, version.parents[1])
 
 
+def test_a_check_gets_no_secret_of_the_service(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "CIFAR100_API_KEYS", "PGPASSWORD"):
+        monkeypatch.setenv(name, "the secret of the service")
+    process = make_check()._start()
+    try:
+        assert b"the secret" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_check_ends_with_the_service(version: Path) -> None:
     check, errors = make_check(), list[Exception]()
 
