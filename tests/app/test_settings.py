@@ -154,10 +154,13 @@ def test_a_default_model_that_the_store_lacks_is_refused(default: str | None, fa
 def test_a_store_that_cannot_be_read_is_refused_in_one_line(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = models / "loop"
     loop.symlink_to(loop)
-    cases = {models / "resnet" / "live": "Not a directory", models / "no" / "such": "No such file", loop: "Too many"}
-    for path, reason in cases.items():
+    for path, reason in {models / "resnet" / "live": "Not a directory", loop: "Too many"}.items():
         with pytest.raises(StartupError, match=f"{path} cannot be read: {reason}"):
             check_store(Settings(models=path))
+    with pytest.raises(StartupError, match=f"there is no model store {models}/no/such"):
+        check_store(Settings(models=models / "no" / "such"))
+    with pytest.raises(StartupError, match="CIFAR100_MODELS: ftpx://host/models: the scheme is unknown"):
+        check_store(Settings(models="ftpx://host/models"))
 
     def refuse(_: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

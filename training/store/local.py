@@ -35,7 +35,7 @@ class LocalStore(Store):
 
     def require_access(self) -> None:
         """Check that the folder exists and can be read. Raises the errors of `Store.require_access`."""
-        if not self.root.exists():
+        if not os.path.lexists(self.root):
             raise StoreError(f"there is no model store {self.location}; name one by --models or CIFAR100_MODELS")
         next(self.root.iterdir(), None)  # fails for a file, and without permission
 
