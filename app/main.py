@@ -20,6 +20,7 @@ from app.middleware.request_log import PROBES, RequestLogMiddleware
 from app.middleware.security_headers import SecurityHeadersMiddleware
 from app.observability.tracing import Tracing, tracing_from_environment
 from app.routes import evaluate, explain, feedback, health, metrics, models, page, predict, train, v2, versions
+from app.routes.images import DirectRoute, ImageRoute
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def create_app(settings: Settings | None = None, tracing: Tracing | None = None)
     for resource in (predict, explain, feedback, evaluate, train, models, versions, health, metrics, v2, page):
         app.include_router(resource.router)
         _add_head_routes(app, resource.router)
+    app.router.routes[:0] = [DirectRoute(route) for route in predict.router.routes if isinstance(route, ImageRoute)]
     app.mount(page.PageFiles.path, page.PageFiles(directory=page.STATIC))
     # The middleware that is added last sees a request first.
     app.add_middleware(BodyLimitMiddleware, settings=settings)
