@@ -71,7 +71,8 @@ def create_app(settings: Settings | None = None, tracing: Tracing | None = None)
     for resource in (predict, explain, feedback, evaluate, train, models, versions, health, metrics, v2, page):
         app.include_router(resource.router)
         _add_head_routes(app, resource.router)
-    app.router.routes[:0] = [DirectRoute(route) for route in predict.router.routes if isinstance(route, ImageRoute)]
+    if not tracing:  # FastAPI names spans by the routes of its own search
+        app.router.routes[:0] = [DirectRoute(route) for route in predict.router.routes if isinstance(route, ImageRoute)]
     app.mount(page.PageFiles.path, page.PageFiles(directory=page.STATIC))
     # The middleware that is added last sees a request first.
     app.add_middleware(BodyLimitMiddleware, settings=settings)
