@@ -51,7 +51,7 @@ class Node:
             where = ["--address", f"{Node(0, 0).address}:{PORT}"]
         else:
             where = ["--head", "--port", str(PORT)]
-            where += ["--dashboard-host", "0.0.0.0"] if self._dashboard else ["--include-dashboard", "false"]
+            where += ["--dashboard-host", self.address] if self._dashboard else ["--include-dashboard", "false"]
         where += ["--node-ip-address", self.address, "--num-cpus", str(self._cpus), "--num-gpus", "0"]
         where += ["--object-store-memory", str(_OBJECT_STORE_BYTES)]
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Test the Serve configuration of deploy/kubernetes/rayservice.yaml on a cluster of two nodes, deployed as KubeRay does.
+"""Test the Serve configuration of deploy/kubernetes/rayservice.yaml on two nodes, deployed as KubeRay does.
 
 The nodes have the environment of the manifest, and the operator's calls go to the same addresses and paths.
 """
@@ -74,8 +74,9 @@ def get_status(address: str, container: dict[str, Any], probe: str) -> int:
     """Return the status that a probe of a container gets at an address, or 0 if there is no answer."""
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     request = container[probe]["httpGet"]
+    port = ports.get(request["port"], request["port"])
     try:
-        answer = httpx.get(f"http://{address}:{ports.get(request['port'], request['port'])}{request['path']}", timeout=10)
+        answer = httpx.get(f"http://{address}:{port}{request['path']}", timeout=10)
     except httpx.TransportError:
         return 0
     return answer.status_code
