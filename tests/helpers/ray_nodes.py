@@ -31,13 +31,15 @@ class Node:
     Args:
         number: Number of the node; 0 is the head.
         cpus: Processors that the node offers to the cluster.
+        dashboard: Start the dashboard on the head, which has the REST API of Serve.
     """
 
-    def __init__(self, number: int, cpus: int):
+    def __init__(self, number: int, cpus: int, dashboard: bool = False):
         self.number = number
         self.address = f"10.77.0.{number + 1}"
         self.namespace = self.interface = f"cifar100-{number}"
         self._cpus = cpus
+        self._dashboard = dashboard
 
     def command(self, *command: str) -> list[str]:
         """Return a command that runs in the namespace of the node."""
@@ -48,7 +50,8 @@ class Node:
         if self.number:
             where = ["--address", f"{Node(0, 0).address}:{PORT}"]
         else:
-            where = ["--head", "--port", str(PORT), "--include-dashboard", "false"]
+            where = ["--head", "--port", str(PORT)]
+            where += ["--dashboard-host", self.address] if self._dashboard else ["--include-dashboard", "false"]
         where += ["--node-ip-address", self.address, "--num-cpus", str(self._cpus), "--num-gpus", "0"]
         where += ["--object-store-memory", str(_OBJECT_STORE_BYTES)]
         done = subprocess.run(
@@ -77,10 +80,11 @@ class Nodes:
 
     Args:
         cpus: Processors that each node offers; the first node is the head.
+        dashboard: Start the dashboard, see `Node`.
     """
 
-    def __init__(self, cpus: Sequence[int]):
-        self.nodes = [Node(number, each) for number, each in enumerate(cpus)]
+    def __init__(self, cpus: Sequence[int], dashboard: bool = False):
+        self.nodes = [Node(number, each, dashboard) for number, each in enumerate(cpus)]
         self.head = self.nodes[0]
 
     def __enter__(self) -> Self:
