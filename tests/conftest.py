@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from local_cluster import run_cluster
+from postgres import PostgresServer, find_programs
+from pydantic import SecretStr
 
 from training.dataset import Dataset, load_dataset
 from training.export import publish
@@ -60,6 +62,25 @@ def surroundings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         environment.setenv("CIFAR100_CLUSTER_CPUS", "0.01")
         with run_cluster():
             yield
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server for all tests of this process."""
+    pytest.importorskip("psycopg")
+    if not find_programs():
+        pytest.skip("initdb of PostgreSQL is missing")
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> SecretStr | None:
+    """The URL of a new PostgreSQL database, and None for SQLite."""
+    if request.param == "sqlite":
+        return None
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return SecretStr(server.create_database())
 
 
 @pytest.fixture(scope="session")
