@@ -208,8 +208,8 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
 
     def succeed(self, job_id: str, engine: str, result: EvaluationResult) -> None:
         """Record the measures of a job and the engine that computed them."""
-        with self._transaction(WRITES) as session:
-            if row := self._own_row(session, job_id):
+        with self._as_runner(job_id) as row:
+            if row:
                 row.request = row.request | {"engine": engine}
                 row.result = result.model_dump()
                 self._finish(row, State.SUCCEEDED)
@@ -227,6 +227,11 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
             session.execute(delete(FileRow).where(FileRow.job_id.in_([row.id for row in old])))
         for row in old:
             shutil.rmtree(self.run_folder(row.id).path, ignore_errors=True)
+
+    def _end_lease(self, row: JobRow) -> None:
+        """End the lease of a finished job. An interrupted one is left to its server for a while, which has its zip."""
+        if State(row.state).finished:
+            super()._end_lease(row)
 
     def _view(self, row: JobRow, omitted: Collection[str] = ()) -> EvaluationJob:
         """Return the job of a row, without the omitted fields of its result."""

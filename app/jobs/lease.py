@@ -16,7 +16,6 @@ from sqlalchemy import update
 from app.exceptions import Unavailable
 from app.jobs.backends import WRITES
 from app.jobs.database import Database
-from app.jobs.queue import UNFINISHED
 from app.jobs.rows import JobRow
 from app.threads import Threads
 
@@ -83,6 +82,6 @@ class LeaseKeeper:
             await asyncio.sleep(self._interval_s)
 
     def _renew(self) -> None:
-        own = update(JobRow).where(JobRow.runner == self._database.owner, JobRow.state.in_(UNFINISHED))
+        own = update(JobRow).where(JobRow.runner == self._database.owner, JobRow.lease.is_not(None))
         with self._database.transaction(WRITES) as session:
             session.execute(own.values(lease=self._database.new_lease(session)))

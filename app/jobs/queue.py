@@ -5,7 +5,8 @@
                  v  |
               interrupted   (the server stopped, or the work crashed for the first time)
 
-A running job has a runner: the process that works on it. Only the runner records an outcome.
+A running job has a runner: the process that works on it. Only the runner records an outcome. The lease of the runner
+ends with the work, which may be a few seconds after a cancellation.
 
 `TrainingQueue` and `EvaluationQueue` add the requests and results of their kind of job.
 """
@@ -14,7 +15,8 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, TypeVar
@@ -150,8 +152,8 @@ class JobQueue(Generic[View]):
 
     def fail(self, job_id: str, error: str) -> None:
         """Record why a job failed. A finished job does not change, nor does one of another runner."""
-        with self._transaction(WRITES) as session:
-            if row := self._own_row(session, job_id):
+        with self._as_runner(job_id) as row:
+            if row:
                 self._finish(row, State.FAILED, error)
 
     def interrupt(self, job_id: str, crash: str | None = None) -> None:
@@ -161,8 +163,7 @@ class JobQueue(Generic[View]):
             job_id: Id of the job. A finished job does not change, nor does one of another runner.
             crash: Description of the crash. None if the server stops. After a second crash the job fails instead.
         """
-        with self._transaction(WRITES) as session:
-            row = self._own_row(session, job_id)
+        with self._as_runner(job_id) as row:
             if row and not State(row.state).finished:
                 self._interrupt(row, crash)
 
@@ -268,16 +269,24 @@ class JobQueue(Generic[View]):
             raise NotFound(f"there is no {self.label} {quote(job_id)}; {self.listing} lists them")
         return row
 
-    def _own_row(self, session: Session, job_id: str) -> JobRow | None:
-        """Return the row of a job unless another process runs it. Copy its last files into a shared database."""
-        row = self._row(session, job_id)
-        if row.runner not in (None, self.database.owner):
-            log.info("%s %s is run by another process now", self.label, job_id)
-            return None
-        if self.database.shared:
-            run = self.run_folder(job_id)
-            push(session, run, changed_files(session, run))
-        return row
+    @contextmanager
+    def _as_runner(self, job_id: str) -> Iterator[JobRow | None]:
+        """Open a transaction that records the end of the work on a job. Yield its row, or None for another runner."""
+        with self._transaction(WRITES) as session:
+            row = self._row(session, job_id)
+            if row.runner not in (None, self.database.owner):
+                log.info("%s %s is run by another process now", self.label, job_id)
+                yield None
+                return
+            if self.database.shared:
+                run = self.run_folder(job_id)
+                push(session, run, changed_files(session, run))
+            yield row
+            self._end_lease(row)
+
+    def _end_lease(self, row: JobRow) -> None:
+        """End the lease of a job whose work has ended."""
+        row.lease = None
 
     def _interrupt(self, row: JobRow, crash: str | None) -> None:
         if crash and row.crashes >= _MAX_CRASHES:

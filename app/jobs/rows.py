@@ -62,7 +62,10 @@ class JobRow(Base):
     runner: Mapped[str | None]
     """Id of the `Database` object whose process runs the job, or has run it last. None before."""
     lease: Mapped[datetime | None]
-    """Time until which only `runner` may work on the job, on the clock of the database. None in SQLite."""
+    """Time until which only `runner` may work on the job, on the clock of the database.
+
+    None in SQLite, before the first runner, and when the runner has ended its work.
+    """
 
 
 class FileRow(Base):

@@ -194,7 +194,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
         """Return the next job and its recipe, and make this process its runner. Returns None if there is none.
 
         A running job without a valid lease comes first, then the oldest waiting job. There is none while another
-        process runs a job on the same device. In SQLite no job has a lease, so only the process that holds the runner
+        process has a lease on the same device. In SQLite no job has a lease, so only the process that holds the runner
         lock may call this, see `app.jobs.training_runner`.
 
         Args:
@@ -236,7 +236,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
     ) -> JobRow | None:
         now, is_own = self.database.now(session), JobRow.runner == self.database.owner
         running, oldest = JobRow.state == State.RUNNING, self._select().order_by(JobRow.sequence).limit(1)
-        others = oldest.where(running, JobRow.device == device, ~is_own, JobRow.lease > now)
+        others = oldest.where(JobRow.device == device, ~is_own, JobRow.lease > now)
         if device and session.scalar(others):
             return None
         abandoned = or_(is_own, JobRow.lease.is_(None), *([JobRow.lease <= now] if may_take_over else []))
@@ -245,9 +245,8 @@ class TrainingQueue(JobQueue[TrainingJob]):
 
     def release(self, job_id: str) -> None:
         """Let another process follow a job that survives its runner."""
-        with self._transaction(WRITES) as session:
-            if row := self._own_row(session, job_id):
-                row.lease = None
+        with self._as_runner(job_id):
+            pass
 
     def outlived(self) -> list[str]:
         """Return the cancelled jobs whose work may go on, because it survives its runner."""
@@ -273,8 +272,8 @@ class TrainingQueue(JobQueue[TrainingJob]):
 
     def succeed(self, job_id: str, published: Publication) -> None:
         """Record the published model. A job that was cancelled too late stays cancelled, but records its model."""
-        with self._transaction(WRITES) as session:
-            if row := self._own_row(session, job_id):
+        with self._as_runner(job_id) as row:
+            if row:
                 row.published = published.model_dump()
                 self._finish(row, State.SUCCEEDED)
 

@@ -53,7 +53,8 @@ class TrainingRunner:
         self._task: asyncio.Task[None] | None = None
         self._threads = Threads("the training queue", 1, patience_s=_PATIENCE_S)
         self._executor = self._make_executor()
-        self._working_on = set[str]()
+        self._working_on = set[str]()  # ids of the jobs that this process works on
+        self._claiming = asyncio.Lock()
         self._fault = ""  # last logged reason why the queue waits
 
     def _make_executor(self) -> Executor:
@@ -111,11 +112,12 @@ class TrainingRunner:
     async def _claim(self, device: str | None) -> tuple[TrainingJobSummary, Recipe] | None:
         if not self._lease.valid:
             return None
-        may_take_over, working_on = self._lease.may_take_over, frozenset(self._working_on)
-        claimed = await self._threads.run(self._jobs.claim, device, may_take_over, working_on)
-        if claimed:
-            self._working_on.add(claimed[0].id)
-        return claimed
+        async with self._claiming:  # a claimed job must be known before the next claim
+            may_take_over, working_on = self._lease.may_take_over, frozenset(self._working_on)
+            claimed = await self._threads.run(self._jobs.claim, device, may_take_over, working_on)
+            if claimed:
+                self._working_on.add(claimed[0].id)
+            return claimed
 
     async def _stop_outlived(self) -> None:
         """Stop the work of jobs that were cancelled while no process followed them."""

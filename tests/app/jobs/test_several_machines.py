@@ -1,9 +1,10 @@
 """Test jobs in a database that several machines share: leases, devices, takeovers and the files of a run."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from postgres import PostgresServer
@@ -29,7 +30,7 @@ EVALUATION = EvaluationRequest(model="resnet", version=1, engine="torchscript-cp
 
 @pytest.fixture
 def open_database(postgres: PostgresServer, tmp_path: Path) -> Iterator[Callable[[str], Database]]:
-    """A function that opens the database as the server of a machine, which has a runs folder of its own."""
+    """Return a function that opens the database as the server of a machine, which has a runs folder of its own."""
     url, opened = SecretStr(postgres.create_database()), list[Database]()
 
     def open_for(machine: str) -> Database:
@@ -53,12 +54,14 @@ def there(open_database: Callable[[str], Database]) -> TrainingQueue:
     return TrainingQueue(Settings(), open_database("there"))
 
 
-def claim(jobs: TrainingQueue, device: str | None, may_take_over: bool = True) -> str | None:
-    claimed = jobs.claim(device, may_take_over)
+def claim(
+    jobs: TrainingQueue, device: str | None, may_take_over: bool = True, working_on: Collection[str] = ()
+) -> str | None:
+    claimed = jobs.claim(device, may_take_over, working_on)
     return claimed[0].id if claimed else None
 
 
-def move_lease(jobs: JobQueue[TrainingQueue] | EvaluationQueue | TrainingQueue, job_id: str, seconds: float) -> None:
+def move_lease(jobs: JobQueue[Any], job_id: str, seconds: float) -> None:
     """End the lease of a job a number of seconds from now, as if its runner had not renewed it."""
     with jobs.database.transaction(WRITES) as session:
         row = jobs._row(session, job_id)
@@ -71,6 +74,11 @@ def test_each_device_runs_one_job_at_a_time(here: TrainingQueue, there: Training
     assert claim(there, "gpu-0") is None
     assert claim(there, "gpu-1") == second
     assert there.state(first) is here.state(second) is State.RUNNING
+    third = there.submit(REQUEST).id
+    there.cancel(first)
+    assert claim(there, "gpu-0", working_on={second}) is None  # the process of the cancelled job has not ended yet
+    here.interrupt(first)
+    assert claim(there, "gpu-0", working_on={second}) == third
 
 
 def test_job_is_taken_over_after_its_lease_and_its_former_runner_records_nothing(
