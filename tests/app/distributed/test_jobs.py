@@ -74,7 +74,9 @@ def history(client: httpx.Client, job_id: str) -> list[int]:
 
 def test_jobs_wait_for_resources_publish_and_are_cancelled(job_server: str, models: Path, tmp_path: Path) -> None:
     with serve(models, tmp_path, job_server) as (client, server):
-        short, long = submit(client, SHORT), submit(client, LONG)
+        short = submit(client, SHORT)
+        wait_for(lambda: history(client, short), READY_S, server.log)
+        long = submit(client, LONG)
         done = wait_for(lambda: find_finished_job(client, short), READY_S, server.log)
         assert done["state"] == "succeeded", done["error"]
         assert [epoch["epoch"] for epoch in done["history"]] == [1, 2]
@@ -101,8 +103,10 @@ def test_job_goes_on_while_its_server_is_killed_and_is_followed_by_the_next(
     job_server: str, models: Path, tmp_path: Path
 ) -> None:
     with serve(models, tmp_path, job_server) as (client, server):
-        job_id, lost = submit(client, SHORT | {"overrides": {**TINY, "epochs": 12}}), submit(client, LONG)
+        job_id = submit(client, SHORT | {"overrides": {**TINY, "epochs": 12}})
         wait_for(lambda: history(client, job_id), READY_S, server.log)
+        lost = submit(client, LONG)  # waits in Ray
+        wait_for(lambda: f"{lost} is submitted to Ray" in server.log.read_text(), READY_S, server.log)
         server.kill()
     with serve(models, tmp_path, job_server, "log2") as (client, server):
         client.delete(f"/train/{lost}").raise_for_status()
