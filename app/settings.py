@@ -247,7 +247,7 @@ class Settings(BaseSettings):
     """CPUs that a training job of a Ray cluster reserves."""
     job_gpus: float = Field(default=0.0, ge=0, le=64)
     """GPUs that a training job of a Ray cluster reserves."""
-    job_lease_s: Seconds = Field(default=30.0, ge=5)
+    job_lease_s: float = Field(default=30.0, ge=5, le=3600, allow_inf_nan=False)
     """Seconds after which another server takes over the jobs of one that no longer reaches the PostgreSQL database."""
     max_jobs: int = Field(default=100, gt=0, le=10_000)
     """Maximum number of training jobs in the queue."""

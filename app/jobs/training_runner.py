@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from pathlib import Path
 
 from app.exceptions import Unavailable
-from app.jobs.executor import Executor
+from app.jobs.executor import Ending, Executor
 from app.jobs.lease import LeaseKeeper
 from app.jobs.local_executor import LocalExecutor
 from app.jobs.run_files import restore
@@ -23,7 +23,7 @@ from app.jobs.training_queue import TrainingJobSummary, TrainingQueue
 from app.settings import Settings
 from app.threads import Threads
 from training.recipes import Recipe
-from training.run import RunError
+from training.run import Publication, RunError
 from training.store import Store
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,6 @@ class TrainingRunner:
         self._threads = Threads("the training queue", 1, patience_s=_PATIENCE_S)
         self._executor = self._make_executor()
         self._working_on = set[str]()  # ids of the jobs that this process works on
-        self._claiming = asyncio.Lock()
         self._fault = ""  # last logged reason why the queue waits
 
     def _make_executor(self) -> Executor:
@@ -82,8 +81,7 @@ class TrainingRunner:
                 if await self._threads.run(self._jobs.database.open):
                     device = await self._threads.run(self._executor.device)
                     async with self._lock(device), asyncio.TaskGroup() as group:
-                        for _ in range(self._executor.capacity):
-                            group.create_task(self._run_jobs(device))
+                        await self._run_jobs(device, group)
             except* (Unavailable, OSError) as errors:
                 self._warn(errors.exceptions[0])
             except* Exception:  # one job must not end the queue
@@ -96,28 +94,25 @@ class TrainingRunner:
             return _exclusive_lock(self._settings.runs / "runner.lock")
         return _exclusive_lock(self._settings.runs / f"runner-{device}.lock") if device else nullcontext()
 
-    async def _run_jobs(self, device: str | None) -> None:
+    async def _run_jobs(self, device: str | None, group: asyncio.TaskGroup) -> None:
         while True:
             if self._executor.survives:
                 await self._stop_outlived()
             if claimed := await self._claim(device):
-                job, recipe = claimed
-                try:
-                    await self._execute(job, recipe)
-                finally:
-                    self._working_on.discard(job.id)
+                group.create_task(self._execute(*claimed))
             else:
                 await asyncio.sleep(_POLL_S)
 
     async def _claim(self, device: str | None) -> tuple[TrainingJobSummary, Recipe] | None:
-        if not self._lease.valid:
+        """Claim a job if there is one and this process can begin it."""
+        if len(self._working_on) >= self._executor.capacity or not self._lease.valid:
             return None
-        async with self._claiming:  # a claimed job must be known before the next claim
-            may_take_over, working_on = self._lease.may_take_over, frozenset(self._working_on)
-            claimed = await self._threads.run(self._jobs.claim, device, may_take_over, working_on)
-            if claimed:
-                self._working_on.add(claimed[0].id)
-            return claimed
+        claimed = await self._threads.run(
+            self._jobs.claim, device, self._lease.may_take_over, frozenset(self._working_on)
+        )
+        if claimed:
+            self._working_on.add(claimed[0].id)
+        return claimed
 
     async def _stop_outlived(self) -> None:
         """Stop the work of jobs that were cancelled while no process followed them."""
@@ -135,10 +130,10 @@ class TrainingRunner:
     async def _execute(self, job: TrainingJobSummary, recipe: Recipe) -> None:
         """Run a job, or follow its running work, until it has ended. Record the outcome."""
         run = self._jobs.run_folder(job.id)
-        if await self._threads.run(run.stop_file.exists):  # a server died while it was cancelling the job
-            await self._threads.run(self._jobs.cancel, job.id)
-            return
         try:
+            if await self._threads.run(run.stop_file.exists):  # a server died while it was cancelling the job
+                await self._threads.run(self._jobs.cancel, job.id)
+                return
             await self._threads.run(restore, self._jobs.database, run)
             ending = await self._executor.run(job, recipe, run)
             publication = await self._threads.run(run.outcome)
@@ -149,17 +144,22 @@ class TrainingRunner:
             raise
         except (OSError, RunError) as error:  # the work cannot start, or the run folder is damaged
             await self._jobs.record_outcome(self._threads, self._jobs.fail, job.id, f"the job cannot continue: {error}")
-            return
-        if ending is None:
-            return
+        else:
+            if ending:
+                await self._record(job, ending, publication)
+        finally:
+            self._working_on.discard(job.id)
+
+    async def _record(self, job: TrainingJobSummary, ending: Ending, publication: Publication | None) -> None:
+        record, threads = self._jobs.record_outcome, self._threads
         if publication:
-            await self._jobs.record_outcome(self._threads, self._jobs.succeed, job.id, publication)
-            await self._threads.run(self.prune, publication.model)
+            await record(threads, self._jobs.succeed, job.id, publication)
+            await threads.run(self.prune, publication.model)
             await self._on_published()
         elif ending.error:
-            await self._jobs.record_outcome(self._threads, self._jobs.fail, job.id, ending.error)
+            await record(threads, self._jobs.fail, job.id, ending.error)
         else:
-            await self._jobs.record_outcome(self._threads, self._jobs.interrupt, job.id, ending.crash)
+            await record(threads, self._jobs.interrupt, job.id, ending.crash)
 
     def prune(self, model: str) -> None:
         """Remove old versions of the cascades that pin versions of a model, then old versions of the model.

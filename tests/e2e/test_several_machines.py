@@ -44,12 +44,13 @@ class Machines:
             name: Server(models, self.runs[name], self.logs[name], database=database, job_lease_s=str(LEASE_S))
             for name in "ab"
         }
+        self._open = ExitStack()
 
     def clients(self) -> list[httpx.Client]:
         """Wait until both servers are ready, and return their clients."""
         for name, server in self.servers.items():
             wait_for(lambda server=server: server.address, READY_S, self.logs[name])  # type: ignore[misc]
-        return [server.client() for server in self.servers.values()]
+        return [self._open.enter_context(server.client()) for server in self.servers.values()]
 
     def training(self) -> dict[str, list[int]]:
         """Return the training processes of each server that has any."""
@@ -61,8 +62,9 @@ class Machines:
         """Wait until a server trains, and return its name."""
         return wait_for(lambda: next(iter(self.training()), None), READY_S, self.logs["a"])
 
-    def kill(self) -> None:
-        """Kill both servers, which ends their training processes."""
+    def close(self) -> None:
+        """Close the clients and kill both servers, which ends their training processes."""
+        self._open.close()
         for server in self.servers.values():
             server.kill()
 
@@ -78,7 +80,7 @@ def postgres_server() -> Iterator[PostgresServer]:
 def machines(tmp_path: Path, models: Path, postgres_server: PostgresServer) -> Iterator[Machines]:
     machines = Machines(tmp_path, models, postgres_server.create_database())
     with ExitStack() as stack:
-        stack.callback(machines.kill)
+        stack.callback(machines.close)
         yield machines
         log = "".join(log.read_text() for log in machines.logs.values())
         assert "Traceback" not in log
