@@ -40,7 +40,6 @@ _POLL_S = 1.0
 _PATIENCE_S = 15.0
 _UNKNOWN = "does not exist"  # part of the error of a job that Ray does not know
 _START_TIMEOUT = "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"  # the job has waited too long for resources
-_METRICS = '{"event": '  # start of a line that `PrintedRun` prints
 
 
 class RayExecutor:
@@ -186,13 +185,13 @@ def _write_output(run: Run, output: str) -> None:
 
 def _parse(line: str) -> dict[str, Any] | None:
     """Return the event of a line, or None for other output and for a line that is not complete yet."""
-    if not line.startswith(_METRICS):
+    if not line.startswith("{"):
         return None
     try:
         event: dict[str, Any] = json.loads(line)
     except json.JSONDecodeError:
         return None
-    return event
+    return event if "event" in event else None
 
 
 def _drop_repeated_epochs(lines: Iterable[str]) -> list[str]:
