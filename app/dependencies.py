@@ -19,6 +19,7 @@ from app.inference.pool import ModelPool
 from app.jobs.database import Database
 from app.jobs.evaluation_queue import EvaluationQueue
 from app.jobs.evaluation_runner import EvaluationRunner
+from app.jobs.lease import LeaseKeeper
 from app.jobs.overview import read_overview
 from app.jobs.training_queue import TrainingQueue
 from app.jobs.training_runner import TrainingRunner
@@ -41,6 +42,7 @@ class Services:
     store: Store
     pool: ModelPool
     database: Database
+    lease: LeaseKeeper
     training_jobs: TrainingQueue
     training_runner: TrainingRunner
     evaluation_jobs: EvaluationQueue
@@ -67,7 +69,8 @@ class Services:
         store = make_store(settings.models)
         metrics = Metrics()
         pool = ModelPool(settings, store, metrics, tracing)
-        database = Database(settings.runs)
+        database = Database(settings.runs, settings.database, settings.job_lease_s)
+        lease = LeaseKeeper(database)
         training_jobs, evaluation_jobs = TrainingQueue(settings, database), EvaluationQueue(database)
         decoders = Decoders(settings, partial(_observe_decoding, metrics, tracing))
         return cls(
@@ -75,8 +78,9 @@ class Services:
             store=store,
             pool=pool,
             database=database,
+            lease=lease,
             training_jobs=training_jobs,
-            training_runner=TrainingRunner(settings, training_jobs, pool.refresh),
+            training_runner=TrainingRunner(settings, training_jobs, lease, pool.refresh),
             evaluation_jobs=evaluation_jobs,
             evaluations=EvaluationRunner(settings, evaluation_jobs, pool),
             decoders=decoders,
@@ -117,6 +121,7 @@ class Services:
         """Load the live models, open the job database and start to run jobs."""
         await self.pool.start()
         await self.database.threads.run(self.database.open)
+        self.lease.start()
         self.training_runner.start()
         self.evaluations.start()
 
@@ -125,6 +130,7 @@ class Services:
         self.metrics.flush()
         await self.training_runner.stop()
         await self.evaluations.stop()
+        await self.lease.stop()
         self.uploads.close()
         self.feedback.threads.close()
         self.database.close()

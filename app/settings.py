@@ -50,6 +50,16 @@ def _parse_rate_limit(value: Any) -> Any:
     return limit
 
 
+def _require_postgresql(url: SecretStr | None) -> SecretStr | None:
+    if url is None:
+        return None
+    if not re.match(r"postgres(ql)?://", url.get_secret_value()):
+        raise ValueError("it is not a PostgreSQL URL; use one such as postgresql://user:password@host/name")
+    if not find_spec("psycopg"):
+        raise ValueError("a PostgreSQL database needs the extra cloud: pip install 'cifar100[cloud]'")
+    return url
+
+
 def _require_ascii(key: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[\x20-\x7e]*", key.get_secret_value()):
         raise ValueError("a key may contain only printable ASCII characters, because it is sent in a header")
@@ -163,6 +173,9 @@ class Settings(BaseSettings):
     """Folder of the model store, or a URL such as s3://bucket/models, with the extra `cloud`."""
     runs: Path = Path("runs")
     """Folder that contains the run folders of training jobs."""
+    database: Annotated[SecretStr | None, BeforeValidator(_empty_to_none), AfterValidator(_require_postgresql)] = None
+    """PostgreSQL database for the jobs of several machines, such as postgresql://user:password@host/name, with the
+    extra `cloud`. Give it in the variable, because it has a password. Default: a SQLite file in the runs folder."""
     data: str | None = None
     """Folder that contains cifar100.npz, or "synthetic". Default: ~/.cache/cifar100."""
 
@@ -230,6 +243,16 @@ class Settings(BaseSettings):
     evaluate_wait_s: Seconds = 5.0
     """Seconds that POST /evaluate waits for its result. The response is 202 if the result takes longer."""
 
+    jobs: Literal["local", "ray"] = "local"
+    """Where training jobs run: in child processes of this service, or with the extra `ray` as jobs of a Ray cluster."""
+    jobs_address: str = "http://127.0.0.1:8265"
+    """Address of the job server of the Ray cluster, which is that of its dashboard."""
+    job_cpus: float = Field(default=1.0, gt=0, le=1024)
+    """CPUs that a training job of a Ray cluster reserves."""
+    job_gpus: float = Field(default=0.0, ge=0, le=64)
+    """GPUs that a training job of a Ray cluster reserves."""
+    job_lease_s: float = Field(default=30.0, ge=5, le=3600, allow_inf_nan=False)
+    """Seconds after which another server takes over the jobs of one that no longer reaches the PostgreSQL database."""
     max_jobs: int = Field(default=100, gt=0, le=10_000)
     """Maximum number of training jobs in the queue."""
     max_job_epochs: int = Field(default=500, gt=0, le=100_000)
@@ -267,8 +290,9 @@ class Settings(BaseSettings):
             raise ValueError(
                 "CIFAR100_CLUSTER=local needs CIFAR100_WORKERS=1, because each worker would start a cluster"
             )
-        if self.cluster and not find_spec("ray"):
-            raise ValueError("CIFAR100_CLUSTER needs the extra ray: pip install 'cifar100[ray]'")
+        for name, needs_ray in (("CLUSTER", self.cluster), ("JOBS=ray", self.jobs == "ray")):
+            if needs_ray and not find_spec("ray"):
+                raise ValueError(f"CIFAR100_{name} needs the extra ray: pip install 'cifar100[ray]'")
         return self
 
     @model_validator(mode="after")

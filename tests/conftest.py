@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from local_cluster import run_cluster
+from postgres import PostgresServer, find_programs
+from pydantic import SecretStr
 from s3_server import S3Server, is_installed, run_s3
 
 from training.dataset import Dataset, load_dataset
@@ -72,6 +74,25 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server for all tests of this process."""
+    pytest.importorskip("psycopg")
+    if not find_programs():
+        pytest.skip("initdb of PostgreSQL is missing")
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> SecretStr | None:
+    """The URL of a new PostgreSQL database, and None for SQLite."""
+    if request.param == "sqlite":
+        return None
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return SecretStr(server.create_database())
 
 
 @pytest.fixture(scope="session")

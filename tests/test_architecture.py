@@ -13,6 +13,7 @@ SHARED = {
     "errors",
     "evaluate",
     "files",
+    "lifeline",
     "ray_cluster",
     "recipes",
     "resources",

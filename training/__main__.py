@@ -15,8 +15,9 @@ from training.console import CommandGroup, Debug, Json, out, print_json, print_t
 from training.dataset import DEFAULT_FOLDER
 from training.encoding import restart_in_utf8_mode
 from training.errors import UsageError
+from training.lifeline import watch
 from training.recipes import RECIPES, Recipe, RecipeError, format_value, make_recipe, rename_former_fields
-from training.run import Publication, Run
+from training.run import PrintedRun, Publication, Run
 from training.runtimes.forms import FORM_FILES, parse_forms
 from training.store import Promotion, Store, make_store, open_store
 
@@ -96,12 +97,18 @@ def train(
     cluster: Cluster = "local",
     as_json: Json = False,
     lock: Annotated[int | None, typer.Option(hidden=True, help="Descriptor of the run's lock, inherited.")] = None,
+    lifeline: Annotated[int | None, typer.Option(hidden=True, help="Descriptor of a lifeline, inherited.")] = None,
+    cluster_job: Annotated[
+        bool, typer.Option(hidden=True, help="Continue a run that has begun. Print metrics and publication as JSON.")
+    ] = False,
 ) -> None:
     """Train a recipe and publish the result. Use --resume to continue an interrupted run."""
+    if lifeline is not None:
+        watch(lifeline)
     changes = parse_overrides(overrides or [])
     recipe = make_recipe(name, changes)
     forms = parse_forms(also)
-    folder = Run(run or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    folder = (PrintedRun if cluster_job else Run)(run or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
     if workers > 1 and engine == "local":
         raise UsageError("--workers needs --engine ray; without Ray, start torchrun --nproc-per-node N -m training")
     with working(LOADING):
@@ -121,7 +128,7 @@ def train(
             data_source,
             publishing,
             extra_data=extra_data,
-            resume=resume,
+            resume=resume or (cluster_job and folder.recipe_file.exists()),
             publish=publish,
             lock=lock,
             workers=ray_workers,

@@ -13,7 +13,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -44,6 +44,9 @@ FIGURES = ("curves", "superclasses", "reliability", "classes", "mistakes")
 
 OUTPUT = "output.log"
 """File with the output of the process that trains, if the service started it."""
+
+PUBLISHED = "published"
+"""Event of the line that `PrintedRun` prints for the publication."""
 
 _TAIL_BYTES = 16 << 10  # a line of metrics has a few hundred bytes
 TICK_S = 5.0  # seconds between two lines of metrics within an epoch
@@ -243,17 +246,14 @@ class Run:
         """Iterate over (number, metrics) of the lines whose number, counted from 1, is greater than `after`."""
         if self.metrics_file.exists():
             with self.metrics_file.open() as file:
-                for number, line in islice(enumerate(file, start=1), after, None):
-                    # A line is blank after drop_metrics_after, or cut off after a crash or on a full disk.
-                    with suppress(json.JSONDecodeError):
-                        yield number, json.loads(line)
+                yield from parse_metrics(file, after)
 
     def latest_metrics(self) -> dict[str, Any] | None:
         """Return the last line of metrics, or None. This reads only the end of the file."""
         with suppress(FileNotFoundError), self.metrics_file.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             for line in reversed(file.read().splitlines()):
-                with suppress(json.JSONDecodeError):  # blank or cut off, as in `numbered_metrics`
+                with suppress(json.JSONDecodeError):  # blank or cut off, as in `parse_metrics`
                     latest: dict[str, Any] = json.loads(line)
                     return latest
         return None
@@ -368,6 +368,31 @@ class FollowedRun(Run):
 
     def save_teacher_logits(self, logits: "Tensor", teacher: str, fingerprint: str) -> None:
         """Do nothing."""
+
+
+class PrintedRun(Run):
+    """A run folder whose metrics and publication are also printed, one JSON object per line.
+
+    A job of a Ray cluster uses it, because the service reads its output, not its folder.
+    """
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Append and print one line of metrics."""
+        super().record(metrics)
+        print(json.dumps(metrics), flush=True)
+
+    def record_publication(self, publication: Publication) -> None:
+        """Record and print the publication."""
+        super().record_publication(publication)
+        print(json.dumps({"event": PUBLISHED} | publication.model_dump(mode="json")), flush=True)
+
+
+def parse_metrics(lines: Iterable[str], after: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Iterate over (number, metrics) of the lines whose number, counted from 1, is greater than `after`."""
+    for number, line in islice(enumerate(lines, start=1), after, None):
+        # A line is blank after drop_metrics_after, or cut off after a crash or on a full disk.
+        with suppress(json.JSONDecodeError):
+            yield number, json.loads(line)
 
 
 def _try_lock(file: TextIO) -> bool:

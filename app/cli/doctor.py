@@ -203,24 +203,26 @@ def _check_runtime(settings: Settings) -> Finding:
 
 
 def _check_runs(settings: Settings) -> Finding:
-    from sqlalchemy.exc import DatabaseError
+    from sqlalchemy.exc import DBAPIError
 
-    from app.jobs.database import DATABASE, Database
+    from app.jobs.database import Database
 
     folder = settings.runs.absolute()
     if not os.access(_nearest_existing(folder), os.W_OK):
         return Finding(
             "problem", f"{folder} cannot be written, so jobs are unavailable", "give another folder by CIFAR100_RUNS"
         )
-    if not (folder / DATABASE).exists():
+    database = Database(folder, settings.database)
+    if not database.backend.exists:
         return Finding("ok", f"{folder}: no jobs yet")
     try:
-        Database(folder).connect()
-    except DatabaseError as error:
-        return Finding(
-            "problem", f"{folder / DATABASE} cannot be used: {error.orig}", "restore it from a backup, or move it away"
-        )
-    return Finding("ok", f"{folder}: the job database can be used")
+        database.connect()
+    except DBAPIError as error:
+        remedy = "check CIFAR100_DATABASE" if database.shared else "restore it from a backup, or move it away"
+        return Finding("problem", f"{database.backend.label} cannot be used: {error.orig}", remedy)
+    finally:
+        database.close()
+    return Finding("ok", f"{database.backend.label}: the job database can be used")
 
 
 def _check_data(settings: Settings) -> Finding:

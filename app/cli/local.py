@@ -7,11 +7,11 @@ from dataclasses import fields
 from typing import Any
 
 from pydantic import BaseModel
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DBAPIError
 
 from app.archives import zip_chunks
 from app.client import Event, ModelSummary, TrainingJob
-from app.jobs.database import DATABASE, Database
+from app.jobs.database import Database
 from app.jobs.training_queue import TrainingQueue, TrainingRequest
 from app.settings import Settings
 from training.errors import ReportedError
@@ -88,7 +88,7 @@ class LocalService:
         return LocalJob(queue, _to_job(queue.get(job_id)))
 
     def _has_jobs(self) -> bool:
-        return (self._settings.runs / DATABASE).exists()
+        return self._database().backend.exists
 
     def _open_known_queue(self) -> TrainingQueue:
         """Open the queue of a runs folder that has one."""
@@ -100,12 +100,15 @@ class LocalService:
         return self._open_queue()
 
     def _open_queue(self) -> TrainingQueue:
-        database = Database(self._settings.runs)
+        database = self._database()
         try:
             database.connect()
-        except DatabaseError as error:
-            raise ReportedError(f"{self._settings.runs / DATABASE} cannot be used: {error.orig}") from error
+        except DBAPIError as error:
+            raise ReportedError(f"{database.backend.label} cannot be used: {error.orig}") from error
         return _LocalQueue(self._settings, database)
+
+    def _database(self) -> Database:
+        return Database(self._settings.runs, self._settings.database)
 
 
 class _LocalQueue(TrainingQueue):

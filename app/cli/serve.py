@@ -35,7 +35,7 @@ _PANELS = {
     "max_image_bytes": "Limits of requests",
     "max_batch": "Batches",
     "store_poll_s": "Store and evaluations",
-    "max_jobs": "Training jobs",
+    "jobs": "Training jobs",
 }
 
 
@@ -44,7 +44,7 @@ def serve(worker: bool, **options: Any) -> None:
 
     Every option is also an environment variable, such as CIFAR100_PORT for --port. An option precedes its variable.
 
-    Give API keys in the variable, because other users of the machine can read options.
+    Give API keys and the database in their variables, because other users of the machine can read options.
     """
     restart_in_utf8_mode()
     handle_stop_signals(signal.SIG_IGN if worker else exit_immediately)

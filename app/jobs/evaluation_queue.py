@@ -5,21 +5,25 @@ In: a model version and the source of labeled images.  Out: a row in the job dat
 
 import shutil
 from collections.abc import Collection
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from pydantic import BaseModel
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from app.exceptions import Unavailable
-from app.jobs.database import EVALUATION, WRITES, JobRow
+from app.jobs.backends import WRITES
 from app.jobs.queue import UNFINISHED, JobQueue, State
+from app.jobs.rows import EVALUATION, FileRow, JobRow
 from training.run import RunPhase
 from training.store import Evaluation
 
 MAX_UNFINISHED = 8
-"""Largest number of evaluations that wait or run, in all server processes on a runs folder."""
+"""Largest number of evaluations that wait or run, in all server processes on a database."""
+
+ZIP_SPLIT = "zip"
+"""Source of images that a client has uploaded."""
 
 _KEPT = 100  # finished evaluations that stay available
 
@@ -143,6 +147,8 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
         )
         with self._transaction(WRITES) as session:
             self._require_room(session)
+            if state is State.RUNNING or request.split == ZIP_SPLIT:  # only this process has the zip
+                row.runner, row.lease = self.database.owner, self.database.new_lease(session)
             session.add(row)
 
     def require_room(self) -> None:
@@ -163,36 +169,50 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
         return [self._view(row, {"confusion", "mistakes", "reliability"}) for row in rows]
 
     def unfinished(self) -> list[str]:
-        """Return the ids of all jobs that wait or run, oldest first."""
+        """Return the ids of all jobs that wait or run, oldest first, without those that another process owns."""
         with self._transaction() as session:
-            rows = session.scalars(self._select().where(JobRow.state.in_(UNFINISHED)).order_by(JobRow.sequence)).all()
-        return [row.id for row in rows]
+            now, is_own = self.database.now(session), JobRow.runner == self.database.owner
+            free = or_(is_own, JobRow.lease.is_(None), JobRow.lease <= now)
+            mine = select(JobRow.id).where(JobRow.kind == self.kind, JobRow.state.in_(UNFINISHED), free)
+            return list(session.scalars(mine.order_by(JobRow.sequence)))
 
-    def claim(self, job_id: str) -> EvaluationRequest | None:
+    def claim(self, job_id: str, has_zip: bool = True) -> EvaluationRequest | None:
         """Set the state of a job to running. The caller holds the lock of its run folder.
 
-        A job that is running already was left by a server that has died. It is resumed once.
+        A job that is running already was left by a server that has died. It is resumed once. A job whose zip is on
+        another machine waits for its server for the time of one more lease, and then fails.
+
+        Args:
+            job_id: Id of the job.
+            has_zip: False if the run folder has no zip.
 
         Returns:
-            The request, or None if the job has finished or failed.
+            The request, or None if the job has finished, has failed or belongs to another process.
         """
         with self._transaction(WRITES) as session:
-            row = self._row(session, job_id)
+            row, now = self._row(session, job_id), self.database.now(session)
+            if row.runner != self.database.owner and row.lease and row.lease > now:
+                return None
+            if row.request["split"] == ZIP_SPLIT and not has_zip and not State(row.state).finished:
+                if row.lease is None or row.lease + timedelta(seconds=self.database.lease_s) <= now:
+                    self._finish(row, State.FAILED, "the server that received the zip has ended; send it again")
+                return None
             if row.state == State.RUNNING:
                 self._interrupt(row, "the server that ran it has ended")
             if State(row.state).finished:
                 return None
             row.state = State.RUNNING
             row.started = row.started or datetime.now(UTC)
+            row.runner, row.lease = self.database.owner, self.database.new_lease(session)
         return EvaluationRequest.model_validate(row.request)
 
     def succeed(self, job_id: str, engine: str, result: EvaluationResult) -> None:
         """Record the measures of a job and the engine that computed them."""
-        with self._transaction(WRITES) as session:
-            row = self._row(session, job_id)
-            row.request = row.request | {"engine": engine}
-            row.result = result.model_dump()
-            self._finish(row, State.SUCCEEDED)
+        with self._as_runner(job_id) as row:
+            if row:
+                row.request = row.request | {"engine": engine}
+                row.result = result.model_dump()
+                self._finish(row, State.SUCCEEDED)
 
     def prune(self) -> None:
         """Delete all finished evaluations except the 100 newest, with their folders."""
@@ -204,18 +224,24 @@ class EvaluationQueue(JobQueue[EvaluationJob]):
         with self._transaction(WRITES) as session:
             for row in old:
                 session.delete(session.merge(row, load=False))
+            session.execute(delete(FileRow).where(FileRow.job_id.in_([row.id for row in old])))
         for row in old:
             shutil.rmtree(self.run_folder(row.id).path, ignore_errors=True)
+
+    def _end_lease(self, row: JobRow) -> None:
+        """End the lease of a finished job. An interrupted one is left to its server for a while, which has its zip."""
+        if State(row.state).finished:
+            super()._end_lease(row)
 
     def _view(self, row: JobRow, omitted: Collection[str] = ()) -> EvaluationJob:
         """Return the job of a row, without the omitted fields of its result."""
         request = EvaluationRequest.model_validate(row.request)
         fields = {name: value for name, value in (row.result or {}).items() if name not in omitted}
         result = EvaluationResult.model_validate(fields) if fields else None
-        metrics = list(self.run_folder(row.id).metrics())
+        latest = self.files(row.id).latest_metrics()
         measured = result.images if result else 0
-        progress: dict[str, Any] = metrics[-1] if metrics else {"done": measured, "images": measured or None}
-        phase: RunPhase = "measuring" if metrics else "loading"
+        progress: dict[str, Any] = latest or {"done": measured, "images": measured or None}
+        phase: RunPhase = "measuring" if latest else "loading"
         return EvaluationJob(
             **request.model_dump(exclude={"limit"}),
             id=row.id,

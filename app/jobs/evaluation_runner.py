@@ -3,8 +3,8 @@
     POST /evaluate -> row and run folder -> images -> batcher of the pinned version -> measures -> row
 
 Chunks of images go through the model's queue like other requests, so they do not delay predictions. A server holds the
-lock of the run folder of each job that it runs. When a server stops or dies, another one, or the next start, takes the
-job over and measures from the beginning.
+lock of the run folder of each job that it runs, and its lease in a database that several machines share. When a server
+stops or dies, another one, or the next start, takes the job over and measures from the beginning.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ ZIP = "images.zip"
 _CHUNK = 16  # images per turn in the model's queue
 _MAX_RUNNING = 4
 _MAX_MISTAKES = 20
-_PROGRESS_S = 1.0  # interval at which a running evaluation records its progress and looks whether it is cancelled
+_PROGRESS_S = 1.0  # interval at which a running evaluation records its progress and checks that it still has the job
 _POLL_S = 2.0  # interval at which a server looks for jobs that wait
 _WAIT_POLL_S = 0.1
 _BUSY_S = 0.05  # pause when the model's queue is full
@@ -187,11 +187,11 @@ class EvaluationRunner:
         with ExitStack() as on_error:
             run.path.mkdir(exist_ok=True)
             on_error.enter_context(run.lock_for_child())
-            request = self._queue.claim(job_id)
+            request = self._queue.claim(job_id, (run.path / ZIP).exists())
             if request:
                 lock.push(on_error.pop_all())
-            else:
-                _delete_zip(run)
+            elif self._queue.state(job_id).finished:
+                self._delete_upload(run)
             return request
 
     def _run_in_task(
@@ -235,8 +235,15 @@ class EvaluationRunner:
     def _clean_up(self, job_id: str) -> None:
         """Delete the zip of a finished job, and old jobs."""
         if self._queue.state(job_id).finished:
-            _delete_zip(self._queue.run_folder(job_id))
+            self._delete_upload(self._queue.run_folder(job_id))
             self._queue.prune()
+
+    def _delete_upload(self, run: Run) -> None:
+        """Delete the zip of a finished job. A shared database has the other files, so the whole folder is deleted."""
+        if self._queue.database.shared:
+            shutil.rmtree(run.path, ignore_errors=True)
+        with suppress(OSError):
+            (run.path / ZIP).unlink(missing_ok=True)
 
     async def _measure(self, job_id: str, request: EvaluationRequest, model: Model) -> EvaluationResult:
         run, stop_event = self._queue.run_folder(job_id), threading.Event()
@@ -247,13 +254,14 @@ class EvaluationRunner:
             tick: dict[str, Any] = {"event": "tick", "phase": "measuring", "done": done, "images": len(labeled.labels)}
             with suppress(OSError):
                 await self._threads.run(run.record, tick)
+            await self._threads.run(self._queue.push_files, job_id)
 
         async def record_periodically() -> None:
             while True:
                 await asyncio.sleep(_PROGRESS_S)
                 with suppress(Unavailable):
                     await record_progress()
-                    if await self._threads.run(self._queue.state, job_id) is State.CANCELLED:
+                    if not await self._threads.run(self._queue.is_held, job_id):
                         self._tasks[job_id].cancel()
 
         try:
@@ -330,8 +338,3 @@ def _fill_bins(logits: Tensor, labels: Tensor) -> list[ReliabilityBin]:
         for images, confidence, accuracy in rows
         if images
     ]
-
-
-def _delete_zip(run: Run) -> None:
-    with suppress(OSError):
-        (run.path / ZIP).unlink(missing_ok=True)

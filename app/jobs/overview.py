@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app.jobs.database import EVALUATION, TRAINING, Database, JobRow
+from app.jobs.database import Database
 from app.jobs.queue import State
+from app.jobs.rows import EVALUATION, TRAINING, JobRow
+from app.jobs.run_files import open_files
 from app.jobs.training_queue import phase_of
 from training.run import Run, RunPhase
 
@@ -50,7 +52,7 @@ class MeasuredAccuracy(NamedTuple):
 
 @dataclass(frozen=True)
 class JobOverview:
-    """The jobs of a runs folder."""
+    """The jobs of a database."""
 
     counts: dict[tuple[str, State], int]
     """Number of jobs by kind and state, without pairs that have none."""
@@ -84,7 +86,7 @@ def _find_running(session: Session, database: Database, kind: str) -> RunningJob
     if job is None or job.started is None:
         return None
     elapsed_s = (datetime.now(UTC) - job.started).total_seconds()
-    report = Run(database.runs / job.id).latest_metrics()
+    report = open_files(database, Run(database.runs / job.id)).latest_metrics()
     if report is None:
         return RunningJob("loading", elapsed_s, 0.0, None)
     remaining_s = report["remaining_s"] if report["event"] in ("tick", "epoch") and kind == TRAINING else None

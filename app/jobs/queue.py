@@ -1,9 +1,12 @@
-"""The states, events and history of background jobs, which all server processes on a runs folder share.
+"""The states, events and history of background jobs, which all server processes on a database share.
 
     queued --> running --> succeeded
                  |  ^----> failed, cancelled
                  v  |
               interrupted   (the server stopped, or the work crashed for the first time)
+
+A running job has a runner: the process that works on it. Only the runner records an outcome. The lease of the runner
+ends with the work, which may be a few seconds after a cancellation.
 
 `TrainingQueue` and `EvaluationQueue` add the requests and results of their kind of job.
 """
@@ -11,7 +14,9 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable
+import re
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, TypeVar
@@ -22,7 +27,10 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from app.exceptions import NotFound, Unavailable
-from app.jobs.database import MAX_ERROR, WRITES, Database, JobRow
+from app.jobs.backends import WRITES
+from app.jobs.database import Database
+from app.jobs.rows import MAX_ERROR, JobRow
+from app.jobs.run_files import RunFiles, changed_files, open_files, push
 from app.threads import Threads
 from training.encoding import replace_surrogates
 from training.run import Run
@@ -34,6 +42,7 @@ _EVENT_POLL_S = 1.0
 _HEARTBEAT_S = 15.0  # proxies close idle streams
 _MAX_CRASHES = 1  # a job is resumed once
 _RETRY_S = 2.0
+_ID = re.compile(r"[\w-]{1,100}", re.ASCII)
 
 View = TypeVar("View", bound=BaseModel)
 Parameters = ParamSpec("Parameters")
@@ -73,8 +82,8 @@ class JobEvent(NamedTuple):
 class _Progress(NamedTuple):
     """New metrics and the end of a job, for a client that follows its events."""
 
-    size: int
-    """Size of the metrics file in bytes."""
+    revision: object
+    """Revision of the metrics."""
     metrics: list[tuple[int, dict[str, Any]]]
     """New metrics with their numbers."""
     ended: BaseModel | None
@@ -135,22 +144,40 @@ class JobQueue(Generic[View]):
             self._finish(row, State.CANCELLED)
         return self._view(row)
 
+    def is_held(self, job_id: str) -> bool:
+        """Return whether this process still runs a job that is not cancelled. Raises the errors of `get`."""
+        with self._transaction() as session:
+            row = self._row(session, job_id)
+            return row.state == State.RUNNING and row.runner == self.database.owner
+
     def fail(self, job_id: str, error: str) -> None:
-        """Record why a job failed. A finished job does not change."""
-        with self._transaction(WRITES) as session:
-            self._finish(self._row(session, job_id), State.FAILED, error)
+        """Record why a job failed. A finished job does not change, nor does one of another runner."""
+        with self._as_runner(job_id) as row:
+            if row:
+                self._finish(row, State.FAILED, error)
 
     def interrupt(self, job_id: str, crash: str | None = None) -> None:
         """Mark a job to be resumed, because the server stops or the job's process crashed.
 
         Args:
-            job_id: Id of the job. A finished job does not change.
+            job_id: Id of the job. A finished job does not change, nor does one of another runner.
             crash: Description of the crash. None if the server stops. After a second crash the job fails instead.
         """
-        with self._transaction(WRITES) as session:
-            row = self._row(session, job_id)
-            if not State(row.state).finished:
+        with self._as_runner(job_id) as row:
+            if row and not State(row.state).finished:
                 self._interrupt(row, crash)
+
+    def push_files(self, job_id: str) -> None:
+        """Copy the changed files of a job that this process runs into a shared database."""
+        if not self.database.shared:
+            return
+        run = self.run_folder(job_id)
+        with self._transaction() as session:
+            changed = changed_files(session, run)
+        if changed:
+            with self._transaction(WRITES) as session:
+                if self._row(session, job_id).runner == self.database.owner:
+                    push(session, run, changed)
 
     async def record_outcome(
         self,
@@ -188,13 +215,13 @@ class JobQueue(Generic[View]):
             after: Number of the last event that the client has received, counted from 1.
             should_end: Function that returns True when the stream must end although the job continues.
         """
-        quiet_s, size = 0.0, -1
+        quiet_s, revision = 0.0, object()
         while not should_end():
             try:
-                progress = await self.threads.read(self._progress, job_id, after, size)
+                progress = await self.threads.read(self._progress, job_id, after, revision)
             except (Unavailable, OSError):
-                progress = _Progress(size, [], None)
-            size = progress.size
+                progress = _Progress(revision, [], None)
+            revision = progress.revision
             for number, metrics in progress.metrics:
                 after, quiet_s = number, 0.0
                 yield JobEvent(number, metrics["event"], json.dumps(metrics))
@@ -207,19 +234,23 @@ class JobQueue(Generic[View]):
             await asyncio.sleep(_EVENT_POLL_S)
             quiet_s += _EVENT_POLL_S
 
-    def _progress(self, job_id: str, after: int, known_size: int) -> _Progress:
-        """Read the metrics after number `after`, unless the metrics file still has `known_size` bytes."""
+    def _progress(self, job_id: str, after: int, known_revision: object) -> _Progress:
+        """Read the metrics after number `after`, unless they still have the known revision."""
         # The state is read before the metrics, because the metrics of a finished job are complete.
         with self._transaction() as session:
             row = self._row(session, job_id)
-        run = self.run_folder(job_id)
-        size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
-        metrics = list(run.numbered_metrics(after)) if size != known_size else []
-        return _Progress(size, metrics, self._view(row) if State(row.state).finished else None)
+        files = self.files(job_id)
+        revision = files.metrics_revision()
+        metrics = files.metrics(after) if revision != known_revision else []
+        return _Progress(revision, metrics, self._view(row) if State(row.state).finished else None)
 
     def run_folder(self, job_id: str) -> Run:
         """Return the run folder of a job."""
         return Run(self.database.runs / job_id)
+
+    def files(self, job_id: str) -> RunFiles:
+        """Return the files of the run of a job, as clients see them."""
+        return open_files(self.database, self.run_folder(job_id))
 
     def _view(self, row: JobRow) -> View:
         """Return the job of a row as clients see it."""
@@ -232,10 +263,30 @@ class JobQueue(Generic[View]):
         return select(JobRow).where(JobRow.kind == self.kind)
 
     def _row(self, session: Session, job_id: str) -> JobRow:
-        row = session.scalar(self._select().where(JobRow.id == job_id))
+        # PostgreSQL refuses texts with null characters, so only possible ids are looked up.
+        row = session.scalar(self._select().where(JobRow.id == job_id)) if _ID.fullmatch(job_id) else None
         if row is None:
             raise NotFound(f"there is no {self.label} {quote(job_id)}; {self.listing} lists them")
         return row
+
+    @contextmanager
+    def _as_runner(self, job_id: str) -> Iterator[JobRow | None]:
+        """Open a transaction that records the end of the work on a job. Yield its row, or None for another runner."""
+        with self._transaction(WRITES) as session:
+            row = self._row(session, job_id)
+            if row.runner not in (None, self.database.owner):
+                log.info("%s %s is run by another process now", self.label, job_id)
+                yield None
+                return
+            if self.database.shared:
+                run = self.run_folder(job_id)
+                push(session, run, changed_files(session, run))
+            yield row
+            self._end_lease(row)
+
+    def _end_lease(self, row: JobRow) -> None:
+        """End the lease of a job whose work has ended."""
+        row.lease = None
 
     def _interrupt(self, row: JobRow, crash: str | None) -> None:
         if crash and row.crashes >= _MAX_CRASHES:
@@ -250,7 +301,7 @@ class JobQueue(Generic[View]):
         if State(row.state).finished:
             return
         row.state = state
-        row.error = error and shorten(replace_surrogates(error), MAX_ERROR)
+        row.error = error and shorten(replace_surrogates(error).replace("\0", ""), MAX_ERROR)
         row.finished = datetime.now(UTC)
         log.info("%s %s %s%s", self.label, row.id, state, f": {error}" if error else "")
 

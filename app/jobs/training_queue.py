@@ -1,19 +1,23 @@
-"""The queue of training jobs. `app.jobs.training_runner` runs them one at a time, each as a child process.
+"""The queue of training jobs. `app.jobs.training_runner` runs them, one at a time on each device.
 
 In: a request for a recipe.  Out: a row in the job database, and later the published version.
 """
 
 import asyncio
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import BaseModel, Field
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
 
 from app.exceptions import BadRequest, NotFound, Unavailable
-from app.jobs.database import TRAINING, WRITES, Database, JobRow
-from app.jobs.queue import UNFINISHED, WAITING, JobQueue, State, new_job_id
+from app.jobs.backends import WRITES
+from app.jobs.database import Database
+from app.jobs.queue import WAITING, JobQueue, State, new_job_id
+from app.jobs.rows import TRAINING, JobRow
 from app.settings import Settings
 from training.dataset import split_sizes
 from training.recipes import RECIPES, Recipe, RecipeError, make_recipe, parse_recipe
@@ -155,20 +159,21 @@ class TrainingQueue(JobQueue[TrainingJob]):
             Unavailable: The database or the file cannot be read.
         """
         self.state(job_id)
-        files = self.run_folder(job_id).files()
-        if name not in files:
-            raise NotFound(f"the job has no file {quote(name)}; it has: {', '.join(files) or 'none yet'}")
-        return files[name].read_bytes()
+        files = self.files(job_id)
+        names = files.names()
+        if name not in names:
+            raise NotFound(f"the job has no file {quote(name)}; it has: {', '.join(names) or 'none yet'}")
+        return files.read(name)
 
     def running(self) -> str | None:
-        """Return the id of the running job. Returns None if no job runs or the database cannot be used."""
+        """Return the id of the oldest running job. Returns None if none runs or the database cannot be used."""
         try:
             return self._running_id()
         except Unavailable:
             return None
 
     async def running_soon(self) -> str | None:
-        """Return the id of the running job within 0.1 s. If the database takes longer, return the last value read."""
+        """Return the value of `running` within 0.1 s. If the database takes longer, return the last value read."""
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read_running())
         await asyncio.wait([self._reading], timeout=_HEALTH_WAIT_S)
@@ -180,23 +185,38 @@ class TrainingQueue(JobQueue[TrainingJob]):
 
     def _running_id(self) -> str | None:
         with self._transaction() as session:
-            return session.scalar(select(JobRow.id).where(JobRow.kind == self.kind, JobRow.state == State.RUNNING))
+            running = select(JobRow.id).where(JobRow.kind == self.kind, JobRow.state == State.RUNNING)
+            return session.scalar(running.order_by(JobRow.sequence).limit(1))
 
-    def claim(self) -> tuple[TrainingJobSummary, Recipe] | None:
-        """Return the next job and its recipe, and set its state to running. Returns None if there is none.
+    def claim(
+        self, device: str | None = None, may_take_over: bool = True, working_on: Collection[str] = ()
+    ) -> tuple[TrainingJobSummary, Recipe] | None:
+        """Return the next job and its recipe, and make this process its runner. Returns None if there is none.
 
-        A job that a crashed server left in the running state comes first, then the oldest waiting job. Only the process
-        that holds the runner lock may call this, see `app.jobs.training_runner`.
+        A running job without a valid lease comes first, then the oldest waiting job. There is none while another
+        process has a lease on the same device. In SQLite no job has a lease, so only the process that holds the runner
+        lock may call this, see `app.jobs.training_runner`.
+
+        Args:
+            device: Device of this runner. None if jobs run elsewhere, several at a time, and survive their runner.
+            may_take_over: False to leave jobs of other runners whose leases have expired.
+            working_on: Ids of the jobs that this process works on already.
         """
+
+        def find(session: Session) -> JobRow | None:
+            return self._find_next(session, device, may_take_over, working_on)
+
         with self._transaction() as session:  # a read-only check, so that an idle queue takes no lock
-            if session.scalar(self._select().where(JobRow.state.in_(UNFINISHED)).limit(1)) is None:
+            if find(session) is None:
                 return None
         with self._transaction(WRITES) as session:
-            oldest = self._select().order_by(JobRow.sequence).limit(1)
-            row = session.scalar(oldest.where(JobRow.state == State.RUNNING))
-            row = row or session.scalar(oldest.where(JobRow.state.in_(WAITING)))
+            row = find(session)
             if row is None:
                 return None
+            if row.state == State.RUNNING and row.lease and row.runner != self.database.owner and device:
+                self._interrupt(row, "the server that ran it has ended")
+                if State(row.state).finished:
+                    return None
             try:
                 wanted = parse_recipe(row.recipe)
                 if wanted.name not in RECIPES:
@@ -208,7 +228,36 @@ class TrainingQueue(JobQueue[TrainingJob]):
                 return None
             row.state = State.RUNNING
             row.started = row.started or datetime.now(UTC)
+            row.device, row.runner, row.lease = device, self.database.owner, self.database.new_lease(session)
         return TrainingJobSummary.model_validate(row), wanted
+
+    def _find_next(
+        self, session: Session, device: str | None, may_take_over: bool, working_on: Collection[str]
+    ) -> JobRow | None:
+        now, is_own = self.database.now(session), JobRow.runner == self.database.owner
+        running, oldest = JobRow.state == State.RUNNING, self._select().order_by(JobRow.sequence).limit(1)
+        others = oldest.where(JobRow.device == device, ~is_own, JobRow.lease > now)
+        if device and session.scalar(others):
+            return None
+        abandoned = or_(is_own, JobRow.lease.is_(None), *([JobRow.lease <= now] if may_take_over else []))
+        row = session.scalar(oldest.where(running, abandoned, JobRow.id.not_in(working_on)))
+        return row or session.scalar(oldest.where(JobRow.state.in_(WAITING)))
+
+    def release(self, job_id: str) -> None:
+        """Let another process follow a job that survives its runner."""
+        with self._as_runner(job_id):
+            pass
+
+    def outlived(self) -> list[str]:
+        """Return the cancelled jobs whose work may go on, because it survives its runner."""
+        cancelled = select(JobRow.id).where(JobRow.kind == self.kind, JobRow.state == State.CANCELLED)
+        with self._transaction() as session:
+            return list(session.scalars(cancelled.where(JobRow.device.is_(None), JobRow.runner.is_not(None))))
+
+    def record_stop(self, job_id: str) -> None:
+        """Record that the work of a cancelled job has stopped, so that `outlived` no longer returns the job."""
+        with self._transaction(WRITES) as session:
+            self._row(session, job_id).runner = None
 
     def required_versions(self, model: str) -> set[int]:
         """Return the versions of a model that waiting jobs use as teachers or initial weights."""
@@ -223,10 +272,10 @@ class TrainingQueue(JobQueue[TrainingJob]):
 
     def succeed(self, job_id: str, published: Publication) -> None:
         """Record the published model. A job that was cancelled too late stays cancelled, but records its model."""
-        with self._transaction(WRITES) as session:
-            row = self._row(session, job_id)
-            row.published = published.model_dump()
-            self._finish(row, State.SUCCEEDED)
+        with self._as_runner(job_id) as row:
+            if row:
+                row.published = published.model_dump()
+                self._finish(row, State.SUCCEEDED)
 
     def _validate(self, request: TrainingRequest) -> Recipe:
         try:
@@ -248,7 +297,9 @@ class TrainingQueue(JobQueue[TrainingJob]):
         return wanted
 
     def _reason_not_fitting(self, wanted: Recipe) -> str | None:
-        """Return the reason why this machine cannot train a recipe, or None."""
+        """Return the reason why this machine cannot train a recipe, or None. The machines of a cluster are unknown."""
+        if self._settings.jobs == "ray":
+            return None
         from training import resources  # imports PyTorch, which a list of jobs does not need
 
         train, test = split_sizes(self._settings.data)
@@ -274,16 +325,18 @@ class TrainingQueue(JobQueue[TrainingJob]):
             raise BadRequest(f"{field}: {error}") from None
 
     def _before_cancel(self, job_id: str) -> None:
-        self.run_folder(job_id).request_stop()  # stops the process even if this server crashes first
+        if not self.database.shared:  # otherwise the process ends with its server
+            self.run_folder(job_id).request_stop()  # stops the process even if this server crashes first
 
     def _summarize(self, row: JobRow) -> TrainingJobSummary:
         summary = TrainingJobSummary.model_validate(row)
-        if row.state == State.RUNNING:  # at most one job, so a list reads the metrics of one run
-            summary.phase = phase_of(list(self.run_folder(row.id).metrics()))
+        if row.state == State.RUNNING:  # at most one job per device, so a list reads the metrics of few runs
+            summary.phase = phase_of([metrics for _, metrics in self.files(row.id).metrics()])
         return summary
 
     def _view(self, row: JobRow) -> TrainingJob:
-        metrics = list(self.run_folder(row.id).metrics())
+        files = self.files(row.id)
+        metrics = [metrics for _, metrics in files.metrics()]
         summary = TrainingJobSummary.model_validate(row)
         summary.phase = phase_of(metrics) if row.state == State.RUNNING else None
         progress = metrics[-1] if metrics else None
@@ -294,7 +347,7 @@ class TrainingQueue(JobQueue[TrainingJob]):
             epochs=row.recipe["epochs"] + row.recipe["finetune_epochs"],
             progress=progress,
             history=[line for line in metrics if line["event"] == "epoch"],
-            files=list(self.run_folder(row.id).files()),
+            files=files.names(),
         )
 
 

@@ -29,6 +29,8 @@ ROOT = Path(__file__).parents[2]
         ("CIFAR100_PORT", "http", "CIFAR100_PORT: Input should be a valid integer"),
         ("CIFAR100_MAX_QUEUE", "0", "CIFAR100_MAX_QUEUE: Input should be greater than 0"),
         ("CIFAR100_API_KEYS", "short-secret", "CIFAR100_API_KEYS_0: Value should have at least 16 items"),
+        ("CIFAR100_DATABASE", "mysql://user:a-password@host/name", "CIFAR100_DATABASE: it is not a PostgreSQL URL"),
+        ("CIFAR100_JOB_LEASE_S", "1", "CIFAR100_JOB_LEASE_S: Input should be greater than or equal to 5"),
         ("CIFAR100_PREDICT_NEEDS_KEY", "yes", "CIFAR100_PREDICT_NEEDS_KEY needs CIFAR100_API_KEYS"),
         ("CIFAR100_DRAIN_S", "inf", "CIFAR100_DRAIN_S: Input should be a finite number"),
         ("CIFAR100_WORKERS", "999", "CIFAR100_WORKERS: 999 workers are more than this machine can run; use at most "),

@@ -69,7 +69,7 @@ def conclude(script: str, ran: str, checks: list[Check], workers: int = 1, whole
         ran: Sentence that describes the run.
         workers: Number of processes of the service.
         whole: True to write the file, False to print only. `is_whole` finds it out from the script's options.
-        suffix: Text to append to the name of the file.
+        suffix: Text to append to the name of the file, such as "_postgresql".
 
     Returns:
         The exit status: 1 if a target was missed, else 0.
@@ -78,7 +78,7 @@ def conclude(script: str, ran: str, checks: list[Check], workers: int = 1, whole
     if workers > 1:
         ran = f"{workers} workers: {ran}"
     lines = [f"{ran} {describe_run()}.", "", *format_table(checks)]
-    keep(script, lines, whole, suffix or ("_workers" if workers > 1 else ""))
+    keep(script, lines, whole, "_workers" if workers > 1 else suffix)
     return 1 if missed else 0
 
 

@@ -1,16 +1,21 @@
 """Test that no kill of the service or its training processes loses, duplicates or damages an accepted job.
 
-The test runs one server with one store and one runs folder. A client submits tiny jobs on the synthetic data set (each
-with its own seed), cancels some jobs and promotes versions. Meanwhile SIGKILL hits the server, the training process or
-both at random moments, often before the server is ready. After every kill the program checks the store and the job
-database from outside. At the end it leaves the server alone until the queue is empty. Every job must then have exactly
-one final state. Every job that succeeded must have trained each epoch once and published exactly one version.
+The test runs one server with one store and one runs folder. With `--database postgresql`, it starts a PostgreSQL
+server, and two servers that share it, the store and the runs folder, as two machines with a common volume do. A client
+submits tiny jobs on the synthetic data set (each with its own seed), cancels some jobs and promotes versions. Meanwhile
+SIGKILL hits a server, the training process or both at random moments, often before the server is ready. After every
+kill the program checks the store and the job database from outside. At the end it leaves the servers alone until the
+queue is empty. Every job must then have exactly one final state. Every job that succeeded must have trained each epoch
+once and published exactly one version.
 
-    python tests/stress/crash_points.py [--kills 200] [--seed 0]
+    python tests/stress/crash_points.py [--database sqlite|postgresql] [--kills 200] [--seed 0]
+
+With PostgreSQL, the default is 50 kills. A training process dies with its server, and the other server takes the job
+over after its lease of 5 s. That counts as a crash, after which the job is resumed once.
 
 Time: nine minutes.
 Result: 200 kills, 33 accepted jobs, no job or version lost, doubled or damaged (AMD EPYC, 2 cores, 2026-11-24).
-Table: results/crash_points.md.
+Tables: results/crash_points.md, and results/crash_points_postgresql.md (`--database postgresql`).
 """
 
 import argparse
@@ -23,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +37,13 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 import httpx
 import numpy as np
 import tiny_models
+from postgres import PostgresServer
 from processes import find_processes
-from results import Check, conclude, is_whole
+from results import Check, conclude
 from server import Server, wait_for
 from tiny_models import NAME, TINY
 
-from app.jobs.database import DATABASE
+from app.jobs.backends import Postgres, Sqlite
 from app.jobs.queue import State
 from training.run import Run
 from training.runtimes import torchscript
@@ -47,8 +53,11 @@ from training.store import MODEL, LocalStore, StoreError
 EPOCHS = 3
 MAX_WAITING = 3  # a short queue empties quickly at the end
 SCARCELY_STARTED_S = 2.0
-MEAN_DELAY_S = 3.0
-DRAIN_S = 600.0
+MEAN_DELAY_S = {"sqlite": 3.0, "postgresql": 8.0}
+KILLS = {"sqlite": 200, "postgresql": 50}
+LEASE_S = 5
+DRAIN_S = 900.0
+COLUMNS = "id, idempotency_key, state, crashes, error, CAST(recipe AS TEXT), CAST(published AS TEXT)"
 VICTIMS = ("server", "server", "training", "both")
 FINISHED = [state for state in State if state.finished]
 
@@ -110,52 +119,115 @@ class Client(threading.Thread):
         return None
 
 
-def main(kills: int, seed: int, whole: bool) -> int:
+class Servers:
+    """The servers of a database: one for SQLite, two for PostgreSQL.
+
+    Args:
+        store: Their model store.
+        folder: Folder of the runs folder and of the log.
+        url: URL of the PostgreSQL database, or None.
+    """
+
+    def __init__(self, store: LocalStore, folder: Path, url: str | None):
+        self.store, self.runs = store, folder / "runs"
+        self.url = url
+        self._settings = {"database": url, "job_lease_s": str(LEASE_S)} if url else {}
+        self.all = [self._start(number) for number in range(2 if url else 1)]
+
+    def _start(self, number: int) -> Server:
+        return Server(self.store.root, self.runs, self.runs.with_name(f"log-{number}"), **self._settings)
+
+    def restart(self) -> None:
+        """Start the servers that do not run."""
+        self.all = [
+            server if server.process.poll() is None else self._start(number) for number, server in enumerate(self.all)
+        ]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all jobs.
+
+        Raises:
+            ValueError: The database is damaged.
+        """
+        names = ("id", "idempotency_key", "state", "crashes", "error", "recipe", "published")
+        rows = self._postgres_rows() if self.url else self._sqlite_rows()
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def _postgres_rows(self) -> list[Any]:
+        engine = Postgres(self.url or "").connect()
+        with closing(engine.raw_connection()) as connection:
+            cursor = connection.cursor()
+            cursor.execute("SELECT to_regclass('jobs')")
+            if cursor.fetchone() == (None,):
+                return []
+            cursor.execute(f"SELECT {COLUMNS} FROM jobs ORDER BY sequence")  # noqa: S608
+            rows = list(cursor.fetchall())
+        engine.dispose()
+        return rows
+
+    def _sqlite_rows(self) -> list[Any]:
+        file = Sqlite(self.runs).path
+        if not file.exists():
+            return []
+        with closing(sqlite3.connect(file, timeout=10)) as database:
+            (verdict,) = database.execute("PRAGMA integrity_check").fetchone()
+            if verdict != "ok":
+                raise ValueError(verdict)
+            if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone():
+                return []
+            return database.execute(f"SELECT {COLUMNS} FROM jobs ORDER BY sequence").fetchall()  # noqa: S608
+
+    def unfinished(self) -> list[str]:
+        """Return the ids of the jobs that wait or run."""
+        return [row["id"] for row in self.rows() if row["state"] not in FINISHED]
+
+
+def main(kills: int, seed: int, database: str, whole: bool) -> int:
     random = np.random.default_rng(seed)
     faults: list[str] = []
     moments: Counter[str] = Counter()
     killed: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(prefix="crash-points-") as name:
-        folder = Path(name)
-        runs, log = folder / "runs", folder / "log"
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crash-points-")))
+        url = stack.enter_context(PostgresServer()).create_database() if database == "postgresql" else None
         store = tiny_models.make_store(folder)
         client = Client(store, seed)
         client.start()
         started = time.monotonic()
-        server = Server(store.root, runs, log)
-        done = 0
+        servers = Servers(store, folder, url)
+        runs, done = servers.runs, 0
         while done < kills:
-            if server.process.poll() is not None:
-                server = Server(store.root, runs, log)
-            client.server = server
+            servers.restart()
+            server = client.server = servers.all[int(random.integers(len(servers.all)))]
             early = random.random() < 0.25
-            time.sleep(random.uniform(0, SCARCELY_STARTED_S) if early else random.exponential(MEAN_DELAY_S))
+            time.sleep(random.uniform(0, SCARCELY_STARTED_S) if early else random.exponential(MEAN_DELAY_S[database]))
             training = find_processes(runs, "-m training train")
             jobs = {_job_of(process) for process in training if _at_work(runs, process)} - {""}
             victim = str(random.choice(VICTIMS)) if training else "server"
             moments[f"{victim}, {_moment(runs, training)}"] += 1
-            for process in training if victim != "server" else []:
+            for process in training if victim != "server" or url else []:
                 killed[_job_of(process)] += 1
-                os.kill(process, signal.SIGKILL)
-                done += 1
+                if victim != "server":
+                    os.kill(process, signal.SIGKILL)
+                    done += 1
             if victim != "training":
                 server.kill()
                 done += 1
-            faults += [f"kill {done}: {fault}" for fault in _faults(store, runs, jobs)]
+            faults += [f"kill {done}: {fault}" for fault in _faults(servers, jobs)]
         seconds = time.monotonic() - started
 
         client.over.set()
         client.join()
-        if server.process.poll() is not None:
-            server = Server(store.root, runs, log)
-        wait_for(lambda: server.address and not _unfinished(runs), DRAIN_S, log)
-        if (status := server.stop()) != 0:
-            faults.append(f"the server ended with {status}")
-        if left := find_processes(folder):
+        servers.restart()
+        wait_for(lambda: all(each.address for each in servers.all) and not servers.unfinished(), DRAIN_S, server.log)
+        for server in servers.all:
+            if (status := server.stop()) != 0:
+                faults.append(f"the server ended with {status}")
+        if left := find_processes(runs):
             faults.append(f"processes are left: {left}")
-        faults += _faults(store, runs, set())
-        rows = _rows(runs)
-        faults += _lost_or_doubled(client, rows, runs, store, killed)
+        faults += _faults(servers, set())
+        rows = servers.rows()
+        faults += _lost_or_doubled(client, rows, servers, killed)
         faults += [f"{count} x {answer}" for answer, count in client.unexpected.items()]
         versions = len(store.versions(NAME))
     for fault in faults:
@@ -163,7 +235,7 @@ def main(kills: int, seed: int, whole: bool) -> int:
     states = Counter(row["state"] for row in rows)
     return conclude(
         __file__,
-        f"{done} kills (seed {seed}) in {seconds / 60:.0f} minutes, then left in peace.",
+        f"{database}: {done} kills (seed {seed}) in {seconds / 60:.0f} minutes, then left in peace.",
         [
             *(Check(f"killed: {moment}", f"{count}") for moment, count in sorted(moments.items())),
             Check("jobs accepted", f"{len(client.accepted)}"),
@@ -174,6 +246,7 @@ def main(kills: int, seed: int, whole: bool) -> int:
             Check("faults: lost, doubled, damaged, left over", f"{len(faults)}", "0", not faults),
         ],
         whole=whole,
+        suffix="_postgresql" if url else "",
     )
 
 
@@ -208,15 +281,15 @@ def _at_work(runs: Path, process: int) -> bool:
     return Run(runs / _job_of(process)).holder() == process
 
 
-def _faults(store: LocalStore, runs: Path, jobs: set[str]) -> list[str]:
+def _faults(servers: Servers, jobs: set[str]) -> list[str]:
     """Return the faults of the store and the database, and a fault if more than one of `jobs` trains at once.
 
     Args:
         jobs: Ids of the jobs whose processes hold their run folders now.
     """
-    faults = []
+    faults, store = [], servers.store
     if len(jobs) > 1:
-        states = {row["id"]: row["state"] for row in _rows(runs)}
+        states = {row["id"]: row["state"] for row in servers.rows()}
         faults.append(
             f"{len(jobs)} jobs train at once: {', '.join(f'{job} {states.get(job)}' for job in sorted(jobs))}"
         )
@@ -229,39 +302,15 @@ def _faults(store: LocalStore, runs: Path, jobs: set[str]) -> list[str]:
     except (StoreError, RuntimeError, OSError) as error:
         faults.append(f"the store: {error}")
     try:
-        _rows(runs)
+        servers.rows()
     except (sqlite3.Error, ValueError) as error:
         faults.append(f"the job database: {error}")
     return faults
 
 
-def _rows(runs: Path) -> list[dict[str, Any]]:
-    """Return all jobs.
-
-    Raises:
-        ValueError: The database is damaged.
-    """
-    if not (runs / DATABASE).exists():
-        return []
-    with closing(sqlite3.connect(runs / DATABASE, timeout=10)) as database:
-        database.row_factory = sqlite3.Row
-        (verdict,) = database.execute("PRAGMA integrity_check").fetchone()
-        if verdict != "ok":
-            raise ValueError(verdict)
-        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone():
-            return []
-        return [dict(row) for row in database.execute("SELECT * FROM jobs ORDER BY sequence")]
-
-
-def _unfinished(runs: Path) -> list[str]:
-    return [row["id"] for row in _rows(runs) if row["state"] not in FINISHED]
-
-
-def _lost_or_doubled(
-    client: Client, rows: list[dict[str, Any]], runs: Path, store: LocalStore, killed: Counter[str]
-) -> list[str]:
+def _lost_or_doubled(client: Client, rows: list[dict[str, Any]], servers: Servers, killed: Counter[str]) -> list[str]:
     """Return the faults of the jobs after all of them have ended."""
-    faults = []
+    faults, store = [], servers.store
     by_id = {row["id"]: row for row in rows}
     for key, job in client.accepted.items():
         if job not in by_id or by_id[job]["idempotency_key"] != key:
@@ -271,10 +320,11 @@ def _lost_or_doubled(
         versions.setdefault(store.card(NAME, version).seed, []).append(version)
     for row in rows:
         name, mine = row["id"], versions.pop(json.loads(row["recipe"])["seed"], [])
-        run = Run(runs / name)
+        run = Run(servers.runs / name)
         if len(mine) > 1:
             faults.append(f"{name} has published {mine}")
-        if row["crashes"] > min(1, killed[name]):
+        # In PostgreSQL, the death of a server counts as a crash of the job that it has claimed.
+        if row["crashes"] > (1 if servers.url else min(1, killed[name])):
             faults.append(f"{name} has {row['crashes']} crashes, its process was killed {killed[name]} times")
         if row["state"] == State.SUCCEEDED:
             epochs = [epoch["epoch"] for epoch in run.epochs()]
@@ -283,7 +333,11 @@ def _lost_or_doubled(
             if [json.loads(row["published"])["version"]] != mine:
                 faults.append(f"{name} says {row['published']}, the store has {mine}")
         elif row["state"] == State.FAILED:
-            if killed[name] < 2 or row["crashes"] != 1 or "again after it was resumed" not in row["error"]:
+            if (
+                (killed[name] < 2 and not servers.url)
+                or row["crashes"] != 1
+                or "again after it was resumed" not in row["error"]
+            ):
                 faults.append(f"{name} failed after {killed[name]} kills: {row['error']}")
         elif name not in client.cancelled:
             faults.append(f"{name} is {row['state']}, which nobody asked for")
@@ -293,7 +347,9 @@ def _lost_or_doubled(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--database", choices=tuple(KILLS), default="sqlite")
+    parser.add_argument("--kills", type=int)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    sys.exit(main(given.kills, given.seed, is_whole(parser, given)))
+    count = given.kills or KILLS[given.database]
+    sys.exit(main(count, given.seed, given.database, whole=count >= KILLS[given.database]))

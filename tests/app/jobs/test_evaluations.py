@@ -27,6 +27,7 @@ from app.jobs.queue import State, new_job_id
 from app.jobs.training_queue import TrainingQueue
 from app.main import create_app
 from app.settings import Settings
+from training.recipes import make_recipe
 from training.store import Evaluation
 
 pytestmark = pytest.mark.slow
@@ -47,6 +48,17 @@ INSERT INTO jobs VALUES (1, 'old-training', 'key', 'failed', '{"recipe": "resnet
     '{"epochs": 2, "finetune_epochs": 0}', '2026-11-01 10:00:00.000000', NULL, NULL, 1, 'no luck', NULL);
 PRAGMA user_version = 1;
 """
+
+# The table of the release after 0.1.0, with the same job.
+SCHEMA_2 = (
+    SCHEMA_1
+    + """
+ALTER TABLE jobs ADD COLUMN kind VARCHAR NOT NULL DEFAULT 'training';
+ALTER TABLE jobs ADD COLUMN result JSON;
+UPDATE jobs SET state = 'interrupted';
+PRAGMA user_version = 2;
+"""
+)
 
 
 class Gate:
@@ -269,3 +281,16 @@ def test_the_database_of_an_earlier_release_is_migrated(tmp_path: Path) -> None:
             assert (evaluated.state, evaluated.result, evaluated.done) == (State.SUCCEEDED, RESULT, 2)
             assert queue.get("ba9876543210").state is State.FAILED
             assert not folder.exists()
+
+
+def test_job_of_schema_2_is_resumed(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as database:
+        database.executescript(SCHEMA_2)
+        recipe = make_recipe("resnet", {"epochs": 2}).model_dump_json()
+        database.execute("UPDATE jobs SET recipe = ?", (recipe,))
+        database.commit()
+    for _ in range(2):
+        with opened(tmp_path) as queue:
+            claimed = TrainingQueue(Settings(runs=tmp_path), queue.database).claim("cpu")
+            assert claimed is not None
+            assert (claimed[0].id, claimed[0].state, claimed[0].crashes) == ("old-training", State.RUNNING, 1)

@@ -22,7 +22,10 @@ from pydantic import SecretStr
 
 from app.clients import FairShares
 from app.exceptions import BadRequest, NotFound, Unavailable
+from app.jobs.backends import WRITES
 from app.jobs.database import Database
+from app.jobs.lease import LeaseKeeper
+from app.jobs.local_executor import LocalExecutor
 from app.jobs.queue import JobEvent, State
 from app.jobs.training_queue import TrainingJobSummary, TrainingQueue, TrainingRequest
 from app.jobs.training_runner import TrainingRunner
@@ -41,24 +44,50 @@ KEY = "the-secret-of-this-test"
 REQUEST = TrainingRequest(recipe="resnet", overrides={"epochs": 2})
 
 
-def opened(runs: Path, **settings: Any) -> TrainingQueue:
-    database = Database(runs)
+SQLITE = pytest.mark.parametrize("database_url", [None], ids=["sqlite"])
+"""Mark of a test for one database, because it damages or locks the file, or starts a runner without leases."""
+
+databases = list[Database]()
+"""The databases of a test."""
+
+
+def opened(runs: Path, database_url: SecretStr | None = None, **settings: Any) -> TrainingQueue:
+    database = Database(runs, database_url)
+    databases.append(database)
     database.open()
-    return TrainingQueue(Settings(runs=runs, **settings), database)
+    return TrainingQueue(Settings(runs=runs, database=database_url, **settings), database)
+
+
+@pytest.fixture(autouse=True)
+def close_databases() -> Iterator[None]:
+    yield
+    while databases:
+        databases.pop().close()
 
 
 @pytest.fixture
-def jobs(tmp_path: Path) -> TrainingQueue:
-    return opened(tmp_path)
+def jobs(tmp_path: Path, database_url: SecretStr | None) -> TrainingQueue:
+    return opened(tmp_path, database_url)
+
+
+def make_runner(jobs: TrainingQueue, run_child: Any, monkeypatch: pytest.MonkeyPatch) -> TrainingRunner:
+    """Return a runner whose training processes are replaced by a coroutine function."""
+    monkeypatch.setattr(LocalExecutor, "_run_child", run_child)
+    return TrainingRunner(Settings(runs=jobs.database.runs), jobs, LeaseKeeper(jobs.database), AsyncMock())
+
+
+def change_recipe(jobs: TrainingQueue, job_id: str, **fields: Any) -> None:
+    with jobs.database.transaction(WRITES) as session:
+        row = jobs._row(session, job_id)
+        row.recipe = row.recipe | fields
 
 
 @contextmanager
 def locked_by_a_writer(jobs: TrainingQueue) -> Iterator[None]:
-    """Lock the database exclusively, like another program that is about to write."""
-    with closing(sqlite3.connect(jobs.run_folder("jobs.sqlite").path, isolation_level=None)) as database:
-        database.execute("BEGIN EXCLUSIVE")
+    """Lock the database, like another process that writes."""
+    with jobs.database.transaction(WRITES) as session:
+        session.connection()
         yield
-        database.execute("ROLLBACK")
 
 
 def claimed(jobs: TrainingQueue) -> TrainingJobSummary:
@@ -98,6 +127,7 @@ def test_a_running_job_has_the_phase_of_its_latest_report(jobs: TrainingQueue, p
         (PhaseReport("quantizing", "comparing", 3, 9, epoch=1), "quantizing"),
     ):
         run.record(report if isinstance(report, dict) else asdict(report))
+        jobs.push_files(job_id)
         assert (jobs.get(job_id).phase, jobs.newest(1)[0].phase) == (phase, phase)
     assert (jobs.get(job_id).progress or {})["done"] == 3
     jobs.succeed(job_id, publication)
@@ -138,11 +168,13 @@ def test_only_a_finished_job_has_no_time_left(jobs: TrainingQueue, publication: 
     run = jobs.run_folder(job_id)
     run.path.mkdir()
     run.record({"event": "epoch", "epoch": 2, "remaining_s": 1.5})
+    jobs.push_files(job_id)
     assert jobs.get(job_id).progress == {"event": "epoch", "epoch": 2, "remaining_s": 1.5}
     jobs.succeed(job_id, publication)
     assert jobs.get(job_id).progress == {"event": "epoch", "epoch": 2, "remaining_s": 0}
 
 
+@SQLITE
 def test_cancelling_asks_the_process_of_a_running_job_to_stop(jobs: TrainingQueue) -> None:
     running, queued = jobs.submit(REQUEST), jobs.submit(REQUEST)
     claimed(jobs)
@@ -152,6 +184,7 @@ def test_cancelling_asks_the_process_of_a_running_job_to_stop(jobs: TrainingQueu
     assert not jobs.run_folder(queued.id).path.exists()
 
 
+@SQLITE
 def test_a_running_job_that_cannot_be_told_to_stop_goes_on(jobs: TrainingQueue) -> None:
     job_id = jobs.submit(REQUEST).id
     claimed(jobs)
@@ -161,8 +194,10 @@ def test_a_running_job_that_cannot_be_told_to_stop_goes_on(jobs: TrainingQueue) 
     assert jobs.state(job_id) is State.RUNNING
 
 
-def test_versions_that_waiting_jobs_learn_from_are_needed(published_store: Path, tmp_path: Path) -> None:
-    jobs = opened(tmp_path, models=published_store)
+def test_versions_that_waiting_jobs_learn_from_are_needed(
+    published_store: Path, tmp_path: Path, database_url: SecretStr | None
+) -> None:
+    jobs = opened(tmp_path, database_url, models=published_store)
     assert jobs.required_versions("resnet") == set()
     job = jobs.submit(TrainingRequest(recipe="resnet", overrides={"weights": "resnet/1", "width": 8}))
     jobs.submit(TrainingRequest(recipe="resnet18", overrides={"teacher": "resnet/1"}))
@@ -187,8 +222,7 @@ def test_a_job_whose_recipe_this_release_does_not_know_fails(
     jobs: TrainingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign, own = jobs.submit(REQUEST), jobs.submit(REQUEST)
-    with sqlite3.connect(jobs.run_folder("jobs.sqlite").path) as database:
-        database.execute("UPDATE jobs SET recipe = json_set(recipe, '$.unheard_of', 1) WHERE id = ?", (foreign.id,))
+    change_recipe(jobs, foreign.id, unheard_of=1)
     assert jobs.claim() is None
     assert jobs.get(foreign.id).state is State.FAILED
     assert "unheard_of" in (jobs.get(foreign.id).error or "")
@@ -197,12 +231,12 @@ def test_a_job_whose_recipe_this_release_does_not_know_fails(
 
 def test_a_job_of_a_recipe_that_is_no_more_fails(jobs: TrainingQueue) -> None:
     job = jobs.submit(REQUEST)
-    with sqlite3.connect(jobs.run_folder("jobs.sqlite").path) as database:
-        database.execute("UPDATE jobs SET recipe = json_set(recipe, '$.name', 'vgg') WHERE id = ?", (job.id,))
+    change_recipe(jobs, job.id, name="vgg")
     assert jobs.claim() is None
     assert "no recipe 'vgg'" in (jobs.get(job.id).error or "")
 
 
+@SQLITE
 def test_a_job_whose_folder_is_damaged_fails_and_the_next_one_runs(
     jobs: TrainingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,8 +249,7 @@ def test_a_job_whose_folder_is_damaged_fails_and_the_next_one_runs(
         run = jobs.run_folder(damaged.id)
         run.path.mkdir()
         run.publication_file.write_text("{")
-        runner = TrainingRunner(Settings(runs=run.path.parent), jobs, AsyncMock())
-        monkeypatch.setattr(runner, "_run_child", child)
+        runner = make_runner(jobs, child, monkeypatch)
         runner.start()
         async with asyncio.timeout(60):
             while jobs.running() != job.id:  # noqa: ASYNC110  the database signals no event
@@ -228,6 +261,7 @@ def test_a_job_whose_folder_is_damaged_fails_and_the_next_one_runs(
     asyncio.run(scenario())
 
 
+@SQLITE
 def test_a_runner_that_is_stopped_ends_even_if_it_cannot_note_so(
     jobs: TrainingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,8 +277,7 @@ def test_a_runner_that_is_stopped_ends_even_if_it_cannot_note_so(
             raise Unavailable("the disk is full")
 
         job = jobs.submit(REQUEST)
-        runner = TrainingRunner(Settings(runs=jobs.run_folder(job.id).path.parent), jobs, AsyncMock())
-        monkeypatch.setattr(runner, "_run_child", child)
+        runner = make_runner(jobs, child, monkeypatch)
         monkeypatch.setattr(jobs, "interrupt", full)
         runner.start()
         await asyncio.wait_for(started.wait(), 10)
@@ -254,6 +287,7 @@ def test_a_runner_that_is_stopped_ends_even_if_it_cannot_note_so(
     asyncio.run(scenario())
 
 
+@SQLITE
 def test_only_so_many_clients_follow_events(jobs: TrainingQueue, tmp_path: Path) -> None:
     with make_local_client(create_app(Settings(models=tmp_path, runs=tmp_path, max_event_streams=1))) as client:
         job = jobs.submit(REQUEST)
@@ -288,6 +322,7 @@ def test_one_address_cannot_take_every_event_stream() -> None:
     assert streams.total == 75
 
 
+@SQLITE
 def test_who_follows_events_is_let_go_when_the_service_stops(jobs: TrainingQueue, tmp_path: Path) -> None:
     job = jobs.submit(REQUEST)
     with make_local_client(create_app(Settings(models=tmp_path, runs=tmp_path))) as client:
@@ -304,13 +339,13 @@ def test_what_was_asked_for_is_kept_as_it_was_understood(jobs: TrainingQueue) ->
 
 
 def test_everything_is_still_known_after_a_restart(
-    jobs: TrainingQueue, publication: Publication, tmp_path: Path
+    jobs: TrainingQueue, publication: Publication, tmp_path: Path, database_url: SecretStr | None
 ) -> None:
     done, waiting = jobs.submit(REQUEST, "key"), jobs.submit(REQUEST)
     claimed(jobs)
     jobs.succeed(done.id, publication)
     jobs.database.close()
-    again = opened(tmp_path)
+    again = opened(tmp_path, database_url)
     job = again.get(done.id)
     assert (job.state, job.published, job.request) == (State.SUCCEEDED, publication, REQUEST)
     assert job.started is not None
@@ -320,6 +355,7 @@ def test_everything_is_still_known_after_a_restart(
     assert claimed(again).id == waiting.id
 
 
+@SQLITE
 def test_what_a_dead_server_left_running_is_claimed_first(jobs: TrainingQueue, tmp_path: Path) -> None:
     first, _ = jobs.submit(REQUEST), jobs.submit(REQUEST)
     claimed(jobs)
@@ -361,15 +397,15 @@ def test_the_same_key_gives_the_same_job_and_with_another_request_an_error(jobs:
     assert jobs.submit(REQUEST).id != jobs.submit(REQUEST).id
 
 
-def test_requests_with_one_key_at_the_same_time_give_one_job(tmp_path: Path) -> None:
+def test_requests_with_one_key_at_the_same_time_give_one_job(tmp_path: Path, database_url: SecretStr | None) -> None:
     """Each request uses its own database connection, like separate server processes."""
     found: list[str] = []
-    opened(tmp_path).database.close()
+    queues = [opened(tmp_path, database_url) for _ in range(8)]
 
-    def submit() -> None:
-        found.append(opened(tmp_path).submit(REQUEST, "key").id)
+    def submit(jobs: TrainingQueue) -> None:
+        found.append(jobs.submit(REQUEST, "key").id)
 
-    threads = [threading.Thread(target=submit) for _ in range(8)]
+    threads = [threading.Thread(target=submit, args=(jobs,)) for jobs in queues]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -378,8 +414,8 @@ def test_requests_with_one_key_at_the_same_time_give_one_job(tmp_path: Path) -> 
     assert len(set(found)) == 1
 
 
-def test_a_full_queue_refuses_and_a_cancelled_job_makes_room(tmp_path: Path) -> None:
-    jobs = opened(tmp_path, max_jobs=2)
+def test_a_full_queue_refuses_and_a_cancelled_job_makes_room(tmp_path: Path, database_url: SecretStr | None) -> None:
+    jobs = opened(tmp_path, database_url, max_jobs=2)
     first = jobs.submit(REQUEST)
     jobs.submit(REQUEST, "key")
     with pytest.raises(Unavailable, match="2 jobs are waiting"):
@@ -391,8 +427,9 @@ def test_a_full_queue_refuses_and_a_cancelled_job_makes_room(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("call", [TrainingQueue.get, TrainingQueue.cancel, TrainingQueue.state])
 def test_an_unknown_job_is_not_found(jobs: TrainingQueue, call: object) -> None:
-    with pytest.raises(NotFound, match=r"\.\./x"):
-        call(jobs, "../x")  # type: ignore[operator]
+    for job_id in ("../x", "a\0b", "missing"):
+        with pytest.raises(NotFound):
+            call(jobs, job_id)  # type: ignore[operator]
 
 
 def test_without_a_runs_folder_there_is_no_training_but_everything_else(models: Path, tmp_path: Path) -> None:
@@ -412,6 +449,7 @@ def test_without_a_readable_database_there_is_no_training_but_everything_else(mo
         assert client.get("/train").status_code == 503
 
 
+@SQLITE
 def test_a_database_that_is_damaged_later_makes_training_unavailable(jobs: TrainingQueue) -> None:
     jobs.submit(REQUEST)
     jobs.database.close()
@@ -423,18 +461,19 @@ def test_a_database_that_is_damaged_later_makes_training_unavailable(jobs: Train
     assert jobs.running() is None
 
 
-def test_several_servers_may_start_at_once(tmp_path: Path) -> None:
-    for number in range(5):
+def test_several_servers_may_start_at_once(tmp_path: Path, database_url: SecretStr | None) -> None:
+    for number in range(1 if database_url else 5):
         (folder := tmp_path / str(number)).mkdir()
         with ThreadPoolExecutor(8) as threads:
-            assert all(threads.map(lambda _: Database(folder).open(), range(8)))
+            assert all(threads.map(lambda _: opened(folder, database_url).newest(1) == [], range(8)))
 
 
-def test_the_database_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
-    opened(tmp_path).database.close()
-    with sqlite3.connect(tmp_path / "jobs.sqlite") as connection:
-        connection.execute("PRAGMA user_version = 99")
-    jobs = opened(tmp_path)
+def test_the_database_of_a_newer_release_is_left_alone(
+    jobs: TrainingQueue, tmp_path: Path, database_url: SecretStr | None
+) -> None:
+    with jobs.database.transaction(WRITES) as session:
+        jobs.database.backend.write_version(session.connection(), 99)
+    jobs = opened(tmp_path, database_url)
     with pytest.raises(Unavailable, match="jobs are unavailable"):
         jobs.submit(REQUEST)
 
@@ -446,7 +485,7 @@ def test_reader_does_not_wait_for_a_writer_and_a_writer_is_refused_soon(jobs: Tr
         assert jobs.get(job.id).state is State.QUEUED
         assert jobs.running() is None
         for write in (lambda: jobs.submit(REQUEST), lambda: jobs.cancel(job.id), jobs.claim):
-            with pytest.raises(Unavailable, match="database is locked; try again later"):
+            with pytest.raises(Unavailable, match="try again later"):
                 write()
     jobs.cancel(job.id)
     with locked_by_a_writer(jobs):
@@ -525,6 +564,7 @@ def test_follower_of_events_outlasts_a_database_that_cannot_be_read(
     assert json.loads(end.data)["state"] == "cancelled"
 
 
+@SQLITE
 def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
     jobs: TrainingQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -549,8 +589,7 @@ def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
                 raise Unavailable("database is locked")
             right(*arguments)
 
-        runner = TrainingRunner(Settings(runs=jobs.run_folder(job.id).path.parent), jobs, AsyncMock())
-        monkeypatch.setattr(runner, "_run_child", child)
+        runner = make_runner(jobs, child, monkeypatch)
         monkeypatch.setattr(jobs, "fail", fail)
         monkeypatch.setattr("app.jobs.queue._RETRY_S", 0.01)
         runner.start()
@@ -568,7 +607,7 @@ def test_outcome_of_a_job_is_noted_once_the_database_can_be_written(
 def test_training_becomes_available_once_its_folder_can_be_used(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.jobs.training_runner._LEASE_POLL_S", 0.01)
+    monkeypatch.setattr("app.jobs.training_runner._LOCK_POLL_S", 0.01)
     (tmp_path / "runs").write_text("a file, not a folder")
     with make_local_client(create_app(Settings(models=models, runs=tmp_path / "runs", data="synthetic:4"))) as client:
         assert client.get("/train").status_code == 503
@@ -579,6 +618,7 @@ def test_training_becomes_available_once_its_folder_can_be_used(
         assert client.get("/train").json() == []
 
 
+@SQLITE
 def test_rows_that_an_earlier_release_kept_without_a_bound_are_shortened(jobs: TrainingQueue, tmp_path: Path) -> None:
     waiting, done = jobs.submit(REQUEST), jobs.submit(REQUEST)
     jobs.cancel(done.id)

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from app.jobs.database import EVALUATION, TRAINING, WRITES, Database, JobRow
+from app.jobs.backends import WRITES
+from app.jobs.database import Database
 from app.jobs.overview import MeasuredAccuracy, read_overview
 from app.jobs.queue import State
+from app.jobs.rows import EVALUATION, TRAINING, JobRow
 from training.run import Run
 
 NOW = datetime.now(UTC)
