@@ -127,10 +127,7 @@ SETTINGS = {
 }
 
 
-DATABASE = pytest.mark.xfail("database" not in Settings.model_fields, reason="CIFAR100_DATABASE is not merged yet")
-
-
-@pytest.mark.parametrize("name", ["base", pytest.param("cloud", marks=DATABASE), "ray"])
+@pytest.mark.parametrize("name", SETTINGS)
 def test_the_service_accepts_the_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "ray":
         pytest.importorskip("ray")
