@@ -12,7 +12,7 @@ from postgres import PostgresServer, find_programs
 from server import Server, wait_for
 from service import TINY, find_finished_job, list_processes
 
-from training.store import Store
+from training.store import LocalStore
 
 pytest.importorskip("psycopg")
 
@@ -144,7 +144,7 @@ def test_job_of_a_killed_server_is_taken_over_by_the_other_one(machines: Machine
     assert (job["state"], job["crashes"]) == ("succeeded", 1), job["error"]
     assert [epoch["epoch"] for epoch in job["history"]] == list(range(1, 13))
     assert "curves.png" in job["files"]
-    assert Store(models).versions("resnet") == [1, job["published"]["version"]]
+    assert LocalStore(models).versions("resnet") == [1, job["published"]["version"]]
 
 
 def test_nothing_is_lost_while_postgresql_is_stopped(machines: Machines, postgres_server: PostgresServer) -> None:
