@@ -9,7 +9,7 @@ from training.store import Store
 
 pytest.importorskip("ray")
 
-from app.jobs.ray_executor import _write_output  # noqa: E402
+from app.jobs.ray_executor import _write_output
 
 
 def test_output_of_several_attempts_is_one_run(tmp_path: Path, published_store: Path) -> None:
