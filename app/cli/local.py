@@ -27,6 +27,11 @@ class LocalService:
 
     def __init__(self, settings: Settings):
         self._settings = settings
+        self._database = Database(settings.runs, settings.database)
+
+    def close(self) -> None:
+        """Close the connections to the job database."""
+        self._database.close()
 
     @property
     def _store(self) -> Store:
@@ -88,7 +93,7 @@ class LocalService:
         return LocalJob(queue, _to_job(queue.get(job_id)))
 
     def _has_jobs(self) -> bool:
-        return self._database().backend.exists
+        return self._database.backend.exists
 
     def _open_known_queue(self) -> TrainingQueue:
         """Open the queue of a runs folder that has one."""
@@ -100,15 +105,11 @@ class LocalService:
         return self._open_queue()
 
     def _open_queue(self) -> TrainingQueue:
-        database = self._database()
         try:
-            database.connect()
+            self._database.connect()
         except DBAPIError as error:
-            raise ReportedError(f"{database.backend.label} cannot be used: {error.orig}") from error
-        return _LocalQueue(self._settings, database)
-
-    def _database(self) -> Database:
-        return Database(self._settings.runs, self._settings.database)
+            raise ReportedError(f"{self._database.backend.label} cannot be used: {error.orig}") from error
+        return _LocalQueue(self._settings, self._database)
 
 
 class _LocalQueue(TrainingQueue):

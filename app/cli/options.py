@@ -176,7 +176,11 @@ def connect(
         return
     from app.cli.local import LocalService
 
-    yield LocalService(local_settings(models=models, runs=runs))
+    service = LocalService(local_settings(models=models, runs=runs))
+    try:
+        yield service
+    finally:
+        service.close()
 
 
 @contextmanager

@@ -64,8 +64,6 @@ class Database:
         Returns:
             True if the database is open. If it cannot be opened, the service runs without jobs.
         """
-        if self._engine:
-            return True
         try:
             self.connect()
         except (OSError, DBAPIError, NewerDatabase) as error:
@@ -74,13 +72,15 @@ class Database:
         return True
 
     def connect(self) -> None:
-        """Open the database, and create the runs folder and the tables if they do not exist.
+        """Open the database if it is not open yet, and create the runs folder and the tables if they do not exist.
 
         Raises:
             OSError: The runs folder cannot be used.
             NewerDatabase: A newer release has created the database.
             sqlalchemy.exc.DBAPIError: The database cannot be opened or written, is locked, or is damaged.
         """
+        if self._engine:
+            return
         self.runs.mkdir(parents=True, exist_ok=True)
         engine = self.backend.connect()
         try:

@@ -53,7 +53,7 @@ from training.store import MODEL, LocalStore, StoreError
 EPOCHS = 3
 MAX_WAITING = 3  # a short queue empties quickly at the end
 SCARCELY_STARTED_S = 2.0
-MEAN_DELAY_S = {"sqlite": 3.0, "postgresql": 8.0}
+MEAN_DELAY_S = {"sqlite": 3.0, "postgresql": 20.0}  # a takeover takes at least two leases
 KILLS = {"sqlite": 200, "postgresql": 50}
 LEASE_S = 5
 DRAIN_S = 900.0

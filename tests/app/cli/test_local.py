@@ -10,6 +10,7 @@ from api import encode_png, make_zip
 from cascades import add_cascade, add_second_member
 from command_line import answered, refused, typed
 from PIL import Image
+from postgres import PostgresServer
 
 from training.dataset import Dataset
 from training.run import Run
@@ -216,6 +217,22 @@ def test_doctor_finds_a_damaged_store_and_says_where_settings_come_from(store: L
     status, found, _ = findings(CIFAR100_MAX_QUEUE="0")
     assert status == 1
     assert found["settings"]["text"] == "CIFAR100_MAX_QUEUE: Input should be greater than 0"
+
+
+def test_jobs_of_a_postgresql_database_are_listed_and_checked(
+    store: LocalStore, tmp_path: Path, postgres: PostgresServer
+) -> None:
+    url = postgres.create_database()
+    assert answered("jobs", "list", CIFAR100_DATABASE=url) == []
+    _, found, settings = findings(CIFAR100_DATABASE=url)
+    assert found["jobs"]["state"] == "ok"
+    assert found["jobs"]["text"].startswith("the PostgreSQL database test_")
+    assert settings["database"] == {"value": "**********", "source": "CIFAR100_DATABASE"}
+    nothing = {"CIFAR100_DATABASE": "postgresql://somebody:a-secret-key-of-this-test@127.0.0.1:1/jobs"}
+    assert "the PostgreSQL database jobs on 127.0.0.1 cannot be used: " in refused(1, "jobs", "list", **nothing)
+    status, found, _ = findings(**nothing)
+    assert status == 1
+    assert found["jobs"]["remedy"] == "check CIFAR100_DATABASE"
 
 
 def test_a_folder_without_permission_is_told(store: LocalStore) -> None:
