@@ -1,0 +1,302 @@
+"""Simulate the service on one node and on many, and find out what limits it at 10, 1,000 and 100,000 times the load.
+
+The program reads the costs of a node from results/scale_measurement.json. First it simulates the load of the
+measurement, and compares rate and latencies. The load generator takes part, because it ran on the same processors. Then
+it simulates nodes without a load generator: the capacity of one node, a day, and a flash crowd.
+
+A day of a large pool has too many requests for a simulation. Two reductions make it small. For a day, the autoscaler
+runs with the simulated utilization of a node at each rate, and the latencies are those of a node at that rate. For a
+flash crowd, a slice of two nodes stands for the pool. A pool of 10 nodes is simulated in full as well, to check this.
+
+    python research/scale_simulation.py [--price 0.10] [--lag 46] [--quick]
+
+Needs the extra `scale`, which installs SimPy.
+
+Time: ten minutes.
+Table: results/scale_simulation.md.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
+
+import numpy as np
+import simpy
+from cluster_model import DAY_S, Autoscaler, Pool, PoolRun, Rate, ScalingPolicy, make_crowd, make_day
+from node_model import CASCADE, FIRST, JPEG, PNG, SECOND, EngineCosts, Node, NodeCosts, Thread, Waiting
+from numpy.typing import NDArray
+from results import describe_run, is_whole, keep
+
+MEASUREMENT = Path(__file__).parent / "results/scale_measurement.json"
+POLL_S = 1e-3  # the open load generator looks at its schedule so often, see tests/helpers/open_loop.py
+WARMUP_S = 1.0
+CHECK_S = 20.0
+POINT_S = 20.0
+REQUEST = CASCADE, PNG
+UTILIZATION = 0.6  # of a node, at the base load; the target of the autoscaler
+SCALES = 10, 1_000, 100_000
+CROWD, CROWD_START_S, CROWD_RISE_S, CROWD_S = 5.0, 60.0, 60.0, 600.0
+CROWD_CHECK_S = 180.0
+SLICE_NODES = 2
+
+# Figures that this repository does not measure.
+LIST_PRICE = 0.005 / 1000  # US dollars for a request that lists an object store
+STORE_RATE = 5500  # reading requests per second and prefix that Amazon S3 promises
+DATABASE_CONNECTIONS = 100  # default of PostgreSQL
+CONNECTIONS_PER_PROCESS = 5  # pool of SQLAlchemy
+SERIES_BYTES = 3 << 10  # memory of Prometheus for a series
+SCRAPE_S = 15.0
+CLUSTER_NODES = 5_000  # nodes that Kubernetes supports in a cluster
+RAY_NODES = 250  # nodes in Ray's own benchmark of its scalability
+IMAGE_MIB = 1_786  # container image of the CPU build, see docs/operations.md
+LOG_BYTES = 230  # log line of a request, see docs/operations.md
+REQUEST_BYTES, ANSWER_BYTES = 2_700, 900  # a PNG with its head, and the answer
+GPU_RATES = {FIRST: 188_312, SECOND: 60_978}  # images per second with the batcher, benchmarks/results/engines_gpu.md
+GPU_CORES = 16
+
+
+def read_costs(measurement: dict[str, Any]) -> NodeCosts:
+    """Return the costs of a node. `sent_on` is the measured share of the cascade."""
+
+    def find(model: str, picture: str, connections: int) -> dict[str, Any]:
+        key = model, picture, connections
+        return next(c for c in measurement["cases"] if (c["model"], c["picture"], c["connections"]) == key)
+
+    alone, together, cascade = find(FIRST, PNG, 1), find(FIRST, PNG, 32), find(CASCADE, PNG, 1)
+    photos = find(FIRST, JPEG, 32)
+    # A lone request wakes the loop twice: when it arrives, and when it is computed. A batch of requests does it once.
+    wake_ms = (alone["loop_ms"] - together["loop_ms"]) / (1 - 1 / together["batch_images"]) / 2
+    loop_ms = {
+        PNG: alone["loop_ms"] - 2 * wake_ms,
+        JPEG: photos["loop_ms"] - 2 * wake_ms / photos["batch_images"],
+    }
+    decoding_ms = measurement["decoding_ms"]
+    return NodeCosts(
+        cores=measurement["cores"],
+        engines={
+            model: EngineCosts(
+                tuple(times["sizes"]),
+                tuple(ms / 1000 for ms in times["wall_ms"]),
+                tuple(ms / 1000 for ms in times["cpu_ms"]),
+                tuple(times["spread"]),
+            )
+            for model, times in measurement["engines"].items()
+        },
+        loop_s={picture: ms / 1000 for picture, ms in loop_ms.items()},
+        loop_wake_s=wake_ms / 1000,
+        decoding_s={picture: ms / 1000 for picture, ms in decoding_ms.items()},
+        batch_s=(alone["batch_decoding_ms"] - decoding_ms[PNG]) / 1000,
+        sending_on_s=((cascade["loop_ms"] - alone["loop_ms"]) / cascade["sent_on"] - wake_ms) / 1000,
+        sent_on=cascade["sent_on"],
+    )
+
+
+@dataclass(frozen=True)
+class Load:
+    """The rate and the latencies of a simulated load."""
+
+    rate: float
+    p50_ms: float
+    p99_ms: float
+
+
+class CheckedNode:
+    """A node with the load generator of a measured case on its processors."""
+
+    def __init__(self, costs: NodeCosts, case: dict[str, Any], seed: int = 0):
+        self._env = simpy.Environment()
+        self._random = random.Random(seed)  # noqa: S311  it is no secret
+        self._node = Node(self._env, costs, self._random)
+        self._client = Thread(self._env, self._node.processors)
+        self._half_s = case["client_ms"] / 2000
+        self._case = case
+        self._latencies: list[float] = []
+
+    def simulate(self) -> Load:
+        """Simulate the case."""
+        if self._case["connections"]:
+            for _ in range(self._case["connections"]):
+                self._env.process(self._connect())
+        else:
+            self._env.process(self._send_on_schedule())
+        self._env.run(WARMUP_S)
+        self._latencies.clear()
+        self._env.run(WARMUP_S + CHECK_S)
+        p50, p99 = np.percentile(self._latencies, [50, 99]).tolist()
+        return Load(len(self._latencies) / CHECK_S, p50 * 1000, p99 * 1000)
+
+    def _connect(self) -> Waiting:
+        while True:
+            yield from self._request(self._env.now)
+
+    def _send_on_schedule(self) -> Waiting:
+        due = 0.0
+        while True:
+            due += self._random.expovariate(self._case["offered"])
+            sent = math.ceil(due / POLL_S) * POLL_S
+            if sent > self._env.now:
+                yield self._env.timeout(sent - self._env.now)
+            self._env.process(self._request(due))
+
+    def _request(self, due: float) -> Waiting:
+        yield self._client.run(self._half_s)
+        yield from self._node.answer(self._case["model"], self._case["picture"])
+        yield self._client.run(self._half_s)
+        self._latencies.append(self._env.now - due)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One node at one rate of Poisson arrivals."""
+
+    offered: float
+    utilization: float
+    latencies: NDArray[np.float64]
+    """Latencies of the accepted requests, sorted, in seconds."""
+    refused: float
+    """Share of the refused requests."""
+
+
+def simulate_point(costs: NodeCosts, request: tuple[str, str], offered: float, seconds: float = POINT_S) -> Point:
+    """Simulate a node without a load generator."""
+    env, generator = simpy.Environment(), random.Random(0)  # noqa: S311  it is no secret
+    node, answers = Node(env, costs, generator), list[tuple[float, bool]]()
+
+    def arrive() -> Waiting:
+        while True:
+            yield env.timeout(generator.expovariate(offered))
+            env.process(answer())
+
+    def answer() -> Waiting:
+        given = yield from node.answer(*request)
+        answers.append((given.latency, given.refused))
+
+    env.process(arrive())
+    env.run(WARMUP_S)
+    answers.clear()
+    busy_s = node.processors.busy_s
+    env.run(WARMUP_S + seconds)
+    utilization = (node.processors.busy_s - busy_s) / seconds / costs.cores
+    accepted = np.sort([latency for latency, refused in answers if not refused])
+    return Point(offered, utilization, accepted, 1 - len(accepted) / len(answers))
+
+
+def find_capacity(costs: NodeCosts, request: tuple[str, str]) -> float:
+    """Return the requests per second that a node answers when more arrive than it can answer."""
+    offered = 2 * costs.cores / min(costs.loop_s.values()) / 4
+    point = simulate_point(costs, request, offered)
+    return len(point.latencies) / POINT_S
+
+
+def simulate_points(costs: NodeCosts, request: tuple[str, str], capacity: float) -> list[Point]:
+    """Return a node at rates from 5 to 200 % of its capacity."""
+    shares = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.2, 2.0)
+    return [simulate_point(costs, request, share * capacity) for share in shares]
+
+
+def find_rate(points: list[Point], utilization: float) -> float:
+    """Return the rate at which a node has this utilization."""
+    return float(np.interp(utilization, [p.utilization for p in points], [p.offered for p in points]))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A pool over a scenario.
+
+    Attributes:
+        mean: Mean number of paid nodes.
+        peak: Largest number of paid nodes.
+        p99_ms: p99 of the accepted requests.
+        refused: Share of the refused requests.
+        requests: Number of answered requests of the whole pool.
+        seconds: Length of the scenario.
+    """
+
+    mean: float
+    peak: int
+    p99_ms: float
+    refused: float
+    requests: float
+    seconds: float
+
+    def cost(self, price: float) -> float:
+        """Return the cost of a million predictions at a price per node and hour."""
+        return self.mean * self.seconds / 3600 * price / self.requests * 1e6
+
+
+def simulate_day(points: list[Point], policy: ScalingPolicy, mean: float) -> Outcome:
+    """Run the autoscaler over a day. The nodes behave at each rate as in `points`."""
+    rate, rates = make_day(mean), [point.offered for point in points]
+    utilizations = [point.utilization for point in points]
+    scaler = Autoscaler(policy, max(1, math.ceil(rate(0.0) / find_rate(points, policy.target))))
+    sizes, weights = list[int](), np.zeros(len(points))
+    for step in range(int(DAY_S / policy.interval_s)):
+        now = step * policy.interval_s
+        scaler.start_nodes(now)
+        per_node = rate(now) / scaler.ready
+        weights[int(np.searchsorted(rates[:-1], per_node))] += rate(now) * policy.interval_s
+        scaler.decide(now, float(np.interp(per_node, rates, utilizations)))
+        sizes.append(scaler.nodes)
+    refused = float(np.dot(weights, [point.refused for point in points]) / weights.sum())
+    return Outcome(
+        float(np.mean(sizes)),
+        max(sizes),
+        1000 * _mix_p99(points, weights),
+        refused,
+        float(weights.sum()) * (1 - refused),
+        DAY_S,
+    )
+
+
+def _mix_p99(points: list[Point], weights: NDArray[np.float64]) -> float:
+    """Return the p99 of requests that are spread over the points by weights."""
+    latencies = np.concatenate([point.latencies for point in points])
+    shares = [weight * (1 - p.refused) / len(p.latencies) for weight, p in zip(weights, points, strict=True)]
+    weight = np.concatenate([np.full(len(p.latencies), share) for share, p in zip(shares, points, strict=True)])
+    order = np.argsort(latencies)
+    cumulated = np.cumsum(weight[order])
+    return float(latencies[order][np.searchsorted(cumulated, 0.99 * cumulated[-1])])
+
+
+def simulate_crowd(
+    costs: NodeCosts, policy: ScalingPolicy, base: float, nodes: int, seconds: float, slice_nodes: int | None
+) -> Outcome:
+    """Simulate a flash crowd on a pool that has the right number of nodes before.
+
+    Args:
+        base: Requests per second of the pool before the crowd.
+        nodes: Number of nodes before the crowd.
+        slice_nodes: Number of nodes to simulate; None for all of them.
+    """
+    rate = make_crowd(base, CROWD, CROWD_START_S, CROWD_RISE_S)
+    pool = Pool(simpy.Environment(), costs, Autoscaler(policy, nodes), REQUEST, slice_nodes)
+    run = pool.simulate(rate, seconds)
+    return _summarize(run, rate, seconds)
+
+
+def _summarize(run: PoolRun, rate: Rate, seconds: float) -> Outcome:
+    accepted = [answer.latency for answer in run.answers if not answer.refused]
+    refused = _refused_share(run, rate)
+    offered = sum(rate(second) for second in range(int(seconds)))
+    paid = [paid for _, _, paid in run.sizes]
+    p99_ms = 1000 * float(np.percentile(accepted, 99))
+    return Outcome(float(np.mean(paid)), max(paid), p99_ms, refused, offered * (1 - refused), seconds)
+
+
+def _refused_share(run: PoolRun, rate: Rate) -> float:
+    """Return the refused share of the pool. A slice sees fewer arrivals in the seconds in which the pool is larger."""
+    seconds = int(max(answer.arrived for answer in run.answers)) + 1
+    counts, refusals = np.zeros(seconds), np.zeros(seconds)
+    for answer in run.answers:
+        counts[int(answer.arrived)] += 1
+        refusals[int(answer.arrived)] += answer.refused
+    rates = np.array([rate(second) for second in range(seconds)])
+    return float(np.sum(rates * refusals / np.maximum(counts, 1)) / rates.sum())
