@@ -4,13 +4,12 @@
                    ^           | utilization, every interval
                    +-- autoscaler <--+
 
-The balancer chooses a node at random, so the arrivals of each node are a Poisson process if all arrivals are. A `Slice`
-simulates a few nodes of a pool: they get their share of the arrivals, and the autoscaler takes them for the whole pool.
-All times are in seconds.
+The balancer chooses a node at random, so the arrivals of each node are a Poisson process if all arrivals are. A `Pool`
+may simulate only a slice of its nodes: they get their share of the arrivals, and the autoscaler takes their utilization
+for that of all nodes. All times are in seconds.
 """
 
 import math
-import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -150,7 +149,7 @@ class Pool:
         self._autoscaler = autoscaler
         self._request = request
         self._slice_nodes = slice_nodes
-        self._random = random.Random(seed)  # noqa: S311  it is no secret
+        self._random = np.random.default_rng(seed)
         self._nodes: list[Node] = []
         self._resize()
 
@@ -164,8 +163,8 @@ class Pool:
     def _arrive(self, rate: Rate) -> Waiting:
         while True:
             share = len(self._nodes) / self._autoscaler.ready
-            yield self._env.timeout(self._random.expovariate(rate(self._env.now) * share))
-            self._env.process(self._answer(self._random.choice(self._nodes)))
+            yield self._env.timeout(self._random.exponential(1 / (rate(self._env.now) * share)))
+            self._env.process(self._answer(self._nodes[self._random.integers(len(self._nodes))]))
 
     def _answer(self, node: Node) -> Waiting:
         answer = yield from node.answer(*self._request)

@@ -8,7 +8,7 @@ Input: `NodeCosts`, which `scale_measurement.py` measures, and arrivals. Output:
 `scale_simulation.py` compares the model with the measured service and runs it. All times are in seconds.
 """
 
-import random
+import math
 from collections import deque
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -96,15 +96,22 @@ class _Computation:
 class Processors:
     """Processors that runnable threads share evenly.
 
-    A computation has a width, the number of threads that run it. Computations that hold the same lock take turns on one
-    thread, as Python code in the threads of a process does.
+    A computation has a width, the number of threads that run it. If it has several, they wait for the slowest of them
+    after each layer of the network, so the computation is as fast as the thread on the processor with the most threads.
+    Computations that hold the same lock take turns on one thread, as Python code in the threads of a process does.
+
+    Args:
+        env: The simulated time.
+        count: Number of processors.
+        speed: Speed of a processor. It is below 1 if other processes take a share of the CPU time.
     """
 
-    def __init__(self, env: simpy.Environment, count: float):
+    def __init__(self, env: simpy.Environment, count: int, speed: float = 1.0):
         self.busy_s = 0.0
         """CPU time of all computations."""
         self._env = env
         self._count = count
+        self._speed = speed
         self._running: list[_Computation] = []
         self._updated = 0.0
         self._alarm = 0  # number of the latest alarm; earlier ones are ignored
@@ -130,15 +137,20 @@ class Processors:
         if not self._running:
             return
         holders: dict[str, int] = {}
-        threads = 0.0
+        threads = 0
         for each in self._running:
             if each.lock is None:
-                threads += each.width
+                threads += round(each.width)
             else:
                 holders[each.lock] = holders.get(each.lock, 0) + 1
-        share = min(1.0, self._count / (threads + len(holders)))
+        threads += len(holders)
+        share = self._speed * min(1.0, self._count / threads)
+        slowest = self._speed / math.ceil(threads / self._count)
         for each in self._running:
-            each.rate = share * each.width if each.lock is None else share / holders[each.lock]
+            if each.lock is not None:
+                each.rate = share / holders[each.lock]
+            else:
+                each.rate = each.width * (slowest if each.width > 1 else share)
         delay = max(0.0, min(each.left_s / each.rate for each in self._running))
         alarm = self._env.timeout(delay, self._alarm)
         assert alarm.callbacks is not None  # noqa: S101  it has not been processed
@@ -212,7 +224,7 @@ class Engine:
         processors: Processors,
         costs: NodeCosts,
         model: str,
-        generator: random.Random,
+        generator: np.random.Generator,
     ):
         self.waiting: deque[_Image] = deque()
         """Images in the queue."""
@@ -254,7 +266,7 @@ class Engine:
             decoding_s = sum(image.decoding_s for image in batch)
             yield self._processors.compute(self._costs.batch_s + decoding_s, lock="python")
             wall_s, cpu_s = self._times.of(len(batch))
-            ratio = self._random.choice(self._times.spread)
+            ratio = self._times.spread[self._random.integers(len(self._times.spread))]
             yield self._processors.compute(cpu_s * ratio, width=cpu_s / wall_s)
             self.batches.append(len(batch))
             for image in batch:
@@ -286,11 +298,12 @@ class Node:
         env: The simulated time.
         costs: Costs of the node.
         generator: Random numbers.
+        speed: See `Processors`.
     """
 
-    def __init__(self, env: simpy.Environment, costs: NodeCosts, generator: random.Random):
+    def __init__(self, env: simpy.Environment, costs: NodeCosts, generator: np.random.Generator, speed: float = 1.0):
         self.env = env
-        self.processors = Processors(env, costs.cores)
+        self.processors = Processors(env, costs.cores, speed)
         self.in_progress = 0
         """Number of requests that have arrived and are not answered."""
         self.engines = {model: Engine(env, self.processors, costs, model, generator) for model in costs.engines}

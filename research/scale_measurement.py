@@ -9,7 +9,7 @@ The program runs one process of the service on all processors of this machine. I
 
 Then it measures whole requests: closed loops with 1, 8 and 32 connections, and open loops with Poisson arrivals at 50 %
 and 80 % of the rate of the closed loop with 32 connections. Other processes on the machine spoil a measurement. So a
-measurement during which they take more than 5 % of the CPU time is repeated, at most ten times, and the one with the
+measurement during which they take more than 5 % of the CPU time is repeated, at most five times, and the one with the
 smallest share is kept. The kept figures are medians over the rounds.
 
     python research/scale_measurement.py [--rounds 3] [--seconds 3] [--data DIR] [--models models]
@@ -61,19 +61,24 @@ QUANTILES = 40
 SIZES = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64
 CONNECTIONS = 1, 8, 32
 LOADS = 0.5, 0.8
-OPEN_CONNECTIONS = 100  # one client may not hold many idle connections
+OPEN_CONNECTIONS = 200  # one client may not hold many idle connections
 PNGS, PHOTOS = 500, 50
 LIMITS = Settings().max_image_bytes, Settings().max_image_pixels
 ENGINE_S = 0.3
 WARMUP_S = 1
 MAX_FOREIGN = 0.05  # share of the CPU time that other processes may take during a measurement
-ATTEMPTS = 10
+ATTEMPTS = 5
+MIN_ANSWERED = 0.95
 
 Value = TypeVar("Value")
 
 
-def measure_undisturbed(measure: Callable[[], Value]) -> Value:
-    """Repeat a measurement until other processes take little CPU time, and return the least disturbed one."""
+def measure_undisturbed(measure: Callable[[], Value]) -> tuple[Value, float]:
+    """Repeat a measurement until other processes take little CPU time.
+
+    Returns:
+        The least disturbed value, and the share of the CPU time that other processes took, 0-1.
+    """
     tried: list[tuple[float, Value]] = []
     for _ in range(ATTEMPTS):
         before, own_before, started = _busy_s(), _own_s(), time.perf_counter()
@@ -85,7 +90,7 @@ def measure_undisturbed(measure: Callable[[], Value]) -> Value:
             break
     foreign, value = min(tried, key=lambda each: each[0])
     print(f"{str(value)[:250]} ({foreign:.1%} of the CPU time to other processes, {len(tried)} attempts)", flush=True)
-    return value
+    return value, foreign
 
 
 def _busy_s() -> float:
@@ -125,7 +130,7 @@ def measure_engine(store: Store, model: str) -> dict[str, list[float]]:
         mean_s, cpu_s = statistics.mean(times), (time.process_time() - cpu_before) / len(times)
         return _ms(mean_s), _ms(cpu_s), [seconds / mean_s for seconds in times]
 
-    wall_ms, cpu_ms, ratios = zip(*(measure_undisturbed(partial(measure, size)) for size in SIZES), strict=True)
+    wall_ms, cpu_ms, ratios = zip(*(measure_undisturbed(partial(measure, size))[0] for size in SIZES), strict=True)
     centers = (np.arange(QUANTILES) + 0.5) / QUANTILES
     spread = np.mean([np.quantile(each, centers) for each in ratios], axis=0)
     return {"sizes": list(SIZES), "wall_ms": list(wall_ms), "cpu_ms": list(cpu_ms), "spread": spread.round(3).tolist()}
@@ -142,7 +147,7 @@ def measure_decoding(decode: Callable[[bytes], Any], pictures: Sequence[bytes]) 
             decode(picture)
         return _ms((time.process_time() - started) / len(pictures))
 
-    return measure_undisturbed(measure)
+    return measure_undisturbed(measure)[0]
 
 
 def decode_small(picture: bytes) -> object:
@@ -167,6 +172,7 @@ class Case:
         batch_images: Mean number of images in a batch of the first engine.
         batch_decoding_ms: Mean time of decoding the small images of a batch.
         sent_on: Share of the images of a cascade that its second member computes.
+        foreign: Share of the CPU time that other processes of the machine took, 0-1.
     """
 
     model: str
@@ -181,6 +187,7 @@ class Case:
     batch_images: float
     batch_decoding_ms: float
     sent_on: float
+    foreign: float = 0.0
 
 
 class Service:
@@ -229,7 +236,8 @@ class Service:
                 round(change.get('cifar100_sent_on_images_total{model="cascade"}', 0.0) / count, 3),
             )
 
-        return measure_undisturbed(measure)
+        case, foreign = measure_undisturbed(measure)
+        return replace(case, foreign=round(max(0.0, foreign), 3))
 
     def count_series(self) -> tuple[int, int]:
         """Return the number of series and the number of bytes of `/metrics`."""
@@ -249,14 +257,16 @@ class Service:
         """Return the same as `_drive_closed`, for Poisson arrivals.
 
         Raises:
-            RuntimeError: The service does not answer all requests.
+            RuntimeError: The service refuses requests.
         """
         command = [sys.executable, open_loop.__file__, "127.0.0.1", str(self._running.port), *map(str, requests)]
         command += ["--rate", str(offered), "--seconds", str(self._seconds), "--poisson"]
         command += ["--connections", str(OPEN_CONNECTIONS)]
         tally = Tally(**json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        if tally.failed or tally.unsent or tally.refused_ms:
-            raise RuntimeError(f"the open loop of {offered:.0f}/s overloads the service")
+        if tally.failed or len(tally.accepted_ms) < MIN_ANSWERED * tally.due:
+            raise RuntimeError(
+                f"of {tally.due} requests, {len(tally.accepted_ms)} were answered, {tally.failed} failed"
+            )
         p50_ms, p99_ms = np.percentile(tally.accepted_ms, [50, 99]).tolist()
         return len(tally.accepted_ms) / self._seconds, p50_ms, p99_ms, tally.cpu_s
 

@@ -1,14 +1,15 @@
 """Simulate the service on one node and on many, and find out what limits it at 10, 1,000 and 100,000 times the load.
 
 The program reads the costs of a node from results/scale_measurement.json. First it simulates the load of the
-measurement, and compares rate and latencies. The load generator takes part, because it ran on the same processors. Then
-it simulates nodes without a load generator: the capacity of one node, a day, and a flash crowd.
+measurement, and compares rate and latencies. The load generator takes part, because it ran on the same processors, and
+the processors are slower by the share that other processes took of them. Then the program simulates nodes without a
+load generator: the capacity of one node, a day, and a flash crowd.
 
 A day of a large pool has too many requests for a simulation. Two reductions make it small. For a day, the autoscaler
 runs with the simulated utilization of a node at each rate, and the latencies are those of a node at that rate. For a
 flash crowd, a slice of two nodes stands for the pool. A pool of 10 nodes is simulated in full as well, to check this.
 
-    python research/scale_simulation.py [--price 0.10] [--lag 46] [--quick]
+    python research/scale_simulation.py [--price 0.10] [--lag 46]
 
 Needs the extra `scale`, which installs SimPy.
 
@@ -19,10 +20,9 @@ Table: results/scale_simulation.md.
 import argparse
 import json
 import math
-import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ MEASUREMENT = Path(__file__).parent / "results/scale_measurement.json"
 POLL_S = 1e-3  # the open load generator looks at its schedule so often, see tests/helpers/open_loop.py
 WARMUP_S = 1.0
 CHECK_S = 20.0
+TOLERANCES = 0.15, 0.15, 0.3  # of rate, p50 and p99
 POINT_S = 20.0
+CALLERS = 64  # callers that keep a node saturated
 REQUEST = CASCADE, PNG
 UTILIZATION = 0.6  # of a node, at the base load; the target of the autoscaler
 SCALES = 10, 1_000, 100_000
-CROWD, CROWD_START_S, CROWD_RISE_S, CROWD_S = 5.0, 60.0, 60.0, 600.0
-CROWD_CHECK_S = 180.0
+CROWD, CROWD_START_S, CROWD_RISE_S, CROWD_S = 5.0, 30.0, 60.0, 420.0
+CROWD_CHECK_S = 135.0
 SLICE_NODES = 2
 
 # Figures that this repository does not measure.
@@ -113,8 +115,8 @@ class CheckedNode:
 
     def __init__(self, costs: NodeCosts, case: dict[str, Any], seed: int = 0):
         self._env = simpy.Environment()
-        self._random = random.Random(seed)  # noqa: S311  it is no secret
-        self._node = Node(self._env, costs, self._random)
+        self._random = np.random.default_rng(seed)
+        self._node = Node(self._env, costs, self._random, 1 - case["foreign"])
         self._client = Thread(self._env, self._node.processors)
         self._half_s = case["client_ms"] / 2000
         self._case = case
@@ -140,7 +142,7 @@ class CheckedNode:
     def _send_on_schedule(self) -> Waiting:
         due = 0.0
         while True:
-            due += self._random.expovariate(self._case["offered"])
+            due += self._random.exponential(1 / self._case["offered"])
             sent = math.ceil(due / POLL_S) * POLL_S
             if sent > self._env.now:
                 yield self._env.timeout(sent - self._env.now)
@@ -167,12 +169,12 @@ class Point:
 
 def simulate_point(costs: NodeCosts, request: tuple[str, str], offered: float, seconds: float = POINT_S) -> Point:
     """Simulate a node without a load generator."""
-    env, generator = simpy.Environment(), random.Random(0)  # noqa: S311  it is no secret
+    env, generator = simpy.Environment(), np.random.default_rng(0)
     node, answers = Node(env, costs, generator), list[tuple[float, bool]]()
 
     def arrive() -> Waiting:
         while True:
-            yield env.timeout(generator.expovariate(offered))
+            yield env.timeout(generator.exponential(1 / offered))
             env.process(answer())
 
     def answer() -> Waiting:
@@ -190,10 +192,19 @@ def simulate_point(costs: NodeCosts, request: tuple[str, str], offered: float, s
 
 
 def find_capacity(costs: NodeCosts, request: tuple[str, str]) -> float:
-    """Return the requests per second that a node answers when more arrive than it can answer."""
-    offered = 2 * costs.cores / min(costs.loop_s.values()) / 4
-    point = simulate_point(costs, request, offered)
-    return len(point.latencies) / POINT_S
+    """Return the requests per second that a node answers when `CALLERS` callers always wait for an answer."""
+    env, answered = simpy.Environment(), list[float]()
+    node = Node(env, costs, np.random.default_rng(0))
+
+    def call() -> Waiting:
+        while True:
+            yield from node.answer(*request)
+            answered.append(env.now)
+
+    for _ in range(CALLERS):
+        env.process(call())
+    env.run(WARMUP_S + POINT_S)
+    return sum(now > WARMUP_S for now in answered) / POINT_S
 
 
 def simulate_points(costs: NodeCosts, request: tuple[str, str], capacity: float) -> list[Point]:
@@ -300,3 +311,182 @@ def _refused_share(run: PoolRun, rate: Rate) -> float:
         refusals[int(answer.arrived)] += answer.refused
     rates = np.array([rate(second) for second in range(seconds)])
     return float(np.sum(rates * refusals / np.maximum(counts, 1)) / rates.sum())
+
+
+def format_check(costs: NodeCosts, cases: list[dict[str, Any]]) -> list[str]:
+    """Return the table of measured and simulated rates and latencies."""
+    lines = [
+        "| load | requests/s | p50 ms | p99 ms | met |",
+        "| --- | --: | --: | --: | --- |",
+    ]
+    for case in cases:
+        load = CheckedNode(costs, case).simulate()
+        ratios = load.rate / case["rate"], load.p50_ms / case["p50_ms"], load.p99_ms / case["p99_ms"]
+        missed = [
+            name
+            for name, ratio, limit in zip(("rate", "p50", "p99"), ratios, TOLERANCES, strict=True)
+            if abs(ratio - 1) > limit
+        ]
+        arrivals = f"{case['connections']} connections" if case["connections"] else f"open, {case['offered']:.0f}/s"
+        lines.append(
+            f"| `{case['model']}`, {case['picture']}, {arrivals} "
+            f"| {case['rate']:.0f}, {load.rate:.0f}, {ratios[0]:.2f} "
+            f"| {case['p50_ms']:.1f}, {load.p50_ms:.1f}, {ratios[1]:.2f} "
+            f"| {case['p99_ms']:.1f}, {load.p99_ms:.1f}, {ratios[2]:.2f} "
+            f"| {'**no**: ' + ', '.join(missed) if missed else 'yes'} |"
+        )
+    return lines
+
+
+def format_capacity(costs: NodeCosts) -> list[str]:
+    """Return the table of the capacity of a node, of one core and of a GPU."""
+    lines = ["| node | model | picture | images/s, saturated | per core |", "| --- | --- | --- | --: | --: |"]
+    for model in (FIRST, SECOND, CASCADE):
+        for picture in (PNG, JPEG):
+            rate = find_capacity(costs, (model, picture))
+            lines.append(f"| {costs.cores} cores | `{model}` | {picture} | {rate:,.0f} | {rate / costs.cores:,.0f} |")
+    cascade = 1 / (1 / GPU_RATES[FIRST] + costs.sent_on / GPU_RATES[SECOND])
+    http = GPU_CORES / (costs.loop_s[PNG] + costs.decoding_s[PNG])
+    for model, rate in (GPU_RATES | {CASCADE: cascade}).items():
+        lines.append(f"| H200, without HTTP and decoding | `{model}` | pixels | {rate:,.0f} | |")
+    lines.append(f"| {GPU_CORES} cores for HTTP and decoding only, one process each | any | {PNG} | {http:,.0f} | |")
+    return lines
+
+
+def format_points(points: list[Point]) -> list[str]:
+    """Return the table of a node at several rates."""
+    lines = ["| requests/s | utilization | p50 ms | p99 ms | refused |", "| --: | --: | --: | --: | --: |"]
+    for point in points:
+        p50, p99 = (np.percentile(point.latencies, [50, 99]) * 1000).tolist()
+        lines.append(f"| {point.offered:.0f} | {point.utilization:.0%} | {p50:.1f} | {p99:.1f} | {point.refused:.1%} |")
+    return lines
+
+
+def format_outcomes(outcomes: dict[str, Outcome], price: float) -> list[str]:
+    """Return the table of the scenarios."""
+    lines = [
+        "| scenario | nodes, mean | nodes, peak | p99 ms | refused | cost of a million predictions |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for name, outcome in outcomes.items():
+        lines.append(
+            f"| {name} | {outcome.mean:,.1f} | {outcome.peak:,} | {outcome.p99_ms:,.1f} | {outcome.refused:.1%} "
+            f"| ${outcome.cost(price):.4f} |"
+        )
+    return lines
+
+
+def format_limits(measurement: dict[str, Any], base: float, nodes: dict[int, int]) -> list[str]:
+    """Return the table of what a pool asks of its surroundings at the peak of the flash crowd.
+
+    Args:
+        base: Requests per second of a node at the base load.
+        nodes: Largest number of nodes, by scale.
+    """
+    series, model_mib = measurement["metric_series"], measurement["model_mib"]
+
+    def describe(scale: int) -> Iterator[str]:
+        count, added, rate = nodes[scale], nodes[scale] - scale, CROWD * base * scale
+        yield f"{count:,}"
+        yield f"{rate:,.0f}"
+        yield f"{rate * (REQUEST_BYTES + ANSWER_BYTES) * 8 / 1e9:,.2f} Gbit/s"
+        yield f"{count:,}/s, ${count * DAY_S * LIST_PRICE:,.0f} a day"
+        yield f"{count * CONNECTIONS_PER_PROCESS:,}"
+        yield f"{count * series:,}"
+        yield f"{count * series * SERIES_BYTES / 2**30:,.1f} GiB, {count * series / SCRAPE_S:,.0f} samples/s"
+        yield f"{added * model_mib / 1024:,.1f} GiB"
+        yield f"{added * IMAGE_MIB / 1024:,.0f} GiB"
+        yield f"{rate * LOG_BYTES * DAY_S / 2**40:,.2f} TiB a day"
+
+    names = (
+        ("nodes", f"Kubernetes {CLUSTER_NODES:,}, Ray {RAY_NODES} tested"),
+        ("requests/s", ""),
+        ("network at the balancer", ""),
+        ("polls of an object store", f"S3: {STORE_RATE:,}/s for a prefix"),
+        ("connections to PostgreSQL", f"{DATABASE_CONNECTIONS} by default"),
+        ("series of Prometheus", ""),
+        ("memory and samples of Prometheus", ""),
+        ("models that new nodes load", ""),
+        ("container images that new nodes load", ""),
+        ("log lines", ""),
+    )
+    columns = [list(describe(scale)) for scale in SCALES]
+    lines = [
+        f"| demand | {' | '.join(f'{scale:,}x' for scale in SCALES)} | limit |",
+        f"| --- | {'--: | ' * len(SCALES)}--- |",
+    ]
+    rows = zip(names, zip(*columns, strict=True), strict=True)
+    return lines + [f"| {name} | {' | '.join(values)} | {limit} |" for (name, limit), values in rows]
+
+
+def main(price: float, lag_s: float, whole: bool) -> None:
+    measurement = json.loads(MEASUREMENT.read_text())
+    costs = read_costs(measurement)
+    points = simulate_points(costs, REQUEST, find_capacity(costs, REQUEST))
+    base = find_rate(points, UTILIZATION)
+    policy = ScalingPolicy(UTILIZATION, lag_s)
+    outcomes, peaks = dict[str, Outcome](), dict[int, int]()
+    for scale in SCALES:
+        outcomes[f"{scale:,}x, day"] = simulate_day(points, policy, scale * base)
+        crowd = simulate_crowd(costs, policy, scale * base, scale, CROWD_S, SLICE_NODES)
+        outcomes[f"{scale:,}x, flash crowd"], peaks[scale] = crowd, crowd.peak
+    small = min(SCALES)
+    reduced = {
+        f"{small}x, flash crowd, {CROWD_CHECK_S:.0f} s, {name}": simulate_crowd(
+            costs, policy, small * base, small, CROWD_CHECK_S, count
+        )
+        for name, count in (("all nodes", None), (f"slice of {SLICE_NODES}", SLICE_NODES))
+    }
+    prepared = {
+        f"target {target:.0%}, lag {lag:.0f} s": simulate_crowd(
+            costs, ScalingPolicy(target, lag), 1000 * base, math.ceil(1000 * UTILIZATION / target), CROWD_S, SLICE_NODES
+        )
+        for target, lag in ((UTILIZATION, 15.0), (0.3, lag_s), (0.15, lag_s))
+    }
+    lines = [
+        f"Simulated from a measurement: {measurement['run']}. Table: {describe_run()}.",
+        "",
+        "## Check",
+        "",
+        "Measured, simulated and their ratio. Targets: rate and p50 within 15 %, p99 within 30 %.",
+        "",
+        *format_check(costs, measurement["cases"]),
+        "",
+        "## Capacity",
+        "",
+        *format_capacity(costs),
+        "",
+        f"## One node, `{CASCADE}`, {PNG}",
+        "",
+        f"The base load is {base:.0f} images/s: {UTILIZATION:.0%} utilization.",
+        "",
+        *format_points(points),
+        "",
+        "## Scales",
+        "",
+        f"Price of a node: ${price:.2f} an hour. Target of the autoscaler: {UTILIZATION:.0%} utilization, every "
+        f"{policy.interval_s:.0f} s; a new node answers after {lag_s:.0f} s.",
+        "",
+        *format_outcomes(outcomes, price),
+        "",
+        "## Reduction",
+        "",
+        *format_outcomes(reduced, price),
+        "",
+        "## Preparation for the flash crowd at 1,000x",
+        "",
+        *format_outcomes(prepared, price),
+        "",
+        "## Demands at the peak of the flash crowd",
+        "",
+        *format_limits(measurement, base, peaks),
+    ]
+    keep(__file__, lines, whole)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--price", type=float, default=0.10, help="US dollars for a node and an hour")
+    parser.add_argument("--lag", type=float, default=46.0, help="seconds from a decision until a new node answers")
+    chosen = parser.parse_args()
+    main(chosen.price, chosen.lag, is_whole(parser, chosen))
