@@ -108,11 +108,12 @@ class Processors:
 
     def __init__(self, env: simpy.Environment, count: int, speed: float = 1.0):
         self.busy_s = 0.0
-        """CPU time of all computations."""
+        """Time for which processors were busy. A thread that waits for a slower one keeps its processor busy."""
         self._env = env
         self._count = count
         self._speed = speed
         self._running: list[_Computation] = []
+        self._busy = 0  # processors with a runnable thread
         self._updated = 0.0
         self._alarm = 0  # number of the latest alarm; earlier ones are ignored
 
@@ -127,13 +128,14 @@ class Processors:
     def _advance(self) -> None:
         """Account for the time since the last change."""
         elapsed, self._updated = self._env.now - self._updated, self._env.now
+        self.busy_s += self._busy * elapsed
         for each in self._running:
             each.left_s -= each.rate * elapsed
-            self.busy_s += each.rate * elapsed
 
     def _share(self) -> None:
         """Share the processors among the threads, and set the alarm for the next computation that ends."""
         self._alarm += 1
+        self._busy = 0
         if not self._running:
             return
         holders: dict[str, int] = {}
@@ -144,6 +146,7 @@ class Processors:
             else:
                 holders[each.lock] = holders.get(each.lock, 0) + 1
         threads += len(holders)
+        self._busy = min(threads, self._count)
         share = self._speed * min(1.0, self._count / threads)
         slowest = self._speed / math.ceil(threads / self._count)
         for each in self._running:
@@ -281,7 +284,7 @@ class Engine:
 
     def _take(self) -> list[_Image]:
         """Take the next batch from the queue. Images that are too late are refused."""
-        batch = []
+        batch: list[_Image] = []
         while self.waiting and len(batch) < self._costs.max_batch:
             image = self.waiting.popleft()
             if self._env.now - image.arrived > self._costs.deadline_s:

@@ -289,7 +289,7 @@ def _median(cases: Sequence[Case]) -> dict[str, Any]:
     """Return one case with the medians of the numbers of all rounds."""
     rows = [vars(case) for case in cases]
     return {
-        key: value if isinstance(value, str) else round(statistics.median(row[key] for row in rows), 4)
+        key: value if isinstance(value, str | int) else round(statistics.median(row[key] for row in rows), 4)
         for key, value in rows[0].items()
     }
 
