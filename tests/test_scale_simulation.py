@@ -141,7 +141,7 @@ def test_autoscaler_waits_for_nodes_that_start_and_keeps_nodes_after_a_peak() ->
 def test_slice_of_a_pool_has_the_utilization_and_latency_of_the_whole_pool() -> None:
     runs = []
     for slice_nodes in (None, 2):
-        scaler = Autoscaler(ScalingPolicy(target=0.6, lag_s=0.0), 4)
+        scaler = Autoscaler(ScalingPolicy(target=0.6, lag_s=0.0, tolerance=0.5), 4)
         pool = Pool(simpy.Environment(), replace(COSTS, max_batch=1), scaler, REQUEST, slice_nodes)
         runs.append(pool.simulate(lambda _: 4 * 0.6 / SERVICE_S, 60))
     whole, part = runs
