@@ -203,7 +203,7 @@ class Thread:
                 yield self._processors.compute(cpu_s + extra_s, lock=self._lock)
                 extra_s = 0.0
                 done.succeed()
-            yield self._env.timeout(0)  # those that wait for the last task see this turn
+            yield self._env.timeout(0)  # processes that wait for the last task still see this turn
             ended, self.turn = self.turn, self._env.event()
             ended.succeed()
         self._is_running = False

@@ -16,7 +16,7 @@ smallest share is kept. The kept figures are medians over the rounds.
 
 Needs wrk (`apt-get install wrk`) and CIFAR-100. Linux only.
 
-Time: six minutes.
+Time: six minutes if it has the machine for itself.
 Result: results/scale_measurement.json, which `scale_simulation.py` reads.
 """
 
@@ -300,7 +300,8 @@ def measure_cases(service: Service, rounds: int) -> list[dict[str, Any]]:
     kinds += [(MEMBERS[0], JPEG, connections) for connections in (min(CONNECTIONS), max(CONNECTIONS))]
     closed = [[service.measure(*kind) for kind in kinds] for _ in range(rounds)]
     medians = [_median(cases) for cases in zip(*closed, strict=True)]
-    peaks = {row["model"]: row["rate"] for row in medians if row["picture"] == PNG}  # of the most connections
+    # The last row of a model has the most connections.
+    peaks = {row["model"]: row["rate"] for row in medians if row["picture"] == PNG}
     offered = [(model, load * peak) for model, peak in peaks.items() for load in LOADS]
     opened = [[service.measure(model, PNG, offered=rate) for model, rate in offered] for _ in range(rounds)]
     return medians + [_median(cases) for cases in zip(*opened, strict=True)]

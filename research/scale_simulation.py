@@ -13,7 +13,9 @@ flash crowd, a slice of two nodes stands for the pool. A pool of 10 nodes is sim
 
 Needs SimPy, which the extra `dev` installs.
 
-Time: 20 minutes.
+Time: 15 minutes.
+Result: one node serves 318 images/s of the cascade at 60 % utilization. The service refuses 2 % of a flash crowd of five
+times the load, because the autoscaler is late (Intel Xeon with AMX, 2 cores, 2026-11-30).
 Table: results/scale_simulation.md.
 """
 
@@ -39,11 +41,11 @@ MEASUREMENT = Path(__file__).parent / "results/scale_measurement.json"
 POLL_S = 1e-3  # the open load generator looks at its schedule so often, see tests/helpers/open_loop.py
 WARMUP_S = 1.0
 CHECK_S = 20.0
-TOLERANCES = 0.15, 0.15, 0.3  # of rate, p50 and p99
+TOLERANCES = 0.15, 0.15, 0.3  # relative deviations of rate, p50 and p99
 POINT_S = 20.0
 CALLERS = 64  # callers that keep a node saturated
 REQUEST = CASCADE, PNG
-UTILIZATION = 0.6  # of a node, at the base load; the target of the autoscaler
+UTILIZATION = 0.6  # base load of a node, and target of the autoscaler
 SCALES = 10, 1_000, 100_000
 CROWD, CROWD_START_S, CROWD_RISE_S, CROWD_S = 5.0, 30.0, 60.0, 420.0
 CROWD_CHECK_S = 135.0
@@ -377,7 +379,7 @@ def format_outcomes(outcomes: dict[str, Outcome], price: float) -> list[str]:
 
 
 def format_limits(measurement: dict[str, Any], base: float, nodes: dict[int, int]) -> list[str]:
-    """Return the table of what a pool asks of its surroundings at the peak of the flash crowd.
+    """Return the table of the demands of a pool on its surroundings at the peak of the flash crowd.
 
     Args:
         base: Requests per second of a node at the base load.
