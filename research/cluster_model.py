@@ -116,8 +116,8 @@ class PoolRun:
     """The outcome of a simulated pool."""
 
     answers: list[Answer] = field(default_factory=list)
-    sizes: list[tuple[float, int, int]] = field(default_factory=list)
-    """Time, number of ready nodes and number of paid nodes after each decision."""
+    paid: list[int] = field(default_factory=list)
+    """Number of nodes, ready or starting, after each decision."""
     busy: list[float] = field(default_factory=list)
     """Utilization of the ready nodes before each decision, 0-1."""
 
@@ -185,7 +185,7 @@ class Pool:
             self._autoscaler.decide(self._env.now, utilization)
             self._resize()
             self.run.busy.append(utilization)
-            self.run.sizes.append((self._env.now, self._autoscaler.ready, self._autoscaler.nodes))
+            self.run.paid.append(self._autoscaler.nodes)
 
     def _resize(self) -> None:
         """Let the balancer use as many nodes as are ready, or as the slice has."""

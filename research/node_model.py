@@ -233,8 +233,6 @@ class Engine:
         """Images in the queue."""
         self.photos = 0
         """Photos in decoding."""
-        self.batches: list[int] = []
-        """Sizes of the batches."""
         self._env = env
         self._processors = processors
         self._costs = costs
@@ -271,7 +269,6 @@ class Engine:
             wall_s, cpu_s = self._times.of(len(batch))
             ratio = self._times.spread[self._random.integers(len(self._times.spread))]
             yield self._processors.compute(cpu_s * ratio, width=cpu_s / wall_s)
-            self.batches.append(len(batch))
             for image in batch:
                 image.computed.succeed(True)
         self._is_busy = False

@@ -14,8 +14,8 @@ flash crowd, a slice of two nodes stands for the pool. A pool of 10 nodes is sim
 Needs SimPy, which the extra `dev` installs.
 
 Time: 15 minutes.
-Result: one node serves 318 images/s of the cascade at 60 % utilization. The service refuses 2 % of a flash crowd of five
-times the load, because the autoscaler is late (Intel Xeon with AMX, 2 cores, 2026-11-30).
+Result: one node serves 318 images/s of the cascade at 60 % utilization. In a flash crowd of five times the load, 2 % of
+the requests are refused, because the autoscaler is late (Intel Xeon with AMX, 2 cores, 2026-11-30).
 Table: results/scale_simulation.md.
 """
 
@@ -35,7 +35,7 @@ import simpy
 from cluster_model import DAY_S, Autoscaler, Pool, PoolRun, Rate, ScalingPolicy, make_crowd, make_day
 from node_model import CASCADE, FIRST, JPEG, PNG, SECOND, EngineCosts, Node, NodeCosts, Thread, Waiting
 from numpy.typing import NDArray
-from results import describe_run, is_whole, keep
+from results import describe_run, keep
 
 MEASUREMENT = Path(__file__).parent / "results/scale_measurement.json"
 POLL_S = 1e-3  # the open load generator looks at its schedule so often, see tests/helpers/open_loop.py
@@ -115,9 +115,9 @@ class Load:
 class CheckedNode:
     """A node with the load generator of a measured case on its processors."""
 
-    def __init__(self, costs: NodeCosts, case: dict[str, Any], seed: int = 0):
+    def __init__(self, costs: NodeCosts, case: dict[str, Any]):
         self._env = simpy.Environment()
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng(0)
         self._node = Node(self._env, costs, self._random, 1 - case["foreign"])
         self._client = Thread(self._env, self._node.processors)
         self._half_s = case["client_ms"] / 2000
@@ -169,7 +169,7 @@ class Point:
     """Share of the refused requests."""
 
 
-def simulate_point(costs: NodeCosts, request: tuple[str, str], offered: float, seconds: float = POINT_S) -> Point:
+def simulate_point(costs: NodeCosts, request: tuple[str, str], offered: float) -> Point:
     """Simulate a node without a load generator."""
     env, generator = simpy.Environment(), np.random.default_rng(0)
     node, answers = Node(env, costs, generator), list[tuple[float, bool]]()
@@ -187,8 +187,8 @@ def simulate_point(costs: NodeCosts, request: tuple[str, str], offered: float, s
     env.run(WARMUP_S)
     answers.clear()
     busy_s = node.processors.busy_s
-    env.run(WARMUP_S + seconds)
-    utilization = (node.processors.busy_s - busy_s) / seconds / costs.cores
+    env.run(WARMUP_S + POINT_S)
+    utilization = (node.processors.busy_s - busy_s) / POINT_S / costs.cores
     accepted = np.sort([latency for latency, refused in answers if not refused])
     return Point(offered, utilization, accepted, 1 - len(accepted) / len(answers))
 
@@ -299,9 +299,8 @@ def _summarize(run: PoolRun, rate: Rate, seconds: float) -> Outcome:
     accepted = [answer.latency for answer in run.answers if not answer.refused]
     refused = _refused_share(run, rate)
     offered = sum(rate(second) for second in range(int(seconds)))
-    paid = [paid for _, _, paid in run.sizes]
     p99_ms = 1000 * float(np.percentile(accepted, 99))
-    return Outcome(float(np.mean(paid)), max(paid), p99_ms, refused, offered * (1 - refused), seconds)
+    return Outcome(float(np.mean(run.paid)), max(run.paid), p99_ms, refused, offered * (1 - refused), seconds)
 
 
 def _refused_share(run: PoolRun, rate: Rate) -> float:
@@ -491,4 +490,4 @@ if __name__ == "__main__":
     parser.add_argument("--price", type=float, default=0.10, help="US dollars for a node and an hour")
     parser.add_argument("--lag", type=float, default=46.0, help="seconds from a decision until a new node answers")
     chosen = parser.parse_args()
-    main(chosen.price, chosen.lag, is_whole(parser, chosen))
+    main(chosen.price, chosen.lag, whole=chosen == parser.parse_args([]))
