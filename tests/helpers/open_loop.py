@@ -1,19 +1,20 @@
 """An open-loop load generator: it sends requests on schedule, whether or not earlier requests have answers.
 
-Independent clients behave the same way when a service is too slow for them. The generator measures every latency from
-the time at which the request was due, so the latency includes any delay of the generator itself. It prints the result
-as JSON.
+Independent clients behave the same way when a service is too slow for them. The requests are due at equal intervals, or
+with `--poisson` at the times of a Poisson process. The generator measures every latency from the time at which the
+request was due, so the latency includes any delay of the generator itself. It prints the result as JSON.
 
-    python tests/helpers/open_loop.py HOST PORT REQUEST_FILE... --rate 1000 --seconds 10
+    python tests/helpers/open_loop.py HOST PORT REQUEST_FILE... --rate 1000 --seconds 10 [--poisson]
 """
 
 import argparse
 import asyncio
 import itertools
 import json
+import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
@@ -21,6 +22,7 @@ from typing import cast
 import uvloop
 
 CONNECTIONS = 800  # our service accepts at most 900
+POLL_S = 1e-3  # time between two looks at the schedule
 PATIENCE_S = 30.0  # wait for the last answers
 
 
@@ -37,6 +39,7 @@ class Tally:
         advised: Answers with status 503 and Retry-After.
         failed: Other answers, broken connections, and requests without an answer.
         seconds: Length of the schedule in seconds.
+        cpu_s: CPU time of the generator during the schedule, in seconds.
         end: End of the schedule by this process's clock.
     """
 
@@ -48,6 +51,7 @@ class Tally:
     advised: int = 0
     failed: int = 0
     seconds: float = 0.0
+    cpu_s: float = 0.0
     end: float = float("inf")
 
 
@@ -97,27 +101,46 @@ class Connection(asyncio.Protocol):
             self.idle.remove(self)
 
 
-async def drive(host: str, port: int, requests: Sequence[bytes], rate: float, seconds: float) -> Tally:
-    """Send `rate` requests per second for `seconds` seconds, then wait for the answers.
+def make_due_times(rate: float, poisson: bool) -> Iterator[float]:
+    """Yield the seconds from the start at which requests are due, without an end.
+
+    Args:
+        rate: Requests per second.
+        poisson: True for the times of a Poisson process, which are the same in every run. False for equal intervals.
+    """
+    generator, due = random.Random(0), 0.0  # noqa: S311  it is no secret
+    while True:
+        yield due
+        due += generator.expovariate(rate) if poisson else 1 / rate
+
+
+async def drive(
+    host: str, port: int, requests: Sequence[bytes], due_times: Iterator[float], seconds: float, connections: int
+) -> Tally:
+    """Send requests on schedule for `seconds` seconds, then wait for the answers.
 
     Args:
         requests: Complete HTTP requests, sent in turn.
+        due_times: Seconds from the start at which requests are due, see `make_due_times`.
+        connections: Number of connections, and thus the largest number of requests in flight.
     """
     tally, idle = Tally(seconds=seconds), list[Connection]()
     loop = asyncio.get_running_loop()
-    made = [(await loop.create_connection(lambda: Connection(tally, idle), host, port))[1] for _ in range(CONNECTIONS)]
+    made = [(await loop.create_connection(lambda: Connection(tally, idle), host, port))[1] for _ in range(connections)]
     bodies = itertools.cycle(requests)
-    start = time.perf_counter()
+    start, cpu_before, due = time.perf_counter(), time.process_time(), next(due_times)
     tally.end = start + seconds
     while (now := time.perf_counter() - start) < seconds:
-        while tally.due < now * rate:
-            request, due = next(bodies), start + tally.due / rate
+        while due < now:
+            request = next(bodies)
             tally.due += 1
             if idle:
-                idle.pop().send(request, due)
+                idle.pop().send(request, start + due)
             else:
                 tally.unsent += 1
-        await asyncio.sleep(1e-3)
+            due = next(due_times)
+        await asyncio.sleep(POLL_S)
+    tally.cpu_s = time.process_time() - cpu_before
     while any(connection.due is not None for connection in made):
         if time.perf_counter() > tally.end + PATIENCE_S:
             break
@@ -133,9 +156,12 @@ def main() -> None:
     parser.add_argument("requests", type=Path, nargs="+", help="files that hold whole HTTP requests")
     parser.add_argument("--rate", type=float, required=True, help="requests a second")
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--poisson", action="store_true", help="requests are due at random times")
+    parser.add_argument("--connections", type=int, default=CONNECTIONS)
     chosen = parser.parse_args()
     requests = [path.read_bytes() for path in chosen.requests]
-    tally = uvloop.run(drive(chosen.host, chosen.port, requests, chosen.rate, chosen.seconds))
+    due_times = make_due_times(chosen.rate, chosen.poisson)
+    tally = uvloop.run(drive(chosen.host, chosen.port, requests, due_times, chosen.seconds, chosen.connections))
     print(json.dumps(asdict(tally)))
 
 
