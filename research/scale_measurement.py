@@ -52,7 +52,7 @@ from app.machine import cpu_count
 from app.settings import Settings
 from training.dataset import load_dataset
 from training.runtimes import selection
-from training.store import MODEL, Store
+from training.store import MODEL, LocalStore
 
 OUTPUT = Path(__file__).parent / "results/scale_measurement.json"
 MEMBERS = "resnet", "resnet18"
@@ -110,7 +110,7 @@ def _ended_children_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def measure_engine(store: Store, model: str) -> dict[str, list[float]]:
+def measure_engine(store: LocalStore, model: str) -> dict[str, list[float]]:
     """Return the times of batches by their size.
 
     Returns:
@@ -309,7 +309,7 @@ def measure_cases(service: Service, rounds: int) -> list[dict[str, Any]]:
 
 def main(rounds: int, seconds: int, data: str | None, models: Path) -> None:
     adopt()
-    store, images = Store(models.resolve()), load_dataset(data).test.images
+    store, images = LocalStore(models.resolve()), load_dataset(data).test.images
     pictures = {PNG: [png(image) for image in images[:PNGS]], JPEG: [photo(seed) for seed in range(PHOTOS)]}
     measurement: dict[str, Any] = {
         "run": f"{describe_run()}; {rounds} rounds of {seconds} s, medians",

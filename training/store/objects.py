@@ -344,21 +344,25 @@ class ObjectStore(Store):
 
     def _remove(self, name: str, select: Callable[[], list[int]]) -> list[int]:
         self._list(fresh=True)
-        candidates = select()
-        mark = f"{_MARK}-{uuid4().hex}"  # of its own, because another process may remove the same version
-        removed = list[int]()
-        for version in candidates:
-            self._write(f"{name}/{version}/{mark}", b"")
-        try:
-            self._list(fresh=True)
-            removed = [version for version in select() if version in candidates]
-        finally:
-            for version in set(candidates) - set(removed):
-                self._delete(f"{name}/{version}/{mark}")
-        for version in removed:
-            self._delete_files(name, version)
+        # One version after the other, so that a process that is killed here has made some progress.
+        removed = [version for version in select() if self._remove_version(name, version, select)]
         self._delete_abandoned(name)
         return removed
+
+    def _remove_version(self, name: str, version: int, select: Callable[[], list[int]]) -> bool:
+        """Remove a version unless `select` no longer returns it after it was marked."""
+        mark = f"{name}/{version}/{_MARK}-{uuid4().hex}"  # of its own, as another process may remove the same version
+        self._write(mark, b"")
+        is_selected = False
+        try:
+            self._list(fresh=True)
+            is_selected = version in select()
+        finally:
+            if not is_selected:
+                self._delete(mark)
+        if is_selected:
+            self._delete_files(name, version)
+        return is_selected
 
     def _delete_abandoned(self, name: str) -> None:
         """Delete the files of versions whose publisher or remover was killed."""
