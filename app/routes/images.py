@@ -25,6 +25,7 @@ from app.inference.pool import Version
 from app.routes.disconnects import run_until_disconnect
 from app.routes.parameters import parse_parameters
 from app.routes.uploads import MULTIPART, URLENCODED, form_schema, media_type, read_form
+from app.server.joined_writes import join_writes
 from training.text import quote
 
 DESCRIBED = ConfigDict(use_attribute_docstrings=True)
@@ -84,7 +85,8 @@ class ImageRoute(APIRoute):
         (query,) = self.dependant.query_params
         request = Request(scope, receive, send)
         response = await _respond(self.endpoint, cast("type[BaseModel]", query.field_info.annotation), request)
-        await response(scope, receive, send)
+        with join_writes(scope):
+            await response(scope, receive, send)
 
 
 class DirectRoute(BaseRoute):

@@ -20,6 +20,7 @@ from app.errors import ProblemResponse, problem_response
 from app.exceptions import Unavailable
 from app.server.connections import SLOWEST_BYTES_PER_S, ConnectionTable
 from app.server.http_parser import RequestParser
+from app.server.joined_writes import JOINED_WRITES, JoinedWrites
 
 _MAX_HEAD_BYTES = 32 << 10
 _HEAD_TIMEOUT_S = 10.0
@@ -159,6 +160,8 @@ class BoundedHttp(HttpToolsProtocol):
             return
         self._finish_head()
         super().on_headers_complete()
+        self.cycle.transport = writes = cast(asyncio.Transport, JoinedWrites(self.transport))
+        cast(dict[str, Any], self.cycle.scope)[JOINED_WRITES] = writes
 
     @override
     def on_body(self, body: bytes) -> None:
