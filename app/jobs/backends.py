@@ -143,7 +143,13 @@ class Postgres(Backend):
 
     def connect(self) -> Engine:
         """Return an engine whose connections and transactions end when the server does not answer."""
+        from app.jobs.postgres_connection import BoundedConnection  # imports psycopg
+
         engine = create_engine(self._url, connect_args=_LIVENESS, pool_pre_ping=True, max_overflow=-1)
+
+        @event.listens_for(engine, "do_connect")
+        def connect(_: Any, __: Any, args: tuple[Any, ...], options: dict[str, Any]) -> BoundedConnection:
+            return BoundedConnection.connect(*args, **options)
 
         @event.listens_for(engine, "begin")
         def begin(connection: Connection) -> None:

@@ -2,13 +2,17 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 from uuid import uuid4
+
+from processes import list_children
 
 _PACKAGES = Path("/usr/lib/postgresql")
 _USER = "postgres" if os.geteuid() == 0 else None  # the server refuses to run as root
@@ -55,6 +59,19 @@ class PostgresServer:
     def stop(self) -> None:
         """Stop the server, which ends all connections."""
         self._run("pg_ctl", "stop", "-w", "-m", "fast", "-D", self._data)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop all processes of the server, which keep their connections but do not answer."""
+        main = int((self._data / "postmaster.pid").read_text().split()[0])
+        processes = [main, *list_children(main)]
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in processes:
+                os.kill(process, signal.SIGCONT)
 
     def create_database(self) -> str:
         """Create an empty database, and return its URL."""

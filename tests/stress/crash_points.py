@@ -15,6 +15,7 @@ over after its lease of 5 s. That counts as a crash, after which the job is resu
 
 Time: nine minutes.
 Result: 200 kills, 33 accepted jobs, no job or version lost, doubled or damaged (AMD EPYC, 2 cores, 2026-11-24).
+PostgreSQL: 50 kills in eleven minutes, 27 accepted jobs, the same (Intel Xeon, 2 cores, 2026-11-30).
 Tables: results/crash_points.md, and results/crash_points_postgresql.md (`--database postgresql`).
 """
 

@@ -242,6 +242,17 @@ def test_leases_are_renewed_until_the_database_fails(
     asyncio.run(scenario())
 
 
+def test_server_that_stalls_holds_no_thread_forever(
+    here: TrainingQueue, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = here.submit(REQUEST).id
+    monkeypatch.setattr("app.jobs.postgres_connection._ANSWER_S", 0.3)
+    with postgres.paused(), pytest.raises(Unavailable, match="the server's log has the reason"):
+        here.state(job)
+    monkeypatch.undo()
+    assert here.state(job) is State.QUEUED
+
+
 def test_password_of_the_database_is_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("psycopg")
     database = Database(tmp_path, SecretStr("postgresql://somebody:the-secret@127.0.0.1:1/jobs"))
