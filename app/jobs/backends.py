@@ -85,7 +85,7 @@ class Sqlite(Backend):
 
     @property
     def exists(self) -> bool:
-        """Whether there is a file."""
+        """True if there is a file."""
         return self.path.exists()
 
     def connect(self) -> Engine:

@@ -15,7 +15,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "MemoryError")
 
 @dataclass(frozen=True)
 class Ending:
-    """How the work of a job has ended. The run folder tells whether it has published a version."""
+    """The end of the work of a job. The run folder tells whether it has published a version."""
 
     error: str | None = None
     """Message of work that has failed and would fail again."""
@@ -38,7 +38,7 @@ class Executor(Protocol):
         """Do the work of a job, or follow work that has begun, until its end or until this process loses the job.
 
         Returns:
-            How the work has ended. None if another process works in the run folder; the job is then claimed again.
+            The end of the work. None if another process works in the run folder; the job is then claimed again.
 
         Raises:
             OSError: The work cannot start.

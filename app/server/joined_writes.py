@@ -17,7 +17,7 @@ JOINED_WRITES = "cifar100.joined_writes"
 
 
 class JoinedWrites:
-    """A transport that joins what is written to it within its context. Outside, it writes at once.
+    """A transport that joins all data of its context into one write. Outside the context, it writes at once.
 
     Args:
         transport: Transport of the connection, to which all other calls go.

@@ -156,7 +156,7 @@ def _faults(store: Store, seen: dict[int, str]) -> list[str]:
 
 
 def _clear_folder(model: Path) -> Counter[str]:
-    """Remove the files that killed writers left behind. Count them by what was cut short."""
+    """Remove the files that killed writers left behind. Count them by the operation that was killed."""
     found: Counter[str] = Counter()
     for path in model.glob(".draft-*"):
         found["a publication or a removal"] += 1

@@ -1,4 +1,4 @@
-"""Test what is special to a store in a folder: drafts beside the versions."""
+"""Test the drafts of a store in a folder, which are beside the versions."""
 
 import os
 import shutil

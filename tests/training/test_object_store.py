@@ -1,4 +1,4 @@
-"""Test what is special to a store in an object store: copies, races without a lock, traces of killed processes."""
+"""Test a store in an object store: copies, races without a lock, and traces of killed processes."""
 
 import os
 import uuid

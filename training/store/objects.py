@@ -6,14 +6,14 @@
     <name>/<version>/removing-<id>      says that a process is about to remove the version
     <name>/promotions/<number>          version that the promotion with this number made live
 
-An object store has neither locks nor renames. It can create an object only if none exists (a conditional write), and
-whoever lists or reads afterwards sees the object. These two properties replace the lock of `LocalStore`:
+An object store has neither locks nor renames. It can create an object only if none exists (a conditional write). Every
+later list and read includes the object. These two properties replace the lock of `LocalStore`:
 
 - The publisher that creates `claim` owns a version number. Its card appears after its files.
-- A promotion creates the object that follows the newest promotion. Of two processes that promote at once, one fails,
+- A promotion creates the object that follows the newest promotion. If two processes promote at once, one of them fails,
   reads again and decides again. A promotion whose version has no card is void, and the promotion before it counts.
-- Whoever removes a version first marks it, then looks whether it is live or pinned. Whoever promotes or pins a version
-  first does so, then looks for the mark. So at least one of the two sees the other and gives up.
+- A process that removes a version marks it, and then checks that it is neither live nor pinned. A process that promotes
+  or pins a version does so, and then looks for a mark. At least one of the two sees the other and gives up.
 
 The files of a version are copied into a folder of this machine before use. A copy is used only if its sha256 is that of
 the card.
@@ -251,7 +251,7 @@ class ObjectStore(Store):
             yield Path(folder)
 
     def amend(self, card: ModelCard) -> None:
-        """Replace the card of a published version. Of two processes that amend at once, the last one wins."""
+        """Replace the card of a published version. If two processes amend it at once, the last one wins."""
         self._list(fresh=True)
         self._require_same_files(card)
         self._call("pipe_file", f"{card.name}/{card.version}/{CARD}", card.to_bytes())
@@ -324,7 +324,7 @@ class ObjectStore(Store):
         return True
 
     def _require_kept(self, name: str, version: int) -> None:
-        """Check that nobody removes a version that has just become live or pinned.
+        """Check that no process removes a version that has just become live or pinned.
 
         A process that has marked the version before may not have seen this. It removes the version or the mark.
 
@@ -351,7 +351,7 @@ class ObjectStore(Store):
 
     def _remove_version(self, name: str, version: int, select: Callable[[], list[int]]) -> bool:
         """Remove a version unless `select` no longer returns it after it was marked."""
-        mark = f"{name}/{version}/{_MARK}-{uuid4().hex}"  # of its own, as another process may remove the same version
+        mark = f"{name}/{version}/{_MARK}-{uuid4().hex}"  # each process has its own mark
         self._write(mark, b"")
         is_selected = False
         try:
