@@ -238,7 +238,7 @@ class Settings(BaseSettings):
     cluster_keep_s: Seconds = 300.0
     """Seconds after which the replicas of a version that is neither live nor pinned are stopped."""
 
-    store_poll_s: Seconds = Field(default=1.0, ge=0.01)
+    store_poll_s: float = Field(default=1.0, ge=0.01, le=3600, allow_inf_nan=False)
     """Seconds between two checks of the store for newly promoted versions."""
     evaluate_wait_s: Seconds = 5.0
     """Seconds that POST /evaluate waits for its result. The response is 202 if the result takes longer."""

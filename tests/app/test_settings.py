@@ -66,6 +66,11 @@ def test_every_number_is_bounded(name: str, value: str, monkeypatch: pytest.Monk
     assert fault_of(name, value, monkeypatch).startswith(f"CIFAR100_{name.upper()}: Input should be")
 
 
+@pytest.mark.parametrize("name", ["deadline_s", "store_poll_s"])
+def test_a_time_that_must_not_be_zero_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fault_of(name, "0", monkeypatch).startswith(f"CIFAR100_{name.upper()}: Input should be greater than")
+
+
 @pytest.mark.parametrize("value", ["0/minute", "0 per second", "60", "often", "5/minute;9/hour", "1/99year"])
 @pytest.mark.parametrize("name", ["operator_rate_limit", "predict_rate_limit"])
 def test_a_rate_that_cannot_be_kept_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
