@@ -35,7 +35,7 @@ test-fast: .venv/installed-dev
 # Tests of Ray, and attacks on a service whose predictions a Ray cluster computes.
 test-ray: .venv/installed-dev
 	$(BIN)/python -m pytest --ray tests/app/distributed/test_cluster.py tests/app/distributed/test_nodes.py \
-	  tests/app/distributed/test_ingress.py tests/app/distributed/test_jobs.py tests/training/test_ray_train.py \
+	  tests/app/distributed/test_ingress.py tests/app/distributed/test_ray_jobs.py tests/training/test_ray_train.py \
 	  tests/app/server/test_framing.py
 
 check: .venv/installed-dev
