@@ -95,7 +95,7 @@ _YEAR_S = 366 * 24 * 3600
 ApiKey = Annotated[SecretStr, Field(min_length=16), AfterValidator(_require_ascii)]
 RateLimit = Annotated[RateLimitItem | None, NoDecode, BeforeValidator(_parse_rate_limit)]
 CommaSeparated = BeforeValidator(_split_commas)
-Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(le=3600, allow_inf_nan=False)]  # each field has its own lower bound
 
 TRAINING_VARIABLES = ("CIFAR100_FEATURES", "CIFAR100_MODELS_CACHE")
 """Environment variables that only `training` reads."""
@@ -162,7 +162,7 @@ class Settings(BaseSettings):
     JSON elsewhere."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level of the lines in the log."""
-    drain_s: Seconds = 0.0
+    drain_s: Seconds = Field(default=0.0, ge=0)
     """Seconds to accept requests after SIGTERM, while /health/ready already reports that the service is not ready."""
 
     keep_alive_s: int = Field(default=65, gt=0, le=3600)
@@ -235,12 +235,12 @@ class Settings(BaseSettings):
     cluster_gpus: float = Field(default=0.0, ge=0, le=64)
     """GPUs that each replica reserves. A fraction lets several replicas share a GPU. With 0, the device "auto"
     is the CPU."""
-    cluster_keep_s: Seconds = 300.0
+    cluster_keep_s: Seconds = Field(default=300.0, ge=0)
     """Seconds after which the replicas of a version that is neither live nor pinned are stopped."""
 
-    store_poll_s: float = Field(default=1.0, ge=0.01, le=3600, allow_inf_nan=False)
+    store_poll_s: Seconds = Field(default=1.0, ge=0.01)
     """Seconds between two checks of the store for newly promoted versions."""
-    evaluate_wait_s: Seconds = 5.0
+    evaluate_wait_s: Seconds = Field(default=5.0, ge=0)
     """Seconds that POST /evaluate waits for its result. The response is 202 if the result takes longer."""
 
     jobs: Literal["local", "ray"] = "local"
@@ -251,7 +251,7 @@ class Settings(BaseSettings):
     """CPUs that a training job of a Ray cluster reserves."""
     job_gpus: float = Field(default=0.0, ge=0, le=64)
     """GPUs that a training job of a Ray cluster reserves."""
-    job_lease_s: float = Field(default=30.0, ge=5, le=3600, allow_inf_nan=False)
+    job_lease_s: Seconds = Field(default=30.0, ge=5)
     """Seconds after which another server takes over the jobs of one that no longer reaches the PostgreSQL database."""
     max_jobs: int = Field(default=100, gt=0, le=10_000)
     """Maximum number of training jobs in the queue."""

@@ -139,7 +139,7 @@ class VersionReceiver:
         for member in _parse(Cascade, file).members:
             link = store / member.name / str(member.version)
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(self._store.verify(self._store.member_card(member)).absolute())
+            link.symlink_to(self._store.fetch(self._store.member_card(member)).absolute())
 
     def _publish(self, folder: Path, card: ModelCard) -> ModelCard:
         try:

@@ -28,7 +28,7 @@ from training.phase_report import PhaseReport
 from training.process_group import TIMEOUT, get_process_group, use_interface
 from training.recipes import Recipe
 from training.run import FollowedRun, Run
-from training.store import Store
+from training.store import Store, make_store
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
@@ -131,7 +131,7 @@ def _make_trainer(recipe: Recipe, dataset: Dataset, run: Run, store: Store | Non
         "recipe": recipe,
         "dataset": ray.put(dataset),
         "run": folder,
-        "store": store,
+        "store": store and store.location,  # absolute, because workers have another working folder
         "threads": workers.cpus,
     }
     return TorchTrainer(
@@ -153,7 +153,7 @@ def _train_in_worker(config: dict[str, Any]) -> None:
     dataset = deepcopy(ray.get(config["dataset"]))  # the arrays of Ray are read-only, which PyTorch warns about
     folder: Path = config["run"]
     run = Run(folder) if group.is_first else FollowedRun(folder)
-    for _ in loop.train(config["recipe"], dataset, run, device, config["store"], group):
+    for _ in loop.train(config["recipe"], dataset, run, device, config["store"] and make_store(config["store"]), group):
         pass
 
 

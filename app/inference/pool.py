@@ -10,7 +10,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -28,6 +28,7 @@ from app.machine import cpu_count
 from app.observability.metrics import Metrics
 from app.observability.tracing import Tracing
 from app.settings import Settings
+from app.tasks import cancel_and_wait
 from app.threads import Threads
 from training.encoding import replace_surrogates
 from training.runtimes import selection
@@ -105,10 +106,7 @@ class ModelPool:
 
     async def stop(self) -> None:
         """Stop to poll the store. The models stay in memory until they are dropped."""
-        if self._watcher:
-            self._watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watcher
+        await cancel_and_wait(self._watcher)
         self._threads.close()
         if self._cluster:
             self._cluster.close()

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import math
 import time
-from contextlib import suppress
 
 from sqlalchemy import update
 
@@ -17,6 +16,7 @@ from app.exceptions import Unavailable
 from app.jobs.backends import WRITES
 from app.jobs.database import Database
 from app.jobs.rows import JobRow
+from app.tasks import cancel_and_wait
 from app.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,7 @@ class LeaseKeeper:
 
     async def stop(self) -> None:
         """Stop renewing."""
-        if self._task:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+        await cancel_and_wait(self._task)
         self._threads.close()
 
     @property

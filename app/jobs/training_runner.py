@@ -21,6 +21,7 @@ from app.jobs.local_executor import LocalExecutor
 from app.jobs.run_files import restore
 from app.jobs.training_queue import TrainingJobSummary, TrainingQueue
 from app.settings import Settings
+from app.tasks import cancel_and_wait
 from app.threads import Threads
 from training.recipes import Recipe
 from training.run import Publication, RunError
@@ -69,10 +70,7 @@ class TrainingRunner:
 
     async def stop(self) -> None:
         """Stop the running jobs, unless they survive this process. They continue at the next start."""
-        if self._task:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+        await cancel_and_wait(self._task)
         self._threads.close()
 
     async def _work(self) -> None:

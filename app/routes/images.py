@@ -6,14 +6,13 @@ request --read_images--> files and text fields --route--> result --ImageRoute-->
 import io
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
-from starlette._utils import get_route_path
 from starlette.datastructures import URLPath
 from starlette.routing import BaseRoute, Match, NoMatchFound
 from starlette.types import Receive, Scope, Send
@@ -22,6 +21,7 @@ from typing_extensions import override
 from app.exceptions import UnsupportedImage, UnsupportedMediaType
 from app.inference.decoding import File
 from app.inference.pool import Version
+from app.middleware.proxy import route_path
 from app.routes.disconnects import run_until_disconnect
 from app.routes.parameters import parse_parameters
 from app.routes.uploads import MULTIPART, URLENCODED, form_schema, media_type, read_form
@@ -82,11 +82,15 @@ class ImageRoute(APIRoute):
         if scope["method"] not in (self.methods or ()):
             await super().handle(scope, receive, send)  # 405
             return
-        (query,) = self.dependant.query_params
-        request = Request(scope, receive, send)
-        response = await _respond(self.endpoint, cast("type[BaseModel]", query.field_info.annotation), request)
+        response = await _respond(self.endpoint, self._query, Request(scope, receive, send))
         with join_writes(scope):
             await response(scope, receive, send)
+
+    @cached_property
+    def _query(self) -> type[BaseModel]:
+        """Model of the endpoint's only parameter that is one."""
+        (query,) = self.dependant.query_params
+        return cast("type[BaseModel]", query.field_info.annotation)
 
 
 class DirectRoute(BaseRoute):
@@ -107,7 +111,7 @@ class DirectRoute(BaseRoute):
         is_match = (
             scope["type"] == "http"
             and scope["method"] in (self._route.methods or ())
-            and get_route_path(scope) == self._route.path
+            and route_path(scope) == self._route.path
         )
         return (Match.FULL, self._scope) if is_match else (Match.NONE, {})
 

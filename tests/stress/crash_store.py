@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))
@@ -33,9 +32,10 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 import numpy as np
 from results import Check, conclude, is_whole
 from s3_server import make_bucket, open_files, run_s3
+from stores import make_card
 
 from training.files import sha256
-from training.store import CARD, LIVE, MODEL, Evaluation, ModelCard, Store, StoreError, make_store
+from training.store import CARD, LIVE, MODEL, ModelCard, Store, StoreError, make_store
 from training.store.objects import CACHE_VARIABLE
 
 NAME = "resnet"
@@ -106,30 +106,9 @@ def _write_forever(location: str, seed: tuple[int, ...]) -> None:
 
 
 def _publish(store: Store, random: np.random.Generator) -> ModelCard:
-    measures = Evaluation(images=1, top1=1, top5=1, loss=0, ece=0, per_class=[1])
-    card = ModelCard(
-        name=NAME,
-        version=0,
-        created=datetime.now(UTC),
-        recipe={},
-        classes=["one"],
-        superclasses=["all"],
-        parameters=0,
-        seed=0,
-        data="none",
-        temperature=1,
-        test=measures,
-        test_ece_uncalibrated=0,
-        curve=[],
-        training_seconds=0,
-        device="none",
-        libraries={},
-        commit=None,
-        files={},
-    )
     with store.draft(NAME) as draft:
         (draft / MODEL).write_bytes(random.bytes(BYTES))
-        card = store.publish(draft, card)
+        card = store.publish(draft, make_card(name=NAME))
     store.promote_if(card, "if-better")
     return card
 

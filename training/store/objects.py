@@ -85,6 +85,10 @@ class _Listing:
         for numbers in self.promotions.values():
             numbers.sort()
 
+    def versions(self, name: str) -> list[int]:
+        """List the versions of a model that have a card, oldest first."""
+        return sorted(version for version, files in self.files.get(name, {}).items() if CARD in files)
+
     def has(self, name: str, version: int, file: str) -> bool:
         """Return whether a version has a file."""
         return file in self.files.get(name, {}).get(version, {})
@@ -172,15 +176,12 @@ class ObjectStore(Store):
     def names(self) -> list[str]:
         """List the models that have at least one version, in alphabetical order."""
         listing = self._list()
-        return sorted(name for name in listing.files if self._list_versions(listing, name))
+        return sorted(name for name in listing.files if listing.versions(name))
 
     def versions(self, name: str) -> list[int]:
         """List the versions of a model, oldest first. An unknown model has none."""
         require_name(name)
-        return self._list_versions(self._list(), name)
-
-    def _list_versions(self, listing: _Listing, name: str) -> list[int]:
-        return sorted(version for version, files in listing.files.get(name, {}).items() if CARD in files)
+        return self._list().versions(name)
 
     def live(self, name: str) -> int | None:
         """Return the version that is served, or None. Raises the errors of `Store.live`."""
@@ -212,7 +213,7 @@ class ObjectStore(Store):
             raise StoreError(f"{self._path(path)} is damaged: it must contain a version number") from error
 
     def fetch(self, card: ModelCard) -> Path:
-        """Copy a version into the cache, see `Store.fetch`. Copies that are damaged are replaced.
+        """Copy the files of a version that the cache lacks, see `Store.fetch`. `verify` replaces damaged copies.
 
         Raises:
             StoreError: A file or a pinned version is missing, or an object is damaged.
@@ -225,8 +226,8 @@ class ObjectStore(Store):
         folder.mkdir(parents=True, exist_ok=True)
         folder.touch()  # the time of its last use
         with lock_folder(folder):  # the workers of a service copy a version once
-            for file, expected in card.files.items():
-                if not (folder / file).is_file() or sha256(folder / file) != expected:
+            for file in card.files:
+                if not (folder / file).is_file():
                     self._copy(card, file, folder)
             if not (folder / CARD).is_file() or (folder / CARD).read_bytes() != card.to_bytes():
                 write_durably(folder / CARD, card.to_bytes())
@@ -239,9 +240,12 @@ class ObjectStore(Store):
             copy = Path(temporary, file)
             self._call("get_file", f"{card.name}/{card.version}/{file}", str(copy))
             if sha256(copy) != card.files[file]:
-                path = self._path(card.name, card.version, file)
-                raise StoreError(f"{path} is damaged: its sha256 differs from the one in {CARD}")
+                raise self._damage_error(card, file)
             copy.replace(folder / file)
+
+    def _mend(self, card: ModelCard, file: str, folder: Path) -> None:
+        with lock_folder(folder):
+            self._copy(card, file, folder)
 
     @contextmanager
     def draft(self, name: str) -> Iterator[Path]:
@@ -254,8 +258,7 @@ class ObjectStore(Store):
         """Replace the card of a published version. If two processes amend it at once, the last one wins."""
         self._list(fresh=True)
         self._require_same_files(card)
-        self._call("pipe_file", f"{card.name}/{card.version}/{CARD}", card.to_bytes())
-        self._listing = None
+        self._write(f"{card.name}/{card.version}/{CARD}", card.to_bytes())
 
     def _list_numbers(self, name: str) -> list[int]:
         require_name(name)

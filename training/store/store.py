@@ -258,8 +258,7 @@ class Store(ABC):
         folder = self.fetch(card)
         for file, expected in card.files.items():
             if sha256(folder / file) != expected:
-                path = self._path(card.name, card.version, file)
-                raise StoreError(f"{path} is damaged: its sha256 differs from the one in {CARD}")
+                self._mend(card, file, folder)
         for file in self._list_files(card.name, card.version):
             if file not in (CARD, *card.files) and not file.startswith("."):
                 path = self._path(card.name, card.version, file)
@@ -416,6 +415,14 @@ class Store(ABC):
 
         self.require(name, version)
         self._remove(name, select)
+
+    def _mend(self, card: ModelCard, file: str, folder: Path) -> None:  # noqa: ARG002
+        """Replace a damaged file in the folder from `fetch`. Raises StoreError if there is no other copy."""
+        raise self._damage_error(card, file)
+
+    def _damage_error(self, card: ModelCard, file: str) -> StoreError:
+        path = self._path(card.name, card.version, file)
+        return StoreError(f"{path} is damaged: its sha256 differs from the one in {CARD}")
 
     def _require_same_files(self, card: ModelCard) -> None:
         """Check that an amended card lists the files of the published one. Raises the errors of `amend`."""
